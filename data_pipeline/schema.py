@@ -1,0 +1,24 @@
+"""What one batch of prepared samples is. The only type that leaves data_pipeline."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Prepared samples, ready for the model. B images, N tokens per image, L text tokens.
+
+    A NamedTuple of tensors (not a dataclass), because DeepSpeed's ZeRO-3 hooks look for tensors only inside tuples,
+    lists and dicts.
+    """
+
+    latent: Tensor  # (B, C, H, W) float32, scaled by the codec to about unit variance
+    text: Tensor  # (B, L, D_text) float32 token states of the caption, zero where masked
+    text_mask: Tensor  # (B, L) bool, True where a text token is real
+    pooled: Tensor  # (B, D_pooled) float32
+    label: Tensor  # (B,) int64, -1 where the sample has no class
+    saliency: Tensor  # (B, N) float32 in [0, 1]: the map M of the clean image on the token grid, row-major
+    foreground: Tensor  # (B, N) float32 in [0, 1]: alpha on the token grid; NaN where the image had no alpha
+    position: Tensor  # (B,) int64: place of the sample in the global order of the run; keys all random draws
+    keys: tuple[str, ...]  # B sample keys
+    captions: tuple[str, ...]  # B captions

@@ -1,0 +1,1 @@
+"""SharpMoE: saliency-guided post-training of mixture-of-experts diffusion transformers."""

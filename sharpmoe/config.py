@@ -1,0 +1,199 @@
+"""The run configuration: strict, read once, without torch.
+
+A run file (YAML) plus dotted overrides becomes one frozen `RunConfig`. DeepSpeed's own keys live in configs/zero*.json
+and are owned by `sharpmoe.parallel.ds_config`; no key stands in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+RouterKind = Literal["dense", "tc", "ec", "diffmoe"]
+
+# width, depth, num_heads of the published sizes (method.md section 2 of the DiT family) and of the shipped toy.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 128, "depth": 6, "num_heads": 4},
+    "s": {"width": 384, "depth": 12, "num_heads": 6},
+    "b": {"width": 768, "depth": 12, "num_heads": 12},
+    "l": {"width": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"width": 1152, "depth": 28, "num_heads": 16},
+}
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The architecture. Everything needed to rebuild a model from a weights file."""
+
+    preset: Literal["tiny", "s", "b", "l", "xl"] | None = None  # fills width, depth, num_heads where they are not given
+    width: int = Field(128, ge=8)
+    depth: int = Field(6, ge=1)
+    num_heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    patch_size: int = Field(2, ge=1)
+    latent_channels: int = Field(4, ge=1)
+    latent_size: int = Field(32, ge=1)  # height = width of the latent
+    learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
+    router: RouterKind = "diffmoe"
+    num_experts: int = Field(8, ge=1)
+    top_k: int = Field(1, ge=1)  # experts per token (tc only)
+    capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, diffmoe)
+    capacity_selection: Literal["count", "mask"] = "count"  # diffmoe inference rule
+    saliency_router: bool = True
+    conditioning: Literal["class", "text"] = "text"
+    num_classes: int = Field(1000, ge=1)
+    class_dropout: bool = True  # an extra row of the label table stands for "no class"
+    text_width: int = Field(384, ge=1)
+    pooled_width: int = Field(384, ge=1)
+    time_scale: float = 1000.0  # the time embedder is fed time_scale * t + time_shift
+    time_shift: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("preset"), str):
+            return {**SIZES.get(data["preset"], {}), **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must divide width ({self.width})")
+        if self.width % 4:
+            raise ValueError(f"width ({self.width}) must be a multiple of 4 for 2-D sin-cos positions")
+        if self.latent_size % self.patch_size:
+            raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size ({self.latent_size})")
+        if self.router == "tc" and self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts})")
+        if self.router in ("ec", "diffmoe") and self.capacity > self.num_experts:
+            raise ValueError(f"capacity ({self.capacity}) must be at most num_experts ({self.num_experts})")
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image."""
+        return (self.latent_size // self.patch_size) ** 2
+
+
+class DataConfig(Section):
+    """Prepared shards and how they are read."""
+
+    shards: str = "data/fluent64"
+    train_split: str = "train"
+    validation_split: str = "unseen"
+    num_workers: int = Field(0, ge=0)
+
+
+class RolloutConfig(Section):
+    """The recursive denoising rollout (SharpMoE section 3; method.md section 4)."""
+
+    num_steps: int = Field(10, ge=1)  # T
+    first_time: float = Field(0.999, gt=0, le=1)  # t_1
+    schedule: Literal["plain", "two_pass"] = "plain"
+    checkpoint_blocks: bool = False  # plain: recompute each block in backward instead of keeping its activations
+    segment_steps: int | None = Field(None, ge=1)  # two_pass: train one block of S of the T steps, scaled by T/S
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.segment_steps is not None:
+            if self.schedule != "two_pass":
+                raise ValueError("segment_steps needs schedule: two_pass")
+            if self.num_steps % self.segment_steps:
+                raise ValueError(f"segment_steps ({self.segment_steps}) must divide num_steps ({self.num_steps})")
+        if self.checkpoint_blocks and self.schedule != "plain":
+            raise ValueError("checkpoint_blocks needs schedule: plain (two_pass keeps one step's graph only)")
+        return self
+
+
+class LossConfig(Section):
+    """Weights and scales of the losses."""
+
+    routing_weight: float = Field(0.001, ge=0)
+    routing_mass: Literal["scores", "counts"] = "scores"  # what A sums: the paper's scores, or straight-through counts
+    mass_scale: float = Field(1.0, gt=0)  # multiplies A before the softmax
+    saliency_scale: float = Field(1.0, gt=0)  # multiplies M before the softmax
+    count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts
+    balance_weight: float = Field(0.01, ge=0)  # tc
+    capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies
+
+
+class OptimConfig(Section):
+    """Optimizer, schedule, clipping, EMA."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(0.0, ge=0)  # cosine: learning rate at the last step
+    clip_norm: float = Field(1.0, ge=0)  # 0 turns clipping off
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    threshold_decay: float = Field(0.95, ge=0, lt=1)  # diffmoe capacity thresholds
+
+
+class TrainConfig(Section):
+    """How long, how many at once, in which precision."""
+
+    steps: int = Field(100_000, ge=1)
+    global_batch: int = Field(256, ge=1)
+    micro_batch: int | None = Field(None, ge=1)  # per rank; None: global_batch / world size
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class LogConfig(Section):
+    """What is seen, and how often (in optimizer steps; 0 turns a thing off)."""
+
+    every: int = Field(10, ge=1)
+    validate_every: int = Field(100, ge=0)
+    validation_images: int = Field(128, ge=1)
+    sample_every: int = Field(0, ge=0)
+    allocation: bool = True  # print the allocation table before and after
+    allocation_images: int = Field(128, ge=1)
+
+
+class SampleConfig(Section):
+    """Fixed samples drawn during a run, and the defaults of launcher/sample.py."""
+
+    captions: tuple[str, ...] = ()
+    num_steps: int = Field(50, ge=1)
+    method: Literal["euler", "heun"] = "euler"
+    cfg_scale: float = Field(1.5, ge=0)
+    guidance_source: Literal["own", "guided"] = "own"  # which x0_hat each classifier-free branch is fed
+    seed: int = 0
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep, where to start."""
+
+    every: int = Field(1000, ge=0)  # 0: at the end only
+    keep: int = Field(2, ge=1)
+    resume: str = "auto"  # auto | none | PATH of a checkpoint
+    init: str | None = None  # weights file the model starts from (a converged base for stage: posttrain)
+
+
+class RunConfig(Section):
+    """One experiment."""
+
+    name: str = "run"
+    output: str = "runs"
+    seed: int = Field(0, ge=0)
+    stage: Literal["pretrain", "posttrain"] = "posttrain"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

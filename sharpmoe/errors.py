@@ -1,0 +1,24 @@
+"""Every error a user can mend. Imports nothing, so that any room may raise them.
+
+A message is one line: what is wrong, where, what was expected, how to mend it.
+"""
+
+
+class SharpMoEError(Exception):
+    """Base of all errors that a user can mend; launchers print it as one line and exit with 2."""
+
+
+class ConfigError(SharpMoEError):
+    """A run file, an override or a DeepSpeed JSON holds something that cannot be run."""
+
+
+class DataError(SharpMoEError):
+    """Images, captions or shards are missing, damaged, or do not fit the run."""
+
+
+class CheckpointError(SharpMoEError):
+    """A checkpoint or a weights file is missing, damaged, or belongs to another model or layout."""
+
+
+class TrainingError(SharpMoEError):
+    """A run cannot go on: a loss or a gradient is not finite."""

@@ -1,0 +1,56 @@
+"""Flow matching. The only file that knows the direction of time: t = 0 is data, t = 1 is noise.
+
+x_t = (1 - t) x0 + t x1 with x1 ~ N(0, I); the target is v = x1 - x0 and the clean prediction x0_hat = x_t - t v
+(SharpMoE, arXiv 2606.26938, section 3; rectified flow). Checkpoints of other conventions are converted where they are
+loaded (`sharpmoe.model.pretrained`), never here.
+"""
+
+import torch
+from torch import Tensor
+
+
+def per_sample(t: Tensor, like: Tensor) -> Tensor:
+    """Shape t (B,) as (B, 1, ...) so that it broadcasts over `like` (B, ...)."""
+    return t.reshape(-1, *([1] * (like.ndim - 1))).to(like.dtype)
+
+
+def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """Noisy latent x_t (B, ...) of data x0 and noise x1 (both (B, ...)) at times t (B,) in [0, 1]."""
+    t = per_sample(t, x0)
+    return (1 - t) * x0 + t * x1
+
+
+def velocity_target(x0: Tensor, x1: Tensor) -> Tensor:
+    """Velocity v = x1 - x0 that the model learns, shape of x0."""
+    return x1 - x0
+
+
+def clean_prediction(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Predicted clean latent x0_hat = x_t - t v; x_t, v (B, ...), t (B,). Not detached."""
+    return x_t - per_sample(t, x_t) * v
+
+
+def sampling_times(num_steps: int) -> Tensor:
+    """Times of a sampler with `num_steps` steps, from noise (1) to data (0): (num_steps + 1,) float32."""
+    return torch.linspace(1, 0, num_steps + 1)
+
+
+def advance(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """Euler step of dx/dt = v from time t to t_next (0-d tensors or (B,)); x_t, v (B, ...)."""
+    return x_t + per_sample(t_next - t, x_t) * v
+
+
+def descending_times(uniform: Tensor, first_time: float) -> Tensor:
+    """Rollout times (T, B), descending in T, from uniform draws (T - 1, B): t_1 = first_time, the rest below it.
+
+    The others are uniform in (0, first_time), so that no later step is noisier than the first.
+    """
+    rest = (uniform * first_time).sort(dim=0, descending=True).values
+    return torch.cat(
+        [torch.full_like(rest[:1] if len(rest) else uniform.new_zeros(1, uniform.shape[1]), first_time), rest]
+    )
+
+
+def logit_normal_times(normal: Tensor) -> Tensor:
+    """Pretraining times in (0, 1) from standard normal draws of any shape: t = sigmoid(n), logit-normal(0, 1)."""
+    return normal.sigmoid()

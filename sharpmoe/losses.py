@@ -1,0 +1,73 @@
+"""The losses. Pure functions of records; nothing here communicates."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sharpmoe.config import LossConfig
+from sharpmoe.moe.routing import Routing
+
+
+def flow_matching(v: Tensor, v_target: Tensor) -> Tensor:
+    """Mean squared error of the velocity, 0-d; both (B, C, H, W). SharpMoE section 3, L_FM."""
+    return functional.mse_loss(v, v_target)
+
+
+def score_mass(records: Sequence[Routing]) -> Tensor:
+    """Routing mass of one step as the paper has it: sum over MoE layers and chosen experts of the score, (B, N)."""
+    return torch.stack([record.gates.sum(-1) for record in records]).sum(0)
+
+
+def count_mass(records: Sequence[Routing], temperature: float) -> Tensor:
+    """Straight-through counts: experts that took each token, summed over MoE layers, (B, N).
+
+    The value is the exact count. The gradient is that of sum_e sigmoid((score - cutoff) / temperature): the indicator
+    itself has none, and a sum of softmax scores cannot grow with the count (their sum over experts is one).
+    """
+    masses = []
+    for record in records:
+        soft = ((record.scores - record.cutoff) / temperature).sigmoid().sum(-1)
+        masses.append(record.routing_map.sum(-1) + (soft - soft.detach()))
+    return torch.stack(masses).sum(0)
+
+
+def routing_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
+    """A of one step, (B, N) float32: what the trajectory routing loss sums over the rollout."""
+    if config.routing_mass == "counts":
+        return count_mass(records, config.count_temperature)
+    return score_mass(records)
+
+
+def trajectory_routing(mass: Tensor, saliency: Tensor, config: LossConfig) -> Tensor:
+    """KL(softmax(mass_scale * A) || softmax(saliency_scale * M)) over the tokens of an image, mean over images.
+
+    SharpMoE's trajectory routing loss. mass A (B, N) summed over the rollout; saliency M (B, N) in [0, 1].
+    """
+    log_p = (config.mass_scale * mass).log_softmax(-1)
+    log_q = (config.saliency_scale * saliency.to(mass.dtype)).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def balance(records: Sequence[Routing]) -> Tensor:
+    """Switch balance loss E * sum_e f_e P_e (arXiv 2101.03961, Eq. 4), summed over MoE layers; token choice only. 0-d.
+
+    The sum over layers and the weight of 0.01 are what ProMoE's TC applies (its recorded gradients agree to 4e-9).
+    """
+    per_layer = []
+    for record in records:
+        share = record.routing_map.flatten(0, 1).to(record.scores.dtype).mean(0)
+        share = share / share.sum()  # top_k > 1: the shares still sum to one
+        per_layer.append(record.scores.shape[-1] * (share * record.scores.flatten(0, 1).mean(0)).sum())
+    return torch.stack(per_layer).sum()
+
+
+def capacity(records: Sequence[Routing]) -> Tensor:
+    """DiffMoE capacity loss: BCE of the predictor against what each expert took, summed over MoE layers. 0-d."""
+    losses = [
+        functional.binary_cross_entropy_with_logits(record.capacity_logits, record.routing_map.to(record.scores.dtype))
+        for record in records
+        if record.capacity_logits is not None
+    ]
+    return torch.stack(losses).sum()

@@ -1,0 +1,1 @@
+"""The diffusion transformer, its embedders, sizes and weight files."""

@@ -1,0 +1,135 @@
+"""Embedders: patches, time, class labels, text."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FREQUENCIES = 256  # width of the sinusoidal time features in every published DiT
+
+
+class ClassCondition(NamedTuple):
+    """Class-conditional input."""
+
+    labels: Tensor  # (B,) int64; num_classes stands for "no class"
+
+
+class TextCondition(NamedTuple):
+    """Text-conditional input."""
+
+    tokens: Tensor  # (B, L, D_text) token states
+    mask: Tensor  # (B, L) bool, True where a token is real
+    pooled: Tensor  # (B, D_pooled)
+
+
+Condition = ClassCondition | TextCondition
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of p x p patches to tokens, row-major over the grid."""
+
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(channels * patch_size**2, width)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Map a latent (B, C, H, W) to tokens (B, N, D)."""
+        return self.proj(patchify(latent, self.patch_size))
+
+
+def patchify(latent: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C p p), features in (channel, row, column) order."""
+    b, c, h, w = latent.shape
+    x = latent.view(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(b, (h // patch) * (w // patch), c * patch * patch)
+
+
+def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
+    """(B, N, p p C) with features in (row, column, channel) order, as DiT's final layer -> (B, C, H, W), square."""
+    b, n, _ = tokens.shape
+    side = math.isqrt(n)
+    x = tokens.view(b, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(b, channels, side * patch, side * patch)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (1, side * side, width) float32, as in MAE and DiT: half for x, half for y."""
+    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    axis = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, width / 4)
+    one_axis = torch.cat([axis.sin(), axis.cos()], dim=1)  # (side, width / 2)
+    along_x = one_axis[None, :].expand(side, side, -1)
+    along_y = one_axis[:, None].expand(side, side, -1)
+    return torch.cat([along_x, along_y], dim=-1).reshape(1, side * side, width).float()
+
+
+class TimeEmbed(nn.Module):
+    """Sinusoidal features of scale * t + shift, then a two-layer SiLU MLP."""
+
+    def __init__(self, width: int, scale: float, shift: float) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map times t (B,) in [0, 1] to (B, D) in the dtype of the weights; the features are made in float32."""
+        half = FREQUENCIES // 2
+        decay = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = (self.scale * t + self.shift)[:, None] * decay
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        embedded: Tensor = self.mlp(features.to(self.dtype))
+        return embedded
+
+
+class LabelEmbed(nn.Module):
+    """Class table, with one more row for "no class" where classes can be dropped."""
+
+    def __init__(self, num_classes: int, width: int, with_null: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + int(with_null), width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Map labels (B,) to (B, D)."""
+        embedded: Tensor = self.table(labels)
+        return embedded
+
+
+class TextEmbed(nn.Module):
+    """Text states to trunk width: token states for cross-attention, pooled text for the modulation."""
+
+    def __init__(self, text_width: int, pooled_width: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.pooled = nn.Sequential(nn.Linear(pooled_width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, condition: TextCondition) -> tuple[Tensor, Tensor]:
+        """Return (token states (B, L, D), pooled (B, D)) in the dtype of the weights."""
+        dtype = next(self.parameters()).dtype
+        return self.tokens(condition.tokens.to(dtype)), self.pooled(condition.pooled.to(dtype))
+
+
+class CrossAttention(nn.Module):
+    """Image tokens attend to text tokens; the output layer starts at zero, so a class trunk can be extended to text."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """X (B, N, D), text (B, L, D), mask (B, L) bool with at least one True per row; returns (B, N, D)."""
+        b, n, d = x.shape
+        q = self.q(x).view(b, n, self.num_heads, -1).transpose(1, 2)
+        k, v = self.kv(text).view(b, text.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(b, n, d))
+        return mixed

@@ -1,0 +1,1 @@
+"""One mixture-of-experts layer: routing rules, router, capacity, dispatch, experts."""

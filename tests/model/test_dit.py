@@ -1,0 +1,150 @@
+"""The backbone: sizes, identity of the saliency router, purity, recomputation, replay."""
+
+import pytest
+import torch
+
+from sharpmoe.config import ModelConfig
+from sharpmoe.model.dit import DiT, count_parameters
+from sharpmoe.model.embed import ClassCondition, TextCondition
+
+PUBLISHED = {  # millions, method.md section 2: class-conditional, 1000 classes, learn_sigma, positions counted
+    ("s", "dense", 8): 32.963,
+    ("b", "dense", 8): 130.512,
+    ("l", "dense", 8): 458.103,
+    ("xl", "dense", 8): 675.130,
+    ("s", "tc", 8): 82.608,
+    ("b", "ec", 8): 328.891,
+    ("l", "tc", 8): 1163.274,
+    ("xl", "ec", 8): 1716.273,
+    ("s", "diffmoe", 8): 83.513,
+    ("b", "diffmoe", 8): 332.472,
+    ("l", "diffmoe", 8): 1175.968,
+    ("xl", "diffmoe", 8): 1734.997,
+    ("s", "diffmoe", 16): 140.265,
+    ("b", "diffmoe", 16): 559.222,
+    ("l", "diffmoe", 16): 1981.962,
+    ("xl", "diffmoe", 16): 2924.986,
+}
+ROUTERS = ("dense", "tc", "ec", "diffmoe")
+
+
+@pytest.mark.parametrize(("preset", "router", "experts"), list(PUBLISHED))
+def test_parameter_counts_are_the_published_ones(preset: str, router: str, experts: int) -> None:
+    config = ModelConfig(
+        preset=preset, router=router, num_experts=experts, conditioning="class", learn_sigma=True, saliency_router=False
+    )
+    with torch.device("meta"):
+        total, active = count_parameters(DiT(config))
+    assert round(total / 1e6, 3) == PUBLISHED[preset, router, experts]
+    assert active <= total
+
+
+def tiny(router: str, conditioning: str = "text", **fields: object) -> DiT:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        width=32, depth=4, num_heads=2, latent_size=8, router=router, num_experts=4, conditioning=conditioning,
+        num_classes=10, text_width=12, pooled_width=6, **fields,
+    )  # fmt: skip
+    model = DiT(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # adaLN-Zero would hide every block
+            if "saliency_router.out" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        for layer in model.moe_layers():
+            if router == "diffmoe":
+                layer.expert_threshold.fill_(0.5)
+    return model
+
+
+def inputs(model: DiT, batch: int = 3) -> tuple:
+    g = torch.Generator().manual_seed(1)
+    x_t, guidance = torch.randn(2, batch, 4, 8, 8, generator=g)
+    t = torch.rand(batch, generator=g)
+    if model.config.conditioning == "class":
+        return x_t, t, ClassCondition(torch.randint(0, 10, (batch,), generator=g)), guidance
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    mask[0, 2:] = False
+    text = torch.randn(batch, 5, 12, generator=g)
+    return x_t, t, TextCondition(text, mask, torch.randn(batch, 6, generator=g)), guidance
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("conditioning", ["class", "text"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_zero_initialised_saliency_router_is_the_base_bitwise(router: str, conditioning: str, training: bool) -> None:
+    model = tiny(router, conditioning).train(training)
+    x_t, t, condition, guidance = inputs(model)
+    base, guided = model(x_t, t, condition), model(x_t, t, condition, guidance)
+    assert torch.equal(base.v, guided.v)
+    for one, other in zip(base.routing, guided.routing, strict=True):
+        assert torch.equal(one.routing_map, other.routing_map)
+
+
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe"])
+def test_saliency_router_hears_the_guidance(router: str) -> None:
+    model = tiny(router)
+    for layer in model.moe_layers():
+        torch.nn.init.normal_(layer.saliency_router.out.weight)
+    x_t, t, condition, guidance = inputs(model)
+    assert not torch.equal(model(x_t, t, condition, guidance).v, model(x_t, t, condition, -guidance).v)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_forward_has_no_side_effects(router: str) -> None:
+    model = tiny(router).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x_t, t, condition, guidance = inputs(model)
+    first = model(x_t, t, condition, guidance).v
+    second = model(x_t, t, condition, guidance).v
+    assert torch.equal(first, second)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_recomputed_blocks_give_the_same_gradients(router: str) -> None:
+    model = tiny(router).train()
+    x_t, t, condition, guidance = inputs(model)
+    gradients = []
+    for recompute in (False, True):
+        model.zero_grad(set_to_none=True)
+        model(x_t, t, condition, guidance, recompute=recompute).v.square().mean().backward()
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
+
+
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe"])
+def test_replayed_routing_is_the_routing(router: str) -> None:
+    model = tiny(router).train()
+    x_t, t, condition, guidance = inputs(model)
+    output = model(x_t, t, condition, guidance)
+    maps = tuple(record.routing_map for record in output.routing)
+    assert torch.equal(output.v, model(x_t, t, condition, guidance, maps).v)
+    other = model(x_t, t, condition, guidance, tuple(m.roll(1, dims=2) for m in maps))
+    assert not torch.equal(output.v, other.v)
+
+
+def test_guidance_is_detached() -> None:
+    model = tiny("diffmoe")
+    for layer in model.moe_layers():
+        torch.nn.init.normal_(layer.saliency_router.out.weight)
+    x_t, t, condition, guidance = inputs(model)
+    guidance.requires_grad_()
+    model(x_t, t, condition, guidance).v.sum().backward()
+    assert guidance.grad is None
+    assert model.moe_layers()[0].saliency_router.out.weight.grad.abs().sum() > 0
+
+
+def test_text_that_is_masked_is_not_heard() -> None:
+    model = tiny("ec")
+    x_t, t, condition, _ = inputs(model)
+    changed = condition.tokens.clone()
+    changed[0, 2:] = 7.0
+    assert torch.equal(model(x_t, t, condition).v, model(x_t, t, condition._replace(tokens=changed)).v)
+
+
+def test_wrong_condition_is_named() -> None:
+    model = tiny("ec", "class")
+    x_t, t, _, _ = inputs(model)
+    with pytest.raises(TypeError, match="ClassCondition"):
+        model(x_t, t, TextCondition(torch.zeros(3, 1, 12), torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 6)))

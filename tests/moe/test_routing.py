@@ -1,0 +1,125 @@
+"""Selection rules and the layer: properties over random shapes, and the dispatch against a dense reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharpmoe.config import ModelConfig
+from sharpmoe.moe.dispatch import LocalDispatcher
+from sharpmoe.moe.experts import Experts
+from sharpmoe.moe.layer import MoELayer
+from sharpmoe.moe.routing import (
+    batch_pool,
+    expert_choice,
+    lowest_accepted,
+    predicted_count,
+    predicted_mask,
+    token_choice,
+    tokens_per_expert,
+)
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(4, 20), st.integers(1, 6))
+
+
+def scores_of(shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.data())
+def test_token_choice_takes_the_best_k(shape: tuple[int, int, int], seed: int, data: st.DataObject) -> None:
+    scores = scores_of(shape, seed)
+    top_k = data.draw(st.integers(1, shape[2]))
+    chosen = token_choice(scores, top_k)
+    assert (chosen.sum(-1) == top_k).all()
+    assert (scores.masked_fill(~chosen, 2).amin(-1) >= scores.masked_fill(chosen, -1).amax(-1)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.floats(0.5, 1.0))
+def test_experts_take_equal_counts_of_their_best(shape: tuple[int, int, int], seed: int, capacity: float) -> None:
+    scores = scores_of(shape, seed)
+    per_image = expert_choice(scores, capacity)
+    assert (per_image.sum(1) == tokens_per_expert(shape[1], shape[2], capacity)).all()
+    pooled = batch_pool(scores, capacity)
+    assert (pooled.sum((0, 1)) == tokens_per_expert(shape[0] * shape[1], shape[2], capacity)).all()
+    for chosen, is_image in ((per_image, True), (pooled, False)):
+        cutoff = lowest_accepted(scores, chosen, per_image=is_image)
+        assert (scores.masked_fill(chosen, -1) <= cutoff).all()
+        assert (scores.masked_fill(~chosen, 2) >= cutoff).all()
+
+
+def test_a_pool_of_one_image_is_expert_choice() -> None:
+    scores = scores_of((1, 16, 4), 0)
+    assert torch.equal(batch_pool(scores, 1.0), expert_choice(scores, 1.0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.floats(0.1, 0.9))
+def test_inference_count_and_mask(shape: tuple[int, int, int], seed: int, level: float) -> None:
+    scores = scores_of(shape, seed)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
+    threshold = torch.full((shape[2],), level)
+    mask, by_count = predicted_mask(logits, threshold), predicted_count(scores, logits, threshold)
+    assert torch.equal(mask.sum((0, 1)), by_count.sum((0, 1)))
+    cutoff = lowest_accepted(scores, by_count, per_image=False)
+    assert (scores.masked_fill(by_count, -1) <= cutoff).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.floats(0, 1))
+def test_local_dispatch_equals_every_expert_on_every_token(seed: int, density: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    experts = Experts(4, 8, 12).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, generator=g)
+    x = torch.randn(10, 8, generator=g, dtype=torch.float64)
+    chosen = torch.rand(10, 4, generator=g) < density
+    gates = torch.rand(10, 4, generator=g, dtype=torch.float64) * chosen
+    y = LocalDispatcher()(x, chosen, gates, experts, None)
+    b1, b2 = experts.w3.split([12, 8], dim=-1)
+    inner = torch.nn.functional.gelu(torch.einsum("rd,efd->erf", x, experts.w1) + b1, approximate="tanh")
+    dense = torch.einsum("erf,edf->erd", inner, experts.w2) + b2
+    torch.testing.assert_close(y, torch.einsum("erd,re->rd", dense, gates), rtol=1e-12, atol=1e-12)
+
+
+def test_equal_counts_and_split_paths_agree() -> None:
+    experts = Experts(3, 8, 12).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(12, 8, dtype=torch.float64)
+    torch.testing.assert_close(experts(rows, [4, 4, 4]), experts._split(rows, [4, 4, 4]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [5, 0, 0, 1]])
+def test_an_expert_without_tokens_still_has_a_gradient(counts: list[int]) -> None:
+    experts = Experts(4, 8, 12)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    experts(torch.randn(sum(counts), 8), counts).sum().backward()
+    assert all(parameter.grad is not None for parameter in experts.parameters())
+    assert experts.w1.grad[1].abs().sum() == 0
+
+
+def test_diffmoe_infers_from_thresholds_and_trains_from_the_pool() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(ModelConfig(width=16, num_heads=2, num_experts=4, router="diffmoe"))
+    h = torch.randn(2, 8, 16)
+    for parameter in layer.experts.parameters():
+        torch.nn.init.normal_(parameter)
+    _, trained = layer.train()(h)
+    assert (trained.routing_map.sum((0, 1)) == 4).all()
+    layer.eval().expert_threshold.fill_(1.1)  # no probability is above it: nobody takes anything
+    y, inferred = layer(h)
+    assert not inferred.routing_map.any()
+    assert (y == 0).all()
+    layer.expert_threshold.fill_(-0.1)
+    assert layer(h)[1].routing_map.all()
+
+
+def test_capacity_predictor_does_not_teach_the_trunk() -> None:
+    layer = MoELayer(ModelConfig(width=16, num_heads=2, num_experts=4, router="diffmoe"))
+    h = torch.randn(2, 8, 16, requires_grad=True)
+    layer.capacity_predictor(h).sum().backward()
+    assert h.grad is None

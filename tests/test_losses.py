@@ -1,0 +1,53 @@
+"""Losses against their definitions."""
+
+import pytest
+import torch
+
+from sharpmoe.config import LossConfig
+from sharpmoe.losses import balance, count_mass, score_mass, trajectory_routing
+from sharpmoe.moe.routing import Routing, expert_choice, lowest_accepted, token_choice
+
+
+def record(scores: torch.Tensor, chosen: torch.Tensor) -> Routing:
+    logits = scores.log()
+    return Routing(logits, logits, scores, scores * chosen, chosen, lowest_accepted(scores, chosen, True), None)
+
+
+def test_kl_is_the_definition_and_zero_at_equality() -> None:
+    mass, saliency = torch.randn(3, 8).double(), torch.rand(3, 8).double()
+    config = LossConfig(mass_scale=0.5, saliency_scale=4.0)
+    p, q = (0.5 * mass).softmax(-1), (4.0 * saliency).softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(trajectory_routing(mass, saliency, config), expected)
+    same = trajectory_routing(saliency * 8.0, saliency, config)
+    assert same.abs() < 1e-15
+
+
+def test_masses_sum_what_the_paper_says() -> None:
+    scores = torch.rand(2, 8, 4).softmax(-1).requires_grad_()
+    chosen = expert_choice(scores.detach(), 1.0)
+    records = [record(scores, chosen), record(scores, chosen)]
+    torch.testing.assert_close(score_mass(records), 2 * (scores * chosen).sum(-1))
+    counts = count_mass(records, 0.05)
+    assert torch.equal(counts.detach(), 2.0 * chosen.sum(-1))
+    counts[0, 0].backward()
+    assert (scores.grad[0, 0] > 0).all()  # a higher score brings a token nearer to every expert
+    assert scores.grad[1].abs().sum() == 0
+
+
+def test_an_expert_without_tokens_gives_no_count_gradient() -> None:
+    scores = torch.rand(1, 8, 4).softmax(-1).requires_grad_()
+    chosen = torch.zeros(1, 8, 4, dtype=torch.bool)
+    count_mass([record(scores, chosen)], 0.05).sum().backward()
+    assert torch.isfinite(scores.grad).all()
+    assert scores.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_balance_is_one_when_even_and_e_when_collapsed(top_k: int) -> None:
+    even = torch.full((1, 4, 4), 0.25)
+    chosen = torch.stack([torch.eye(4).roll(shift, 1) for shift in range(top_k)]).sum(0).bool()[None]
+    torch.testing.assert_close(balance([record(even, chosen)]), torch.tensor(1.0))
+    collapsed = torch.zeros(1, 4, 4)
+    collapsed[..., 0] = 1.0
+    torch.testing.assert_close(balance([record(collapsed, token_choice(collapsed, 1))]), torch.tensor(4.0))
