@@ -117,6 +117,7 @@ class LossConfig(Section):
 
     routing_weight: float = Field(0.001, ge=0)
     routing_mass: Literal["scores", "counts"] = "scores"  # what A sums: the paper's scores, or straight-through counts
+    mass_reduction: Literal["sum", "mean"] = "sum"  # A summed over steps and MoE layers (paper), or its mean over them
     mass_scale: float = Field(1.0, gt=0)  # multiplies A before the softmax
     saliency_scale: float = Field(1.0, gt=0)  # multiplies M before the softmax
     count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts

@@ -40,12 +40,15 @@ def routing_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
     return score_mass(records)
 
 
-def trajectory_routing(mass: Tensor, saliency: Tensor, config: LossConfig) -> Tensor:
+def trajectory_routing(mass: Tensor, saliency: Tensor, config: LossConfig, num_terms: int) -> Tensor:
     """KL(softmax(mass_scale * A) || softmax(saliency_scale * M)) over the tokens of an image, mean over images.
 
-    SharpMoE's trajectory routing loss. mass A (B, N) summed over the rollout; saliency M (B, N) in [0, 1].
+    SharpMoE's trajectory routing loss. mass A (B, N) is the sum of `num_terms` = steps x MoE layers terms; with
+    mass_reduction "mean" it is divided by their number, so that a scale means the same at any depth and T.
+    saliency M (B, N) in [0, 1].
     """
-    log_p = (config.mass_scale * mass).log_softmax(-1)
+    scale = config.mass_scale / (num_terms if config.mass_reduction == "mean" else 1)
+    log_p = (scale * mass).log_softmax(-1)
     log_q = (config.saliency_scale * saliency.to(mass.dtype)).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 

@@ -18,9 +18,11 @@ def test_kl_is_the_definition_and_zero_at_equality() -> None:
     config = LossConfig(mass_scale=0.5, saliency_scale=4.0)
     p, q = (0.5 * mass).softmax(-1), (4.0 * saliency).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(trajectory_routing(mass, saliency, config), expected)
-    same = trajectory_routing(saliency * 8.0, saliency, config)
+    torch.testing.assert_close(trajectory_routing(mass, saliency, config, 7), expected)
+    same = trajectory_routing(saliency * 8.0, saliency, config, 7)
     assert same.abs() < 1e-15
+    mean = LossConfig(mass_scale=3.5, saliency_scale=4.0, mass_reduction="mean")
+    torch.testing.assert_close(trajectory_routing(mass, saliency, mean, 7), expected)
 
 
 def test_masses_sum_what_the_paper_says() -> None:

@@ -22,8 +22,16 @@ class Routing(NamedTuple):
 
     def detach(self) -> "Routing":
         """Return the same record cut from the graph."""
-        required = (field.detach() for field in self[:-1] if field is not None)
-        return Routing(*required, None if self.capacity_logits is None else self.capacity_logits.detach())
+        capacity_logits = None if self.capacity_logits is None else self.capacity_logits.detach()
+        return Routing(
+            self.gate_logits.detach(),
+            self.logits.detach(),
+            self.scores.detach(),
+            self.gates.detach(),
+            self.routing_map,
+            self.cutoff,
+            capacity_logits,
+        )
 
 
 def token_choice(scores: Tensor, top_k: int) -> Tensor:

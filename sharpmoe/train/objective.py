@@ -127,11 +127,20 @@ def loss_terms(outputs: Sequence[StepOutput], saliency: Tensor | None, run: RunC
     capacity = torch.stack([losses.capacity(o.routing) for o in outputs]).mean() if router == "diffmoe" else zero
     routing = zero
     if saliency is not None and has_routing_loss(run):
-        mass = torch.stack([losses.routing_mass(o.routing, run.loss) for o in outputs]).sum(0)
-        routing = losses.trajectory_routing(mass, saliency, run.loss)
+        routing = routing_loss(trajectory_mass(outputs, run), saliency, outputs, run)
     weights = run.loss
     total = flow_loss + weights.balance_weight * balance + weights.capacity_weight * capacity
     return LossTerms(total + weights.routing_weight * routing, flow_loss, routing, balance, capacity)
+
+
+def trajectory_mass(outputs: Sequence[StepOutput], run: RunConfig) -> Tensor:
+    """A of a trajectory, (B, N): the routing mass summed over its steps."""
+    return torch.stack([losses.routing_mass(output.routing, run.loss) for output in outputs]).sum(0)
+
+
+def routing_loss(mass: Tensor, saliency: Tensor, outputs: Sequence[StepOutput], run: RunConfig) -> Tensor:
+    """Trajectory routing loss (0-d, unweighted) of the mass (B, N) that `outputs` collected."""
+    return losses.trajectory_routing(mass, saliency, run.loss, len(outputs) * len(outputs[0].routing))
 
 
 def run_schedule(
@@ -187,10 +196,10 @@ def routing_mass_gradient(outputs: Sequence[StepOutput], saliency: Tensor, run: 
     if not has_routing_loss(run):
         return None
     with torch.no_grad():
-        mass = torch.stack([losses.routing_mass(output.routing, run.loss) for output in outputs]).sum(0)
+        mass = trajectory_mass(outputs, run)
     with torch.enable_grad():
         mass.requires_grad_()
-        loss = run.loss.routing_weight * losses.trajectory_routing(mass, saliency, run.loss)
+        loss = run.loss.routing_weight * routing_loss(mass, saliency, outputs, run)
         return torch.autograd.grad(loss, mass)[0]
 
 

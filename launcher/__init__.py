@@ -1,0 +1,1 @@
+"""Command lines: parse, wire, call. No logic lives here."""

@@ -1,0 +1,86 @@
+"""Draw images from captions: `python launcher/sample.py runs/quickstart --captions "a red apple" "a cat"`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data_pipeline.shards import ShardSet
+from sharpmoe.config import DataConfig, SampleConfig
+from sharpmoe.errors import SharpMoEError
+from sharpmoe.model.pretrained import load_model
+from sharpmoe.report import samples
+from sharpmoe.report.runs import find_source
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, draw, write PNG files and a grid; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(_sample(arguments))
+    except SharpMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> Path:
+    source = find_source(arguments.model, arguments.weights)
+    settings = samples.with_overrides(source.run.sample if source.run else SampleConfig(), _given(arguments))
+    data = source.run.data if source.run else DataConfig()
+    shards = ShardSet.open(arguments.shards or data.shards, data.train_split)
+    model, _ = load_model(source.weights)
+    samples.check_shards(model, shards)
+    wish = samples.Wish(_captions(arguments, settings), tuple(arguments.labels))
+    asked = samples.request(model.config, shards, wish, arguments.device)
+    images = samples.draw(
+        model.to(arguments.device),
+        asked,
+        settings,
+        shards.codec_object().decode,
+        arguments.batch_size,
+        arguments.pool_per_image,
+    )
+    return samples.write(arguments.out or source.folder / "samples" / "drawn", images, wish.titles())[-1]
+
+
+def _captions(arguments: argparse.Namespace, settings: SampleConfig) -> tuple[str, ...]:
+    if arguments.captions_file:
+        return samples.read_captions(arguments.captions_file)
+    return tuple(arguments.captions) or (() if arguments.labels else settings.captions)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, object]:
+    names = {"num_steps": "steps", "method": "method", "cfg_scale": "cfg_scale", "seed": "seed"}
+    given = {field: getattr(arguments, name) for field, name in names.items()}
+    return given | {"guidance_source": arguments.guidance_source}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("model", type=Path, help="run folder, checkpoint folder or .safetensors file")
+    wishes = parser.add_mutually_exclusive_group()
+    wishes.add_argument(
+        "--captions", nargs="+", default=(), help="one image each (default: sample.captions of the run)"
+    )
+    wishes.add_argument("--captions-file", type=Path, help="text file, one caption a line")
+    wishes.add_argument("--labels", nargs="+", type=int, default=(), help="classes, for a class-conditional model")
+    add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run (default: ema)")
+    add("--shards", type=Path, help="prepared shards, for codec and text encoder (default: those of the run)")
+    add("--steps", type=int, help="sampling steps (default: sample.num_steps of the run)")
+    add("--method", choices=("euler", "heun"), help="sampler (default: sample.method)")
+    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is none (default: sample.cfg_scale)")
+    add("--guidance-source", choices=("own", "guided"), help="velocity behind x0_hat (default: sample.guidance_source)")
+    add("--seed", type=int, help="seed of the noise (default: sample.seed)")
+    add("--batch-size", type=int, default=16, help="images per model call (default: 16)")
+    add("--pool-per-image", action="store_true", help="diffmoe: one call per image, so that batches do not matter")
+    add("--out", type=Path, help="folder of the pictures (default: samples/drawn in the run folder)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

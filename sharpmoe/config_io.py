@@ -1,0 +1,311 @@
+"""Read a run: YAML file + dotted overrides -> `RunConfig`; errors become one line. No torch.
+
+Nothing here extends, includes or interpolates: a run file says everything that differs from the defaults in config.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sharpmoe.config import RunConfig
+from sharpmoe.errors import ConfigError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_RUN_CONFIG = PROJECT_ROOT / "configs" / "runs" / "quickstart.yaml"
+
+_TYPE_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text (quote it)",
+    bool: "true | false",
+    type(None): "null",
+}
+
+
+class BatchLayout(NamedTuple):
+    """How one optimizer step's samples are laid out: global_batch = micro_batch * accumulation * world."""
+
+    micro_batch: int  # samples per rank and engine call
+    accumulation: int  # engine calls per optimizer step
+    global_batch: int  # samples per optimizer step, over all ranks
+    world: int  # data-parallel ranks
+
+
+def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `--section.key value` overrides, check everything.
+
+    Args:
+        path: YAML file; None is configs/runs/quickstart.yaml.
+        overrides: command-line words, `--section.key value` or `--section.key=value`; values are parsed as YAML.
+
+    Raises:
+        ConfigError: one line that names the file or override, the key, what was given, what is allowed and the mend.
+    """
+    path = DEFAULT_RUN_CONFIG if path is None else Path(path)
+    given = parse_overrides(overrides)
+    data = _read_yaml(path)
+    for key, value in given.items():
+        _set(data, key.split("."), value)
+    _check_keys(data, str(path), given)
+    _fill_routing_weight(data)
+    try:
+        run = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, str(path), given)) from None
+    _check_across_sections(run, str(path))
+    return run
+
+
+def dump_run_config(run: RunConfig) -> str:
+    """Return the resolved configuration as YAML; `load_run_config` of it gives `run` again."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def batch_arithmetic(run: RunConfig, world: int) -> BatchLayout:
+    """Cut the global batch into micro-batches for `world` data-parallel ranks; without communication.
+
+    Raises:
+        ConfigError: the global batch cannot be cut evenly.
+    """
+    total, micro = run.train.global_batch, run.train.micro_batch
+    if world < 1:
+        raise ConfigError(f"world size is {world}, expected at least 1; start the run with `deepspeed` or `torchrun`")
+    if total % world:
+        raise ConfigError(
+            f"train.global_batch is {total}, which {world} ranks cannot share evenly; "
+            f"set train.global_batch to {_round_up(total, world)}, or start a number of ranks that divides {total}"
+        )
+    share = total // world
+    if micro is None:
+        return BatchLayout(share, 1, total, world)
+    if share % micro:
+        allowed = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+        raise ConfigError(
+            f"train.micro_batch is {micro}, but each of {world} ranks has {share} of the {total} samples of a step; "
+            f"set train.micro_batch to a divisor of {share}: {allowed}"
+        )
+    return BatchLayout(micro, share // micro, total, world)
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Turn `--a.b value` and `--a.b=value` words into {"a.b": value}; the last of two equal keys wins.
+
+    Raises:
+        ConfigError: a word is not an override, has no value, or its value is not YAML.
+    """
+    given: dict[str, Any] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"argument {word!r} is not understood; overrides are written --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ConfigError(f"--{key} has no value; write --{key} VALUE or --{key}=VALUE")
+            text = queue.pop(0)
+        given[key] = _parse_value(key, text)
+    return given
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known name closest to `word`, or "" when none is near."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice (YAML forbids it, PyYAML keeps the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        others = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"run file {path} does not exist{_there_are(others, path.parent)}")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}; mend the syntax there") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections like `train:` with keys below them")
+    return {key: {} if value is None and _sections(RunConfig).get(key) else value for key, value in data.items()}
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key}: {text!r} is not valid YAML: {_yaml_problem(error)}; quote it") from None
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Write `value` at the dotted place; a mapping is merged into the section, anything else replaces."""
+    for key in keys[:-1]:
+        below = data.get(key)
+        data[key] = below = dict(below) if isinstance(below, dict) else {}
+        data = below
+    last, old = keys[-1], data.get(keys[-1])
+    data[last] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Field name -> the section class behind it, or None for a plain value."""
+    kinds = {name: field.annotation for name, field in model.model_fields.items()}
+    return {
+        name: kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None for name, kind in kinds.items()
+    }
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, section in _sections(model).items():
+        keys += [prefix + name] + (_dotted_keys(section, f"{prefix}{name}.") if section else [])
+    return keys
+
+
+def _check_keys(data: Mapping[Any, Any], path: str, given: Mapping[str, Any]) -> None:
+    """Refuse unknown keys before pydantic does, naming the nearest key of the whole configuration."""
+    known = _dotted_keys(RunConfig)
+    for key in [*given, *_written_keys(data, RunConfig)]:
+        if key not in known:
+            raise ConfigError(f"{_place(key, path, given)}: unknown key{_suggest(key, known)}")
+
+
+def _written_keys(node: Mapping[Any, Any], section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in node.items():
+        below = _sections(section).get(name)
+        keys.append(f"{prefix}{name}")
+        keys += _written_keys(value, below, f"{prefix}{name}.") if below and isinstance(value, Mapping) else []
+    return keys
+
+
+def _suggest(dotted: str, known: Sequence[str]) -> str:
+    section, _, leaf = dotted.rpartition(".")
+    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    neighbours = [key for key in known if key.rpartition(".")[0] == section]
+    return nearest(dotted, known) or f"; known here: {', '.join(neighbours) or ', '.join(_sections(RunConfig))}"
+
+
+def _place(dotted: str, path: str, given: Mapping[str, Any]) -> str:
+    """Say where a key was written: the override that holds it, or the file."""
+    if any(dotted == key or dotted.startswith(f"{key}.") for key in given):
+        return f"--{dotted}"
+    return f"{path}: {dotted}"
+
+
+def _one_line(error: ValidationError, path: str, given: Mapping[str, Any]) -> str:
+    return " | ".join(_describe(dict(item), path, given) for item in error.errors()[:3])
+
+
+def _describe(item: dict[str, Any], path: str, given: Mapping[str, Any]) -> str:
+    field = _field_path(item["loc"])
+    place = _place(field, path, given) if field else path
+    if item["type"] == "value_error":  # a check across keys; its message names the keys and the rule
+        return f"{place}: {item['ctx']['error']}"
+    allowed = _allowed(field) or item["msg"]
+    return f"{place}: got {item['input']!r}, allowed: {allowed}; change {field}"
+
+
+def _field_path(loc: Sequence[int | str]) -> str:
+    """Dotted key of an error's location, without indices and the names of union branches."""
+    known, parts, section = _sections(RunConfig), list[str](), True
+    for part in loc:
+        if section and isinstance(part, str) and part in known:
+            parts.append(part)
+            below = known[part]
+            known, section = (_sections(below), True) if below else ({}, False)
+    return ".".join(parts)
+
+
+def _allowed(dotted: str) -> str:
+    """What a key takes, in words: its type or choices, and its bounds."""
+    *sections, name = dotted.split(".")
+    model: type[BaseModel] = RunConfig
+    for section in sections:
+        model = _sections(model)[section] or model
+    field = model.model_fields[name]
+    if _sections(model)[name]:
+        return f"a section with the keys {', '.join(_sections(_sections(model)[name]))}"  # type: ignore[arg-type]
+    bounds = [_bound(item) for item in field.metadata]
+    return " ".join([_type_words(field.annotation), " and ".join(bound for bound in bounds if bound)]).strip()
+
+
+def _bound(item: Any) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return " and ".join(f"{signs[name]} {getattr(item, name)}" for name in signs if hasattr(item, name))
+
+
+def _type_words(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_type_words(part) for part in args)
+    if origin is tuple and args[-1] is Ellipsis:
+        return f"a list of {_type_words(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}: {', '.join(_type_words(part) for part in args)}"
+    if origin is not None:  # Literal
+        return " | ".join(str(choice) for choice in args)
+    return _TYPE_WORDS.get(kind, str(kind))
+
+
+def _fill_routing_weight(data: dict[str, Any]) -> None:
+    """Token choice and dense give every token the same compute: the routing loss is off unless it was asked for."""
+    model, loss = data.get("model") or {}, data.setdefault("loss", {})
+    if isinstance(model, dict) and model.get("router") in ("tc", "dense") and isinstance(loss, dict):
+        loss.setdefault("routing_weight", 0.0)
+
+
+def _check_across_sections(run: RunConfig, path: str) -> None:
+    """Rules between keys of different sections."""
+    if run.model.router in ("tc", "dense") and run.loss.routing_weight > 0:
+        raise ConfigError(
+            f"{path}: loss.routing_weight is {run.loss.routing_weight}, but with model.router {run.model.router} every "
+            "token gets the same compute and the loss has nothing to move; set loss.routing_weight to 0"
+        )
+    if run.stage == "posttrain" and run.checkpoint.init is None and run.checkpoint.resume in ("auto", "none"):
+        raise ConfigError(
+            f"{path}: checkpoint.init is missing: stage posttrain starts from a converged base; name its weights file, "
+            "name a checkpoint to go on from in checkpoint.resume, or set stage: pretrain"
+        )
+    if run.log.sample_every and run.model.conditioning == "text" and not run.sample.captions:
+        raise ConfigError(
+            f"{path}: log.sample_every is {run.log.sample_every}, but sample.captions is empty; "
+            "list the captions to draw, or set log.sample_every to 0"
+        )
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+
+
+def _there_are(names: Sequence[str], folder: Path) -> str:
+    return f"; {folder} holds {', '.join(names)}" if names else f"; {folder} holds no run files"
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -1,0 +1,155 @@
+"""Held-out rollouts with fixed noise, shared fairly and reproducibly between ranks.
+
+The images are cut into the same chunks whatever the number of ranks (DiffMoE pools the tokens of a call, so the chunk
+is part of the measurement), every rank makes the same number of model calls (a partitioned model needs all ranks), and
+each rank fills its rows of tables of zeros that the ranks then add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from data_pipeline.schema import Batch
+from sharpmoe import draws
+from sharpmoe.config import ModelConfig
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.moe.routing import Routing
+from sharpmoe.rollout import Item, StepOutput, rollout
+
+
+class Samples(Protocol):
+    """What is asked of held-out shards; a `data_pipeline.shards.ShardSet` is one."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of the split."""
+        ...
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Read the samples at `indices`."""
+        ...
+
+
+class Share(NamedTuple):
+    """This rank's part of the work."""
+
+    rank: int = 0
+    world: int = 1
+    reduce: Callable[[Tensor], Tensor] = lambda table: table  # sum of a tensor over all ranks, returned on each
+
+
+ALONE = Share()
+
+
+class Chunk(NamedTuple):
+    """Images that share the model calls of one rollout."""
+
+    rows: range  # rows of the tables
+    counted: bool  # False: repeated only so that all ranks make the same number of calls
+
+
+class Observed(NamedTuple):
+    """What held-out rollouts showed: I images, T times, N tokens. The same on every rank, on the CPU."""
+
+    experts: Tensor  # (I, T, N) float32: experts that took the token, summed over MoE layers
+    flow: Tensor  # (I, T) float32: flow-matching loss
+    saliency: Tensor  # (I, N) float32 in [0, 1]
+    foreground: Tensor  # (I, N) float32 in [0, 1], NaN for images without a mask
+
+
+def observe(
+    model: DiT,
+    samples: Samples,
+    indices: Sequence[int],
+    times: Sequence[float],
+    *,
+    seed: int = 0,
+    chunk: int = 16,
+    share: Share = ALONE,
+) -> Observed:
+    """Roll the model out over held-out samples at fixed descending times in (0, 1], as it was trained.
+
+    Step 1 is guided by x_t itself, step k by the model's own x0_hat of step k - 1; a model without a saliency router
+    runs unguided. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share a model call. Runs in
+    eval mode without gradients; the model's mode is restored. Communicates by `share.reduce` alone, once per table.
+    """
+    device = next(model.parameters()).device
+    tables: Observed | None = None
+    with evaluating(model):
+        for rows, counted in chunks_of_rank(len(indices), chunk, share):
+            picked = [indices[row] for row in rows]
+            batch = samples.batch(picked)
+            item = held_out_item(batch, picked, times, model.config, seed, device)
+            seen = _observed(batch, item, rollout(model, item, guided=model.config.saliency_router))
+            tables = tables or Observed(*(part.new_zeros(len(indices), *part.shape[1:]) for part in seen))
+            if counted:
+                for table, part in zip(tables, seen, strict=True):
+                    table[rows.start : rows.stop] = part
+    if tables is None:
+        raise ValueError("no held-out samples to observe")
+    return Observed(*(share.reduce(table.to(device)).cpu() for table in tables))
+
+
+def spread(num_samples: int, count: int) -> list[int]:
+    """At most `count` sample indices, evenly spread over a split of `num_samples`."""
+    count = min(count, num_samples)
+    return [i * num_samples // count for i in range(count)]
+
+
+def chunks_of_rank(num_rows: int, chunk: int, share: Share) -> list[Chunk]:
+    """Chunks of one rank: every world-th of all chunks; the last chunk, uncounted, where a rank would run short."""
+    chunks = [range(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)]
+    mine = range(share.rank, -(-len(chunks) // share.world) * share.world, share.world)
+    return [Chunk(chunks[min(i, len(chunks) - 1)], i < len(chunks)) for i in mine]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into eval mode without gradients for a while, and back into the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def held_out_item(
+    batch: Batch, indices: Sequence[int], times: Sequence[float], config: ModelConfig, seed: int, device: torch.device
+) -> Item:
+    """Trajectories of held-out samples: captions kept, noise keyed by (seed, sample index), the same times for all."""
+    x0 = batch.latent.to(device)
+    x1 = draws.noise(seed, indices, x0.shape[1:], draws.Purpose.VALIDATION_NOISE).to(device)
+    steps = torch.tensor(times, dtype=torch.float32, device=device)[:, None].repeat(1, len(x0))
+    return Item(x0, x1, steps, condition(batch, config, device), batch.saliency.to(device))
+
+
+def condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
+    """Build the condition of a batch that the model takes: its class labels or its captions, nothing dropped."""
+    if config.conditioning == "class":
+        return ClassCondition(batch.label.to(device))
+    return TextCondition(batch.text.to(device), batch.text_mask.to(device), batch.pooled.to(device))
+
+
+def flow_losses(item: Item, steps: Sequence[StepOutput]) -> Tensor:
+    """Flow loss of every image and time (B, T) float32, read off the predictions: x0_hat - x0 = t (v_target - v)."""
+    errors = [(step.x0_hat.float() - item.x0).square().flatten(1).mean(1) for step in steps]
+    return (torch.stack(errors) / item.times.square()).T
+
+
+def experts_per_token(routing: Sequence[Routing]) -> Tensor:
+    """Experts that took each token in one model call (B, N) float32, summed over its MoE layers."""
+    return torch.stack([layer.routing_map.sum(-1) for layer in routing]).sum(0).float()
+
+
+def _observed(batch: Batch, item: Item, steps: Sequence[StepOutput]) -> Observed:
+    dense = torch.zeros_like(item.saliency)  # no MoE layer: no token is taken by an expert
+    experts = torch.stack([experts_per_token(step.routing) if step.routing else dense for step in steps], 1)
+    return Observed(experts.cpu(), flow_losses(item, steps).cpu(), batch.saliency, batch.foreground)

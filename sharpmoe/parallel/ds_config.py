@@ -1,0 +1,276 @@
+"""The DeepSpeed JSON: every key checked, "auto" resolved, keys that the run file owns filled in. No communication.
+
+DeepSpeed accepts an unknown top-level key and goes on with its defaults: `zero_optimisation` means stage 0, and a key
+that the run file owns too would be a second truth. So nothing reaches `deepspeed.initialize` that is not named here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.compile.config import CompileConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from pydantic import ValidationError
+
+from sharpmoe.config import RunConfig
+from sharpmoe.config_io import batch_arithmetic, nearest
+from sharpmoe.errors import ConfigError
+
+AUTO = "auto"
+
+# Keys of the JSON that belong to the run file, and the run file's key for each.
+OWNED_BY_RUN: dict[str, str] = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim.name, optim.impl, optim.lr, ...",
+    "scheduler": "optim.schedule, optim.warmup_steps",
+    "steps_per_print": "log.every",
+    "fp16": "train.precision (fp32 | bf16)",
+    "torch_autocast": "train.precision",
+    "tensorboard": "log.every (each run writes TensorBoard files)",
+}
+
+# Sections with keys below them -> what checks them: a DeepSpeed model (its fields are the allowed keys), or a pinned
+# list where DeepSpeed reads a plain dict. tests/contract pins both against the installed DeepSpeed.
+SECTIONS: dict[str, type[DeepSpeedConfigModel] | frozenset[str]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "comms_logger": CommsLoggerConfig,
+    "compile": CompileConfig,
+    "aio": frozenset(
+        {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"}
+    ),
+    "data_types": frozenset({"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"}),
+    "flops_profiler": frozenset(
+        {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"}
+    ),
+    "timers": frozenset({"throughput"}),
+}
+_NESTED_MODELS: dict[str, type[DeepSpeedConfigModel]] = {
+    "offload_param": DeepSpeedZeroOffloadParamConfig,
+    "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "leaf_module": DeepSpeedZeroLeafModuleConfig,
+}
+
+SCALARS: frozenset[str] = frozenset(
+    {
+        "communication_data_type",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "prescale_gradients",
+        "use_data_before_expert_parallelism",
+        "wall_clock_breakdown",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    }
+)
+
+# Keys of older DeepSpeed versions.
+REMOVED: tuple[str, ...] = (
+    "amp",
+    "compression_training",
+    "curriculum_learning",
+    "eigenvalue",
+    "elasticity",
+    "graph_harvesting",
+    "nebula",
+    "progressive_layer_drop",
+    "quantize_training",
+    "sparse_attention",
+    "sparse_gradients",
+)
+
+# Known to DeepSpeed, now or before, not offered here, and why.
+REFUSED: dict[str, str] = dict.fromkeys(REMOVED, "DeepSpeed 0.19 has dropped it") | {
+    "activation_checkpointing": "use rollout.checkpoint_blocks in the run file",
+    "autotuning": "not supported",
+    "bfloat16": "write bf16",
+    "checkpoint": "checkpoint.* in the run file says how and where to save",
+    "comet": "not supported; TensorBoard files are written",
+    "csv_monitor": "runs/<name>/log.jsonl holds the same",
+    "data_efficiency": "data_pipeline orders and batches the samples",
+    "dataloader_drop_last": "data_pipeline orders and batches the samples",
+    "datastates_ckpt": "not supported",
+    "expert_parallel": "sharpmoe.parallel lays the experts out",
+    "gradient_allreduce_op": "losses are means over the global batch",
+    "hybrid_engine": "not supported",
+    "managed_gradient_accumulation": "the rollout sets the accumulation boundary itself",
+    "pipeline": "not supported",
+    "seq_parallel_communication_data_type": "not supported",
+    "sequence_parallel_size": "not supported",
+    "tensor_parallel": "not supported",
+    "vocabulary_size": "a diffusion model has no vocabulary",
+    "wandb": "not supported; TensorBoard files are written",
+    "weight_quantization": "not supported",
+}
+
+# "auto" inside zero_optimization, by the rules of Hugging Face's integration with the model's width for hidden_size.
+_AUTO_BY_WIDTH: dict[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda width: width * width,
+    "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
+    "stage3_param_persistence_threshold": lambda width: 10 * width,
+}
+
+
+def resolve_ds_config(path: str | Path, run: RunConfig, world: int) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and fill in what the run file owns, for `world` data-parallel ranks.
+
+    Pure: no communication, the same answer on every rank, so a mistake shows on every rank before the first collective.
+
+    Returns:
+        A JSON-serialisable dict for `deepspeed.initialize(config=...)`.
+
+    Raises:
+        ConfigError: one line; missing file, JSON syntax, unknown or foreign key, bad value, impossible batch.
+    """
+    path = Path(path)
+    raw = read_ds_json(path)
+    _check_top_level(raw, path)
+    engine = {key: value for key, value in raw.items() if key not in OWNED_BY_RUN}
+    for name in engine.keys() & SECTIONS.keys():
+        engine[name] = _check_section(name, engine[name], run, path)
+    _check_stage(engine, path)
+    return {"zero_allow_untested_optimizer": True} | engine | _from_run(engine, run, world)
+
+
+def read_ds_json(path: Path) -> dict[str, Any]:
+    """Parse the file as strict JSON: an object, no key twice.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or is not an object.
+    """
+    if not path.is_file():
+        others = sorted(file.name for file in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise ConfigError(f"DeepSpeed file {path} does not exist; {path.parent} holds {', '.join(others) or 'no JSON'}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = {key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1}
+        if twice:
+            raise ConfigError(f"{path}: key {sorted(twice)[0]} stands twice; keep one")
+        return dict(pairs)
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}; mend the syntax there") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f'{path} holds a {type(data).__name__}, expected an object like {{"zero_optimization": ...}}')
+    return data
+
+
+def _check_top_level(raw: Mapping[str, Any], path: Path) -> None:
+    allowed = SCALARS | SECTIONS.keys()
+    for key, value in raw.items():
+        if key in OWNED_BY_RUN:
+            _check_owned(key, value, path)
+        elif key in REFUSED:
+            raise ConfigError(f"{path}: {key} cannot be set here: {REFUSED[key]}; remove it")
+        elif key not in allowed:
+            hint = nearest(key, [*allowed, *OWNED_BY_RUN]) or f"; allowed: {', '.join(sorted(allowed))}"
+            raise ConfigError(f"{path}: unknown key {key}{hint}")
+        elif value == AUTO:
+            raise ConfigError(f'{path}: {key} is "auto", which nothing resolves; write a value or remove the key')
+
+
+def _check_owned(key: str, value: Any, path: Path) -> None:
+    """Let through what says nothing of its own: "auto", or a precision section that is off or "auto"."""
+    silent = (
+        value.get("enabled", False) in (AUTO, False) if isinstance(value, dict) and key == "fp16" else value == AUTO
+    )
+    if not silent:
+        raise ConfigError(f"{path}: {key} belongs to the run file; remove it here and set {OWNED_BY_RUN[key]} there")
+
+
+def _check_section(name: str, section: Any, run: RunConfig, path: Path) -> dict[str, Any]:
+    """Check one section's keys and values; return it with "auto" resolved."""
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: {name} is {section!r}, expected an object with keys like {_some_keys(name)}")
+    kind = SECTIONS[name]
+    _check_names(name, section, kind if isinstance(kind, frozenset) else _field_names(kind), path)
+    for key, model in _NESTED_MODELS.items():
+        if name == "zero_optimization" and isinstance(section.get(key), dict):
+            _check_names(f"{name}.{key}", section[key], _field_names(model), path)
+    section = _resolve_auto(name, section, run, path)
+    if not isinstance(kind, frozenset):
+        _check_values(name, section, kind, path)
+    return section
+
+
+def _check_names(name: str, section: Mapping[str, Any], known: Iterable[str], path: Path) -> None:
+    known = sorted(known)
+    for key in section:
+        if key not in known:
+            hint = nearest(key, known) or f"; known here: {', '.join(known)}"
+            raise ConfigError(f"{path}: unknown key {name}.{key}{hint}")
+
+
+def _resolve_auto(name: str, section: Mapping[str, Any], run: RunConfig, path: Path) -> dict[str, Any]:
+    resolved = dict(section)
+    if name == "bf16" and resolved.pop("enabled", AUTO) != AUTO:
+        raise ConfigError(f"{path}: bf16.enabled belongs to the run file; remove it here and set train.precision there")
+    for key, value in section.items():
+        if value != AUTO or key not in resolved:
+            continue
+        rule = _AUTO_BY_WIDTH.get(key) if name == "zero_optimization" else None
+        if rule is None:
+            raise ConfigError(
+                f'{path}: {name}.{key} is "auto", which nothing resolves; write a value or remove the key '
+                f"(auto is understood for {', '.join(_AUTO_BY_WIDTH)})"
+            )
+        resolved[key] = rule(run.model.width)
+    return resolved
+
+
+def _check_values(name: str, section: Mapping[str, Any], kind: type[DeepSpeedConfigModel], path: Path) -> None:
+    try:
+        kind(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in (name, *first["loc"]))
+        raise ConfigError(f"{path}: {key} is {first['input']!r}: {first['msg']}; change it") from None
+
+
+def _check_stage(engine: Mapping[str, Any], path: Path) -> None:
+    stage = engine.get("zero_optimization", {}).get("stage")
+    if stage not in (2, 3):
+        given = "missing, which DeepSpeed takes for 0" if stage is None else stage
+        raise ConfigError(
+            f"{path}: zero_optimization.stage is {given}, allowed: 2 | 3 (EMA and checkpoints read ZeRO's shards); "
+            "write 2 or 3"
+        )
+
+
+def _from_run(engine: Mapping[str, Any], run: RunConfig, world: int) -> dict[str, Any]:
+    layout = batch_arithmetic(run, world)
+    return {
+        "train_batch_size": layout.global_batch,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": run.optim.clip_norm,
+        "bf16": {**engine.get("bf16", {}), "enabled": run.train.precision == "bf16"},
+    }
+
+
+def _field_names(model: type[DeepSpeedConfigModel]) -> list[str]:
+    """Every spelling that a DeepSpeed model accepts: field names and their aliases."""
+    fields = model.model_fields
+    return [*fields, *(field.alias for field in fields.values() if field.alias)]
+
+
+def _some_keys(name: str) -> str:
+    kind = SECTIONS[name]
+    return ", ".join(sorted(kind if isinstance(kind, frozenset) else _field_names(kind))[:4])

@@ -1,0 +1,89 @@
+"""One static HTML page of a run folder: curves of log.jsonl, allocation tables, sample grids, routing sheets."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from sharpmoe.errors import DataError
+from sharpmoe.evaluation import allocation
+from sharpmoe.report import figures
+from sharpmoe.train.metrics import read_log
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
+img { max-width: 100%; vertical-align: top } figure { margin: 1em 0 } figcaption { color: #666 }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; line-height: 1.35 }
+.curves img { width: 32% }
+"""
+
+
+def build(folder: Path | str) -> Path:
+    """Write <run folder>/report.html and return its path. DataError where the folder holds no log."""
+    folder = Path(folder)
+    log = folder / "log.jsonl"
+    if not log.is_file():
+        raise DataError(f"{folder}: no log.jsonl; expected the folder of a run (runs/<name>)")
+    parts = [
+        f"<h1>{html.escape(folder.resolve().name)}</h1>",
+        _section("Allocation", _allocation(folder / "allocation")),
+        _section("Samples", _pictures(folder, "samples")),
+        _section("Routing: experts per token at each denoising step", _pictures(folder, "routing")),
+        _section("Curves", _curves(read_log(log))),
+        _section("Configuration", _configuration(folder / "config.yaml")),
+    ]
+    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(folder.name)}</title><style>{STYLE}</style>'
+    path = folder / "report.html"
+    path.write_text(page + "\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>\n{body}" if body else ""
+
+
+def _allocation(folder: Path) -> str:
+    """Tables and curves of allocation/*.json, in the order in which they were written."""
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    results = {path.stem: allocation.load(path) for path in files}
+    if not results:
+        return ""
+    return f"<pre>{html.escape(allocation.table(results))}</pre>\n{_embedded(figures.allocation_curves(results))}"
+
+
+def _pictures(folder: Path, kind: str) -> str:
+    """Link the pictures of samples/ or routing/, newest first; single samples in folders below are left out."""
+    files = sorted((folder / kind).glob("*.png"), reverse=True)
+    return "\n".join(
+        f'<figure><img loading="lazy" src="{html.escape(f"{kind}/{path.name}")}">'
+        f"<figcaption>{html.escape(path.stem)}</figcaption></figure>"
+        for path in files
+    )
+
+
+def _curves(log: Mapping[str, Mapping[int, float]]) -> str:
+    """One plot per group of tags (the part before the slash), together in one block."""
+    groups: dict[str, dict[str, Mapping[int, float]]] = {}
+    for tag, points in log.items():
+        group, _, name = tag.partition("/")
+        key = group if group in ("loss", "validation") or group.startswith(("routing", "allocation")) else tag
+        if any(points.values()) or group != "loss":  # losses that a run does not have stay 0
+            groups.setdefault(key, {})[name or tag] = points
+    plots = [_embedded(figures.curves(lines, group)) for group, lines in groups.items()]
+    return f'<div class="curves">{"".join(plots)}</div>' if plots else ""
+
+
+def _configuration(path: Path) -> str:
+    return f"<pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>" if path.is_file() else ""
+
+
+def _embedded(pixels: figures.Pixels) -> str:
+    """Put a picture into the page itself, so that the curves travel with it."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,0 +1,193 @@
+"""Samplers from noise (t = 1) to data (t = 0), carrying the clean prediction that guides the saliency router.
+
+The model is a callable and knows nothing of steps: latents and one x0_hat per classifier-free branch are the state of
+the loop. One sampler is one short function over a `Field`; all about branches and guidance lives in `make_field`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sharpmoe import draws, flow
+from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.model.dit import ModelOutput
+from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+
+
+class Denoiser(Protocol):
+    """What the samplers need of a model; a `DiT` in eval mode is one."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> ModelOutput:
+        """Predict the velocity of x_t (B, C, H, W) at t (B,)."""
+        ...
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of the guided velocity field."""
+
+    velocity: Tensor  # (B, C, H, W) float32, after classifier-free guidance
+    guides: tuple[Tensor, ...]  # x0_hat of each branch, (B, C, H, W) float32: the guidance of the next evaluation
+
+
+Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Evaluation]  # (x_t, t 0-d, guides) -> Evaluation
+
+
+class Guidance(NamedTuple):
+    """How a model is asked for a velocity."""
+
+    cfg_scale: float = 1.0  # v = v_empty + cfg_scale * (v_cond - v_empty); 1 needs no empty branch
+    source: Literal["own", "guided"] = "own"  # which velocity makes the x0_hat that a branch is fed next
+    saliency_router: bool = True  # False: the model has no saliency router, so no guidance is passed
+    pool: Literal["all", "call", "image"] = "call"  # what may share one model call: all branches, one branch, one image
+
+
+def guidance_of(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> Guidance:
+    """Read the guidance settings of a run; only DiffMoE, which pools tokens, keeps the branches apart."""
+    pool: Literal["all", "call", "image"] = "call" if model.router == "diffmoe" else "all"
+    return Guidance(
+        sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool
+    )
+
+
+def empty_condition(cond: Condition, model: ModelConfig, empty_text: tuple[Tensor, Tensor, Tensor] | None) -> Condition:
+    """Build the condition of the unguided branch: the stored empty caption (L, D), (L,), (D,), or the null class."""
+    if isinstance(cond, ClassCondition):
+        return ClassCondition(torch.full_like(cond.labels, model.num_classes))
+    if empty_text is None:
+        raise ValueError("text-conditioned sampling with cfg_scale != 1 needs the embedding of the empty caption")
+    rows = cond.pooled.shape[0]
+    return TextCondition(*(part.to(cond.pooled.device).expand(rows, *part.shape) for part in empty_text))
+
+
+def make_field(model: Denoiser, branches: tuple[Condition, ...], guidance: Guidance) -> Field:
+    """Turn a model and one condition per branch, (cond,) or (cond, empty), into a velocity field.
+
+    Each branch is fed its own x0_hat, made from its own unguided velocity as in training (`source="own"`), or from the
+    guided velocity (`source="guided"`). DiffMoE pools the tokens of a call, so each branch is a call of its own.
+    """
+
+    def field(x: Tensor, t: Tensor, guides: tuple[Tensor, ...]) -> Evaluation:
+        times = t.to(x).expand(x.shape[0])
+        own = _branch_velocities(model, x, times, branches, guides if guidance.saliency_router else None, guidance.pool)
+        v = own[0] if len(own) == 1 else own[1] + guidance.cfg_scale * (own[0] - own[1])
+        sources = own if guidance.source == "own" else (v,) * len(own)
+        return Evaluation(v, tuple(flow.clean_prediction(x, u, times) for u in sources))
+
+    return field
+
+
+def euler(field: Field, x: Tensor, times: Tensor, guides: tuple[Tensor, ...]) -> Tensor:
+    """Integrate dx/dt = v by Euler steps along times (S + 1,) from 1 to 0; x (B, C, H, W) float32."""
+    for t, t_next in pairwise(times):
+        v, guides = field(x, t, guides)
+        x = flow.advance(x, v, t, t_next)
+    return x
+
+
+def heun(field: Field, x: Tensor, times: Tensor, guides: tuple[Tensor, ...]) -> Tensor:
+    """Integrate dx/dt = v by Heun's trapezoid rule (2 S - 1 evaluations); the step into t = 0 is an Euler step.
+
+    Every evaluation is guided by the x0_hat of the evaluation before it, predictor and corrector alike.
+    """
+    for t, t_next in pairwise(times):
+        v, guides = field(x, t, guides)
+        if t_next > 0:
+            corrector, guides = field(flow.advance(x, v, t, t_next), t_next, guides)
+            v = (v + corrector) / 2
+        x = flow.advance(x, v, t, t_next)
+    return x
+
+
+SAMPLERS: dict[str, Callable[[Field, Tensor, Tensor, tuple[Tensor, ...]], Tensor]] = {"euler": euler, "heun": heun}
+
+
+class Request(NamedTuple):
+    """What to draw: one image per row of `cond`, whose noise is keyed by (seed, index)."""
+
+    cond: Condition
+    empty: Condition | None  # rows as cond; None where cfg_scale is 1
+    indices: tuple[int, ...]
+
+
+def caption_request(
+    text: tuple[Tensor, Tensor, Tensor], empty_text: tuple[Tensor, Tensor, Tensor], config: ModelConfig
+) -> Request:
+    """Ask for one image per encoded caption, (B, L, D), (B, L), (B, D_pooled); indices are 0 .. B - 1."""
+    cond = TextCondition(*text)
+    return Request(cond, empty_condition(cond, config, empty_text), tuple(range(len(cond.pooled))))
+
+
+@torch.no_grad()
+def generate(
+    model: Denoiser,
+    config: ModelConfig,
+    sample: SampleConfig,
+    request: Request,
+    *,
+    batch_size: int = 16,
+    pool_per_image: bool = False,
+) -> Tensor:
+    """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images per model call and branch.
+
+    Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
+    pools the tokens of a call and is the one exception, unless `pool_per_image` gives every image a call of its own.
+    The model must be in eval mode. Nothing is communicated; every rank of a partitioned model must take part.
+    """
+    guidance = guidance_of(config, sample, pool_per_image=pool_per_image)
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    parts = []
+    for start in range(0, len(request.indices), batch_size):
+        rows = slice(start, start + batch_size)
+        cond, empty = _take(request.cond, rows), None if request.empty is None else _take(request.empty, rows)
+        branches = (cond,) if empty is None or guidance.cfg_scale == 1 else (cond, empty)
+        noise = initial_noise(sample.seed, request.indices[rows], shape).to(cond[0].device)
+        field = make_field(model, branches, guidance)
+        times = flow.sampling_times(sample.num_steps).to(noise)
+        parts.append(SAMPLERS[sample.method](field, noise, times, (noise,) * len(branches)))
+    return torch.cat(parts)
+
+
+def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Draw x1 (B, C, H, W) float32 on the CPU, each row from (seed, index) alone."""
+    return draws.noise(seed, indices, shape, draws.Purpose.SAMPLE_NOISE)
+
+
+def _branch_velocities(
+    model: Denoiser, x: Tensor, t: Tensor, branches: tuple[Condition, ...], guides: tuple[Tensor, ...] | None, pool: str
+) -> tuple[Tensor, ...]:
+    rows = [(x, t, cond, None if guides is None else guides[i]) for i, cond in enumerate(branches)]
+    if pool == "image":
+        return tuple(torch.cat([model(*_row(row, i)).v.float() for i in range(x.shape[0])]) for row in rows)
+    if pool == "call" or len(rows) == 1:
+        return tuple(model(*row).v.float() for row in rows)
+    joined_guides = None if guides is None else torch.cat(guides)
+    joined = model(torch.cat([x] * len(rows)), torch.cat([t] * len(rows)), _join(branches), joined_guides).v.float()
+    return joined.chunk(len(rows))
+
+
+def _row(
+    row: tuple[Tensor, Tensor, Condition, Tensor | None], i: int
+) -> tuple[Tensor, Tensor, Condition, Tensor | None]:
+    x, t, cond, guide = row
+    one = slice(i, i + 1)
+    return x[one], t[one], _take(cond, one), None if guide is None else guide[one]
+
+
+def _take(cond: Condition, rows: slice) -> Condition:
+    return type(cond)(*(part[rows] for part in cond))
+
+
+def _join(branches: tuple[Condition, ...]) -> Condition:
+    if isinstance(branches[0], ClassCondition):
+        return ClassCondition(torch.cat([b[0] for b in branches]))
+    texts = [b for b in branches if isinstance(b, TextCondition)]
+    length = max(b.mask.shape[1] for b in texts)
+    tokens = [F.pad(b.tokens, (0, 0, 0, length - b.tokens.shape[1])) for b in texts]
+    masks = [F.pad(b.mask, (0, length - b.mask.shape[1])) for b in texts]
+    return TextCondition(torch.cat(tokens), torch.cat(masks), torch.cat([b.pooled for b in texts]))

@@ -1,0 +1,108 @@
+"""One optimizer step: micro-batches, the one exchange of figures between ranks, and everything that moves once."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_pipeline.schema import Batch
+from sharpmoe import draws
+from sharpmoe.config import RunConfig
+from sharpmoe.errors import TrainingError
+from sharpmoe.moe.capacity import update_thresholds
+from sharpmoe.parallel.engine import Engine
+from sharpmoe.parallel.launch import sum_over_ranks
+from sharpmoe.rollout import Item
+from sharpmoe.train.ema import ShardEma
+from sharpmoe.train.metrics import routing_sums
+from sharpmoe.train.objective import LossTerms, Objective, StepRecord, make_item, run_schedule
+from sharpmoe.train.schedule import learning_rate
+
+EmptyText = tuple[Tensor, Tensor, Tensor]
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step tells, the same on every rank."""
+
+    losses: dict[str, float]  # mean over the global batch
+    grad_norm: float  # before clipping
+    lr: float
+    routing: Tensor | None  # (MoE layers, 4 + E) float64 sums over the global batch, where they were asked for
+
+
+class _Exchange(NamedTuple):
+    """Figures of a step after the one all-reduce."""
+
+    losses: Tensor  # (5,) float64, mean over micro-batches and ranks
+    thresholds: Tensor | None  # (MoE layers, E) float64, likewise
+    routing: Tensor | None  # (MoE layers, 4 + E) float64, summed
+
+
+def prepare(batches: Sequence[Batch], empty_text: EmptyText, run: RunConfig, device: torch.device) -> list[Item]:
+    """Move a step's micro-batches to the device and draw their randomness. Raises DataError; no communication."""
+    return [make_item(to_device(batch, device), empty_text, run) for batch in batches]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch's tensors; keys and captions stay."""
+    return Batch(*(field.to(device, non_blocking=True) if isinstance(field, Tensor) else field for field in batch))
+
+
+def train_step(
+    engine: Engine, objective: Objective, ema: ShardEma, items: Sequence[Item], step: int, with_routing: bool
+) -> StepResult:
+    """Train on the micro-batches `items` as optimizer step `step` (0 is the first) and move thresholds and EMA once.
+
+    Communicates: the engine's collectives and one all-reduce of figures. Raises TrainingError on every rank where a loss
+    or the gradient is not finite; the weights are then unchanged.
+    """
+    run = objective.run
+    engine.train()
+    records = [_run_micro(engine, objective, item, step, last=item is items[-1]) for item in items]
+    exchange = _exchange(records, engine, run, with_routing)
+    losses = dict(zip(LossTerms._fields, exchange.losses.tolist(), strict=True))
+    _check_finite(losses, step)
+    lr = learning_rate(run.optim, step, run.train.steps)
+    grad_norm = engine.step(lr)
+    if exchange.thresholds is not None:
+        buffers = [layer.expert_threshold for layer in objective.model.moe_layers()]
+        update_thresholds(buffers, exchange.thresholds, run.optim.threshold_decay)
+    ema.update()
+    return StepResult(losses, grad_norm, lr, exchange.routing)
+
+
+def _run_micro(engine: Engine, objective: Objective, item: Item, step: int, last: bool) -> StepRecord:
+    run = objective.run
+    segment = run.rollout.segment_steps
+    block = 0 if segment is None else draws.rollout_block(run.seed, step, len(item.times) // segment)
+
+    def backward(loss: Tensor, last_of_micro: bool) -> None:
+        engine.backward(loss, last and last_of_micro)
+
+    return run_schedule(engine, item, run, backward, guided=objective.guided, block=block)
+
+
+def _exchange(records: Sequence[StepRecord], engine: Engine, run: RunConfig, with_routing: bool) -> _Exchange:
+    """Average loss terms and threshold candidates, add up routing sums: one float64 vector, one all-reduce."""
+    terms = torch.stack([torch.stack(list(record.terms)).double() for record in records]).mean(0)
+    candidates = [record.thresholds.double() for record in records if record.thresholds is not None]
+    thresholds = torch.stack(candidates).mean(0) if candidates else terms.new_zeros(0)
+    sums = [routing_sums(record.routing, run.model) for record in records] if with_routing else [terms.new_zeros(0)]
+    routing = torch.stack(sums).sum(0)
+    parts = [terms / engine.world.size, thresholds / engine.world.size, routing]
+    total = sum_over_ranks(torch.cat([part.flatten() for part in parts]), engine.world)
+    pieces = total.split([part.numel() for part in parts])
+    return _Exchange(
+        pieces[0],
+        pieces[1].view_as(thresholds) if candidates else None,
+        pieces[2].view_as(routing) if with_routing and routing.numel() else None,
+    )
+
+
+def _check_finite(losses: dict[str, float], step: int) -> None:
+    bad = [name for name, value in losses.items() if not torch.isfinite(torch.tensor(value))]
+    if bad:
+        raise TrainingError(
+            f"step {step + 1}: loss {bad[-1]} is not finite; nothing was saved from it: lower optim.lr, or look at the data"
+        )

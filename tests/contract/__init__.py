@@ -1,0 +1,1 @@
+"""Tests that pin what users and other files rely on: imports, shipped configs, pinned versions, commands."""

@@ -1,0 +1,72 @@
+"""Every file in configs/ can be run as it stands."""
+
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from sharpmoe.config import RunConfig
+from sharpmoe.config_io import DEFAULT_RUN_CONFIG, dump_run_config, load_run_config
+from sharpmoe.model.pretrained import read_weights
+from sharpmoe.parallel.ds_config import read_ds_json, resolve_ds_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+ENGINES = sorted((ROOT / "configs").glob("zero*.json"))
+HEADER = ("# Question", "# Paper", "# Cost", "# Command", "# Expected")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_run_file_is_a_lab_note_that_loads(path, tmp_path):
+    run = load_run_config(path)
+    assert run.name == path.stem
+    head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert [word for word in HEADER if not any(line.startswith(word) for line in head)] == []
+    (tmp_path / "resolved.yaml").write_text(dump_run_config(run), encoding="utf-8")
+    assert load_run_config(tmp_path / "resolved.yaml") == run
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_every_engine_file_fits_every_run_file(path, engine, world):
+    resolved = resolve_ds_config(engine, load_run_config(path), world)
+    # DeepSpeed asks torch.distributed for the world size and finds one rank here.
+    triple = {"train_batch_size": resolved["train_batch_size"] // world}
+    parsed = DeepSpeedConfig(resolved | triple)
+    assert parsed.zero_optimization_stage == int(engine.stem.removeprefix("zero"))
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda path: path.stem)
+def test_engine_files_hold_engine_keys_only(engine):
+    assert set(read_ds_json(engine)) == {"zero_optimization"}
+
+
+def test_zero3_gathers_a_rollout_once():
+    """The limits must be at least the model's size, or every rollout step gathers all parameters again."""
+    zero = read_ds_json(ROOT / "configs" / "zero3.json")["zero_optimization"]
+    assert min(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]) >= 1_000_000_000
+
+
+def comparable(name: str) -> RunConfig:
+    run = load_run_config(ROOT / "configs" / "runs" / f"{name}.yaml")
+    model = run.model.model_copy(update={"saliency_router": True})
+    return run.model_copy(update={"name": "", "model": model, "loss": RunConfig().loss})
+
+
+@pytest.mark.parametrize("name", ["posttrain-router", "posttrain-full"])
+def test_the_three_post_training_runs_differ_in_one_thing_each(name):
+    assert comparable(name) == comparable("posttrain-plain")
+
+
+def test_quickstart_is_the_default():
+    assert DEFAULT_RUN_CONFIG.stem == "quickstart"
+    assert load_run_config(None).name == "quickstart"
+
+
+def test_the_shipped_base_is_small_and_fits_quickstart():
+    run = load_run_config(None)
+    path = ROOT / str(run.checkpoint.init)
+    assert path.stat().st_size < 10_000_000
+    _, config, _ = read_weights(path)
+    assert config.model_copy(update={"saliency_router": True}) == run.model

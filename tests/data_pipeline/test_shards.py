@@ -1,0 +1,286 @@
+import hashlib
+import io
+import json
+import multiprocessing
+import pickle
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.images import load_picture
+from data_pipeline.shards import ShardSet, order, sample_indices
+from data_pipeline.write import prepare
+from sharpmoe.errors import DataError
+from sharpmoe.saliency import saliency_map, token_mask
+from tests.fixtures_data import ShapesSource, make_shards, shapes_recipe
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_shards(tmp_path / "d")
+
+
+@pytest.fixture
+def shards(folder: Path) -> ShardSet:
+    return ShardSet.open(folder, "train")
+
+
+def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def replace_member(folder: Path, shard: str, member: str, content: bytes) -> str:
+    """Put other bytes of the same size into the first sample and mend all checksums; returns its key."""
+    tar, table = folder / f"{shard}.tar", folder / f"{shard}.json"
+    record = json.loads(table.read_text())
+    key, places = record["samples"][0]
+    offset, size, _ = places[member]
+    assert len(content) == size
+    data = bytearray(tar.read_bytes())
+    data[offset : offset + size] = content
+    tar.write_bytes(data)
+    places[member][2] = zlib.crc32(content)
+    table.write_text(json.dumps(record))
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["shards"]:
+        if entry["name"] == shard:
+            entry["table_sha256"] = hashlib.sha256(table.read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index))
+    return str(key)
+
+
+def npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_types(shards: ShardSet) -> None:
+    assert (shards.num_samples, shards.latent_shape, shards.grid) == (20, (4, 8, 8), (4, 4))
+    assert (shards.text_length, shards.text_width, shards.pooled_width) == (4, 32, 32)
+    assert shards.splits == {"train": 20, "unseen": 4}
+    batch = shards.batch([3, 0, 19])
+    assert batch.latent.shape == (3, 4, 8, 8)
+    assert batch.text.shape == (3, 4, 32)
+    assert batch.text_mask.shape == (3, 4)
+    assert batch.pooled.shape == (3, 32)
+    assert batch.saliency.shape == batch.foreground.shape == (3, 16)
+    assert batch.position.tolist() == [3, 0, 19]
+    assert shards.batch([3, 0], [100, 101]).position.tolist() == [100, 101]
+    for tensor in (batch.latent, batch.text, batch.pooled, batch.saliency, batch.foreground):
+        assert tensor.dtype == torch.float32
+    assert batch.text_mask.dtype == torch.bool
+    assert batch.label.dtype == batch.position.dtype == torch.int64
+    assert torch.equal(batch.latent[1], shards.batch([0]).latent[0])
+
+
+def test_values_are_those_of_the_pictures(shards: ShardSet) -> None:
+    items = {item.key: item for item in ShapesSource().listing().items}
+    batch = shards.batch(range(20))
+    pictures = [load_picture(items[key].image, 32) for key in batch.keys]
+    images = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+    alpha = torch.from_numpy(np.stack([picture.alpha for picture in pictures]))
+    assert torch.equal(batch.saliency, saliency_map(images, (4, 4)))
+    assert torch.equal(batch.foreground, token_mask(alpha, (4, 4)))
+    assert torch.allclose(batch.latent, shards.codec_object().encode(images), atol=2e-3, rtol=1e-3)
+    text = shards.text_encoder().encode(list(batch.captions))
+    assert torch.equal(text.mask, batch.text_mask)
+    assert torch.allclose(text.states, batch.text, atol=2e-3)
+    assert torch.allclose(text.pooled, batch.pooled)
+    assert [items[key].caption for key in batch.keys] == list(batch.captions)
+    assert [items[key].label for key in batch.keys] == batch.label.tolist()
+    assert batch.latent.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_the_empty_caption(shards: ShardSet) -> None:
+    text, mask, pooled = shards.empty_text()
+    assert text.shape == (4, 32)
+    assert mask.tolist() == [True, False, False, False]
+    assert torch.allclose(pooled, shards.text_encoder().encode([""]).pooled[0])
+    assert text[0].abs().sum() > 0
+
+
+def test_images_without_alpha_have_no_foreground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.write.load_picture", lambda *a: load_picture(*a)._replace(alpha=None))
+    batch = ShardSet.open(make_shards(tmp_path / "d"), "train").batch([0, 1])
+    assert batch.foreground.isnan().all()
+    assert batch.saliency.isfinite().all()
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_is_a_permutation_and_they_differ() -> None:
+    orders = [order((5, 3, 0, 7), 1, epoch) for epoch in range(3)]
+    assert all(sorted(one) == list(range(15)) for one in orders)
+    assert len({tuple(one) for one in [*orders, order((5, 3, 0, 7), 2, 0)]}) == 4
+
+
+def test_the_order_is_fixed_for_ever() -> None:
+    assert order((3, 3, 2), 7, 1).tolist() == [4, 7, 6, 2, 5, 1, 3, 0]
+
+
+def test_samples_stay_within_blocks_of_shards() -> None:
+    shard_of = np.repeat(np.arange(6), 10)
+    blocks = order((10,) * 6, 0, 0, block=2).reshape(3, 20)
+    assert all(len(set(shard_of[block])) == 2 for block in blocks)
+
+
+def test_positions_run_through_epochs() -> None:
+    indices = sample_indices((4, 3), 5, range(3 * 7 + 2))
+    assert Counter(indices[:21]) == Counter(list(range(7)) * 3)
+    assert indices[7:14] == order((4, 3), 5, 1).tolist()
+
+
+# --- what can be wrong ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_was_never_prepared(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no index.json; run `python launcher/prepare.py --out") as error:
+        ShardSet.open(tmp_path, "train")
+    one_line(error)
+
+
+def test_a_split_that_does_not_exist(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"no samples in split 'val'; it has train \(20\), unseen \(4\)") as error:
+        ShardSet.open(folder, "val")
+    one_line(error)
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    (folder / "train-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"train-00001.tar: shard is missing; run launcher/prepare.py") as error:
+        ShardSet.open(folder, "train")
+    one_line(error)
+    ShardSet.open(folder, "unseen")
+
+
+def test_a_shard_cut_short(folder: Path) -> None:
+    path = folder / "train-00001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(DataError, match=r"train-00001.tar: shard has \d+ bytes, expected \d+") as error:
+        ShardSet.open(folder, "train")
+    one_line(error)
+
+
+def test_a_shard_that_goes_away_after_opening(folder: Path, shards: ShardSet) -> None:
+    (folder / "train-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"train-00000.tar: shard cannot be opened"):
+        shards.batch([0])
+
+
+def test_flipped_bytes_name_shard_and_key(folder: Path, shards: ShardSet) -> None:
+    key, places = json.loads((folder / "train-00000.json").read_text())["samples"][0]
+    path = folder / "train-00000.tar"
+    data = bytearray(path.read_bytes())
+    data[places["latent.npy"][0] + 200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"train-00000.tar, key {key}.latent.npy: checksum differs") as error:
+        shards.batch([0])
+    one_line(error)
+    with pytest.raises(DataError, match=r"train-00000.tar: sha256 differs"):
+        shards.verify()
+    shards.batch([1])
+
+
+def test_verify_accepts_whole_shards(shards: ShardSet) -> None:
+    shards.verify()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_latent_that_is_not_finite(folder: Path, value: float) -> None:
+    latent = np.zeros((4, 8, 8), dtype=np.float16)
+    latent[1, 2, 3] = value
+    key = replace_member(folder, "train-00000", "latent.npy", npy(latent))
+    with pytest.raises(DataError, match=rf"train-00000.tar, key {key}.latent.npy: holds NaN or infinity") as error:
+        ShardSet.open(folder, "train").batch([0])
+    one_line(error)
+
+
+def test_a_latent_of_another_shape(folder: Path) -> None:
+    key = replace_member(folder, "train-00000", "latent.npy", npy(np.zeros((8, 4, 8), dtype=np.float16)))
+    with pytest.raises(DataError, match=rf"key {key}.latent.npy: shape \(8, 4, 8\), expected \(4, 8, 8\)"):
+        ShardSet.open(folder, "train").batch([0])
+
+
+def test_pickles_are_never_loaded(folder: Path) -> None:
+    size = json.loads((folder / "train-00000.json").read_text())["samples"][0][1]["latent.npy"][1]
+    content = npy(np.array([{"a": 1}], dtype=object))
+    replace_member(folder, "train-00000", "latent.npy", content + b"\0" * (size - len(content)))
+    with pytest.raises(DataError, match=r"not a plain .npy array \(Object arrays cannot be loaded"):
+        ShardSet.open(folder, "train").batch([0])
+
+
+def test_a_wrong_codec_or_encoder(shards: ShardSet, tmp_path: Path) -> None:
+    shards.require(shards.codec, shards.encoder)
+    with pytest.raises(DataError, match=r"wrong codec in .*channels is 4, expected 16") as error:
+        shards.require(codec={**shards.codec, "channels": 16})
+    one_line(error)
+    with pytest.raises(DataError, match=r"wrong text encoder in .*width is 32, expected 384"):
+        shards.require(encoder={**shards.encoder, "width": 384})
+
+
+def test_a_codec_file_of_other_shards(shards: ShardSet, folder: Path, tmp_path: Path) -> None:
+    other = make_shards(tmp_path / "other", num_images=30)
+    (folder / "codec.safetensors").write_bytes((other / "codec.safetensors").read_bytes())
+    with pytest.raises(DataError, match=r"wrong codec in .*codec.safetensors: sha256 is"):
+        shards.codec_object()
+
+
+@pytest.mark.parametrize("name", ["index.json", "train-00000.json", "empty_text.npz"])
+def test_other_damaged_files(name: str, folder: Path) -> None:
+    (folder / name).write_bytes(b"{" + (folder / name).read_bytes()[:-5])
+    with pytest.raises(DataError, match=rf"{name}: .*damaged") as error:
+        ShardSet.open(folder, "train").empty_text()
+    one_line(error)
+
+
+def test_another_schema(folder: Path) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "schema": 99}))
+    with pytest.raises(DataError, match="schema 99, expected 1"):
+        ShardSet.open(folder, "train")
+
+
+def test_an_index_out_of_range(shards: ShardSet) -> None:
+    for index in (-1, 20):
+        with pytest.raises(IndexError):
+            shards.batch([index])
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def _first_latent(shards: ShardSet) -> float:
+    return float(shards.batch([0]).latent.sum())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_it_may_be_used_in_other_processes(shards: ShardSet, method: str) -> None:
+    here = _first_latent(shards)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(_first_latent, (shards,)) == here
+    assert _first_latent(pickle.loads(pickle.dumps(shards))) == _first_latent(shards) == here
+
+
+def test_files_are_closed(folder: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        ShardSet.open(folder, "train").batch(range(20))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path, folder: Path) -> None:
+    same, other = make_shards(tmp_path / "a"), tmp_path / "b"
+    prepare(ShapesSource(), other, shapes_recipe()._replace(limit=23))
+    first = ShardSet.open(folder, "train").fingerprint
+    assert ShardSet.open(same, "train").fingerprint == first
+    assert ShardSet.open(other, "train").fingerprint != first

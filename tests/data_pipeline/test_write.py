@@ -1,0 +1,245 @@
+import fcntl
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+import data_pipeline.write as write
+from data_pipeline.encode import Pixel
+from data_pipeline.shards import ShardSet
+from data_pipeline.sources import Listing, Skipped
+from data_pipeline.write import prepare
+from sharpmoe.errors import DataError
+from tests.fixtures_data import ShapesSource, make_shards, shapes_recipe
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class Stop(BaseException):
+    """A killed process."""
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, name: str = "_write_shard") -> None:
+    real, calls = getattr(write, name), []
+
+    def limited(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) > count:
+            raise Stop
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(write, name, limited)
+
+
+def test_what_lies_in_a_shard(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    with tarfile.open(folder / "train-00000.tar") as archive:
+        names = archive.getnames()
+    assert {name.split(".", 1)[1] for name in names} == {
+        *("latent.npy", "text.npy", "pooled.npy", "saliency.npy", "foreground.npy", "json", "txt")
+    }
+    assert {path.name for path in folder.iterdir()} == {
+        *(".lock", "recipe.json", "codec.safetensors", "empty_text.npz", "index.json", "unseen-00000.tar"),
+        *("unseen-00000.json", "train-00000.tar", "train-00000.json", "train-00001.tar", "train-00001.json"),
+        *("train-00002.tar", "train-00002.json"),
+    }
+
+
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    shards = ShardSet.open(folder, "train")
+    read = list(webdataset.WebDataset(str(folder / "train-00000.tar"), shardshuffle=False))
+    assert len(read) == shards.shard_sizes[0]
+    ours = shards.batch([0])
+    assert read[0]["__key__"] == ours.keys[0]
+    assert read[0]["txt"].decode() == ours.captions[0]
+    latent = np.lib.format.read_array(io.BytesIO(read[0]["latent.npy"]), allow_pickle=False)
+    assert latent.dtype == np.float16
+    assert torch.equal(torch.from_numpy(latent).float(), ours.latent[0])
+
+
+def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    assert contents(make_shards(tmp_path / "a")) == contents(make_shards(tmp_path / "b"))
+
+
+def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_shards(tmp_path / "d")
+    before = contents(folder)
+    monkeypatch.setattr(ShapesSource, "listing", None)
+    done = prepare(ShapesSource(), folder, shapes_recipe())
+    assert not done.worked
+    assert done.splits == {"train": 20, "unseen": 4}
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("finished", [0, 1, 3])
+def test_a_killed_run_goes_on_after_its_last_shard(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(make_shards(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(finished, patch)
+        with pytest.raises(Stop):
+            make_shards(tmp_path / "d")
+    assert not (tmp_path / "d" / "index.json").exists()
+    stop_after(4 - finished, monkeypatch)
+    assert contents(make_shards(tmp_path / "d")) == whole
+
+
+@pytest.mark.parametrize("written", range(12))
+def test_a_run_killed_before_any_file_goes_on(written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = contents(make_shards(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(written, patch, "write_atomic")
+        with pytest.raises(Stop):
+            make_shards(tmp_path / "d")
+    assert contents(make_shards(tmp_path / "d")) == whole
+
+
+@pytest.mark.parametrize("name", ["train-00001.tar", "train-00001.json", "codec.safetensors", "empty_text.npz"])
+def test_a_deleted_file_is_written_again(name: str, tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    before = contents(folder)
+    (folder / name).unlink()
+    assert prepare(ShapesSource(), folder, shapes_recipe()).worked
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"image_size": 64}, "image_size = 32, now asked for 64"),
+        ({"patch_size": 1}, "patch_size = 2"),
+        ({"codec": {"kind": "pixel"}}, "codec.channels = 4"),
+        ({"codec": {"kind": "patch_pca", "patch": 4, "channels": 4, "whiten": 1.0}}, "codec.whiten = 0.5"),
+        ({"encoder": {"kind": "hash", "width": 32, "max_length": 8}}, "encoder.max_length = 16"),
+        ({"shard_samples": 16}, "shard_samples = 8"),
+        ({"limit": 3}, "limit = None"),
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_two_configurations_never_mix(change: dict[str, Any], key: str, complete: bool, tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    if not complete:
+        (folder / "index.json").unlink()
+    before = contents(folder)
+    with pytest.raises(DataError, match=key):
+        prepare(ShapesSource(), folder, shapes_recipe()._replace(**change))
+    assert contents(folder) == before
+
+
+def test_another_source_never_mixes(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    with pytest.raises(DataError, match="source.num_images = 24, now asked for 25"):
+        prepare(ShapesSource(25), folder, shapes_recipe())
+
+
+def test_shards_without_a_recipe_are_not_trusted(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    (folder / "recipe.json").unlink()
+    with pytest.raises(DataError, match="holds shards but no recipe.json"):
+        make_shards(folder)
+
+
+def test_a_refused_configuration_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="patch size 3 does not divide the 8x8 latent"):
+        make_shards(tmp_path / "d", patch_size=3)
+    with pytest.raises(DataError, match="multiple of 4"):
+        make_shards(tmp_path / "d", size=30)
+    make_shards(tmp_path / "d")
+
+
+@pytest.mark.parametrize("change", [{"limit": 0}, {"image_size": -1}, {"shard_samples": 0}, {"patch_size": 0}])
+def test_numbers_that_cannot_be(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="whole number from 1 up"):
+        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(**change))
+
+
+def test_unreadable_pictures_are_skipped_and_listed(tmp_path: Path) -> None:
+    recipe = shapes_recipe()._replace(max_bad_share=0.1)
+    done = prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", recipe)
+    assert done.splits == {"train": 18, "unseen": 4}
+    assert {entry.name for entry in done.skipped} == {"shape-0003", "shape-0008"}
+    assert all("unreadable" in entry.reason for entry in done.skipped)
+    assert prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", recipe) == done._replace(worked=False)
+    keys = ShardSet.open(tmp_path / "d", "train").batch(range(18)).keys
+    assert "shape-0003" not in keys
+
+
+def test_too_many_unreadable_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"1 pictures \(4.2%\) cannot be used, at most 1.0%.*shape-0003: unreadable"
+    ) as e:
+        prepare(ShapesSource(broken=(3,)), tmp_path / "d", shapes_recipe())
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "d" / "index.json").exists()
+
+
+def test_what_the_source_skipped_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = ShapesSource().listing().items
+    monkeypatch.setattr(ShapesSource, "listing", lambda _: Listing(items, [Skipped("x.png", "no caption in x.txt")]))
+    with pytest.raises(DataError, match=r"1 pictures \(4.0%\).*x.png: no caption"):
+        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(limit=5))
+
+
+def test_a_split_whose_pictures_are_all_unreadable(tmp_path: Path) -> None:
+    prepare(ShapesSource(broken=(5, 11, 17, 23)), tmp_path / "d", shapes_recipe()._replace(max_bad_share=0.5))
+    assert ShardSet.open(tmp_path / "d", "train").num_samples == 20
+    with pytest.raises(DataError, match=r"no samples in split 'unseen'; it has train \(20\), unseen \(0\)"):
+        ShardSet.open(tmp_path / "d", "unseen")
+
+
+def test_no_training_picture_to_fit_on(tmp_path: Path) -> None:
+    broken = tuple(number for number in range(24) if number % 6 != 5)
+    with pytest.raises(DataError, match="no readable image to fit"):
+        prepare(ShapesSource(broken=broken), tmp_path / "d", shapes_recipe()._replace(max_bad_share=1.0))
+
+
+def test_a_limit_takes_a_bit_of_everything(tmp_path: Path) -> None:
+    done = prepare(ShapesSource(240), tmp_path / "d", shapes_recipe()._replace(limit=60))
+    assert sum(done.splits.values()) == 60
+    assert 4 <= done.splits["unseen"] <= 18
+
+
+def test_a_latent_that_is_not_finite_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pixel, "encode", lambda _, images: images * 1e6)  # beyond float16
+    with pytest.raises(DataError, match=r"shape-\d+: its latent is not finite"):
+        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(codec={"kind": "pixel"}))
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process"):
+            make_shards(tmp_path)
+    make_shards(tmp_path)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "d").write_text("")
+    with pytest.raises(DataError, match="cannot be written to"):
+        make_shards(tmp_path / "d")
+
+
+def test_a_damaged_recipe_is_one_line(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    (folder / "recipe.json").write_text("{")
+    with pytest.raises(DataError, match=r"recipe.json: damaged"):
+        make_shards(folder)
+
+
+def test_shards_can_be_moved(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    fingerprint = ShardSet.open(folder, "train").fingerprint
+    shutil.move(folder, tmp_path / "e")
+    assert ShardSet.open(tmp_path / "e", "train").fingerprint == fingerprint
+    assert str(tmp_path) not in json.dumps((tmp_path / "e" / "index.json").read_text())

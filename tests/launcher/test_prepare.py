@@ -1,0 +1,90 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_pipeline.shards import ShardSet
+from launcher.prepare import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--size", "32", "--encoder", "hash", "--pca-channels", "8", "--shard-samples", "16")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(60):
+        Image.effect_noise((40, 32), number).convert("RGB").save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text(f"noise of strength {number}")
+    return folder
+
+
+def test_a_folder_of_pictures_from_end_to_end(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL]
+    assert main(arguments) == 0
+    assert "prepared: train" in capsys.readouterr().out
+    shards = ShardSet.open(tmp_path / "out", "train")
+    assert shards.latent_shape == (8, 8, 8)
+    assert shards.batch([0]).captions[0].startswith("noise of strength")
+    assert shards.batch([0]).foreground.isnan().all()
+    assert main(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_skipped_pictures_are_named(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pictures / "7.jpg").write_bytes(b"no picture")
+    (pictures / "8.txt").unlink()
+    arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL]
+    assert main([*arguments, "--max-bad-share", "0.1"]) == 0
+    output = capsys.readouterr()
+    assert "skipped 7.jpg: unreadable" in output.err
+    assert "skipped 8.jpg: no caption in 8.txt" in output.err
+    assert "2 pictures skipped" in output.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "/no/such/folder"], "no such folder"),
+        (["--encoder", "/no/such/encoder"], "cannot be loaded"),
+        (["--codec", "autoencoder_kl", "--codec-name", "/no/such/codec"], "cannot be loaded"),
+        (["--size", "33"], "multiple of 4"),
+        (["--limit", "0"], "limit 0"),
+        (["--max-length", "1"], "max_length 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL]
+    assert main([*common, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_captions_file_with_a_missing_image(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"file": f"{number}.jpg", "caption": "x"} for number in range(61)]
+    (pictures / "captions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL]
+    assert main(arguments) == 2
+    assert "60.jpg" in capsys.readouterr().err
+    assert main([*arguments, "--allow-missing", "--max-bad-share", "0.02"]) == 0
+
+
+def test_the_command_runs_as_a_script(pictures: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launcher/prepare.py"), "--source", str(pictures), "--out", "out", *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "index.json").is_file()

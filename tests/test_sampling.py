@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharpmoe import sampling
+from sharpmoe.config import SampleConfig
+from sharpmoe.flow import sampling_times
+from sharpmoe.model.dit import ModelOutput
+from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.sampling import Guidance, Request, euler, generate, heun, make_field
+from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model
+
+ROUTERS = ("dense", "tc", "ec", "diffmoe")
+
+
+class Recorder:
+    """A model whose velocity is known, and that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Condition, Tensor | None]] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> ModelOutput:
+        self.calls.append((x_t, t, condition, guidance))
+        labels = condition.labels if isinstance(condition, ClassCondition) else torch.zeros(len(x_t))
+        return ModelOutput(x_t * (1.0 + labels.view(-1, 1, 1, 1)), ())
+
+
+def captions(count: int) -> TextCondition:
+    g = torch.Generator().manual_seed(5)
+    states = torch.randn(count, TEXT_LENGTH, TEXT_WIDTH, generator=g)
+    mask = torch.ones(count, TEXT_LENGTH, dtype=torch.bool)
+    return TextCondition(states, mask, torch.randn(count, POOLED_WIDTH, generator=g))
+
+
+def empty_text() -> tuple[Tensor, Tensor, Tensor]:
+    # Longer than the captions, as stored embeddings are padded and encoded ones only to the longest of their batch.
+    return torch.zeros(5, TEXT_WIDTH), torch.tensor([True, True, False, False, False]), torch.zeros(POOLED_WIDTH)
+
+
+def request(count: int) -> Request:
+    return sampling.caption_request(captions(count), empty_text(), toy_config())
+
+
+def test_euler_and_heun_integrate_to_data_with_their_orders() -> None:
+    def field(x: Tensor, t: Tensor, guides: tuple[Tensor, ...]) -> sampling.Evaluation:
+        return sampling.Evaluation(x * torch.cos(3 * t), guides)
+
+    x = torch.ones(1, 1, 1, 1)
+    exact = math.exp(-math.sin(3.0) / 3)
+    errors = {
+        (sampler, steps): abs(sampler(field, x, sampling_times(steps), ()).item() - exact)
+        for sampler in (euler, heun)
+        for steps in (20, 40)
+    }
+    assert errors[euler, 20] / errors[euler, 40] == pytest.approx(2, rel=0.15)
+    assert errors[heun, 20] / errors[heun, 40] > 3  # the last step is Euler's
+    assert errors[heun, 40] < errors[euler, 40] / 10
+
+
+def test_the_first_step_is_guided_by_the_noise_and_the_next_by_x0_hat() -> None:
+    model = Recorder()
+    field = make_field(model, (ClassCondition(torch.zeros(2)),), Guidance())
+    x = torch.randn(2, 1, 2, 2)
+    euler(field, x, sampling_times(2), (x,))
+    (first_x, first_t, _, first_guide), (second_x, second_t, _, second_guide) = model.calls
+    assert first_t.tolist() == [1, 1]
+    assert second_t.tolist() == [0.5, 0.5]
+    assert torch.equal(first_guide, x)
+    torch.testing.assert_close(second_guide, first_x - 1.0 * first_x)  # x_t - t v with v = x_t
+    torch.testing.assert_close(second_x, x - 0.5 * x)
+
+
+@pytest.mark.parametrize("source", ["own", "guided"])
+def test_each_branch_carries_the_x0_hat_of_its_source(source: str) -> None:
+    model, x = Recorder(), torch.full((1, 1, 1, 1), 2.0)
+    branches = (ClassCondition(torch.tensor([1.0])), ClassCondition(torch.tensor([0.0])))  # v = 2x and v = x
+    step = make_field(model, branches, Guidance(cfg_scale=3.0, source=source))(x, torch.tensor(0.5), (x, x))
+    assert step.velocity.item() == 2 + 3 * (4 - 2)
+    expected = [2 - 0.5 * 4, 2 - 0.5 * 2] if source == "own" else [2 - 0.5 * 8] * 2
+    assert [guide.item() for guide in step.guides] == expected
+
+
+def test_only_a_model_with_a_saliency_router_is_guided() -> None:
+    model, x = Recorder(), torch.zeros(1, 1, 1, 1)
+    field = make_field(model, (ClassCondition(torch.zeros(1)),), Guidance(saliency_router=False))
+    field(x, torch.tensor(1.0), (x,))
+    assert model.calls[0][3] is None
+
+
+@pytest.mark.parametrize(("pool", "calls"), [("all", [6]), ("call", [3, 3]), ("image", [1] * 6)])
+def test_branches_share_a_call_only_where_routing_permits(pool: str, calls: list[int]) -> None:
+    model, x = Recorder(), torch.randn(3, 1, 1, 1)
+    branches = (ClassCondition(torch.ones(3)), ClassCondition(torch.zeros(3)))
+    step = make_field(model, branches, Guidance(2.0, pool=pool))(x, torch.tensor(1.0), (x, x))
+    assert [len(call[0]) for call in model.calls] == calls
+    torch.testing.assert_close(step.velocity, x + 2 * (2 * x - x))
+
+
+def test_the_branches_of_diffmoe_stay_apart() -> None:
+    settings = SampleConfig()
+    pools = {router: sampling.guidance_of(toy_config(router), settings).pool for router in ROUTERS}
+    assert pools == {"dense": "all", "tc": "all", "ec": "all", "diffmoe": "call"}
+    assert sampling.guidance_of(toy_config(), settings, pool_per_image=True).pool == "image"
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_samples_do_not_depend_on_the_split_of_the_batch(router: str, method: str) -> None:
+    model = toy_model(router)
+    settings = SampleConfig(num_steps=3, method=method, cfg_scale=2.0)
+    per_image = router == "diffmoe"  # its count rule pools the tokens of a call
+    whole, split = (
+        generate(model, model.config, settings, request(5), batch_size=size, pool_per_image=per_image)
+        for size in (5, 2)
+    )
+    assert whole.shape == (5, 4, 8, 8)
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole, split, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pool_of_diffmoe_is_one_call() -> None:
+    model = toy_model("diffmoe")
+    settings = SampleConfig(num_steps=2, cfg_scale=1.0)
+    whole, split = (generate(model, model.config, settings, request(5), batch_size=size) for size in (5, 2))
+    assert not torch.allclose(whole, split, atol=1e-5)
+
+
+def test_noise_is_keyed_by_seed_and_index() -> None:
+    a = sampling.initial_noise(1, (4, 7), (2, 3, 3))
+    assert torch.equal(a[1:], sampling.initial_noise(1, (7,), (2, 3, 3)))
+    assert not torch.equal(a[0], a[1])
+    assert not torch.equal(a, sampling.initial_noise(2, (4, 7), (2, 3, 3)))
+
+
+def test_guidance_scale_one_needs_no_empty_branch() -> None:
+    model = toy_model("ec")
+    settings = SampleConfig(num_steps=2, cfg_scale=1.0)
+    with_empty = generate(model, model.config, settings, request(2))
+    without = generate(model, model.config, settings, request(2)._replace(empty=None))
+    assert torch.equal(with_empty, without)
+
+
+def test_class_conditional_samples_use_the_null_class() -> None:
+    model = toy_model("tc", conditioning="class", num_classes=3)
+    cond = ClassCondition(torch.tensor([0, 2]))
+    empty = sampling.empty_condition(cond, model.config, None)
+    assert empty == ClassCondition(empty[0])
+    assert empty[0].tolist() == [3, 3]
+    latents = generate(model, model.config, SampleConfig(num_steps=2), Request(cond, empty, (0, 1)))
+    assert latents.isfinite().all()
+
+
+def test_sampling_an_untrained_saliency_router_equals_the_base() -> None:
+    model = toy_model("ec")
+    with torch.no_grad():
+        for layer in model.moe_layers():
+            layer.saliency_router.out.weight.zero_()
+            layer.saliency_router.out.bias.zero_()
+    settings = SampleConfig(num_steps=3)
+    base = model.config.model_copy(update={"saliency_router": False})
+    assert torch.equal(generate(model, model.config, settings, request(2)), generate(model, base, settings, request(2)))
