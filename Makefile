@@ -13,7 +13,7 @@ SHELL  := /bin/bash
 RUN    := runs/quickstart
 BASE   := assets/base.safetensors
 LATEST := $(RUN)/checkpoints/latest
-TABLE  := $(RUN)/evaluation/table.txt
+TABLE  := $(RUN)/allocation/table.txt
 GRID   := $(RUN)/samples/drawn/grid.png
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -33,30 +33,25 @@ $(READY): requirements.txt requirements-nodeps.txt pyproject.toml
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements-nodeps.txt
 	@touch $@
 
-# Data and training know by themselves what is done already; table and grid are made again after training went on.
+# Data and training know by themselves what is done already; the grid is drawn again after training went on.
 quickstart: $(READY)
-	@echo "== 1/4 data: images and captions to shards"
+	@echo "== 1/3 data: images and captions to shards"
 	@python launcher/prepare.py
-	@echo "== 2/4 post-training of $(BASE)"
+	@echo "== 2/3 post-training of $(BASE)"
 	@deepspeed launcher/train.py --deepspeed configs/zero3.json
-	@$(MAKE) --no-print-directory $(GRID) $(TABLE)
+	@$(MAKE) --no-print-directory $(GRID)
 	@echo
 	@cat $(TABLE)
 	@echo
 	@echo "data          data/fluent64"
 	@echo "weights       $(RUN)/checkpoints/$$(cat $(LATEST))/ema.safetensors (live.safetensors beside it)"
 	@echo "samples       $(GRID)"
-	@echo "evaluation    $(dir $(TABLE))"
+	@echo "allocation    $(dir $(TABLE)) (table, curves, JSON)"
 	@echo "curves        tensorboard --logdir runs/"
 
 $(GRID): $(LATEST)
-	@echo "== 3/4 samples"
+	@echo "== 3/3 samples"
 	@python launcher/sample.py $(RUN)
-
-$(TABLE): $(LATEST) $(BASE)
-	@echo "== 4/4 before and after"
-	@mkdir -p $(@D)
-	@python launcher/evaluate.py $(BASE) $(RUN) --out $(@D) > $@
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -63,10 +63,15 @@ def stream(
 def _unwrapped(steps: _Steps, num_workers: int) -> Iterator[tuple[Batch, ...]]:
     numbers = itertools.count()
     loaded = map(steps.__getitem__, numbers) if num_workers == 0 else _in_workers(steps, numbers, num_workers)
-    for batches in loaded:
-        if isinstance(batches, DataError):
-            raise batches
-        yield batches
+    try:
+        for batches in loaded:
+            if isinstance(batches, DataError):
+                raise batches
+            yield batches
+    finally:
+        # Let go of the workers here. A traceback would keep them, and where it is part of a reference cycle their
+        # queues are closed before they are told to stop, for which each worker waits five seconds.
+        del loaded
 
 
 def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Iterator[tuple[Batch, ...] | DataError]:

@@ -11,20 +11,21 @@ from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel import launch
 from sharpmoe.parallel.ds_config import resolve_ds_config
-from sharpmoe.train.loop import make_plan, train
+from sharpmoe.train.loop import train
+from sharpmoe.train.plan import make_plan
 
 
 def main(argv: Sequence[str]) -> int:
     """Run; returns the exit code: 0, or 2 on every rank after an error, which rank 0 prints as one line."""
-    world = launch.start()
     try:
+        world = launch.start()
         with launch.together(world):
             arguments = parse_train_arguments(argv)
             run = load_run_config(arguments.config, arguments.overrides)
             plan = make_plan(run, resolve_ds_config(arguments.ds_config, run, world.size), world)
         train(plan, world, arguments.dry_run)
     except SharpMoEError as error:
-        if world.is_main:
+        if launch.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

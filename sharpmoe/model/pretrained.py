@@ -40,6 +40,12 @@ def save_weights(
     os.replace(partial, path)
 
 
+def stored_as(state: Mapping[str, Tensor], model: DiT, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a state dict with the parameters of `model` in `dtype`, for a smaller file; buffers stay float32."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return {key: value.to(dtype) if key in parameters else value for key, value in state.items()}
+
+
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, str]]:
     """Read a weights file of ours: tensors, architecture, meta. CheckpointError names what is wrong with the file."""
     path = Path(path)

@@ -1,24 +1,29 @@
 """The only door to DeepSpeed's engine: run configuration + engine JSON + module -> Engine.
 
-DeepSpeed owns partitioning, gradient reduction, clipping and the optimizer step. Everything that touches its inner names
-(pinned: 0.19.8) is in this file, so that an upgrade is a change of one file.
+DeepSpeed owns partitioning, gradient reduction, clipping and the optimizer step. Everything that touches its inner
+names (pinned: 0.19.8) is in this file, so that an upgrade is a change of one file.
 """
 
 import copy
+import errno
+import os
 import pickle
-import warnings
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from sharpmoe.config import OptimConfig, RunConfig
@@ -36,7 +41,7 @@ class Engine:
     """A module under ZeRO-2 or ZeRO-3. Call it like the module; `backward` and `step` as the train step needs them."""
 
     def __init__(self, module: nn.Module, run: RunConfig, ds_config: dict[str, Any], world: World) -> None:
-        """Wrap `module` (moved to the device, partitioned in place). Communicates: parameters are broadcast from rank 0.
+        """Wrap `module`: move it to the device, partition it in place. Communicates: rank 0's weights go to all.
 
         ds_config is complete (see sharpmoe.parallel.ds_config): batch triple, clipping, precision and stage are set.
         Raises ConfigError where the optimizer cannot be had.
@@ -45,15 +50,17 @@ class Engine:
         self.stage = int(ds_config["zero_optimization"]["stage"])
         self.module = module
         self.num_parameters = sum(p.numel() for p in module.parameters())
+        hooked_whole = _mark_whole_modules(module) if self.stage == 3 else []
         buffers = {name: b.detach().clone() for name, b in module.named_buffers() if b.dtype == torch.float32}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer_factory(run.optim, world.device), config=copy.deepcopy(ds_config)
+            model=module, optimizer=optimizer_factory(run.optim, world.device), config=_with_defaults(ds_config)
         )
+        if hooked_whole:
+            _reduce_per_parameter(self._optimizer)
         self._engine.checkpoint_engine = _SafeCheckpointEngine()
+        self._engine._copy_recovery_script = lambda save_path: None  # weights are consolidated; a full disk would hang
         _restore_buffers(module, buffers)
-        for message in regather_warnings(ds_config, self.num_parameters):
-            if world.is_main:
-                warnings.warn(message, stacklevel=2)
+        self.notes = regather_warnings(ds_config, self.num_parameters)  # what the user should know
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward through the engine."""
@@ -119,12 +126,12 @@ class Engine:
         return state
 
     def save(self, folder: Path) -> None:
-        """Write this engine's shards under `folder`. Every rank calls it. Raises CheckpointError on every rank."""
+        """Write this engine's shards under `folder`. Every rank calls it; OSError on the rank that cannot write."""
         writer = self._engine.checkpoint_engine
         writer.failure = None
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         if writer.failure is not None:
-            raise CheckpointError(f"{folder}: cannot be written: {writer.failure}; free space or change output")
+            raise OSError(errno.EIO, writer.failure)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote for the same module, stage and world size. Every rank calls it."""
@@ -136,7 +143,15 @@ class Engine:
                 state["step"] = state["step"].clone()  # loaders may share one counter between sub-groups
 
 
-class _SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
+def write_tensors(state: Any, path: str | Path) -> None:
+    """torch.save with its errors as OSError: it reports a full disk as RuntimeError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+
+
+class _SafeCheckpointEngine(TorchCheckpointEngine):
     """torch.save / torch.load that read tensors and named classes only, and keep ranks in step when a disk is full."""
 
     failure: str | None = None
@@ -144,9 +159,9 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file. A failure is recorded, not raised: the other ranks are on their way to a barrier."""
         try:
-            torch.save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            write_tensors(state_dict, path)
+        except OSError as error:
+            self.failure = error.strerror
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file without executing anything in it."""
@@ -156,6 +171,42 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error
+
+
+def _mark_whole_modules(module: nn.Module) -> list[nn.Module]:
+    """Have ZeRO-3 gather embedders, blocks and the final layer each as a whole instead of linear by linear.
+
+    Hooks cost the host about a quarter of a millisecond per module and call, and a rollout makes T calls.
+    """
+    children = [child for part in module.children() for child in part.children()]
+    whole = [part for child in children for part in (child if isinstance(child, nn.ModuleList) else [child])]
+    for part in whole:
+        set_z3_leaf_module(part, True)
+    return whole
+
+
+def _reduce_per_parameter(optimizer: Any) -> None:
+    """Reduce each gradient when it is complete, once per backward, also in modules that are gathered whole.
+
+    DeepSpeed reduces a leaf module's gradients at each of its calls, which is wrong for T calls in one graph.
+    """
+    for hook in [*optimizer._leaf_module_hooks, *optimizer._grad_acc_hooks]:
+        hook.remove()
+    optimizer._leaf_module_hooks.clear()
+    optimizer._grad_acc_hooks.clear()
+    for group in optimizer.fp16_groups:
+        for parameter in group:
+            if hasattr(parameter, "ds_z3_leaf_module"):
+                del parameter.ds_z3_leaf_module
+    optimizer.create_reduce_and_remove_grad_hooks()
+
+
+def _with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which torch's own optimizer may step offloaded partitions, and half precision adds up in float32."""
+    config = {"zero_force_ds_cpu_optimizer": False} | copy.deepcopy(ds_config)
+    if config["bf16"]["enabled"]:
+        config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
+    return config
 
 
 def _copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -177,20 +228,25 @@ def optimizer_factory(optim: OptimConfig, device: torch.device) -> OptimizerFact
     """
     if optim.name == "sgd":
         return lambda params: torch.optim.SGD(params, lr=optim.lr, weight_decay=optim.weight_decay)
-    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.impl in ("auto", "torch"):
-        # One fused kernel per flat partition on CUDA; on the host the plain loop is the same and needs no build.
-        return lambda params: torch.optim.AdamW(params, fused=device.type == "cuda", **settings)
+        return partial(_torch_adamw, optim=optim, fused=device.type == "cuda")
+    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.impl == "apex":
-        fused = _apex_fused_adam(device)
-        return lambda params: fused(params, adam_w_mode=True, **settings)
+        return partial(_apex_fused_adam(device), adam_w_mode=True, **settings)
     return _deepspeed_adam(device, settings)
+
+
+def _torch_adamw(params: Any, optim: OptimConfig, fused: bool) -> torch.optim.Optimizer:
+    """Torch's AdamW; on CUDA one fused kernel per flat partition, as fast as those that need a build."""
+    return torch.optim.AdamW(
+        params, optim.lr, optim.betas, optim.eps, weight_decay=optim.weight_decay, fused=fused or None
+    )
 
 
 def _apex_fused_adam(device: torch.device) -> Any:
     try:
-        import amp_C  # noqa: F401
-        from apex.optimizers import FusedAdam
+        import amp_C  # noqa: F401, PLC0415 (optional package)
+        from apex.optimizers import FusedAdam  # noqa: PLC0415
     except ImportError:
         raise ConfigError(
             "optim.impl: apex is not NVIDIA's here (PyPI's 'apex' is an unrelated package); build it from "
@@ -202,14 +258,13 @@ def _apex_fused_adam(device: torch.device) -> Any:
 
 
 def _deepspeed_adam(device: torch.device, settings: dict[str, Any]) -> OptimizerFactory:
-    """DeepSpeed's own Adam: it builds its kernel with a compiler at first use (about a minute)."""
+    """DeepSpeed's own Adam: it builds its kernel at first use, about a minute."""
+    for tool in (os.environ.get("CXX", "c++"), "ninja"):
+        if shutil.which(tool) is None:
+            raise ConfigError(f"optim.impl: deepspeed builds its kernel with {tool}, not found; use optim.impl: auto")
     if device.type == "cuda":
-        from deepspeed.ops.adam import FusedAdam
-
-        return lambda params: FusedAdam(params, adam_w_mode=True, **settings)
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return lambda params: DeepSpeedCPUAdam(params, adamw_mode=True, **settings)
+        return partial(FusedAdam, adam_w_mode=True, **settings)
+    return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
 
 
 def regather_warnings(ds_config: dict[str, Any], num_parameters: int) -> list[str]:

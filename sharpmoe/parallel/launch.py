@@ -1,7 +1,7 @@
 """Process set-up: the same world for every way of starting a run.
 
-`deepspeed`, `torchrun` and `srun torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; plain `python` sets nothing
-and becomes a world of one that needs no port.
+`deepspeed`, `torchrun` and `srun torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; plain `python` sets
+nothing and becomes a world of one that needs no port.
 """
 
 import os
@@ -19,8 +19,11 @@ from sharpmoe.errors import ConfigError, SharpMoEError
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on every rank that it found nothing else
+    # Some virtual machines advertise AMX and kill a process that uses it; oneDNN does, for bf16 on the host.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
-import deepspeed  # noqa: E402 (reads DS_ACCELERATOR when imported)
+import deepspeed  # reads DS_ACCELERATOR
+from deepspeed.utils import logger
 
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -47,6 +50,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, a line of noise each.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # SGD; tested here
     rank, size, local_rank = _place()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -61,6 +65,11 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return World(rank, size, local_rank, device)
+
+
+def is_main() -> bool:
+    """Whether this process prints; answered without a process group, for errors before there is one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def stop() -> None:

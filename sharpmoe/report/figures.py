@@ -116,7 +116,7 @@ def routing_sheet(sheet: Sheet, title: str = "", most: float | None = None) -> P
             drawn = axes[row, column].imshow(grid, interpolation="nearest", cmap=heat, vmin=0, vmax=top)
         if np.isnan(grids[1]).any():
             axes[row, 2].text(0.5, 0.5, "none", ha="center", va="center", transform=axes[row, 2].transAxes, fontsize=8)
-        axes[row, 0].set_xlabel(_short(sheet.captions[row], 20), fontsize=7, labelpad=3)
+        axes[row, 0].set_xlabel(_short(sheet.captions[row], 48), fontsize=7.5, labelpad=3, loc="left")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for axis, head in zip(axes[0], heads, strict=True):

@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is written to a hidden folder, flushed, renamed to step<N>, and only then does `latest` name it. It holds the
-engine's shards, the EMA's shards, both as consolidated weights (live.safetensors, ema.safetensors: float32, readable
-without DeepSpeed), and meta.json, which vouches for every other file.
+A checkpoint is written to a hidden folder, flushed, renamed to step<N>, and only then does `latest` name it. It holds
+the engine's shards, the EMA's shards, both as consolidated weights (live.safetensors, ema.safetensors: float32,
+readable without DeepSpeed), and meta.json, which vouches for every other file.
 """
 
 import hashlib
@@ -10,18 +10,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.pretrained import check_architecture, save_weights
 from sharpmoe.parallel.engine import Engine
-from sharpmoe.parallel.launch import World, barrier, gather_objects, together
+from sharpmoe.parallel.launch import World, gather_objects, together
 from sharpmoe.train.ema import ShardEma
 
 SCHEMA = 1
@@ -76,7 +78,7 @@ def layout_of(run: RunConfig, stage: int, world: int, fingerprint: str) -> Layou
 def resume_folder(root: Path, resume: str) -> Path | None:
     """Checkpoint folder that checkpoint.resume names, None to start from the beginning. No communication.
 
-    Raises CheckpointError where it does not exist, and where `none` would mix a new run into the checkpoints of another.
+    Raises CheckpointError where it does not exist, and where `none` would mix a new run into another's checkpoints.
     """
     if resume == "auto":
         pointer = root / LATEST
@@ -155,51 +157,72 @@ def load(saved: Saved, engine: Engine, ema: ShardEma) -> None:
     ema.load(saved.folder / _ema_name(world.rank))
 
 
-def save(root: Path, progress: Progress, layout: Layout, engine: Engine, ema: ShardEma, model: DiT, keep: int) -> Path:
+class Contents(NamedTuple):
+    """What a checkpoint is made of."""
+
+    engine: Engine
+    ema: ShardEma
+    model: DiT  # the part of the engine's module that becomes live.safetensors and ema.safetensors
+    origin: Mapping[str, str]  # codec and encoder, for the header of both
+
+
+def save(root: Path, progress: Progress, layout: Layout, contents: Contents, keep: int) -> Path:
     """Write a checkpoint under `root`, then drop all but the newest `keep`. Every rank calls it.
 
     Communicates. Raises CheckpointError on every rank where one cannot write; `latest` then still names the checkpoint
-    before, whole.
+    before, whole, and what was written of this one is gone.
     """
-    world = engine.world
+    world = contents.engine.world
     final = root / f"step{progress.step:08d}"
-    partial = root / f".{final.name}.partial"
-    with together(world):
+    draft = root / f".{final.name}.partial"
+    try:
+        files = _write_parts(draft, progress, contents)
+        with together(world):
+            if world.is_main:
+                meta = _meta(progress, layout, contents.model.config, files)
+                _writing(final, lambda: _publish(draft, final, meta, keep))
+    except CheckpointError:
         if world.is_main:
-            _writing(partial, lambda: _fresh_folder(partial))
-    errors = [*_save_parts(partial, engine, ema, model, progress)]
-    with together(world):
-        if errors:
-            raise errors[0]
-        mine = _files_of_rank(_names_below(partial), world)
-        digests = _writing(partial, lambda: {name: _flushed_digest(partial / name) for name in mine})
-    files = {name: digest for part in gather_objects(digests, world) for name, digest in part.items()}
-    with together(world):
-        if world.is_main:
-            meta = _meta(progress, layout, model.config, files)
-            _writing(final, lambda: _publish(partial, final, meta, keep))
-    barrier(world)
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
     return final
 
 
-def _save_parts(partial: Path, engine: Engine, ema: ShardEma, model: DiT, progress: Progress) -> list[CheckpointError]:
+def _write_parts(draft: Path, progress: Progress, contents: Contents) -> dict[str, tuple[int, str]]:
+    """Write and flush all files but meta.json; returns size and sha256 of each, on every rank."""
+    world = contents.engine.world
+    with together(world):
+        if world.is_main:
+            _writing(draft, lambda: _fresh_folder(draft))
+    errors = _attempt_parts(draft, progress, contents)
+    with together(world):
+        if errors:
+            raise errors[0]
+    digests: dict[str, tuple[int, str]] = {}
+    with together(world):
+        mine = _files_of_rank(_names_below(draft), world)
+        digests = _writing(draft, lambda: {name: _flushed_digest(draft / name) for name in mine})
+    return {name: digest for part in gather_objects(digests, world) for name, digest in part.items()}
+
+
+def _attempt_parts(draft: Path, progress: Progress, contents: Contents) -> list[CheckpointError]:
     """Write every part; errors are returned, not raised, so that no rank leaves the others in a collective."""
+    engine, ema, model, origin = contents
     errors: list[CheckpointError] = []
 
     def attempt(write: Callable[[], Any]) -> None:
         try:
-            _writing(partial, write)
+            _writing(draft, write)
         except CheckpointError as error:
             errors.append(error)
 
-    attempt(lambda: engine.save(partial / _ENGINE))
-    attempt(lambda: ema.save(partial / _ema_name(engine.world.rank)))
-    meta = {"step": str(progress.step), "samples": str(progress.samples)}
-    live = engine.full_weights(model)
-    average = ema.full_weights(model)
-    if engine.world.is_main:
-        attempt(lambda: save_weights(partial / "live.safetensors", live, model.config, {**meta, "weights": "live"}))
-        attempt(lambda: save_weights(partial / "ema.safetensors", average, model.config, {**meta, "weights": "ema"}))
+    attempt(lambda: engine.save(draft / _ENGINE))
+    attempt(lambda: ema.save(draft / _ema_name(engine.world.rank)))
+    for name, weights in (("live", engine.full_weights), ("ema", ema.full_weights)):
+        state = weights(model)
+        if engine.world.is_main:
+            meta = {"step": str(progress.step), "samples": str(progress.samples), "weights": name, **origin}
+            attempt(partial(save_weights, draft / f"{name}.safetensors", state, model.config, meta))
     return errors
 
 
@@ -207,8 +230,9 @@ def _writing(place: Path, write: Callable[[], Any]) -> Any:
     """Call `write`; an operating system error becomes a CheckpointError."""
     try:
         return write()
-    except OSError as error:
-        raise CheckpointError(f"{place}: cannot be written ({error.strerror}); free space or change output") from error
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{place}: cannot be written ({reason}); free space or change output") from error
 
 
 def _meta(progress: Progress, layout: Layout, model: ModelConfig, files: dict[str, tuple[int, str]]) -> dict[str, Any]:
@@ -221,15 +245,15 @@ def _meta(progress: Progress, layout: Layout, model: ModelConfig, files: dict[st
     }
 
 
-def _publish(partial: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
+def _publish(draft: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
     """Rename a finished folder into place, point `latest` at it, drop old ones."""
     root = final.parent
-    _write_flushed(partial / META, json.dumps(meta, indent=1))
-    for folder in {partial, *(path.parent for path in partial.rglob("*"))}:
+    _write_flushed(draft / META, json.dumps(meta, indent=1))
+    for folder in {draft, *(path.parent for path in draft.rglob("*"))}:
         _flush_folder(folder)
     if final.exists():  # the same step, written before: it stays until the new one is in place
         final.rename(root / f".{final.name}.old.{time.time_ns()}")
-    partial.rename(final)
+    draft.rename(final)
     _flush_folder(root)
     _write_flushed(root / f".{LATEST}", final.name)
     os.replace(root / f".{LATEST}", root / LATEST)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sharpmoe.parallel.engine import Engine
+from sharpmoe.parallel.engine import Engine, write_tensors
 
 
 class ShardEma:
@@ -30,8 +30,8 @@ class ShardEma:
             return self._engine.full_weights(module, everywhere)
 
     def save(self, path: Path) -> None:
-        """Write this rank's shards."""
-        torch.save({"decay": self.decay, "shards": self.shards}, path)
+        """Write this rank's shards. Raises OSError."""
+        write_tensors({"decay": self.decay, "shards": self.shards}, path)
 
     def load(self, path: Path) -> None:
         """Read this rank's shards; the decay stays the run's own."""

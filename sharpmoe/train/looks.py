@@ -97,6 +97,7 @@ def _allocation_after(looks: Looks, model: DiT) -> None:
     results = {**before, "after": result}
     pixels = figures.allocation_curves(results)
     figures.save(pixels, folder / "allocation.png")
+    (folder / "table.txt").write_text(allocation.table(results) + "\n", encoding="utf-8")
     step = looks.run.train.steps
     looks.log.scalars(step, allocation.scalars(result))
     looks.log.image(step, "allocation", pixels)

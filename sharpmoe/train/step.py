@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches, the one exchange of figures between ranks, and everything that moves once."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,17 +46,25 @@ def prepare(batches: Sequence[Batch], empty_text: EmptyText, run: RunConfig, dev
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch's tensors; keys and captions stay."""
-    return Batch(*(field.to(device, non_blocking=True) if isinstance(field, Tensor) else field for field in batch))
+    """Move what the model sees; positions key draws made on the host and stay there."""
+    return batch._replace(
+        latent=batch.latent.to(device),
+        text=batch.text.to(device),
+        text_mask=batch.text_mask.to(device),
+        pooled=batch.pooled.to(device),
+        label=batch.label.to(device),
+        saliency=batch.saliency.to(device),
+        foreground=batch.foreground.to(device),
+    )
 
 
 def train_step(
     engine: Engine, objective: Objective, ema: ShardEma, items: Sequence[Item], step: int, with_routing: bool
 ) -> StepResult:
-    """Train on the micro-batches `items` as optimizer step `step` (0 is the first) and move thresholds and EMA once.
+    """Train on the micro-batches `items` as optimizer step `step` (from 0); move thresholds and EMA once.
 
-    Communicates: the engine's collectives and one all-reduce of figures. Raises TrainingError on every rank where a loss
-    or the gradient is not finite; the weights are then unchanged.
+    Communicates: the engine's collectives and one all-reduce of figures. Raises TrainingError on every rank where a
+    loss or the gradient is not finite; the weights are then unchanged.
     """
     run = objective.run
     engine.train()
@@ -101,8 +110,9 @@ def _exchange(records: Sequence[StepRecord], engine: Engine, run: RunConfig, wit
 
 
 def _check_finite(losses: dict[str, float], step: int) -> None:
-    bad = [name for name, value in losses.items() if not torch.isfinite(torch.tensor(value))]
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
+        name = next((name for name in bad if name != "total"), "total")
         raise TrainingError(
-            f"step {step + 1}: loss {bad[-1]} is not finite; nothing was saved from it: lower optim.lr, or look at the data"
+            f"step {step + 1}: loss {name} is not finite, nothing was saved from it; lower optim.lr or look at the data"
         )

@@ -54,8 +54,8 @@ def comparable(name: str) -> RunConfig:
     return run.model_copy(update={"name": "", "model": model, "loss": RunConfig().loss})
 
 
-@pytest.mark.parametrize("name", ["posttrain-router", "posttrain-full"])
-def test_the_three_post_training_runs_differ_in_one_thing_each(name):
+@pytest.mark.parametrize("name", ["posttrain-router", "posttrain-paper", "posttrain-counts"])
+def test_the_post_training_runs_differ_in_router_and_routing_loss_only(name):
     assert comparable(name) == comparable("posttrain-plain")
 
 

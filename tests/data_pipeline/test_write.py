@@ -139,14 +139,14 @@ def test_two_configurations_never_mix(change: dict[str, Any], key: str, complete
 
 def test_another_source_never_mixes(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "d")
-    with pytest.raises(DataError, match="source.num_images = 24, now asked for 25"):
+    with pytest.raises(DataError, match=r"source.num_images = 24, now asked for 25"):
         prepare(ShapesSource(25), folder, shapes_recipe())
 
 
 def test_shards_without_a_recipe_are_not_trusted(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "d")
     (folder / "recipe.json").unlink()
-    with pytest.raises(DataError, match="holds shards but no recipe.json"):
+    with pytest.raises(DataError, match=r"holds shards but no recipe.json"):
         make_shards(folder)
 
 

@@ -1,0 +1,97 @@
+"""Run a function on N gloo ranks: processes forked from a server that has imported everything once."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from sharpmoe.parallel import launch
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# What a rank needs takes ten seconds to import, half of it at its first engine: DeepSpeed decorates with torch.compile.
+_CONTEXT.set_forkserver_preload(["sharpmoe.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer"])
+
+
+def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 150.0) -> list[Any]:
+    """Call `function(world, *args)` on `num_ranks` ranks; returns their results in rank order.
+
+    `function` stands at the top of a module and returns something picklable. A rank that raises fails the test with its
+    traceback; ranks that hang are ended after `timeout` seconds.
+    """
+    port = free_port()
+    ends: dict[Connection, int] = {}
+    processes = []
+    for rank in range(num_ranks):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_rank, args=(theirs, rank, num_ranks, port, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        ends[ours] = rank
+        processes.append(process)
+    try:
+        return _collect(ends, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _collect(ends: dict[Connection, int], deadline: float) -> list[Any]:
+    """Wait for all; the first failure or the deadline ends the wait."""
+    results: dict[int, Any] = {}
+    pending = dict(ends)
+    while pending:
+        ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(pending.values())} did not finish in time")
+        for end in ready:
+            assert isinstance(end, Connection)
+            rank = pending.pop(end)
+            try:
+                good, value = pickle.loads(end.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without an answer") from None
+            if not good:
+                raise RuntimeError(f"rank {rank} raised:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in sorted(results)]
+
+
+def _rank(
+    end: Connection, rank: int, num_ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    torch.set_num_threads(1)
+    try:
+        answer = (True, function(launch.start(), *args))
+    except BaseException:  # noqa: BLE001 (it is handed on as the test's failure)
+        answer = (False, traceback.format_exc())
+    # Plain pickle: torch's own would share tensors through files that end with this process.
+    end.send_bytes(pickle.dumps(answer))
+    end.close()
+    if answer[0]:
+        launch.stop()
+    os._exit(0)  # peers of a failed rank may wait for ever

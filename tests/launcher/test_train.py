@@ -1,0 +1,106 @@
+"""Every way of starting a run reaches the same banner; errors are one line and an exit code."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import export
+from sharpmoe.config_io import dump_run_config
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.pretrained import load_model, save_weights
+from tests.distributed import free_port
+from tests.fixtures_data import make_shards
+from tests.toys import toy_config
+from tests.train.setting import make_run
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+ZERO = "configs/zero3.json"
+# name -> (words before launcher/train.py, words after it, environment, ranks)
+FORMS: dict[str, tuple[list[str], list[str], dict[str, str], int]] = {
+    "python": ([sys.executable], [], {}, 1),
+    "torchrun": ([str(BIN / "torchrun"), "--nproc_per_node", "2"], ["--deepspeed", ZERO], {}, 2),
+    "deepspeed": (
+        [str(BIN / "deepspeed"), "--num_accelerators", "2"],
+        ["--deepspeed", "--deepspeed_config", ZERO],
+        {},
+        2,
+    ),
+    "LOCAL_SIZE": ([str(BIN / "deepspeed")], ["--deepspeed", ZERO], {"LOCAL_SIZE": "2"}, 2),
+    "error": ([sys.executable], ["--train.stepz", "3"], {}, 1),
+    "errors": ([str(BIN / "torchrun"), "--nproc_per_node", "2"], ["--data.shards", "nowhere"], {}, 2),
+}
+Started = dict[str, "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    """All forms at once: most of their time is spent in imports."""
+    folder = tmp_path_factory.mktemp("launch")
+    run = make_run(make_shards(folder / "shards"), folder, stage="pretrain", train={"micro_batch": None})
+    (folder / "run.yaml").write_text(dump_run_config(run))
+    processes = {name: start(form, folder / "run.yaml") for name, form in FORMS.items()}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+
+
+def start(form: tuple[list[str], list[str], dict[str, str], int], config: Path) -> "subprocess.Popen[str]":
+    before, after, extra, _ = form
+    if "torchrun" in before[0]:
+        before = [*before, "--master_port", str(free_port())]
+    if "deepspeed" in before[0]:
+        before = [*before, "--master_port", str(free_port())]
+    words = [*before, "launcher/train.py", *after, "--config", str(config), "--dry-run"]
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = kept | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | extra
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["python", "torchrun", "deepspeed", "LOCAL_SIZE"])
+def test_every_form_reaches_the_same_banner(name: str, started: Started) -> None:
+    out, err = started[name].communicate(timeout=120)
+    ranks = FORMS[name][3]
+    assert started[name].returncode == 0, err
+    assert out.count(f"{ranks} rank(s) on cpu, ZeRO-3, fp32") == 1
+    assert f"8 = {8 // ranks} per rank x 1 accumulation x {ranks} rank(s)" in out
+    assert "M active per token" in out
+
+
+@pytest.mark.dist
+def test_an_error_is_one_line(started: Started) -> None:
+    out, err = started["error"].communicate(timeout=120)
+    assert started["error"].returncode == 2
+    assert err == "error: --train.stepz: unknown key; did you mean train.steps?\n"
+    assert out == ""
+
+
+@pytest.mark.dist
+def test_an_error_of_all_ranks_is_printed_once(started: Started) -> None:
+    _, err = started["errors"].communicate(timeout=120)
+    assert started["errors"].returncode != 0
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: nowhere: no index.json; run `python launcher/prepare.py --out nowhere`, which also finishes what an "
+        "earlier run began"
+    ]
+    assert err.count("exitcode  : 2") == 2  # torchrun's summary: every rank ended by itself
+
+
+def test_export_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step00000003"
+    model = DiT(toy_config())
+    for name in ("ema", "live"):
+        save_weights(folder / f"{name}.safetensors", model.state_dict(), model.config, {"step": "3", "weights": name})
+    (folder.parent / "latest").write_text(folder.name)
+    out = tmp_path / "out.safetensors"
+    assert export.main([str(tmp_path / "run"), str(out), "--weights", "live"]) == 0
+    assert load_model(out)[1] == {"step": "3", "weights": "live"}
+    assert "step 3" in capsys.readouterr().out
+    assert export.main([str(tmp_path / "nothing"), str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

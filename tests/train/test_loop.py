@@ -1,0 +1,114 @@
+"""Errors inside a run: the same one-line error on every rank, and nothing saved from a broken step."""
+
+from pathlib import Path
+
+import pytest
+
+from sharpmoe.config import RunConfig
+from sharpmoe.errors import DataError, SharpMoEError
+from sharpmoe.parallel.launch import World, together
+from sharpmoe.train import loop
+from sharpmoe.train.plan import Plan
+from tests.distributed import run_ranks
+from tests.train.setting import make_run, plan_for
+
+
+def error_of(world: World, run: RunConfig, fault: str) -> tuple[str, list[str]]:
+    """Train with a fault that only the last rank has; the error and the checkpoints that are there."""
+    plan = plan_for(run, world)
+    if world.rank == world.size - 1:
+        FAULTS[fault](plan)
+    try:
+        loop.train(plan, world)
+    except SharpMoEError as error:
+        return f"{type(error).__name__}: {error}", sorted(p.name for p in (plan.folder / "checkpoints").glob("*"))
+    return "no error", []
+
+
+def unreadable_sample(plan: Plan) -> None:
+    read = plan.data.train.batch
+
+    def batch(indices, positions=None):  # type: ignore[no-untyped-def]
+        if min(positions) >= 8:
+            raise DataError("shard train-0 key x: holds NaN or infinity; prepare the data again")
+        return read(indices, positions)
+
+    plan.data.train.batch = batch  # type: ignore[method-assign]
+
+
+def overflowing_sample(plan: Plan) -> None:
+    read = plan.data.train.batch
+
+    def batch(indices, positions=None):  # type: ignore[no-untyped-def]
+        given = read(indices, positions)
+        return given._replace(latent=given.latent * 1e30) if min(positions) >= 8 else given
+
+    plan.data.train.batch = batch  # type: ignore[method-assign]
+
+
+FAULTS = {"unreadable": unreadable_sample, "overflowing": overflowing_sample}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("unreadable", "DataError: rank 1: shard train-0 key x: holds NaN"),
+        ("overflowing", "TrainingError: step 2: loss flow is not finite"),
+    ],
+)
+def test_a_fault_on_one_rank_ends_all_and_harms_nothing(
+    fault: str, expected: str, shards: Path, tmp_path: Path
+) -> None:
+    run = make_run(shards, tmp_path, checkpoint={"every": 1})
+    for message, checkpoints in run_ranks(error_of, 2, run, fault):
+        assert message.startswith(expected)
+        assert "\n" not in message
+        assert checkpoints == ["latest", "step00000001"]
+
+
+def disagree(world: World) -> list[str]:
+    answers = []
+    for failing in ({0}, {1}, {0, 1}, set()):
+        try:
+            with together(world):
+                if world.rank in failing:
+                    raise DataError("shard is missing")
+            answers.append("fine")
+        except DataError as error:
+            answers.append(str(error))
+    return answers
+
+
+@pytest.mark.dist
+def test_ranks_agree_on_errors() -> None:
+    expected = ["rank 0: shard is missing", "rank 1: shard is missing", "shard is missing", "fine"]
+    assert run_ranks(disagree, 2) == [expected, expected]
+
+
+def looked_at(world: World, run: RunConfig) -> list[str]:
+    folder = loop.train(plan_for(run, world), world)
+    assert folder is not None
+    return sorted(str(path.relative_to(run.output)) for path in Path(run.output).rglob("*") if path.is_file())
+
+
+@pytest.mark.dist
+def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
+    log = {"validate_every": 1, "sample_every": 1, "allocation": True, "allocation_images": 4}
+    sample = {"captions": ("a red circle", "a blue cross"), "num_steps": 2}
+    run = make_run(shards, tmp_path, train={"steps": 1}, log=log, sample=sample)
+    names = run_ranks(looked_at, 2, run)[0]
+    for name in (
+        "run/config.yaml",
+        "run/zero.json",
+        "run/log.jsonl",
+        "run/allocation/before.json",
+        "run/allocation/after.json",
+        "run/samples/step00000001.png",
+        "run/routing/step00000001.png",
+        "run/checkpoints/latest",
+        "run/checkpoints/step00000001/ema.safetensors",
+        "run/checkpoints/step00000001/ema_rank00001.pt",
+    ):
+        assert name in names
+    assert any(name.startswith("run/tensorboard/events") for name in names)
