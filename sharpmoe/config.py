@@ -115,11 +115,12 @@ class RolloutConfig(Section):
 class LossConfig(Section):
     """Weights and scales of the losses."""
 
-    routing_weight: float = Field(0.001, ge=0)
-    routing_mass: Literal["scores", "counts"] = "scores"  # what A sums: the paper's scores, or straight-through counts
-    mass_reduction: Literal["sum", "mean"] = "sum"  # A summed over steps and MoE layers (paper), or its mean over them
-    mass_scale: float = Field(1.0, gt=0)  # multiplies A before the softmax
-    saliency_scale: float = Field(1.0, gt=0)  # multiplies M before the softmax
+    # The defaults are measured, the paper's values are configs/runs/posttrain-paper.yaml: docs/design/0004-routing-mass.md
+    routing_weight: float = Field(0.01, ge=0)
+    routing_mass: Literal["scores", "counts"] = "counts"  # what A sums: the paper's scores, or straight-through counts
+    mass_reduction: Literal["sum", "mean"] = "mean"  # A summed over steps and MoE layers (paper), or its mean over them
+    mass_scale: float = Field(3.0, gt=0)  # multiplies A before the softmax
+    saliency_scale: float = Field(10.0, gt=0)  # multiplies M before the softmax
     count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts
     balance_weight: float = Field(0.01, ge=0)  # tc
     capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies

@@ -15,7 +15,7 @@ def record(scores: torch.Tensor, chosen: torch.Tensor) -> Routing:
 
 def test_kl_is_the_definition_and_zero_at_equality() -> None:
     mass, saliency = torch.randn(3, 8).double(), torch.rand(3, 8).double()
-    config = LossConfig(mass_scale=0.5, saliency_scale=4.0)
+    config = LossConfig(mass_scale=0.5, saliency_scale=4.0, mass_reduction="sum")
     p, q = (0.5 * mass).softmax(-1), (4.0 * saliency).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     torch.testing.assert_close(trajectory_routing(mass, saliency, config, 7), expected)
