@@ -115,7 +115,7 @@ class RolloutConfig(Section):
 class LossConfig(Section):
     """Weights and scales of the losses."""
 
-    # The defaults are measured, the paper's values are configs/runs/posttrain-paper.yaml: docs/design/0004-routing-mass.md
+    # The defaults are measured (docs/design/0004); the paper's values: configs/runs/posttrain-paper.yaml.
     routing_weight: float = Field(0.01, ge=0)
     routing_mass: Literal["scores", "counts"] = "counts"  # what A sums: the paper's scores, or straight-through counts
     mass_reduction: Literal["sum", "mean"] = "mean"  # A summed over steps and MoE layers (paper), or its mean over them
