@@ -10,7 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-RouterKind = Literal["dense", "tc", "ec", "diffmoe"]
+RouterKind = Literal["dense", "tc", "ec", "diffmoe", "promoe_tc", "promoe_ec", "dsmoe", "dit_moe", "race"]
+
+TOKEN_CHOICE = ("tc", "promoe_tc", "dsmoe", "dit_moe")  # every token is served by top_k experts
+POOLED = ("diffmoe", "race")  # experts choose from the tokens of a whole call, by thresholds in inference
+VARYING_COMPUTE = ("ec", "diffmoe", "promoe_ec", "race")  # a token may be served by more or fewer experts
 
 # width, depth, num_heads of the published sizes (method.md section 2 of the DiT family) and of the shipped toy.
 SIZES: dict[str, dict[str, int]] = {
@@ -20,6 +24,30 @@ SIZES: dict[str, dict[str, int]] = {
     "l": {"width": 1024, "depth": 24, "num_heads": 16},
     "xl": {"width": 1152, "depth": 28, "num_heads": 16},
 }
+
+
+def family_fields(router: str, width: int) -> dict[str, Any]:
+    """Fields that a router family sets where the run does not: gate, scores, experts, positions of its publication."""
+    half = {"expert_hidden": 2 * width, "shared_hidden": 2 * width}
+    promoe = {"gate": "prototypes", "score": "identity", "unconditional_expert": True, "shared": "gelu", **half}
+    return {
+        "promoe_tc": promoe,
+        "promoe_ec": promoe,
+        "dit_moe": {"top_k": 2, "expert": "swiglu", "shared": "swiglu", "shared_hidden": 2 * width, "moe_every": 1},
+        "dsmoe": {
+            "score": "sigmoid",
+            "top_k": 2,
+            "renormalise": True,
+            "routed_scale": 2.0,
+            "bias_balancing": True,
+            "expert": "swiglu",
+            "shared": "swiglu",
+            "mlp": "silu",
+            "positions": "rope_2d",
+            **half,
+        },
+        "race": {"gate": "mlp", "score": "identity", "layer_heads": True},
+    }.get(router, {})
 
 
 class Section(BaseModel):
@@ -42,9 +70,30 @@ class ModelConfig(Section):
     learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
     router: RouterKind = "diffmoe"
     num_experts: int = Field(8, ge=1)
-    top_k: int = Field(1, ge=1)  # experts per token (tc only)
-    capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, diffmoe)
+    top_k: int = Field(1, ge=1)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
+    capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race)
     capacity_selection: Literal["count", "mask"] = "count"  # diffmoe inference rule
+    gate: Literal["linear", "prototypes", "mlp"] = "linear"  # prototypes: cosine to a centre per expert (ProMoE)
+    score: Literal["softmax", "sigmoid", "identity", "token_softmax"] = "softmax"  # logits to scores
+    renormalise: bool = False  # top_k > 1: the gates of a token's experts sum to routed_scale
+    routed_scale: float = Field(1.0, gt=0)  # multiplies the gates (dsmoe)
+    num_groups: int = Field(1, ge=1)  # dsmoe: experts are chosen inside the best top_groups of num_groups groups
+    top_groups: int = Field(1, ge=1)
+    bias_balancing: bool = False  # tc, dsmoe: a bias per expert, for the choice only, balances the load without a loss
+    unconditional_expert: bool = False  # one more expert that takes all tokens of images without class, and only those
+    unconditional_label: int | None = Field(None, ge=0)  # which label that is; None: num_classes, "no class"
+    expert: Literal["gelu", "swiglu"] = "gelu"
+    expert_hidden: int | None = Field(None, ge=1)  # None: width * mlp_ratio
+    shared: Literal["none", "gelu", "swiglu", "identity"] = "none"  # added to the routed experts for every token
+    shared_hidden: int | None = Field(None, ge=1)  # None: as the routed experts
+    layer_heads: bool = False  # race: each MoE layer predicts the target from its input, for its loss only
+    mlp: Literal["gelu", "silu", "swiglu"] = "gelu"  # dense blocks
+    moe_every: int = Field(2, ge=1)  # every so many blocks the last one is MoE: 2 is the odd indices, 1 is all
+    dense_first: int = Field(0, ge=0)  # leading blocks that stay dense all the same
+    positions: Literal["sincos", "rope_2d", "rope_1d"] = "sincos"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of the blocks
+    qk_norm: bool = False  # LayerNorm of queries and keys per head
+    qk_norm_eps: float = Field(1e-5, gt=0)
     saliency_router: bool = True
     conditioning: Literal["class", "text"] = "text"
     num_classes: int = Field(1000, ge=1)
@@ -53,13 +102,17 @@ class ModelConfig(Section):
     pooled_width: int = Field(384, ge=1)
     time_scale: float = 1000.0  # the time embedder is fed time_scale * t + time_shift
     time_shift: float = 0.0
+    prediction: Literal["velocity", "ddpm_noise"] = "velocity"  # ddpm_noise: a DDPM network, asked for its velocity
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("preset"), str):
-            return {**SIZES.get(data["preset"], {}), **data}
-        return data
+        if not isinstance(data, dict):
+            return data
+        if isinstance(data.get("preset"), str):
+            data = {**SIZES.get(data["preset"], {}), **data}
+        width = data.get("width", cls.model_fields["width"].default)
+        return {**family_fields(str(data.get("router")), width), **data} if isinstance(width, int) else data
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -69,16 +122,48 @@ class ModelConfig(Section):
             raise ValueError(f"width ({self.width}) must be a multiple of 4 for 2-D sin-cos positions")
         if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size ({self.latent_size})")
-        if self.router == "tc" and self.top_k > self.num_experts:
+        if self.router in TOKEN_CHOICE and self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts})")
-        if self.router in ("ec", "diffmoe") and self.capacity > self.num_experts:
+        if self.router in VARYING_COMPUTE and self.capacity > self.num_experts:
             raise ValueError(f"capacity ({self.capacity}) must be at most num_experts ({self.num_experts})")
+        if self.num_groups > 1 and (self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups):
+            raise ValueError(
+                f"num_groups ({self.num_groups}) must cut num_experts ({self.num_experts}) into groups of 2 or more"
+            )
+        if self.top_groups > self.num_groups:
+            raise ValueError(f"top_groups ({self.top_groups}) must be at most num_groups ({self.num_groups})")
+        if self.layer_heads and self.gate != "mlp":
+            raise ValueError("layer_heads needs gate: mlp")
+        if self.unconditional_expert and self.conditioning != "class":
+            raise ValueError("unconditional_expert needs conditioning: class")
+        if self.positions == "rope_2d" and (self.width // self.num_heads) % 4:
+            raise ValueError(f"rope_2d needs a head width ({self.width // self.num_heads}) that is a multiple of 4")
         return self
 
     @property
     def num_tokens(self) -> int:
         """Tokens per image."""
         return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def total_experts(self) -> int:
+        """Experts of an MoE layer with the unconditional one."""
+        return self.num_experts + int(self.unconditional_expert)
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of a routed expert."""
+        return self.expert_hidden or int(self.width * self.mlp_ratio)
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the shared expert."""
+        return self.shared_hidden or self.expert_width
+
+    def is_moe(self, block: int) -> bool:
+        """Whether block `block` (0-based) holds an MoE layer."""
+        in_turn = block % self.moe_every == self.moe_every - 1
+        return self.router != "dense" and in_turn and block >= self.dense_first
 
 
 class DataConfig(Section):
@@ -124,6 +209,10 @@ class LossConfig(Section):
     count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts
     balance_weight: float = Field(0.01, ge=0)  # tc
     capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies
+    contrastive_weight: float = Field(1.0, ge=0)  # promoe_tc, promoe_ec
+    contrastive_temperature: float = Field(0.07, gt=0)
+    similarity_weight: float = Field(0.01, ge=0)  # race
+    layer_weight: float = Field(0.01, ge=0)  # race: flow loss of each MoE layer's own head
 
 
 class OptimConfig(Section):
@@ -140,7 +229,8 @@ class OptimConfig(Section):
     final_lr: float = Field(0.0, ge=0)  # cosine: learning rate at the last step
     clip_norm: float = Field(1.0, ge=0)  # 0 turns clipping off
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    threshold_decay: float = Field(0.95, ge=0, lt=1)  # diffmoe capacity thresholds
+    threshold_decay: float = Field(0.95, ge=0, lt=1)  # diffmoe capacity thresholds, race thresholds
+    bias_rate: float = Field(0.001, ge=0)  # bias_balancing: step of an expert's bias per optimizer step
 
 
 class TrainConfig(Section):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sharpmoe.config import RunConfig
+from sharpmoe.config import VARYING_COMPUTE, RunConfig
 from sharpmoe.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -274,13 +274,14 @@ def _type_words(kind: Any) -> str:
 def _fill_routing_weight(data: dict[str, Any]) -> None:
     """Token choice and dense give every token the same compute: the routing loss is off unless it was asked for."""
     model, loss = data.get("model") or {}, data.setdefault("loss", {})
-    if isinstance(model, dict) and model.get("router") in ("tc", "dense") and isinstance(loss, dict):
+    same_compute = isinstance(model, dict) and model.get("router", "diffmoe") not in VARYING_COMPUTE
+    if same_compute and isinstance(loss, dict):
         loss.setdefault("routing_weight", 0.0)
 
 
 def _check_across_sections(run: RunConfig, path: str) -> None:
     """Rules between keys of different sections."""
-    if run.model.router in ("tc", "dense") and run.loss.routing_weight > 0:
+    if run.model.router not in VARYING_COMPUTE and run.loss.routing_weight > 0:
         raise ConfigError(
             f"{path}: loss.routing_weight is {run.loss.routing_weight}, but with model.router {run.model.router} every "
             "token gets the same compute and the loss has nothing to move; set loss.routing_weight to 0"

@@ -3,6 +3,7 @@
 x_t = (1 - t) x0 + t x1 with x1 ~ N(0, I); the target is v = x1 - x0 and the clean prediction x0_hat = x_t - t v
 (SharpMoE, arXiv 2606.26938, section 3; rectified flow). Checkpoints of other conventions are converted where they are
 loaded (`sharpmoe.model.pretrained`), never here.
+A network trained to predict the noise of a DDPM is asked for its velocity here, by equal signal-to-noise ratio.
 """
 
 import torch
@@ -54,3 +55,39 @@ def descending_times(uniform: Tensor, first_time: float) -> Tensor:
 def logit_normal_times(normal: Tensor) -> Tensor:
     """Pretraining times in (0, 1) from standard normal draws of any shape: t = sigmoid(n), logit-normal(0, 1)."""
     return normal.sigmoid()
+
+
+DDPM_STEPS = 1000
+DDPM_BETAS = (1e-4, 0.02)  # linear, as in DiT (arXiv 2212.09748)
+
+
+def ddpm_ratios(like: Tensor) -> Tensor:
+    """Noise over signal of the DDPM's steps, rising, (1000,) float64 on the device of `like`."""
+    betas = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64, device=like.device)
+    signal = (1 - betas).cumprod(0)
+    return ((1 - signal) / signal).sqrt()
+
+
+def ddpm_input(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What a DDPM network is fed for x_t (B, ...) at t (B,): the latent scaled to unit variance, and its step (B,).
+
+    The (fractional) step in [0, 999] is the one of the same signal-to-noise ratio, (1 - t) / t; t outside of the
+    schedule's range is served by its first or last step.
+    """
+    ratios = ddpm_ratios(t).log()
+    wanted = (t.double() / (1 - t.double()).clamp_min(1e-12)).clamp_min(1e-12).log().clamp(ratios[0], ratios[-1])
+    above = torch.searchsorted(ratios, wanted).clamp(1, DDPM_STEPS - 1)
+    low, high = ratios[above - 1], ratios[above]
+    step = above - 1 + (wanted - low) / (high - low)
+    norm = (t.square() + (1 - t).square()).sqrt()
+    return x_t / per_sample(norm, x_t), step.to(t.dtype)
+
+
+def ddpm_velocity(scaled: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+    """Velocity noise - x0_hat of a predicted `noise` (B, ...) at the input that `ddpm_input` made."""
+    below = step.double().floor().long().clamp(0, DDPM_STEPS - 2)
+    ratios = ddpm_ratios(step).log()
+    ratio = (ratios[below] + (step.double() - below) * (ratios[below + 1] - ratios[below])).exp()
+    signal = (1 + ratio.square()).rsqrt()
+    x0_hat = (scaled - per_sample(signal * ratio, scaled) * noise) / per_sample(signal, scaled)
+    return noise - x0_hat

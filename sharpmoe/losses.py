@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sharpmoe.config import LossConfig
+from sharpmoe.model.embed import patchify
 from sharpmoe.moe.routing import Routing
 
 
@@ -64,6 +65,55 @@ def balance(records: Sequence[Routing]) -> Tensor:
         share = share / share.sum()  # top_k > 1: the shares still sum to one
         per_layer.append(record.scores.shape[-1] * (share * record.scores.flatten(0, 1).mean(0)).sum())
     return torch.stack(per_layer).sum()
+
+
+def contrastive(records: Sequence[Routing], temperature: float) -> Tensor:
+    """ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3), summed over MoE layers. 0-d.
+
+    Each centre is pulled to the mean of its own tokens and pushed from the means of the other experts' tokens: cross
+    entropy of cosine / temperature, mean over the experts that took tokens.
+    """
+    losses = [_contrast(record.similarity, temperature) for record in records if record.similarity is not None]
+    return torch.stack(losses).sum()
+
+
+def _contrast(similarity: Tensor, temperature: float) -> Tensor:
+    taken = ~similarity.detach().diagonal(dim1=1, dim2=2).isnan()  # (G, E)
+    cosine = torch.where(taken.unsqueeze(1), similarity, 0)
+    logits = (cosine / temperature).masked_fill(~taken.unsqueeze(1), -torch.inf)
+    own = torch.where(taken, cosine.diagonal(dim1=1, dim2=2) / temperature - logits.logsumexp(-1), 0)
+    return -own.sum() / taken.sum().clamp_min(1)
+
+
+def router_similarity(records: Sequence[Routing]) -> Tensor:
+    """Expert Race's router similarity loss (arXiv 2503.16057, Eq. 9 to 11), mean over MoE layers; 0-d, 1 if balanced.
+
+    With M the choices and P the softmax of the logits over experts, M'M counts how often two experts took the same
+    token and weighs P'P: loads (the diagonal) and pairs (the rest) that are frequent cost most.
+    """
+    losses = []
+    for record in records:
+        p = record.logits.flatten(0, 1).softmax(-1)
+        m = record.routing_map.flatten(0, 1).to(p.dtype)
+        together, overlap, num_experts = m.T @ m, p.T @ p, p.shape[1]
+        same = torch.eye(num_experts, dtype=torch.bool, device=p.device)
+        loads, pairs = together.diagonal(), together.masked_fill(same, 0)
+        weight = pairs * (num_experts**2 - num_experts) / pairs.sum().clamp_min(1)
+        weight = weight + torch.diag(loads) * num_experts / loads.sum().clamp_min(1)
+        losses.append((weight * overlap).sum() / len(p))
+    return torch.stack(losses).mean()
+
+
+def layer_predictions(records: Sequence[Routing], v_target: Tensor, patch_size: int) -> Tensor | None:
+    """Expert Race's per-layer regularisation (arXiv 2503.16057, section 6): flow loss of each layer's own head. 0-d.
+
+    v_target (B, C, H, W); the mean over MoE layers, None where they predict nothing.
+    """
+    predictions = [record.prediction for record in records if record.prediction is not None]
+    if not predictions:
+        return None
+    target = patchify(v_target, patch_size)
+    return torch.stack([functional.mse_loss(prediction, target) for prediction in predictions]).mean()
 
 
 def capacity(records: Sequence[Routing]) -> Tensor:

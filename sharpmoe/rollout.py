@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.flow import clean_prediction, interpolate, velocity_target
-from sharpmoe.losses import flow_matching
+from sharpmoe.losses import flow_matching, layer_predictions
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import Condition
 from sharpmoe.moe.routing import Routing
@@ -33,6 +33,7 @@ class StepOutput(NamedTuple):
     flow: Tensor  # 0-d flow matching loss
     x0_hat: Tensor  # (B, C, H, W) predicted clean latent, detached: it guides the next step
     routing: tuple[Routing, ...]  # one per MoE layer
+    layer_flow: Tensor | None = None  # 0-d flow loss of the MoE layers' own predictions, where they make one
 
 
 class Replay(NamedTuple):
@@ -59,8 +60,10 @@ def rollout_step(
     t = item.times[step]
     x_t = interpolate(item.x0, item.x1, t)
     output = model(x_t, t, item.condition, guidance, routing_maps, recompute)
-    flow = flow_matching(output.v, velocity_target(item.x0, item.x1))
-    return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing)
+    v_target = velocity_target(item.x0, item.x1)
+    flow = flow_matching(output.v, v_target)
+    own = layer_predictions(output.routing, v_target, model.config.patch_size)
+    return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, own)
 
 
 def rollout(model: DiT, item: Item, guided: bool, recompute: bool = False) -> list[StepOutput]:

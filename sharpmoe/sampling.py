@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpmoe import draws, flow
-from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.config import POOLED, ModelConfig, SampleConfig
 from sharpmoe.model.dit import ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 
@@ -48,8 +48,8 @@ class Guidance(NamedTuple):
 
 
 def guidance_of(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> Guidance:
-    """Read the guidance settings of a run; only DiffMoE, which pools tokens, keeps the branches apart."""
-    pool: Literal["all", "call", "image"] = "call" if model.router == "diffmoe" else "all"
+    """Read the guidance settings of a run; only families that pool tokens keep the branches apart."""
+    pool: Literal["all", "call", "image"] = "call" if model.router in POOLED else "all"
     return Guidance(
         sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool
     )

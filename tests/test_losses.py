@@ -10,7 +10,7 @@ from sharpmoe.moe.routing import Routing, expert_choice, lowest_accepted, token_
 
 def record(scores: torch.Tensor, chosen: torch.Tensor) -> Routing:
     logits = scores.log()
-    return Routing(logits, logits, scores, scores * chosen, chosen, lowest_accepted(scores, chosen, True), None)
+    return Routing(logits, logits, scores, scores * chosen, chosen, lowest_accepted(scores, chosen, "image"))
 
 
 def test_kl_is_the_definition_and_zero_at_equality() -> None:

@@ -5,11 +5,13 @@ DiT (arXiv 2212.09748) with adaLN-Zero blocks; an MoE layer replaces the MLP of 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sharpmoe.config import ModelConfig
+from sharpmoe.config import TOKEN_CHOICE, ModelConfig
+from sharpmoe.flow import ddpm_input, ddpm_velocity
 from sharpmoe.model.embed import (
     ClassCondition,
     Condition,
@@ -19,11 +21,14 @@ from sharpmoe.model.embed import (
     TextCondition,
     TextEmbed,
     TimeEmbed,
+    rotary_positions,
+    rotate,
     sincos_positions,
     unpatchify,
 )
+from sharpmoe.moe.experts import feed_forward
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.router import at_least_float32
+from sharpmoe.moe.router import PrototypeGate, at_least_float32
 from sharpmoe.moe.routing import Routing
 
 # The model starts as an identity of its trunk, and a freshly attached part leaves it as it was.
@@ -44,9 +49,23 @@ class TextContext(NamedTuple):
     mask: Tensor  # (B, L) bool
 
 
+class Context(NamedTuple):
+    """What every block is told besides its tokens."""
+
+    c: Tensor  # (B, D) time and condition, after SiLU
+    text: TextContext | None
+    rope: Tensor | None  # (2, N, D / heads) cosines and sines
+    unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """AdaLN: x (B, N, D) * (1 + scale) + shift, with shift and scale (B, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def normalise(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """Apply the block's norm to x (B, N, D): the parameter-free one unless the family has its own."""
+    return layer_norm(x) if norm is None else norm(x)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -54,36 +73,41 @@ def layer_norm(x: Tensor) -> Tensor:
     return functional.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
+class RmsNorm(nn.Module):
+    """Root-mean-square norm with a weight, eps 1e-6."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, N, D) to (B, N, D)."""
+        """Map (..., D) to (..., D)."""
+        return functional.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with normalised queries and keys and rotary positions where the family has them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.rope_axes = 2 if config.positions == "rope_2d" else 1
+        width, head = config.width, config.width // config.num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(head, eps=config.qk_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head, eps=config.qk_norm_eps) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """Map x (B, N, D) to (B, N, D); rope (2, N, D / heads) cosines and sines of `rotary_positions`."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope, self.rope_axes), rotate(k, rope, self.rope_axes)
         out = functional.scaled_dot_product_attention(q, k, v)
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(b, n, d))
         return mixed
-
-
-class Mlp(nn.Module):
-    """Two-layer GELU(tanh) MLP of the dense blocks."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, N, D) to (B, N, D)."""
-        out: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
-        return out
 
 
 class Block(nn.Module):
@@ -91,24 +115,28 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.attn = Attention(config.width, config.num_heads)
+        is_rms = config.norm == "rmsnorm"
+        self.norm1 = RmsNorm(config.width) if is_rms else None
+        self.norm2 = RmsNorm(config.width) if is_rms else None
+        self.attn = Attention(config)
         self.cross_attn = CrossAttention(config.width, config.num_heads) if config.conditioning == "text" else None
-        is_moe = config.router != "dense" and index % 2 == 1
+        is_moe = config.is_moe(index)
         self.moe = MoELayer(config) if is_moe else None
-        self.mlp = None if is_moe else Mlp(config.width, int(config.width * config.mlp_ratio))
+        self.mlp = None if is_moe else feed_forward(config.mlp, config.width, int(config.width * config.mlp_ratio))
         self.modulation = nn.Linear(config.width, 6 * config.width)
 
     def forward(
-        self, x: Tensor, c: Tensor, text: TextContext | None, guidance_tokens: Tensor | None, routing_map: Tensor | None
+        self, x: Tensor, context: "Context", guidance_tokens: Tensor | None, routing_map: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
-        """X (B, N, D), c (B, D) after SiLU; returns the tokens and, from an MoE block, the routing record."""
+        """X (B, N, D); returns the tokens and, from an MoE block, the routing record."""
+        c, text, rope, unconditional = context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(layer_norm(x), shift_a, scale_a))
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(normalise(x, self.norm1), shift_a, scale_a), rope)
         if self.cross_attn is not None and text is not None:
             x = x + self.cross_attn(layer_norm(x), text.tokens, text.mask)
-        h = modulate(layer_norm(x), shift_m, scale_m)
+        h = modulate(normalise(x, self.norm2), shift_m, scale_m)
         if self.moe is not None:
-            y, routing = self.moe(h, guidance_tokens, routing_map)
+            y, routing = self.moe(h, guidance_tokens, routing_map, unconditional)
             return x + gate_m.unsqueeze(1) * y, routing
         assert self.mlp is not None
         return x + gate_m.unsqueeze(1) * self.mlp(h), None
@@ -132,7 +160,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer with mixture-of-experts layers and saliency routers."""
 
-    pos_embed: Tensor
+    pos_embed: Tensor | None
+    rope: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,7 +172,15 @@ class DiT(nn.Module):
         self.text_embedder = TextEmbed(config.text_width, config.pooled_width, config.width) if is_text else None
         self.y_embedder = None if is_text else LabelEmbed(config.num_classes, config.width, config.class_dropout)
         side = config.latent_size // config.patch_size
-        self.register_buffer("pos_embed", sincos_positions(config.width, side))
+        self.register_buffer(
+            "pos_embed", sincos_positions(config.width, side) if config.positions == "sincos" else None
+        )
+        rope = (
+            None
+            if config.positions == "sincos"
+            else rotary_positions(config.width // config.num_heads, side, config.positions)
+        )
+        self.register_buffer("rope", rope, persistent=False)
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.depth)])
         out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
         self.final_layer = FinalLayer(config.width, config.patch_size**2 * out_channels)
@@ -162,36 +199,53 @@ class DiT(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor,
-        condition: Condition,
+        condition: Condition | Tensor,
         guidance: Tensor | None = None,
         routing_maps: tuple[Tensor, ...] | None = None,
         recompute: bool = False,
     ) -> ModelOutput:
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
-        guidance (B, C, H, W): clean latent predicted by the previous step, detached here; None gives the base routing.
-        routing_maps: per MoE layer (B, N, E) bool, choices to replay. recompute: keep only block inputs for backward
-        (non-reentrant; the reentrant form gives wrong gradients under ZeRO-3). Returns float32 or better.
+        condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. guidance (B, C, H, W):
+        clean latent predicted by the previous step, detached here; None gives the base routing. routing_maps: per MoE
+        layer (B, N, E) bool, choices to replay. recompute: keep only block inputs for backward (non-reentrant; the
+        reentrant form gives wrong gradients under ZeRO-3). Returns float32 or better.
         """
+        condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
+        if self.config.prediction == "ddpm_noise":
+            scaled, step = ddpm_input(x_t, t)
+            noise, records = self._network(scaled, step, condition, guidance, routing_maps, recompute)
+            return ModelOutput(ddpm_velocity(scaled, noise, step), records)
+        return ModelOutput(*self._network(x_t, t, condition, guidance, routing_maps, recompute))
+
+    def _network(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance: Tensor | None,
+        routing_maps: tuple[Tensor, ...] | None,
+        recompute: bool,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
         tokens = self._embed(x_t)
         guidance_tokens = None if guidance is None else self._embed(guidance.detach())
-        c, text = self._condition(t, condition)
+        context = self._context(t, condition)
         records: list[Routing] = []
         for block in self.blocks:
             replay = routing_maps[len(records)] if routing_maps is not None and block.moe is not None else None
-            inputs = (tokens, c, text, guidance_tokens, replay)
+            inputs = (tokens, context, guidance_tokens, replay)
             tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             if routing is not None:
                 records.append(routing)
-        return ModelOutput(self._velocity(self.final_layer(tokens, c)), tuple(records))
+        return self._latent(self.final_layer(tokens, context.c)), tuple(records)
 
     def _embed(self, latent: Tensor) -> Tensor:
-        tokens = self.x_embedder(latent.to(self.x_embedder.proj.weight.dtype))
-        return tokens + self.pos_embed.to(tokens.dtype)
+        tokens: Tensor = self.x_embedder(latent.to(self.x_embedder.proj.weight.dtype))
+        return tokens if self.pos_embed is None else tokens + self.pos_embed.to(tokens.dtype)
 
-    def _condition(self, t: Tensor, condition: Condition) -> tuple[Tensor, TextContext | None]:
-        c = self.t_embedder(t)
-        text = None
+    def _context(self, t: Tensor, condition: Condition) -> Context:
+        c, text, unconditional = self.t_embedder(t), None, None
         if self.text_embedder is not None:
             if not isinstance(condition, TextCondition):
                 raise TypeError(f"a text-conditional model takes a TextCondition, got {type(condition).__name__}")
@@ -201,9 +255,12 @@ class DiT(nn.Module):
             if not isinstance(condition, ClassCondition):
                 raise TypeError(f"a class-conditional model takes a ClassCondition, got {type(condition).__name__}")
             c = c + self.y_embedder(condition.labels)
-        return functional.silu(c), text
+            if self.config.unconditional_expert:
+                label = self.config.unconditional_label
+                unconditional = condition.labels == (self.config.num_classes if label is None else label)
+        return Context(functional.silu(c), text, self.rope, unconditional)
 
-    def _velocity(self, tokens: Tensor) -> Tensor:
+    def _latent(self, tokens: Tensor) -> Tensor:
         out_channels = tokens.shape[-1] // self.config.patch_size**2
         raw = unpatchify(tokens, self.config.patch_size, out_channels)
         return at_least_float32(raw[:, : self.config.latent_channels])  # learn_sigma: the rest is not used
@@ -222,9 +279,11 @@ def initialise(model: DiT) -> None:
     if model.y_embedder is not None:
         nn.init.normal_(model.y_embedder.table.weight, std=0.02)
     for moe in model.moe_layers():
-        for expert in range(moe.config.num_experts):
-            nn.init.xavier_uniform_(moe.experts.w1[expert])
-            nn.init.xavier_uniform_(moe.experts.w2[expert])
+        weights = [moe.experts.w1, moe.experts.w2, *([moe.experts.w3] if moe.experts.kind == "swiglu" else [])]
+        for weight in (expert for stacked in weights for expert in stacked):
+            nn.init.xavier_uniform_(weight)
+        if isinstance(moe.gate, PrototypeGate):
+            nn.init.normal_(moe.gate.weight, std=0.02)
     for name, parameter in model.named_parameters():
         if any(part in name for part in ZERO_INITIALISED):
             nn.init.zeros_(parameter)
@@ -235,10 +294,11 @@ def count_parameters(model: DiT) -> tuple[int, int]:
 
     Positions are counted, thresholds are not, as in the published figures.
     """
-    total = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
+    positions = 0 if model.pos_embed is None else model.pos_embed.numel()
+    total = sum(p.numel() for p in model.parameters()) + positions
     idle = 0.0
     for moe in model.moe_layers():
         expert_parameters = sum(p.numel() for p in moe.experts.parameters())
-        per_token = moe.config.top_k if moe.config.router == "tc" else moe.config.capacity
-        idle += expert_parameters * (1 - per_token / moe.config.num_experts)
+        per_token = moe.config.top_k if moe.config.router in TOKEN_CHOICE else moe.config.capacity
+        idle += expert_parameters * (1 - per_token / moe.config.total_experts)
     return total, round(total - idle)

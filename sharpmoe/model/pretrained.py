@@ -1,20 +1,25 @@
-"""Weights files of ours, and published checkpoints: key maps and time conventions live here and nowhere else."""
+"""Weights files of ours, and loading of published checkpoints (`sharpmoe.model.published` knows their names)."""
 
+import argparse
 import json
+import logging
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sharpmoe.config import ModelConfig
+from sharpmoe.config import TOKEN_CHOICE, ModelConfig
 from sharpmoe.errors import CheckpointError
+from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.dit import DiT
+from sharpmoe.model.published import CONVENTIONS, ROUTERS, SPELLINGS, Family, convert_published, read_sizes
 
 FORMAT = "sharpmoe-1"
 NEW_ALLOWED = ("saliency_router",)  # parts a base checkpoint may lack: they start as an identity
@@ -123,85 +128,154 @@ def copy_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> tup
     return missing
 
 
-Family = Literal["promoe", "kwai"]
+class PretrainedReport(NamedTuple):
+    """What became of a published checkpoint's keys. Unmatched keys are an error, so there is no list of them."""
 
-# The value each family feeds to its time embedder, as time_scale * t + time_shift of our t (0 = data).
-TIME_CONVENTION: dict[str, tuple[float, float]] = {"promoe": (1000.0, 0.0), "kwai": (-1.0, 1.0)}
+    loaded: tuple[str, ...]  # our keys that the checkpoint gave
+    new: tuple[str, ...]  # our keys that it lacks: freshly attached saliency routers
+    assumed: dict[str, Any]  # fields that its tensors cannot tell and the caller did not
 
-_RENAMED = {
-    "adaLN_modulation.1": "modulation",
-    "y_embedder.embedding_table": "y_embedder.table",
-    "mlp.gate_weight": "moe.gate.weight",
-    "mlp.gate.weight": "moe.gate.weight",
-    "mlp.capacity_predictor.0": "moe.capacity_predictor.hidden",
-    "mlp.capacity_predictor.2": "moe.capacity_predictor.out",
-    "mlp.expert_threshold": "moe.expert_threshold",
-}
+    def line(self) -> str:
+        """Say it in one line."""
+        told = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
+        return f"{len(self.loaded)} loaded, {len(self.new)} new, 0 unmatched" + (f"; assumed: {told}" if told else "")
 
 
-def convert_published(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Rename a published TC/EC/DiffMoE/dense DiT state dict to our keys and our direction of time.
+def load_pretrained(
+    source: str | Path | Mapping[str, Any],
+    family: Family,
+    router: str,
+    *,
+    conditioning: Literal["class", "text"] = "class",
+    weights: Literal["ema", "model"] = "ema",
+    **sizes: Any,
+) -> DiT:
+    """Build the model of a published checkpoint in our convention: v = model(x_t, t, labels).v, t = 0 data, 1 noise.
 
-    The key names of these families coincide while their conventions differ, so the family must be named. A family that
-    predicts x0 - x1 gets its final layer negated; its time goes into the architecture (`TIME_CONVENTION`).
+    source: .pth/.pt (read with weights_only), .safetensors, a folder of shards, or a state dict. family and router name
+    its publication, since key names coincide. sizes: any field of `ModelConfig` (latent_size, depth, width, num_heads,
+    num_experts, capacity, num_classes, top_k, saliency_router, ...), also in published spelling; what is not given is
+    read from the tensors, or, where they cannot tell, assumed as published and logged. capacity of a token-choice
+    family is its top_k. conditioning "text" extends a class-conditional trunk: see `sharpmoe.model.attach`.
+    Returns float32 in eval mode. Raises CheckpointError for a file that cannot be read, unknown names, a key without a
+    counterpart, or a size that is neither given nor known.
     """
-    converted: dict[str, Tensor] = {}
-    experts: dict[str, dict[tuple[int, str], Tensor]] = {}
-    for key, value in state.items():
-        if key.endswith("ema_decay"):
-            continue  # a constant of their training, ours is optim.threshold_decay
-        if ".experts." in key:
-            layer, rest = key.split(".mlp.experts.")
-            index, name = rest.split(".", 1)
-            experts.setdefault(layer, {})[int(index), name] = value
-            continue
-        for old, new in _RENAMED.items():
-            key = key.replace(old, new)
-        converted[key] = value.flatten(1) if key == "x_embedder.proj.weight" else value
-    for layer, parts in experts.items():
-        converted.update(_stack_experts(f"{layer}.moe.experts", parts))
-    if family == "kwai":
-        for name in ("weight", "bias"):
-            converted[f"final_layer.linear.{name}"] = -converted[f"final_layer.linear.{name}"]
-    return converted
+    model, report = read_pretrained(source, family, router, weights=weights, **sizes)
+    logging.getLogger(__name__).info("%s: %s", _name(source), report.line())
+    if conditioning == "text" and model.config.conditioning == "class":
+        model = extend_to_text(model, **{key: sizes[key] for key in ("text_width", "pooled_width") if key in sizes})
+    return model
 
 
-def _stack_experts(prefix: str, parts: Mapping[tuple[int, str], Tensor]) -> dict[str, Tensor]:
-    count = 1 + max(index for index, _ in parts)
-
-    def stacked(name: str) -> Tensor:
-        return torch.stack([parts[expert, name] for expert in range(count)])
-
-    biases = torch.cat([stacked("fc1.bias"), stacked("fc2.bias")], dim=-1).unsqueeze(1)
-    return {f"{prefix}.w1": stacked("fc1.weight"), f"{prefix}.w2": stacked("fc2.weight"), f"{prefix}.w3": biases}
-
-
-def to_published(state: Mapping[str, Tensor], config: ModelConfig, family: Family) -> dict[str, Tensor]:
-    """Invert `convert_published`: our state dict (or gradients by our keys) under a family's key names."""
-    gate = "mlp.gate.weight" if config.router == "tc" else "mlp.gate_weight"
-    renamed = {new: old for old, new in _RENAMED.items()} | {"moe.gate.weight": gate}
-    published: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if ".moe.experts." in key:
-            published.update(_unstack_experts(key, value, int(config.width * config.mlp_ratio)))
-            continue
-        for ours, theirs in renamed.items():
-            key = key.replace(ours, theirs)
-        if key == "x_embedder.proj.weight":
-            value = value.unflatten(1, (config.latent_channels, config.patch_size, config.patch_size))
-        if family == "kwai" and key.startswith("final_layer.linear."):
-            value = -value
-        published[key] = value
-    return published
+def read_pretrained(
+    source: str | Path | Mapping[str, Any], family: Family, router: str, *, weights: str = "ema", **sizes: Any
+) -> tuple[DiT, PretrainedReport]:
+    """`load_pretrained` of a class- or text-conditional checkpoint as it is, with the report of its keys."""
+    if family not in ROUTERS or router not in ROUTERS[family]:
+        known = "; ".join(f"{name}: {', '.join(routers)}" for name, routers in ROUTERS.items())
+        raise CheckpointError(f"family {family!r} has no router {router!r}; known are {known}")
+    state = read_state(source, weights)
+    config, assumed = published_config(state, family, router, sizes)
+    model = DiT(config)
+    new = copy_state(model, convert_published(state, family), _name(source))
+    loaded = tuple(key for key in model.state_dict() if key not in new)
+    return model.eval(), PretrainedReport(loaded, new, assumed)
 
 
-def _unstack_experts(key: str, value: Tensor, hidden: int) -> dict[str, Tensor]:
-    layer, name = key.split(".moe.experts.")
-    parts: dict[str, Tensor] = {}
-    for expert, one in enumerate(value.unbind()):
-        prefix = f"{layer}.mlp.experts.{expert}"
-        if name == "w3":
-            parts[f"{prefix}.fc1.bias"], parts[f"{prefix}.fc2.bias"] = one[0, :hidden], one[0, hidden:]
-        else:
-            parts[f"{prefix}.{'fc1' if name == 'w1' else 'fc2'}.weight"] = one
-    return parts
+def published_config(
+    state: Mapping[str, Tensor], family: Family, router: str, sizes: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Architecture of a published state dict, and which of its fields were assumed. CheckpointError where it fails."""
+    given = {SPELLINGS.get(key, key): value for key, value in sizes.items() if value is not None}
+    if "rope_type" in given:
+        kind = str(given.pop("rope_type"))
+        given["positions"] = "sincos" if kind == "none" else f"rope_{kind}"
+    if router in TOKEN_CHOICE and "capacity" in given:
+        given["top_k"] = given.get("top_k", int(given.pop("capacity")))
+    read, assumed = read_sizes(state, family, router)
+    assumed = {key: value for key, value in assumed.items() if key not in given}
+    if "num_heads" not in {**given, **read, **assumed}:
+        raise CheckpointError(f"num_heads of width {read['width']} cannot be read from the tensors: give num_heads")
+    if given.get("num_classes") == read.get("num_classes", -1) + 1:  # a table without a row for "no class"
+        given["class_dropout"] = False
+    convention = CONVENTIONS[family]
+    time = {
+        "time_scale": convention.time_scale,
+        "time_shift": convention.time_shift,
+        "prediction": convention.prediction,
+    }
+    try:
+        return ModelConfig(**{"router": router, **time, **read, **assumed, **given}), assumed
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "sizes"
+        raise CheckpointError(f"{where}: {first['msg']}; mend the sizes given for family {family}") from error
+
+
+def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> dict[str, Tensor]:
+    """Read a state dict from a .pth/.pt, a .safetensors, a folder of either, or a (nested) dict. CheckpointError.
+
+    weights: "ema" or "model", of a training checkpoint that holds both; a bare state dict is taken as it is.
+    """
+    if isinstance(source, Mapping):
+        return _pick(source, weights, "the state dict")
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, weights)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give a .pth, .pt or .safetensors file, or a folder of them")
+    try:
+        if path.suffix == ".safetensors":
+            return _pick(load_file(path), weights, str(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # their trainers save their arguments
+            return _pick(torch.load(path, map_location="cpu", weights_only=True), weights, str(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be read as tensors only ({reason}); save its state dict anew") from error
+
+
+def _read_folder(path: Path, weights: str) -> dict[str, Tensor]:
+    files = sorted(file for suffix in ("safetensors", "pth", "pt", "bin") for file in path.glob(f"*.{suffix}"))
+    suffixes = {file.suffix for file in files}
+    if len(suffixes) != 1:
+        raise CheckpointError(
+            f"{path}: holds {len(files)} checkpoint files of {len(suffixes)} kinds, expected shards of one"
+        )
+    state: dict[str, Tensor] = {}
+    for file in files:
+        part = read_state(file, weights)
+        twice = [key for key in part if key in state]
+        if twice:
+            raise CheckpointError(f"{path}: key {twice[0]} stands in two files; a folder holds the shards of one model")
+        state |= part
+    return state
+
+
+_PLACES = {
+    "ema": ("ema_model_state_dict", "ema", "model_ema", "ema_state_dict"),
+    "model": ("model_state_dict", "model", "state_dict", "module"),
+}
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
+    """Find the tensors of one model in what a file holds."""
+    if weights not in _PLACES:
+        raise CheckpointError(f"weights is {weights!r}, expected ema or model")
+    if not isinstance(found, Mapping) or not found:
+        raise CheckpointError(f"{where}: holds a {type(found).__name__}, expected a state dict")
+    nested = [key for key, value in found.items() if isinstance(value, Mapping)]
+    for place in _PLACES[weights]:
+        if place in nested:
+            return _pick(found[place], weights, f"{where}: {place}")
+    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    if not state:
+        held = ", ".join(map(str, found))
+        raise CheckpointError(f"{where}: no {weights} weights among {held}; ask for the other kind of weights")
+    while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
+        state = {key.split(".", 1)[1]: value for key, value in state.items()}
+    return state
+
+
+def _name(source: str | Path | Mapping[str, Any]) -> str:
+    return "state dict" if isinstance(source, Mapping) else str(source)

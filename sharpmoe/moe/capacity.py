@@ -1,4 +1,4 @@
-"""DiffMoE's capacity predictor and its thresholds (arXiv 2503.14487, section 3.3)."""
+"""DiffMoE's capacity predictor, and what moves once per optimizer step: thresholds and load-balancing biases."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,10 @@ from sharpmoe.moe.routing import tokens_per_expert
 
 
 class CapacityPredictor(nn.Module):
-    """Two-layer SiLU MLP on detached tokens: how likely each expert is to take each token of a training pool."""
+    """Two-layer SiLU MLP on detached tokens: how likely each expert is to take each token of a training pool.
+
+    DiffMoE (arXiv 2503.14487), section 3.3.
+    """
 
     def __init__(self, width: int, num_experts: int) -> None:
         super().__init__()
@@ -40,3 +43,14 @@ def update_thresholds(thresholds: Sequence[Tensor], candidates: Tensor, decay: f
     """
     for threshold, candidate in zip(thresholds, candidates, strict=True):
         threshold.mul_(decay).add_(candidate.to(threshold), alpha=1 - decay)
+
+
+@torch.no_grad()
+def update_biases(biases: Sequence[Tensor], loads: Tensor, rate: float) -> None:
+    """Balance loads without a loss (arXiv 2408.15664, Algorithm 1): move each bias (layers x (E,)) by `rate`, once.
+
+    loads (layers, E): tokens each expert took in the optimizer step, over all ranks, in any unit. An expert with less
+    than the mean load is raised, one with more is lowered.
+    """
+    for bias, load in zip(biases, loads, strict=True):
+        bias.add_((load.mean() - load).sign().to(bias), alpha=rate)

@@ -5,26 +5,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sharpmoe.config import ModelConfig
+from sharpmoe.config import POOLED, TOKEN_CHOICE, ModelConfig
 from sharpmoe.moe.capacity import CapacityPredictor
 from sharpmoe.moe.dispatch import Dispatcher, LocalDispatcher
-from sharpmoe.moe.experts import Experts
-from sharpmoe.moe.router import Linear32, SaliencyRouter
+from sharpmoe.moe.experts import Experts, feed_forward
+from sharpmoe.moe.router import MlpGate, PrototypeGate, SaliencyRouter, make_gate
 from sharpmoe.moe.routing import (
     Routing,
     batch_pool,
     expert_choice,
+    group_limited,
     lowest_accepted,
     predicted_count,
     predicted_mask,
+    prototype_similarity,
+    race,
+    score_logits,
     token_choice,
     tokens_per_expert,
 )
 
 
 def select_tc(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
-    """Token choice: the same in training and inference."""
-    return token_choice(scores, layer.config.top_k)
+    """Token choice, by biased scores where loads are balanced by a bias: the same in training and inference."""
+    return token_choice(layer.biased(scores), layer.config.top_k)
+
+
+def select_dsmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+    """Group-limited token choice by biased scores (DSMoE, arXiv 2512.01252): the same in training and inference."""
+    config = layer.config
+    return group_limited(layer.biased(scores), config.top_k, config.num_groups, config.top_groups)
 
 
 def select_ec(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
@@ -42,56 +52,107 @@ def select_diffmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | 
     return predicted_count(scores, capacity_logits, layer.expert_threshold)
 
 
+def select_race(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+    """Expert Race: the best pairs of the call in training, all above the averaged threshold in inference."""
+    return race(scores, layer.config.capacity) if layer.training else scores >= layer.expert_threshold
+
+
 SELECTION: dict[str, Callable[["MoELayer", Tensor, Tensor | None], Tensor]] = {
     "tc": select_tc,
+    "promoe_tc": select_tc,
+    "dit_moe": select_tc,
+    "dsmoe": select_dsmoe,
     "ec": select_ec,
+    "promoe_ec": select_ec,
     "diffmoe": select_diffmoe,
+    "race": select_race,
 }
+CUTOFF_POOL = {"diffmoe": "call", "race": "all"}  # the others accept within an image
 
 
 class MoELayer(nn.Module):
     """Mixture of expert MLPs in place of a block's MLP; the router family is a field of the configuration."""
 
     expert_threshold: Tensor
+    expert_bias: Tensor
 
     def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
         super().__init__()
         self.config = config
         self.dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         width, num_experts = config.width, config.num_experts
-        self.gate = Linear32(width, num_experts, bias=False)
+        prediction_width = config.latent_channels * config.patch_size**2 if config.layer_heads else 0
+        self.gate = make_gate(config.gate, width, num_experts, prediction_width)
         self.saliency_router = SaliencyRouter(width, num_experts) if config.saliency_router else None
         self.capacity_predictor = CapacityPredictor(width, num_experts) if config.router == "diffmoe" else None
-        self.experts = Experts(num_experts, width, int(width * config.mlp_ratio))
-        if config.router == "diffmoe":
+        self.experts = Experts(config.total_experts, width, config.expert_width, config.expert)
+        self.shared = None if config.shared == "none" else feed_forward(config.shared, width, config.shared_width)
+        if config.router in POOLED:
             self.register_buffer("expert_threshold", torch.zeros(num_experts))
+        if config.bias_balancing:
+            self.register_buffer("expert_bias", torch.zeros(num_experts))
 
     def forward(
-        self, h: Tensor, guidance_tokens: Tensor | None = None, routing_map: Tensor | None = None
+        self,
+        h: Tensor,
+        guidance_tokens: Tensor | None = None,
+        routing_map: Tensor | None = None,
+        unconditional: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record. No side effects.
 
         guidance_tokens (B, N, D): the embedded guidance latent; None leaves the base routing. routing_map (B, N, E):
         replay this choice instead of making one (two-pass training in half precision, where a near-tie can flip).
+        unconditional (B,) bool: images without class, where the layer has an expert of their own.
         """
         gate_logits = self.gate(h)
         logits = gate_logits
         if guidance_tokens is not None and self.saliency_router is not None:
             logits = gate_logits + self.saliency_router(guidance_tokens)
-        scores = logits.softmax(-1)
+        scores = score_logits(logits, self.config.score)
         capacity_logits = None if self.capacity_predictor is None else self.capacity_predictor(h)
-        if routing_map is None:
-            routing_map = self.select(scores.detach(), capacity_logits)
-        gates = scores * routing_map
-        y = self.dispatcher(
-            h.flatten(0, 1), routing_map.flatten(0, 1), gates.flatten(0, 1), self.experts, self._static_count(h)
+        chosen = self.select(scores.detach(), capacity_logits) if routing_map is None else routing_map
+        if unconditional is not None:
+            scores, chosen = send_unconditional(scores, chosen, unconditional)
+        gates = self._gates(scores, chosen)
+        record = Routing(
+            gate_logits,
+            logits,
+            scores,
+            gates,
+            chosen,
+            lowest_accepted(scores, chosen, CUTOFF_POOL.get(self.config.router, "image")),
+            capacity_logits,
+            self._similarity(h, chosen),
+            self.gate.predict(h) if isinstance(self.gate, MlpGate) and self.training else None,
+            self.expert_bias.detach().clone() if self.config.bias_balancing else None,
         )
-        cutoff = lowest_accepted(scores, routing_map, per_image=self.config.router != "diffmoe")
-        return y.view_as(h), Routing(gate_logits, logits, scores, gates, routing_map, cutoff, capacity_logits)
+        return self._serve(h, record), record
 
     def select(self, scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
         """Choose experts for scores (B, N, E) by this layer's family: (B, N, E) bool."""
         return SELECTION[self.config.router](self, scores, capacity_logits)
+
+    def biased(self, scores: Tensor) -> Tensor:
+        """Scores as the choice sees them: with the load-balancing bias (arXiv 2408.15664), where there is one."""
+        return scores + self.expert_bias if self.config.bias_balancing else scores
+
+    def _gates(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        gates = scores * chosen
+        if self.config.renormalise and self.config.top_k > 1:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return gates if self.config.routed_scale == 1 else gates * self.config.routed_scale
+
+    def _similarity(self, h: Tensor, chosen: Tensor) -> Tensor | None:
+        if not isinstance(self.gate, PrototypeGate) or not self.training:
+            return None
+        routed, per_image = chosen[..., : self.config.num_experts], self.config.router not in TOKEN_CHOICE
+        return prototype_similarity(h, routed, self.gate.weight, per_image)
+
+    def _serve(self, h: Tensor, record: Routing) -> Tensor:
+        routing_map, gates = record.routing_map.flatten(0, 1), record.gates.flatten(0, 1)
+        y = self.dispatcher(h.flatten(0, 1), routing_map, gates, self.experts, self._static_count(h)).view_as(h)
+        return y if self.shared is None else y + self.shared(h)
 
     def _static_count(self, h: Tensor) -> int | None:
         """Rows per expert where the rule fixes them, else None. A replayed map comes from the same rule."""
@@ -102,3 +163,14 @@ class MoELayer(nn.Module):
         if self.config.router == "diffmoe" and self.training:
             return tokens_per_expert(batch * tokens, experts, capacity)
         return None
+
+
+def send_unconditional(scores: Tensor, chosen: Tensor, unconditional: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the unconditional expert as the last: all tokens of images without class, and only those, with gate one.
+
+    ProMoE's conditional routing (arXiv 2510.24711, section 4.1). scores (B, N, E), chosen (B, N, E) or, replayed,
+    (B, N, E + 1); unconditional (B,) bool; returns scores and choices (B, N, E + 1).
+    """
+    alone = unconditional[:, None, None].expand(*scores.shape[:2], 1)
+    routed = chosen[..., : scores.shape[-1]] & ~alone
+    return torch.cat([scores.masked_fill(alone, 0), alone.to(scores.dtype)], -1), torch.cat([routed, alone], -1)

@@ -24,6 +24,49 @@ class Linear32(nn.Linear):
         return linear32(input, self)
 
 
+class PrototypeGate(Linear32):
+    """Cosine of a token to one learned centre per expert (ProMoE's prototypical routing, arXiv 2510.24711)."""
+
+    def __init__(self, width: int, num_experts: int) -> None:
+        super().__init__(width, num_experts, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map tokens (..., D) to cosines (..., E) float32."""
+        tokens, centres = at_least_float32(input), at_least_float32(self.weight)
+        return functional.linear(functional.normalize(tokens, dim=-1), functional.normalize(centres, dim=-1))
+
+
+class MlpGate(nn.Module):
+    """Two-layer GELU gate D -> D -> E, whose hidden layer may also feed the layer's own prediction of the target.
+
+    Expert Race (arXiv 2503.16057), section 6: the head shares the first layer with the router.
+    """
+
+    def __init__(self, width: int, num_experts: int, prediction_width: int) -> None:
+        super().__init__()
+        self.hidden = Linear32(width, width)
+        self.out = Linear32(width, num_experts)
+        self.head = Linear32(width, prediction_width) if prediction_width else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map tokens (B, N, D) to logits (B, N, E) float32."""
+        logits: Tensor = self.out(functional.gelu(self.hidden(h)))
+        return logits
+
+    def predict(self, h: Tensor) -> Tensor | None:
+        """Predict the target of tokens (B, N, D): (B, N, p p C) float32, or None without a head."""
+        return None if self.head is None else self.head(functional.gelu(self.hidden(h)))
+
+
+def make_gate(kind: str, width: int, num_experts: int, prediction_width: int) -> nn.Module:
+    """Build the pretrained part of a router: linear, prototypes or mlp."""
+    if kind == "prototypes":
+        return PrototypeGate(width, num_experts)
+    if kind == "mlp":
+        return MlpGate(width, num_experts, prediction_width)
+    return Linear32(width, num_experts, bias=False)
+
+
 class SaliencyRouter(nn.Module):
     """Two-layer MLP D -> D -> E on the embedded guidance latent (SharpMoE section 3.1); its output starts at zero.
 

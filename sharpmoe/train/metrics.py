@@ -20,12 +20,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sharpmoe.config import ModelConfig
-from sharpmoe.moe.routing import Routing, batch_pool, expert_choice, token_choice
+from sharpmoe.moe.routing import Routing, batch_pool, expert_choice, group_limited, race, score_logits, token_choice
 
 TRAINING_SELECTION: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {
     "tc": lambda scores, config: token_choice(scores, config.top_k),
     "ec": lambda scores, config: expert_choice(scores, config.capacity),
     "diffmoe": lambda scores, config: batch_pool(scores, config.capacity),
+    "promoe_tc": lambda scores, config: token_choice(scores, config.top_k),
+    "promoe_ec": lambda scores, config: expert_choice(scores, config.capacity),
+    "dit_moe": lambda scores, config: token_choice(scores, config.top_k),
+    "dsmoe": lambda scores, config: group_limited(scores, config.top_k, config.num_groups, config.top_groups),
+    "race": lambda scores, config: race(scores, config.capacity),
 }
 SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
 
@@ -56,14 +61,17 @@ def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig) -> T
     """
     with torch.no_grad():
         steps = [torch.stack([_layer_sums(layer, config) for layer in step]) for step in routing if step]
-        return torch.stack(steps).sum(0) if steps else torch.zeros(0, SUMS + config.num_experts, dtype=torch.float64)
+        return torch.stack(steps).sum(0) if steps else torch.zeros(0, SUMS + config.total_experts, dtype=torch.float64)
 
 
 def _layer_sums(record: Routing, config: ModelConfig) -> Tensor:
     chosen = record.routing_map
-    by_gate = TRAINING_SELECTION[config.router](record.gate_logits.softmax(-1), config)
-    entropy = -torch.special.xlogy(record.scores, record.scores).sum()
-    sums = [chosen[..., 0].numel(), entropy, chosen.sum(), (chosen & ~by_gate).sum()]
+    by_scores = score_logits(record.gate_logits, config.score)
+    by_gate = TRAINING_SELECTION[config.router](by_scores if record.bias is None else by_scores + record.bias, config)
+    shares = record.logits.softmax(-1)
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    flipped = (chosen[..., : config.num_experts] & ~by_gate).sum()
+    sums = [chosen[..., 0].numel(), entropy, chosen.sum(), flipped]
     head = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=chosen.device) for value in sums])
     return torch.cat([head, chosen.flatten(0, 1).sum(0).double()])
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import Batch
 from sharpmoe import draws, flow, losses
-from sharpmoe.config import RunConfig
+from sharpmoe.config import POOLED, VARYING_COMPUTE, ModelConfig, RunConfig
 from sharpmoe.errors import DataError
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
@@ -39,8 +39,8 @@ class LossTerms(NamedTuple):
     total: Tensor
     flow: Tensor
     routing: Tensor
-    balance: Tensor
-    capacity: Tensor
+    balance: Tensor  # the family's own loss on its router: Switch balance, ProMoE's contrast, Expert Race's similarity
+    capacity: Tensor  # heads beside the router: DiffMoE's capacity predictor, Expert Race's per-layer predictions
 
 
 class StepRecord(NamedTuple):
@@ -48,7 +48,8 @@ class StepRecord(NamedTuple):
 
     terms: LossTerms
     routing: tuple[tuple[Routing, ...], ...]  # (T) x (MoE layers)
-    thresholds: Tensor | None  # (MoE layers, E) DiffMoE threshold candidates, mean over T
+    thresholds: Tensor | None  # (MoE layers, E) threshold candidates of families that pool tokens, mean over T
+    loads: Tensor | None = None  # (MoE layers, E) share of tokens that each expert took, where a bias balances them
 
 
 class WholeRollout(NamedTuple):
@@ -115,22 +116,51 @@ class Objective(nn.Module):
 
 def has_routing_loss(run: RunConfig) -> bool:
     """Whether the trajectory routing loss applies: not for token choice, where all tokens get the same compute."""
-    return run.stage == "posttrain" and run.model.router in ("ec", "diffmoe") and run.loss.routing_weight > 0
+    return run.stage == "posttrain" and run.model.router in VARYING_COMPUTE and run.loss.routing_weight > 0
 
 
 def loss_terms(outputs: Sequence[StepOutput], saliency: Tensor | None, run: RunConfig) -> LossTerms:
     """Means over some steps of a trajectory, and L_routing of their A where saliency is given."""
     flow_loss = torch.stack([output.flow for output in outputs]).mean()
     zero = torch.zeros_like(flow_loss)
-    router = run.model.router
-    balance = torch.stack([losses.balance(o.routing) for o in outputs]).mean() if router == "tc" else zero
-    capacity = torch.stack([losses.capacity(o.routing) for o in outputs]).mean() if router == "diffmoe" else zero
-    routing = zero
+    balance = _mean_over(outputs, lambda output: router_loss(output.routing, run)) if has_router_loss(run) else zero
+    capacity, routing = zero, zero
+    if run.model.router == "diffmoe":
+        capacity = _mean_over(outputs, lambda output: losses.capacity(output.routing))
+    elif run.model.layer_heads:
+        capacity = _mean_over(outputs, lambda output: zero if output.layer_flow is None else output.layer_flow)
     if saliency is not None and has_routing_loss(run):
         routing = routing_loss(trajectory_mass(outputs, run), saliency, outputs, run)
-    weights = run.loss
-    total = flow_loss + weights.balance_weight * balance + weights.capacity_weight * capacity
-    return LossTerms(total + weights.routing_weight * routing, flow_loss, routing, balance, capacity)
+    heads_weight = run.loss.layer_weight if run.model.layer_heads else run.loss.capacity_weight
+    total = flow_loss + router_weight(run) * balance + heads_weight * capacity
+    return LossTerms(total + run.loss.routing_weight * routing, flow_loss, routing, balance, capacity)
+
+
+def _mean_over(outputs: Sequence[StepOutput], loss: Callable[[StepOutput], Tensor]) -> Tensor:
+    return torch.stack([loss(output) for output in outputs]).mean()
+
+
+def has_router_loss(run: RunConfig) -> bool:
+    """Whether the family has a loss on its router; loads balanced by a bias need none, and expert choice neither."""
+    return run.model.router in ("promoe_tc", "promoe_ec", "race") or (
+        run.model.router in ("tc", "dit_moe") and not run.model.bias_balancing
+    )
+
+
+def router_loss(records: Sequence[Routing], run: RunConfig) -> Tensor:
+    """The family's own loss on its router at one step, 0-d, unweighted."""
+    if run.model.router == "race":
+        return losses.router_similarity(records)
+    if run.model.gate == "prototypes":
+        return losses.contrastive(records, run.loss.contrastive_temperature)
+    return losses.balance(records)
+
+
+def router_weight(run: RunConfig) -> float:
+    """Weight of `router_loss`."""
+    if run.model.router == "race":
+        return run.loss.similarity_weight
+    return run.loss.contrastive_weight if run.model.gate == "prototypes" else run.loss.balance_weight
 
 
 def trajectory_mass(outputs: Sequence[StepOutput], run: RunConfig) -> Tensor:
@@ -159,7 +189,7 @@ def run_schedule(
     else:
         terms, outputs = _one_pass(call, item, run, backward, guided)
     detached = LossTerms(*(term.detach() for term in terms))
-    return StepRecord(detached, detach_records(outputs), _candidates(outputs, run.model.capacity))
+    return StepRecord(detached, detach_records(outputs), _candidates(outputs, run.model), _loads(outputs, run.model))
 
 
 def _two_pass(
@@ -203,14 +233,25 @@ def routing_mass_gradient(outputs: Sequence[StepOutput], saliency: Tensor, run: 
         return torch.autograd.grad(loss, mass)[0]
 
 
-def _candidates(outputs: Sequence[StepOutput], capacity: float) -> Tensor | None:
-    """DiffMoE threshold candidates (MoE layers, E), mean over the steps."""
-    if not outputs[0].routing or outputs[0].routing[0].capacity_logits is None:
+def _candidates(outputs: Sequence[StepOutput], model: ModelConfig) -> Tensor | None:
+    """Threshold candidates (MoE layers, E), mean over steps: DiffMoE's k-th probability, Expert Race's k-th score."""
+    if model.router not in POOLED or not outputs[0].routing:
         return None
-    per_step = [
-        torch.stack([threshold_candidate(r.capacity_logits, capacity) for r in output.routing])  # type: ignore[arg-type]
-        for output in outputs
-    ]
+    per_step = [torch.stack([_candidate(record, model) for record in output.routing]) for output in outputs]
+    return torch.stack(per_step).mean(0)
+
+
+def _candidate(record: Routing, model: ModelConfig) -> Tensor:
+    if record.capacity_logits is None:
+        return record.cutoff.flatten()
+    return threshold_candidate(record.capacity_logits, model.capacity)
+
+
+def _loads(outputs: Sequence[StepOutput], model: ModelConfig) -> Tensor | None:
+    """Share of tokens that each expert took (MoE layers, E), mean over the steps."""
+    if not model.bias_balancing or not outputs[0].routing:
+        return None
+    per_step = [torch.stack([r.routing_map.float().mean((0, 1)) for r in output.routing]) for output in outputs]
     return torch.stack(per_step).mean(0)
 
 

@@ -11,7 +11,7 @@ from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import TrainingError
-from sharpmoe.moe.capacity import update_thresholds
+from sharpmoe.moe.capacity import update_biases, update_thresholds
 from sharpmoe.parallel.engine import Engine
 from sharpmoe.parallel.launch import sum_over_ranks
 from sharpmoe.rollout import Item
@@ -37,6 +37,7 @@ class _Exchange(NamedTuple):
 
     losses: Tensor  # (5,) float64, mean over micro-batches and ranks
     thresholds: Tensor | None  # (MoE layers, E) float64, likewise
+    loads: Tensor | None  # (MoE layers, E) float64, likewise
     routing: Tensor | None  # (MoE layers, 4 + E) float64, summed
 
 
@@ -61,7 +62,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def train_step(
     engine: Engine, objective: Objective, ema: ShardEma, items: Sequence[Item], step: int, with_routing: bool
 ) -> StepResult:
-    """Train on the micro-batches `items` as optimizer step `step` (from 0); move thresholds and EMA once.
+    """Train on the micro-batches `items` as optimizer step `step` (from 0); move what moves once per step.
 
     Communicates: the engine's collectives and one all-reduce of figures. Raises TrainingError on every rank where a
     loss or the gradient is not finite; the weights are then unchanged.
@@ -77,6 +78,10 @@ def train_step(
     if exchange.thresholds is not None:
         buffers = [layer.expert_threshold for layer in objective.model.moe_layers()]
         update_thresholds(buffers, exchange.thresholds, run.optim.threshold_decay)
+    if exchange.loads is not None:
+        update_biases(
+            [layer.expert_bias for layer in objective.model.moe_layers()], exchange.loads, run.optim.bias_rate
+        )
     ema.update()
     return StepResult(losses, grad_norm, lr, exchange.routing)
 
@@ -93,20 +98,28 @@ def _run_micro(engine: Engine, objective: Objective, item: Item, step: int, last
 
 
 def _exchange(records: Sequence[StepRecord], engine: Engine, run: RunConfig, with_routing: bool) -> _Exchange:
-    """Average loss terms and threshold candidates, add up routing sums: one float64 vector, one all-reduce."""
+    """Average loss terms, threshold candidates and loads, add up routing sums: one float64 vector, one all-reduce."""
     terms = torch.stack([torch.stack(list(record.terms)).double() for record in records]).mean(0)
-    candidates = [record.thresholds.double() for record in records if record.thresholds is not None]
-    thresholds = torch.stack(candidates).mean(0) if candidates else terms.new_zeros(0)
+    thresholds = _mean([record.thresholds for record in records], terms)
+    loads = _mean([record.loads for record in records], terms)
     sums = [routing_sums(record.routing, run.model) for record in records] if with_routing else [terms.new_zeros(0)]
     routing = torch.stack(sums).sum(0)
-    parts = [terms / engine.world.size, thresholds / engine.world.size, routing]
+    size = engine.world.size
+    parts = [terms / size, thresholds / size, loads / size, routing]
     total = sum_over_ranks(torch.cat([part.flatten() for part in parts]), engine.world)
     pieces = total.split([part.numel() for part in parts])
     return _Exchange(
         pieces[0],
-        pieces[1].view_as(thresholds) if candidates else None,
-        pieces[2].view_as(routing) if with_routing and routing.numel() else None,
+        pieces[1].view_as(thresholds) if thresholds.numel() else None,
+        pieces[2].view_as(loads) if loads.numel() else None,
+        pieces[3].view_as(routing) if with_routing and routing.numel() else None,
     )
+
+
+def _mean(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Mean over micro-batches, float64; empty where there is nothing to average."""
+    present = [part.double() for part in parts if part is not None]
+    return torch.stack(present).mean(0) if present else like.new_zeros(0)
 
 
 def _check_finite(losses: dict[str, float], step: int) -> None:

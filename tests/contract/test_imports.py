@@ -27,7 +27,15 @@ def test_no_launcher_hides_a_module_that_others_import(name):
     assert name not in metadata.packages_distributions()
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=str)
+DOOR = ROOT / "sharpmoe" / "__init__.py"  # `sharpmoe.attach` and `sharpmoe.load_pretrained`, opened when asked for
+
+
+def test_asking_for_the_package_does_not_import_torch():
+    code = "import sys, sharpmoe, sharpmoe.config; assert 'torch' not in sys.modules; sharpmoe.attach"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py" and path != DOOR], ids=str)
 def test_package_files_hold_a_docstring_and_nothing_else(path):
     body = ast.parse(path.read_text(encoding="utf-8")).body
     assert [type(node) for node in body] == [ast.Expr]

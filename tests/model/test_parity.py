@@ -12,41 +12,33 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sharpmoe.config import ModelConfig
 from sharpmoe.flow import interpolate
-from sharpmoe.losses import balance, capacity, flow_matching
+from sharpmoe.losses import balance, capacity, contrastive, flow_matching
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
-from sharpmoe.model.pretrained import TIME_CONVENTION, convert_published, copy_state, to_published
+from sharpmoe.model.pretrained import load_pretrained
+from sharpmoe.model.published import to_published
 from sharpmoe.moe.capacity import threshold_candidate, update_thresholds
 
 FOLDER = Path(__file__).parent.parent / "data" / "parity"
-NAMES = ("promoe_dit", "promoe_tc", "promoe_ec", "promoe_diffmoe", "kwai_diffmoe")
+NAMES = ("promoe_dit", "promoe_tc", "promoe_ec", "promoe_diffmoe", "promoe_promoe_tc", "kwai_diffmoe")
 TOLERANCE = 1e-5
+CONTRASTIVE_TEMPERATURE = 0.07
 
 
 def load(name: str) -> tuple[DiT, dict[str, Tensor], dict]:
     family, router = name.split("_", 1)
     record = json.loads((FOLDER / f"{name}.json").read_text())
     sizes = record["config"]
-    scale, shift = TIME_CONVENTION[family]
-    config = ModelConfig(
-        width=sizes["hidden"],
-        depth=sizes["depth"],
+    model = load_pretrained(
+        FOLDER / f"{name}.weights.safetensors",
+        family,
+        "dense" if router == "dit" else router,
         num_heads=sizes["heads"],
-        latent_size=sizes["latent"],
-        learn_sigma=True,
-        router="dense" if router == "dit" else router,
-        num_experts=sizes["experts"],
         capacity=sizes["capacity"],
-        saliency_router=False,
-        conditioning="class",
-        num_classes=sizes["classes"],
-        time_scale=scale,
-        time_shift=shift,
     )
-    model = DiT(config)
-    copy_state(model, convert_published(load_file(FOLDER / f"{name}.weights.safetensors"), family), name)
+    assert (model.config.width, model.config.depth) == (sizes["hidden"], sizes["depth"])
+    assert (model.config.latent_size, model.config.num_classes) == (sizes["latent"], sizes["classes"])
     return model, load_file(FOLDER / f"{name}.golden.safetensors"), record
 
 
@@ -76,6 +68,9 @@ def test_training_forward_masks_and_gradients(name: str) -> None:
         name == "promoe_tc"
     ):  # theirs enters in backward only: the recorded loss is without it, the gradients are with it
         loss = loss + 0.01 * (balance(output.routing) - balance(output.routing).detach())
+    if name == "promoe_promoe_tc":
+        contrast = contrastive(output.routing, CONTRASTIVE_TEMPERATURE)
+        loss = loss + contrast - contrast.detach()
     assert loss.item() == pytest.approx(record["figures"]["loss"], rel=TOLERANCE)
     loss.backward()
     published = {key.removeprefix("train.grad."): value for key, value in golden.items() if "train.grad." in key}

@@ -44,8 +44,8 @@ def test_experts_take_equal_counts_of_their_best(shape: tuple[int, int, int], se
     assert (per_image.sum(1) == tokens_per_expert(shape[1], shape[2], capacity)).all()
     pooled = batch_pool(scores, capacity)
     assert (pooled.sum((0, 1)) == tokens_per_expert(shape[0] * shape[1], shape[2], capacity)).all()
-    for chosen, is_image in ((per_image, True), (pooled, False)):
-        cutoff = lowest_accepted(scores, chosen, per_image=is_image)
+    for chosen, pool in ((per_image, "image"), (pooled, "call")):
+        cutoff = lowest_accepted(scores, chosen, pool)
         assert (scores.masked_fill(chosen, -1) <= cutoff).all()
         assert (scores.masked_fill(~chosen, 2) >= cutoff).all()
 
@@ -63,7 +63,7 @@ def test_inference_count_and_mask(shape: tuple[int, int, int], seed: int, level:
     threshold = torch.full((shape[2],), level)
     mask, by_count = predicted_mask(logits, threshold), predicted_count(scores, logits, threshold)
     assert torch.equal(mask.sum((0, 1)), by_count.sum((0, 1)))
-    cutoff = lowest_accepted(scores, by_count, per_image=False)
+    cutoff = lowest_accepted(scores, by_count, "call")
     assert (scores.masked_fill(by_count, -1) <= cutoff).all()
 
 
