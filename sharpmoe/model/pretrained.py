@@ -19,7 +19,15 @@ from sharpmoe.config import TOKEN_CHOICE, ModelConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.published import CONVENTIONS, ROUTERS, SPELLINGS, Family, convert_published, read_sizes
+from sharpmoe.model.published import (
+    CONVENTIONS,
+    ROUTERS,
+    SPELLINGS,
+    Convention,
+    Family,
+    convert_published,
+    read_sizes,
+)
 
 FORMAT = "sharpmoe-1"
 NEW_ALLOWED = ("saliency_router",)  # parts a base checkpoint may lack: they start as an identity
@@ -174,16 +182,22 @@ def read_pretrained(
     if family not in ROUTERS or router not in ROUTERS[family]:
         known = "; ".join(f"{name}: {', '.join(routers)}" for name, routers in ROUTERS.items())
         raise CheckpointError(f"family {family!r} has no router {router!r}; known are {known}")
-    state = read_state(source, weights)
-    config, assumed = published_config(state, family, router, sizes)
+    return build_published(read_state(source, weights), CONVENTIONS[family], router, _name(source), **sizes)
+
+
+def build_published(
+    state: Mapping[str, Tensor], convention: Convention, router: str, where: str, **sizes: Any
+) -> tuple[DiT, PretrainedReport]:
+    """Build the model of a published state dict under any convention, in eval mode. CheckpointError names `where`."""
+    config, assumed = published_config(state, convention, router, sizes)
     model = DiT(config)
-    new = copy_state(model, convert_published(state, family), _name(source))
+    new = copy_state(model, convert_published(state, convention), where)
     loaded = tuple(key for key in model.state_dict() if key not in new)
     return model.eval(), PretrainedReport(loaded, new, assumed)
 
 
 def published_config(
-    state: Mapping[str, Tensor], family: Family, router: str, sizes: Mapping[str, Any]
+    state: Mapping[str, Tensor], convention: Convention, router: str, sizes: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Architecture of a published state dict, and which of its fields were assumed. CheckpointError where it fails."""
     given = {SPELLINGS.get(key, key): value for key, value in sizes.items() if value is not None}
@@ -192,13 +206,12 @@ def published_config(
         given["positions"] = "sincos" if kind == "none" else f"rope_{kind}"
     if router in TOKEN_CHOICE and "capacity" in given:
         given["top_k"] = given.get("top_k", int(given.pop("capacity")))
-    read, assumed = read_sizes(state, family, router)
+    read, assumed = read_sizes(state, router)
     assumed = {key: value for key, value in assumed.items() if key not in given}
     if "num_heads" not in {**given, **read, **assumed}:
         raise CheckpointError(f"num_heads of width {read['width']} cannot be read from the tensors: give num_heads")
     if given.get("num_classes") == read.get("num_classes", -1) + 1:  # a table without a row for "no class"
         given["class_dropout"] = False
-    convention = CONVENTIONS[family]
     time = {
         "time_scale": convention.time_scale,
         "time_shift": convention.time_shift,
@@ -209,7 +222,7 @@ def published_config(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "sizes"
-        raise CheckpointError(f"{where}: {first['msg']}; mend the sizes given for family {family}") from error
+        raise CheckpointError(f"{where}: {first['msg']}; mend the sizes given for router {router}") from error
 
 
 def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> dict[str, Tensor]:

@@ -105,10 +105,10 @@ _SHARED_KEY = re.compile(r"shared_experts?\.(.+)")
 _DENSE_PARTS = ("fc1.", "fc2.", "gate_proj.", "up_proj.", "down_proj.")
 
 
-def convert_published(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+def convert_published(state: Mapping[str, Tensor], convention: Convention) -> dict[str, Tensor]:
     """Rename a published state dict to our keys and our sign of the velocity; its time goes into the architecture.
 
-    A family that predicts data - noise gets its final layer negated. Constants of their training (the decay of
+    Under a convention that predicts data - noise the final layer is negated. Constants of their training (the decay of
     DiffMoE's thresholds) are left behind.
     """
     converted: dict[str, Tensor] = {}
@@ -123,7 +123,7 @@ def convert_published(state: Mapping[str, Tensor], family: Family) -> dict[str, 
             converted[f"{match[1]}.moe.{_layer_key(match[2], state, match[0])}"] = value
     for block, parts in experts.items():
         converted.update(_stack_experts(f"{block}.moe.experts", parts))
-    if CONVENTIONS[family].sign < 0:
+    if convention.sign < 0:
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             if name in converted:
                 converted[name] = -converted[name]
@@ -241,9 +241,9 @@ class Sizes(NamedTuple):
     assumed: dict[str, Any]  # what tensors cannot tell: the published value for this width or family
 
 
-def read_sizes(state: Mapping[str, Tensor], family: Family, router: str) -> Sizes:
+def read_sizes(state: Mapping[str, Tensor], router: str) -> Sizes:
     """Read width, depth, experts and the rest off a published state dict. CheckpointError where a key is missing."""
-    ours = convert_published(state, family)
+    ours = convert_published(state, CONVENTIONS["promoe"])  # the sign of a velocity has no size
     for key in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"):
         if key not in ours:
             raise CheckpointError(f"key {key} is missing: not a diffusion transformer of a published family")
