@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sharpmoe.config import LossConfig
-from sharpmoe.losses import balance, count_mass, score_mass, trajectory_routing
+from sharpmoe.losses import balance, contrastive, count_mass, router_similarity, score_mass, trajectory_routing
 from sharpmoe.moe.routing import Routing, expert_choice, lowest_accepted, token_choice
 
 
@@ -53,3 +53,27 @@ def test_balance_is_one_when_even_and_e_when_collapsed(top_k: int) -> None:
     collapsed = torch.zeros(1, 4, 4)
     collapsed[..., 0] = 1.0
     torch.testing.assert_close(balance([record(collapsed, token_choice(collapsed, 1))]), torch.tensor(4.0))
+
+
+def test_router_similarity_is_one_where_balanced_and_grows_with_collapse() -> None:
+    even = torch.full((1, 12, 3), 1 / 3)
+    rounds = torch.nn.functional.one_hot(torch.arange(12) % 3, 3).bool()[None]
+    balanced = record(even, rounds)
+    assert router_similarity([balanced]).item() == pytest.approx(1 / 3)  # no pairs: the diagonal alone
+    pairs = ~rounds
+    assert router_similarity([record(even, pairs)]).item() == pytest.approx(1.0)
+    sharp = torch.tensor([0.98, 0.01, 0.01]).expand(1, 12, 3)
+    alone = torch.zeros(1, 12, 3, dtype=torch.bool)
+    alone[..., 0] = True
+    assert router_similarity([record(sharp, alone)]) > 2.5
+
+
+def test_contrast_of_centres_that_fit_their_tokens_is_small() -> None:
+    similarity = torch.eye(3).unsqueeze(0)
+    fits = record(torch.full((1, 3, 3), 1 / 3), torch.eye(3, dtype=torch.bool)[None])._replace(similarity=similarity)
+    assert contrastive([fits], 0.07) < 1e-5
+    idle = similarity.clone()
+    idle[:, :, 2] = torch.nan  # an expert without tokens takes no part
+    assert contrastive([fits._replace(similarity=idle)], 1.0).item() == pytest.approx(
+        -torch.tensor([1.0, 0.0]).log_softmax(0)[0].item()
+    )

@@ -12,9 +12,11 @@ from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import (
     batch_pool,
     expert_choice,
+    group_limited,
     lowest_accepted,
     predicted_count,
     predicted_mask,
+    race,
     token_choice,
     tokens_per_expert,
 )
@@ -48,6 +50,24 @@ def test_experts_take_equal_counts_of_their_best(shape: tuple[int, int, int], se
         cutoff = lowest_accepted(scores, chosen, pool)
         assert (scores.masked_fill(chosen, -1) <= cutoff).all()
         assert (scores.masked_fill(~chosen, 2) >= cutoff).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.floats(0.5, 1.0))
+def test_the_best_pairs_of_a_call_win_the_race(shape: tuple[int, int, int], seed: int, capacity: float) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # softmax over one expert would tie
+    chosen = race(scores, capacity)
+    assert chosen.sum() == max(1, int(shape[0] * shape[1] * capacity))
+    cutoff = lowest_accepted(scores, chosen, "all")
+    assert cutoff.shape == (1, 1, shape[2])
+    assert torch.equal(chosen, scores >= cutoff)
+
+
+def test_experts_are_chosen_inside_the_best_groups() -> None:
+    scores = torch.tensor([[[0.9, 0.0, 0.6, 0.5, 0.4, 0.3]]])  # groups (0.9, 0.0), (0.6, 0.5), (0.4, 0.3)
+    assert group_limited(scores, 2, 3, 1).flatten().tolist() == [False, False, True, True, False, False]
+    assert group_limited(scores, 2, 3, 2).flatten().tolist() == [True, False, True, False, False, False]
+    assert torch.equal(group_limited(scores, 2, 3, 3), token_choice(scores, 2))
 
 
 def test_a_pool_of_one_image_is_expert_choice() -> None:

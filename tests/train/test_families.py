@@ -1,0 +1,123 @@
+"""Every router family post-trains: identity at step 0, three steps, and what moves once per step moves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.shards import ShardSet
+from sharpmoe.config import POOLED, VARYING_COMPUTE, RunConfig
+from sharpmoe.model.attach import attach
+from sharpmoe.model.dit import DiT
+from sharpmoe.moe.capacity import update_biases, update_thresholds
+from sharpmoe.rollout import first_guidance, rollout_step
+from sharpmoe.train.metrics import routing_scalars, routing_sums
+from sharpmoe.train.objective import Objective, StepRecord, make_item, run_schedule
+from tests.fixtures_data import make_shards
+
+FAMILIES = {
+    "dense": {"saliency_router": False},
+    "tc": {},
+    "tc, balanced by a bias": {"top_k": 2, "bias_balancing": True},
+    "ec": {},
+    "diffmoe": {},
+    "promoe_tc": {"num_experts": 3},
+    "promoe_ec": {"num_experts": 4},
+    "dsmoe": {"num_experts": 8, "num_groups": 4, "top_groups": 2},
+    "dit_moe": {},
+    "race": {},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return ShardSet.open(make_shards(tmp_path_factory.mktemp("shards")), "train")
+
+
+def run_of(name: str, shards: Path, schedule: str) -> RunConfig:
+    sizes = {"width": 24, "depth": 4, "num_heads": 2, "latent_size": 8, "num_experts": 4, "num_classes": 4}
+    model = sizes | {"conditioning": "class", "router": name.split(",", maxsplit=1)[0]} | FAMILIES[name]
+    varies = model["router"] in VARYING_COMPUTE
+    return RunConfig.model_validate(
+        {
+            "model": model,
+            "data": {"shards": str(shards)},
+            "rollout": {"num_steps": 3, "schedule": schedule, "caption_dropout": 0.3},
+            "loss": {"routing_weight": 0.1 if varies else 0.0},
+            "optim": {"lr": 1e-3, "bias_rate": 0.01},
+            "train": {"steps": 3, "global_batch": 8},
+            "checkpoint": {"init": "base.safetensors"},
+        }
+    )
+
+
+def base(run: RunConfig) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(run.model.model_copy(update={"saliency_router": False}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def gradients(run: RunConfig, model: DiT, shards: ShardSet, step: int) -> StepRecord:
+    objective = Objective(model, run)
+    item = make_item(shards.batch(range(8 * step, 8 * step + 8)), shards.empty_text(), run)
+    return run_schedule(objective, item, run, lambda loss, last: loss.backward(), guided=objective.guided)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
+    run = run_of(name, shards.folder, "plain")
+    model = base(run)
+    item = make_item(shards.batch(range(8)), shards.empty_text(), run)
+    before = rollout_step(model, item, 0, None)
+    if run.model.saliency_router:
+        attach(model)
+    assert torch.equal(before.x0_hat, rollout_step(model, item, 0, first_guidance(item, guided=True)).x0_hat)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.optim.lr)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    for step in range(2):
+        record = gradients(run, model, shards, step)
+        assert all(term.isfinite() for term in record.terms)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        layers = model.moe_layers()
+        if record.thresholds is not None:
+            update_thresholds([layer.expert_threshold for layer in layers], record.thresholds, 0.5)
+        if record.loads is not None:
+            update_biases([layer.expert_bias for layer in layers], record.loads, run.optim.bias_rate)
+        named = routing_scalars(routing_sums(record.routing, run.model))
+        assert all(torch.tensor(value).isfinite() for value in named.values())
+        assert step > 0 or all(value == 0 for key, value in named.items() if "flipped" in key)
+    gradients(run, model, shards, 0)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(start[key], value)}
+    assert (record.thresholds is not None) == (run.model.router in POOLED)
+    for part in ("saliency_router.out", "expert_threshold", "expert_bias", "gate.", "shared."):
+        assert any(part in key for key in moved) == any(part in key for key in start), part
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "dense"])
+def test_two_passes_give_the_gradient_of_one(name: str, shards: ShardSet) -> None:
+    found = []
+    for schedule in ("plain", "two_pass"):
+        run = run_of(name, shards.folder, schedule)
+        model = attach(base(run)).double()
+        torch.manual_seed(1)
+        for layer in model.moe_layers():
+            torch.nn.init.normal_(layer.saliency_router.out.weight, std=0.1)
+        batch = shards.batch(range(8))
+        run_item = make_item(batch._replace(latent=batch.latent.double()), shards.empty_text(), run)
+        objective = Objective(model, run)
+        run_schedule(objective, run_item, run, lambda loss, last: loss.backward(), guided=True)
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][key], rtol=1e-9, atol=1e-11)
+
+
+def test_biases_pull_loads_together() -> None:
+    biases = [torch.zeros(3), torch.ones(3)]
+    update_biases(biases, torch.tensor([[0.5, 0.3, 0.1], [0.2, 0.2, 0.2]]), 0.01)
+    torch.testing.assert_close(biases[0], torch.tensor([-0.01, 0.0, 0.01]))
+    assert torch.equal(biases[1], torch.ones(3))
