@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from data_pipeline.moments import CachedMoments
 from sharpmoe.errors import DataError
 
 CODEC_FILE = "codec.safetensors"
@@ -217,9 +218,11 @@ def build_codec(spec: Identity, training_images: Iterable[Tensor], device: str =
         return PatchPCA.fit(training_images, spec["patch"], spec["channels"], spec["whiten"])
     if spec["kind"] == "autoencoder_kl":
         return KLAutoencoder(spec["name"], device)
+    if spec["kind"] == "cached_moments":
+        return CachedMoments(spec["name"], lambda: KLAutoencoder(spec["name"], device))
     if spec["kind"] == "pixel":
         return Pixel()
-    raise DataError(f"codec {spec['kind']!r}: expected patch_pca, autoencoder_kl or pixel")
+    raise DataError(f"codec {spec['kind']!r}: expected patch_pca, autoencoder_kl, cached_moments or pixel")
 
 
 def save_codec(codec: Codec, path: Path) -> None:

@@ -40,6 +40,12 @@ def load_picture(source: Path | bytes, size: int) -> Picture:
     return Picture(pixels, None if opaque else _levels(alpha, size)[None])
 
 
+def mirror(picture: Picture) -> Picture:
+    """Return the picture with left and right exchanged."""
+    pixels = np.ascontiguousarray(picture.pixels[..., ::-1])
+    return Picture(pixels, None if picture.alpha is None else np.ascontiguousarray(picture.alpha[..., ::-1]))
+
+
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit greys down: Pillow's own conversion clips everything above 255 to white."""
     if image.mode.startswith("I"):

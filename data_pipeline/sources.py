@@ -36,6 +36,8 @@ class Item(NamedTuple):
     image: Path | bytes
     name: str  # what an error message calls it
     label: int = -1
+    latent: Path | None = None  # a cached latent, where the source has one
+    flip: bool = False  # taken mirrored
 
 
 class Skipped(NamedTuple):

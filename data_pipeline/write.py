@@ -40,7 +40,8 @@ from data_pipeline.encode import (
     load_codec,
     save_codec,
 )
-from data_pipeline.images import UNREADABLE, Picture, load_picture
+from data_pipeline.images import UNREADABLE, Picture, load_picture, mirror
+from data_pipeline.moments import CachedMoments
 from data_pipeline.sources import Item, Listing, Skipped, Source, hash_int
 from sharpmoe.errors import DataError
 from sharpmoe.saliency import saliency_map, token_mask
@@ -208,7 +209,8 @@ def _training_images(listing: Listing, recipe: Recipe, progress: bool) -> Iterat
 
 def _try_load(item: Item, size: int) -> Picture | Skipped:
     try:
-        return load_picture(item.image, size)
+        picture = load_picture(item.image, size)
+        return mirror(picture) if item.flip else picture
     except UNREADABLE as error:
         return Skipped(item.name, f"unreadable: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
@@ -280,7 +282,7 @@ def _samples(worker: _Worker, items: list[Item], pictures: list[Picture], batch:
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
         images = torch.from_numpy(np.stack([picture.pixels for picture in pictures[start : start + batch]]))
-        latents = worker.codec.encode(images).half()
+        latents = _latents(worker, chunk, images).half()
         saliency = saliency_map(images, worker.grid)
         text = worker.encoder.encode([item.caption for item in chunk])
         for row, item in enumerate(chunk):
@@ -289,6 +291,21 @@ def _samples(worker: _Worker, items: list[Item], pictures: list[Picture], batch:
             if alpha is not None:
                 arrays["foreground"] = token_mask(torch.from_numpy(alpha)[None], worker.grid)[0]
             yield _Sample(item.key, _members(item, arrays), len(arrays["text"]))
+
+
+def _latents(worker: _Worker, items: list[Item], images: Tensor) -> Tensor:
+    """Latents (B, C, h, w) of the images: those that the source has cached, or encoded here."""
+    codec = worker.codec
+    if not isinstance(codec, CachedMoments):
+        return codec.encode(images)
+    size = worker.recipe.image_size
+    return torch.stack([codec.read(_cached(item), item.flip, size) for item in items])
+
+
+def _cached(item: Item) -> Path:
+    if item.latent is None:
+        raise DataError(f"{item.name}: codec cached_moments needs cached latents; pass --moments FOLDER")
+    return item.latent
 
 
 def _text_arrays(text: TextStates, row: int) -> dict[str, Tensor]:

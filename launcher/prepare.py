@@ -1,4 +1,4 @@
-"""Turn captioned images into shards: `python launcher/prepare.py [--source fluent|FOLDER] [--out FOLDER] ...`."""
+"""Turn images into shards: `python launcher/prepare.py [--source fluent|FOLDER] [--out FOLDER] ...`."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.encode import MINILM, Identity
+from data_pipeline.imagenet import ClassFolderSource
 from data_pipeline.sources import FluentSource, FolderSource, Source
 from data_pipeline.write import Recipe, prepare
 from sharpmoe.errors import SharpMoEError
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _source(arguments: argparse.Namespace) -> Source:
     if arguments.source == "fluent":
         return FluentSource(arguments.cache, arguments.tarball)
+    if arguments.class_folders or arguments.moments:
+        return ClassFolderSource(Path(arguments.source), arguments.moments, arguments.flip)
     return FolderSource(Path(arguments.source), arguments.allow_missing)
 
 
@@ -46,6 +49,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _codec(arguments: argparse.Namespace) -> Identity:
+    if arguments.moments:
+        return {"kind": "cached_moments", "name": arguments.codec_name}
     if arguments.codec == "patch_pca":
         return {
             "kind": "patch_pca",
@@ -68,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--source", default="fluent", help="`fluent`, or a folder of images with captions.jsonl or NAME.txt files")
+    add("--class-folders", action="store_true", help="the folder holds one folder per class, such as ImageNet")
+    add("--moments", type=Path, default=None, help="ProMoE's cached CLASS/NAME.latent.npz of a folder of classes")
+    add("--flip", action="store_true", help="class folders: take every training image mirrored as well")
     add("--out", type=Path, default=Path("data/fluent64"), help="folder of the shards")
     add("--size", type=int, default=64, help="images are cropped to a square and resized to this many pixels")
     add("--patch-size", type=int, default=2, help="patch size of the model, for the token grid")

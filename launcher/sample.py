@@ -1,4 +1,7 @@
-"""Draw images from captions: `python launcher/sample.py runs/quickstart --captions "a red apple" "a cat"`."""
+"""Draw images: `python launcher/sample.py runs/quickstart --captions "a red apple" "a cat"`.
+
+For published figures of a class-conditional model: `--npz batch.npz --num 50000 --steps 250 --cfg-scale 1.5`.
+"""
 
 import argparse
 import sys
@@ -10,6 +13,7 @@ import torch
 from data_pipeline.shards import ShardSet
 from sharpmoe.config import DataConfig, SampleConfig
 from sharpmoe.errors import SharpMoEError
+from sharpmoe.evaluation import adm
 from sharpmoe.model.pretrained import load_model
 from sharpmoe.report import samples
 from sharpmoe.report.runs import find_source
@@ -33,6 +37,13 @@ def _sample(arguments: argparse.Namespace) -> Path:
     shards = ShardSet.open(arguments.shards or data.shards, data.train_split)
     model, _ = load_model(source.weights)
     samples.check_shards(model, shards)
+    if arguments.npz:
+        return adm.draw_batch(
+            model.to(arguments.device),
+            settings,
+            shards.codec_object(arguments.device).decode,
+            adm.Batch(arguments.npz, arguments.num, shards.image_size, arguments.batch_size, source.name),
+        )
     wish = samples.Wish(_captions(arguments, settings), tuple(arguments.labels))
     asked = samples.request(model.config, shards, wish, arguments.device)
     images = samples.draw(
@@ -68,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     wishes.add_argument("--captions-file", type=Path, help="text file, one caption a line")
     wishes.add_argument("--labels", nargs="+", type=int, default=(), help="classes, for a class-conditional model")
+    wishes.add_argument(
+        "--npz", type=Path, help="write a batch for the ADM evaluator, labels balanced, and its protocol"
+    )
+    add("--num", type=int, default=50_000, help="images of --npz (default: 50000)")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run (default: ema)")
     add("--shards", type=Path, help="prepared shards, for codec and text encoder (default: those of the run)")
     add("--steps", type=int, help="sampling steps (default: sample.num_steps of the run)")

@@ -105,8 +105,9 @@ def load_into(model: DiT, path: str | Path) -> LoadReport:
 def check_architecture(found: ModelConfig, expected: ModelConfig, where: str) -> None:
     """Raise CheckpointError on the first architectural field that differs (a new saliency router is not one)."""
     free = {"preset", "saliency_router", "capacity_selection"}
+    resolved = {"expert_hidden": "expert_width", "shared_hidden": "shared_width"}  # None stands for a computed width
     for field in ModelConfig.model_fields:
-        have, want = getattr(found, field), getattr(expected, field)
+        have, want = (getattr(config, resolved.get(field, field)) for config in (found, expected))
         if field not in free and have != want:
             raise CheckpointError(
                 f"{where}: model.{field} is {have!r} there, {want!r} in the run; "

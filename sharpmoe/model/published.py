@@ -263,6 +263,8 @@ def read_sizes(state: Mapping[str, Tensor], router: str) -> Sizes:
         **_read_dense(ours, width),
         **(_read_experts(ours, router, depth) if router != "dense" else {}),
     }
+    if router in ("promoe_tc", "promoe_ec") and read["unconditional_expert"] and read.get("num_classes") != 1000:
+        read["unconditional_label"] = 1000  # their code compares with 1000, however long the label table is
     assumed: dict[str, Any] = {}
     if "pos_embed" in ours:
         read |= {"positions": "sincos", "latent_size": round(ours["pos_embed"].shape[1] ** 0.5) * patch}
@@ -308,7 +310,6 @@ def _read_experts(ours: Mapping[str, Tensor], router: str, depth: int) -> dict[s
     read = {
         "num_experts": gate.shape[0],
         "unconditional_expert": w1.shape[0] > gate.shape[0],
-        "unconditional_label": 1000 if router in ("promoe_tc", "promoe_ec") else None,  # whatever the table's length
         "expert": "gelu" if w3.shape[1] == 1 else "swiglu",
         "expert_hidden": w1.shape[1],
         "bias_balancing": f"{layer}.expert_bias" in ours,
@@ -322,7 +323,7 @@ def _read_experts(ours: Mapping[str, Tensor], router: str, depth: int) -> dict[s
 
 
 def _read_places(layers: Sequence[int], depth: int) -> dict[str, int]:
-    for every in (1, 2, 3, 4):
+    for every in (2, 1, 3, 4):
         in_turn = [block for block in range(depth) if block % every == every - 1]
         for first in range(depth):
             if [block for block in in_turn if block >= first] == list(layers):

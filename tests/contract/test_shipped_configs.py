@@ -3,15 +3,22 @@
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import DEFAULT_RUN_CONFIG, dump_run_config, load_run_config
+from sharpmoe.model.dit import DiT, count_parameters
 from sharpmoe.model.pretrained import read_weights
 from sharpmoe.parallel.ds_config import read_ds_json, resolve_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
+IMAGENET = sorted((ROOT / "configs" / "runs" / "imagenet256").glob("*.yaml"))
+MILLIONS = {  # the published parameter counts (tests/model/test_dit.py), by run file
+    "tc_s": 82.608, "tc_b": 328.891, "tc_l": 1163.274, "ec_s": 82.608, "ec_b": 328.891, "ec_l": 1163.274,
+    "diffmoe_s": 83.513, "diffmoe_b": 332.472, "diffmoe_l": 1981.962,
+}  # fmt: skip
 ENGINES = sorted((ROOT / "configs").glob("zero*.json"))
 HEADER = ("# Question", "# Paper", "# Cost", "# Command", "# Expected")
 
@@ -57,6 +64,29 @@ def comparable(name: str) -> RunConfig:
 @pytest.mark.parametrize("name", ["posttrain-router", "posttrain-paper", "posttrain-counts"])
 def test_the_post_training_runs_differ_in_router_and_routing_loss_only(name):
     assert comparable(name) == comparable("posttrain-plain")
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
+def test_imagenet_recipes_have_the_published_size_and_the_papers_settings(path):
+    run = load_run_config(path)
+    posttrain = path.stem.endswith("_sharp")
+    with torch.device("meta"):
+        total, _ = count_parameters(DiT(run.model.model_copy(update={"saliency_router": False})))
+    assert round(total / 1e6, 3) == MILLIONS[path.stem.removesuffix("_sharp")]
+    assert (run.stage, run.train.steps) == (("posttrain", 100_000) if posttrain else ("pretrain", 500_000))
+    assert run.model.saliency_router == posttrain
+    assert (run.train.global_batch, run.optim.lr, run.optim.betas) == (256, 1e-4, (0.9, 0.999))
+    assert (run.optim.weight_decay, run.optim.ema_decay, run.rollout.num_steps) == (0, 0.9999, 10)
+    assert (run.sample.num_steps, run.sample.cfg_scale) == (250, 1.5)
+    if posttrain:
+        base = load_run_config(path.with_stem(path.stem.removesuffix("_sharp")))
+        assert run.model.model_copy(update={"saliency_router": False}) == base.model
+        assert run.checkpoint.init == f"runs/{base.name}/checkpoints/step{base.train.steps:08}/ema.safetensors"
+        assert run.loss.routing_weight == (0.0 if run.model.router == "tc" else 0.001)
+
+
+def test_every_imagenet_recipe_is_there():
+    assert {path.stem for path in IMAGENET} == {name + end for name in MILLIONS for end in ("", "_sharp")}
 
 
 def test_quickstart_is_the_default():

@@ -1,0 +1,71 @@
+"""Published weights to ours and back.
+
+`python launcher/convert.py checkpoint.pth OUT.safetensors --family promoe --router ec` writes a file that a run file
+can start from (checkpoint.init); `python launcher/convert.py OURS.safetensors OUT.safetensors --to promoe` writes ours
+under published key names.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from sharpmoe.errors import SharpMoEError
+from sharpmoe.model.attach import extend_to_text
+from sharpmoe.model.pretrained import load_model, read_pretrained, save_weights
+from sharpmoe.model.published import FAMILIES, NAMES, to_published
+from sharpmoe.report.runs import find_source
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, convert, report; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(_to_published(arguments) if arguments.to else _to_ours(arguments))
+    except SharpMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _to_ours(arguments: argparse.Namespace) -> str:
+    sizes = {name: getattr(arguments, name) for name in ("num_heads", "latent_size", "top_k", "capacity")}
+    model, report = read_pretrained(
+        arguments.source, arguments.family, arguments.router, weights=arguments.weights, **sizes
+    )
+    if arguments.text_width:
+        model = extend_to_text(model, arguments.text_width, arguments.text_width)
+    meta = {"published": f"{arguments.family}/{arguments.router}, {arguments.weights}"}
+    save_weights(arguments.out, model.state_dict(), model.config, meta)
+    return f"{arguments.out}: {report.line()}"
+
+
+def _to_published(arguments: argparse.Namespace) -> str:
+    model, _ = load_model(find_source(arguments.source).weights)
+    state = to_published(model.state_dict(), model.config, arguments.to)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, arguments.out)
+    return f"{arguments.out}: {len(state)} tensors under the names of {arguments.to}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, help="published .pth, .pt, .safetensors or folder; with --to a file or run of ours")
+    add("out", type=Path, help="the .safetensors file to write")
+    add("--family", choices=FAMILIES, default="promoe", help="family of the source (default: promoe)")
+    add("--router", choices=sorted(NAMES), default="dense", help="router of the source (default: dense)")
+    add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
+    add("--to", choices=FAMILIES, help="write weights of ours under the names of this family")
+    add("--num-heads", type=int, help="where the width does not tell")
+    add("--latent-size", type=int, help="where no positions are stored")
+    add("--top-k", type=int, help="experts per token, where the family does not tell")
+    add("--capacity", type=float, help="mean experts per token (default: 1)")
+    add("--text-width", type=int, help="extend the class-conditional trunk to text states of this width")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

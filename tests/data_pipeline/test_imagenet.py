@@ -1,0 +1,101 @@
+"""One folder per class, and latents that ProMoE has cached."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.imagenet import ClassFolderSource
+from data_pipeline.moments import SD_VAE_SCALE
+from data_pipeline.shards import ShardSet
+from launcher.prepare import main
+from sharpmoe.errors import DataError
+from sharpmoe.saliency import saliency_map
+
+CLASSES = ("n01", "n02", "n03")
+SIZE = 32
+
+
+def class_folder(root: Path, images: int = 4) -> Path:
+    generator = np.random.default_rng(0)
+    for name in CLASSES:
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            pixels = generator.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{name}_{number}.png")
+    return root
+
+
+def cache(folder: Path, root: Path) -> Path:
+    """Moments as ProMoE's preprocess_vae.py writes them."""
+    generator = np.random.default_rng(1)
+    for image in sorted(folder.rglob("*.png")):
+        path = root / image.relative_to(folder).with_suffix(".latent.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = generator.standard_normal((2, 8, SIZE // 8, SIZE // 8)).astype(np.float32)
+        np.savez_compressed(path, latent=arrays[0], latent_flip=arrays[1])
+    return root
+
+
+def test_labels_count_the_class_folders(tmp_path: Path) -> None:
+    items = ClassFolderSource(class_folder(tmp_path / "set")).listing().items
+    assert {(Path(item.name).parent.name, item.label) for item in items} == {("n01", 0), ("n02", 1), ("n03", 2)}
+    assert {item.caption for item in items} == set(CLASSES)
+    assert len({item.key for item in items}) == len(items) == 12
+
+
+def test_train_and_val_are_the_splits_and_classes_have_names(tmp_path: Path) -> None:
+    class_folder(tmp_path / "train")
+    class_folder(tmp_path / "val", images=1)
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\n")
+    items = ClassFolderSource(tmp_path, flip=True).listing().items
+    assert sum(item.split == "unseen" for item in items) == 3
+    assert sum(item.split == "train" for item in items) == 24
+    assert {item.caption for item in items} == {"tench", "goldfish", "n03"}
+    assert not any(item.flip for item in items if item.split == "unseen")
+
+
+def test_cached_moments_become_latents_with_the_saliency_of_the_image(tmp_path: Path) -> None:
+    class_folder(tmp_path / "set" / "train", images=6)
+    class_folder(tmp_path / "set" / "val", images=1)
+    cache(tmp_path / "set" / "train", tmp_path / "cache")
+    cache(tmp_path / "set" / "val", tmp_path / "cache")
+    arguments = ["--source", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--size", str(SIZE), "--flip"]
+    assert main([*arguments, "--moments", str(tmp_path / "cache"), "--encoder", "hash"]) == 0
+    shards = ShardSet.open(tmp_path / "out", "train")
+    assert shards.latent_shape == (4, 4, 4)
+    assert shards.num_samples == 36
+    batch = shards.batch(range(36))
+    assert sorted(set(batch.label.tolist())) == [0, 1, 2]
+    for row, key in enumerate(batch.keys):
+        name = key.split("-")[1]
+        flip = key.endswith("flip")
+        with np.load(tmp_path / "cache" / name.split("_")[0] / f"{name}.latent.npz") as arrays:
+            expected = torch.from_numpy(arrays["latent_flip" if flip else "latent"][:4]) * SD_VAE_SCALE
+        torch.testing.assert_close(batch.latent[row], expected.half().float())
+        image = np.array(Image.open(tmp_path / "set" / "train" / name.split("_")[0] / f"{name}.png"))
+        pixels = torch.from_numpy(image).permute(2, 0, 1).float()[None] / 127.5 - 1
+        saliency = saliency_map(pixels.flip(-1) if flip else pixels, shards.grid)[0]
+        torch.testing.assert_close(batch.saliency[row], saliency, rtol=0, atol=2e-3)
+
+
+def test_an_image_without_a_cached_latent_is_skipped_and_a_wrong_size_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = class_folder(tmp_path / "set", images=8)
+    moments = cache(folder, tmp_path / "cache")
+    (moments / "n01" / "n01_0.latent.npz").unlink()
+    arguments = ["--source", str(folder), "--moments", str(moments), "--encoder", "hash", "--max-bad-share", "0.1"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--size", str(SIZE)]) == 0
+    assert "skipped n01/n01_0.png: no cached latent" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "other"), "--size", "64"]) == 2
+    assert "set --size" in capsys.readouterr().err
+
+
+def test_a_missing_folder_and_an_empty_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--moments takes a folder"):
+        ClassFolderSource(tmp_path, moments=tmp_path / "none")
+    with pytest.raises(DataError, match="one folder per class"):
+        ClassFolderSource(tmp_path).listing()
