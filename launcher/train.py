@@ -13,6 +13,7 @@ from sharpmoe.parallel import launch
 from sharpmoe.parallel.ds_config import resolve_ds_config
 from sharpmoe.train.loop import train
 from sharpmoe.train.plan import make_plan
+from sharpmoe.train.rehearsal import rehearse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,8 +23,13 @@ def main(argv: Sequence[str]) -> int:
         with launch.together(world):
             arguments = parse_train_arguments(argv)
             run = load_run_config(arguments.config, arguments.overrides)
-            plan = make_plan(run, resolve_ds_config(arguments.ds_config, run, world.size), world)
-        train(plan, world, arguments.dry_run)
+            ds_config = resolve_ds_config(arguments.ds_config, run, world.size)
+            plan = None if arguments.dry_run else make_plan(run, ds_config, world)
+            told = rehearse(run, ds_config, world) if plan is None else ""
+        if plan is not None:
+            train(plan, world)
+        elif world.is_main:
+            print(told, flush=True)
     except SharpMoEError as error:
         if launch.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -61,13 +61,21 @@ def stored_as(state: Mapping[str, Tensor], model: DiT, dtype: torch.dtype) -> di
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, str]]:
     """Read a weights file of ours: tensors, architecture, meta. CheckpointError names what is wrong with the file."""
+    config, meta = read_header(path)
+    try:
+        return load_file(path), config, meta
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a sound safetensors file ({error}); copy or export it again") from error
+
+
+def read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
+    """Read architecture and meta of a weights file of ours, without its tensors. CheckpointError as `read_weights`."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file; give the path of a .safetensors written by this project")
     try:
         with safe_open(path, framework="pt") as file:
             meta = dict(file.metadata() or {})
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a sound safetensors file ({error}); copy or export it again") from error
     if meta.get("format") != FORMAT or "model" not in meta:
@@ -80,7 +88,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict
         raise CheckpointError(
             f"{path}: its header holds an architecture that cannot be read; export it again"
         ) from error
-    return state, config, {key: value for key, value in meta.items() if key not in ("format", "model")}
+    return config, {key: value for key, value in meta.items() if key not in ("format", "model")}
 
 
 def load_model(path: str | Path) -> tuple[DiT, dict[str, str]]:
@@ -205,8 +213,14 @@ def published_config(
     if "rope_type" in given:
         kind = str(given.pop("rope_type"))
         given["positions"] = "sincos" if kind == "none" else f"rope_{kind}"
-    if router in TOKEN_CHOICE and "capacity" in given:
-        given["top_k"] = given.get("top_k", int(given.pop("capacity")))
+    if router == "dense":
+        given = {key: value for key, value in given.items() if key not in ("num_experts", "capacity", "top_k")}
+    elif router in TOKEN_CHOICE and "capacity" in given:
+        capacity = int(given.pop("capacity"))
+        given = {"top_k": capacity, **given}
+    elif router == "promoe_ec" and "top_k" in given:  # as its publication calls the capacity
+        top_k = float(given.pop("top_k"))
+        given = {"capacity": top_k, **given}
     read, assumed = read_sizes(state, router)
     assumed = {key: value for key, value in assumed.items() if key not in given}
     if "num_heads" not in {**given, **read, **assumed}:

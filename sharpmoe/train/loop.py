@@ -43,8 +43,8 @@ class Session(NamedTuple):
         return self.looks.log
 
 
-def train(plan: Plan, world: World, dry_run: bool = False) -> Path | None:
-    """Run a plan to its last step; returns the last checkpoint's folder, None after a dry run.
+def train(plan: Plan, world: World) -> Path:
+    """Run a plan to its last step; returns the last checkpoint's folder.
 
     Communicates. Raises SharpMoEError on every rank.
     """
@@ -52,8 +52,6 @@ def train(plan: Plan, world: World, dry_run: bool = False) -> Path | None:
         initial = initial_model(plan)
     if world.is_main:
         print(banner(plan.run, initial.model, plan.batch, plan.layout.stage, world), flush=True)
-    if dry_run:
-        return None
     if plan.saved is not None and plan.start.step >= plan.run.train.steps:
         if world.is_main:
             print(f"nothing to do: {plan.saved.folder} is at step {plan.start.step} of {plan.run.train.steps}")

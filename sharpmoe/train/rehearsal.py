@@ -1,0 +1,38 @@
+"""A dry run: everything that can be checked before the first step, and the banner; no weights are made."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.write import INDEX_FILE
+from sharpmoe.config import RunConfig
+from sharpmoe.config_io import batch_arithmetic
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.pretrained import check_architecture, read_header
+from sharpmoe.parallel.launch import World
+from sharpmoe.train.banner import banner
+from sharpmoe.train.plan import make_plan
+
+
+def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World) -> str:
+    """Check a run and return its banner, with a note for each thing that is not there yet.
+
+    Data and initial weights that are there must fit (ConfigError, DataError, CheckpointError); a recipe may be
+    rehearsed before its data are prepared. No communication.
+    """
+    notes = []
+    layout = batch_arithmetic(run, world.size)
+    if (Path(run.data.shards) / INDEX_FILE).is_file():
+        make_plan(run, ds_config, world)
+    else:
+        notes.append(f"{run.data.shards} is not prepared yet: not checked against the model")
+    init = run.checkpoint.init
+    if init is not None and Path(init).is_file():
+        check_architecture(read_header(init)[0], run.model, init)
+    elif init is not None:
+        notes.append(f"{init} is not there yet: not checked against the model")
+    with torch.device("meta"):
+        model = DiT(run.model)
+    stage = int(ds_config["zero_optimization"]["stage"])
+    return "\n".join([banner(run, model, layout, stage, world), *(f"  note: {note}" for note in notes)])
