@@ -161,7 +161,6 @@ class DiT(nn.Module):
     """Diffusion transformer with mixture-of-experts layers and saliency routers."""
 
     pos_embed: Tensor | None
-    rope: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -175,12 +174,6 @@ class DiT(nn.Module):
         self.register_buffer(
             "pos_embed", sincos_positions(config.width, side) if config.positions == "sincos" else None
         )
-        rope = (
-            None
-            if config.positions == "sincos"
-            else rotary_positions(config.width // config.num_heads, side, config.positions)
-        )
-        self.register_buffer("rope", rope, persistent=False)
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.depth)])
         out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
         self.final_layer = FinalLayer(config.width, config.patch_size**2 * out_channels)
@@ -258,7 +251,15 @@ class DiT(nn.Module):
             if self.config.unconditional_expert:
                 label = self.config.unconditional_label
                 unconditional = condition.labels == (self.config.num_classes if label is None else label)
-        return Context(functional.silu(c), text, self.rope, unconditional)
+        return Context(functional.silu(c), text, self._rotary(t.device), unconditional)
+
+    def _rotary(self, device: torch.device) -> Tensor | None:
+        """Rotary positions where the family turns its heads; made anew, for a buffer would have to be saved."""
+        config = self.config
+        if config.positions == "sincos":
+            return None
+        side = config.latent_size // config.patch_size
+        return rotary_positions(config.width // config.num_heads, side, config.positions, device)
 
     def _latent(self, tokens: Tensor) -> Tensor:
         out_channels = tokens.shape[-1] // self.config.patch_size**2

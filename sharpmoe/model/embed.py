@@ -65,7 +65,7 @@ def sincos_positions(width: int, side: int) -> Tensor:
     return torch.cat([along_x, along_y], dim=-1).reshape(1, side * side, width).float()
 
 
-def rotary_positions(head_width: int, side: int, kind: str) -> Tensor:
+def rotary_positions(head_width: int, side: int, kind: str, device: torch.device) -> Tensor:
     """Cosines and sines (2, side * side, head_width) float32 of rotary positions (RoFormer, arXiv 2104.09864).
 
     rope_2d: the first half of a head turns with the row, the second with the column, as in DSMoE; rope_1d: the whole
@@ -73,8 +73,8 @@ def rotary_positions(head_width: int, side: int, kind: str) -> Tensor:
     """
     axes = 2 if kind == "rope_2d" else 1
     quarter = head_width // axes // 2
-    frequency = 10000 ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
-    place = torch.arange(side * side)
+    frequency = 10000 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    place = torch.arange(side * side, device=device)
     places = torch.stack([place // side, place % side] if axes == 2 else [place], dim=1)  # (N, axes)
     angle = (places[..., None] * frequency)[:, :, None].expand(-1, -1, 2, -1).reshape(side * side, head_width)
     return torch.stack([angle.cos(), angle.sin()])

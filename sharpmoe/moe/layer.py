@@ -9,7 +9,7 @@ from sharpmoe.config import POOLED, TOKEN_CHOICE, ModelConfig
 from sharpmoe.moe.capacity import CapacityPredictor
 from sharpmoe.moe.dispatch import Dispatcher, LocalDispatcher
 from sharpmoe.moe.experts import Experts, feed_forward
-from sharpmoe.moe.router import MlpGate, PrototypeGate, SaliencyRouter, make_gate
+from sharpmoe.moe.router import MlpGate, SaliencyRouter, make_gate
 from sharpmoe.moe.routing import (
     Routing,
     batch_pool,
@@ -123,7 +123,7 @@ class MoELayer(nn.Module):
             chosen,
             lowest_accepted(scores, chosen, CUTOFF_POOL.get(self.config.router, "image")),
             capacity_logits,
-            self._similarity(h, chosen),
+            self._similarity(h, chosen, gate_logits),
             self.gate.predict(h) if isinstance(self.gate, MlpGate) and self.training else None,
             self.expert_bias.detach().clone() if self.config.bias_balancing else None,
         )
@@ -143,11 +143,11 @@ class MoELayer(nn.Module):
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         return gates if self.config.routed_scale == 1 else gates * self.config.routed_scale
 
-    def _similarity(self, h: Tensor, chosen: Tensor) -> Tensor | None:
-        if not isinstance(self.gate, PrototypeGate) or not self.training:
+    def _similarity(self, h: Tensor, chosen: Tensor, cosine: Tensor) -> Tensor | None:
+        if self.config.gate != "prototypes" or not self.training:
             return None
         routed, per_image = chosen[..., : self.config.num_experts], self.config.router not in TOKEN_CHOICE
-        return prototype_similarity(h, routed, self.gate.weight, per_image)
+        return prototype_similarity(h, routed, cosine, per_image)
 
     def _serve(self, h: Tensor, record: Routing) -> Tensor:
         routing_map, gates = record.routing_map.flatten(0, 1), record.gates.flatten(0, 1)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 class Routing(NamedTuple):
@@ -66,18 +65,21 @@ def race(scores: Tensor, capacity: float) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).flatten().scatter_(0, chosen, True).view(scores.shape)
 
 
-def prototype_similarity(h: Tensor, routing_map: Tensor, centres: Tensor, per_image: bool) -> Tensor:
+def prototype_similarity(h: Tensor, routing_map: Tensor, cosine: Tensor, per_image: bool) -> Tensor:
     """Cosine of every expert's centre with the mean of every expert's tokens: (1, E, E), or (B, E, E) per image.
 
-    h (B, N, D) tokens, routing_map (B, N, E) bool, centres (E, D). Columns of experts without tokens are NaN. Feeds
-    ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3); gradients reach tokens and centres.
+    h (B, N, D) tokens, routing_map (B, N, E) bool, cosine (B, N, E) of token to centre. Columns of experts without
+    tokens are NaN. Feeds ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3); gradients reach tokens and
+    centres. The centres themselves are not asked for: outside of their module ZeRO-3 may have taken them apart.
     """
-    tokens, taken = h.to(centres.dtype), routing_map.to(centres.dtype)
+    tokens, taken = h.to(cosine.dtype), routing_map.to(cosine.dtype)
+    along = cosine * tokens.norm(dim=-1, keepdim=True)  # length of the token along each centre
     if not per_image:
-        tokens, taken = tokens.flatten(0, 1).unsqueeze(0), taken.flatten(0, 1).unsqueeze(0)
+        tokens, taken, along = (x.flatten(0, 1).unsqueeze(0) for x in (tokens, taken, along))
+    is_idle = (taken.sum(1) == 0).unsqueeze(1)  # (G, 1, E)
     sums = taken.transpose(1, 2) @ tokens  # (G, E, D): the direction of the sum is that of the mean
-    cosine = functional.normalize(centres, dim=-1) @ functional.normalize(sums, dim=-1).transpose(1, 2)
-    return cosine.masked_fill((taken.sum(1) == 0).unsqueeze(1), torch.nan)
+    length = torch.where(is_idle.transpose(1, 2), 1, sums).norm(dim=-1)
+    return (along.transpose(1, 2) @ taken / length.unsqueeze(1)).masked_fill(is_idle, torch.nan)
 
 
 def token_choice(scores: Tensor, top_k: int) -> Tensor:

@@ -9,11 +9,16 @@ from data_pipeline.shards import ShardSet
 from sharpmoe.config import POOLED, VARYING_COMPUTE, RunConfig
 from sharpmoe.model.attach import attach
 from sharpmoe.model.dit import DiT
+from sharpmoe.model.pretrained import load_model, save_weights
 from sharpmoe.moe.capacity import update_biases, update_thresholds
+from sharpmoe.parallel.launch import World
 from sharpmoe.rollout import first_guidance, rollout_step
+from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars, routing_sums
 from sharpmoe.train.objective import Objective, StepRecord, make_item, run_schedule
+from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
+from tests.train.setting import make_run, plan_for
 
 FAMILIES = {
     "dense": {"saliency_router": False},
@@ -121,3 +126,32 @@ def test_biases_pull_loads_together() -> None:
     update_biases(biases, torch.tensor([[0.5, 0.3, 0.1], [0.2, 0.2, 0.2]]), 0.01)
     torch.testing.assert_close(biases[0], torch.tensor([-0.01, 0.0, 0.01]))
     assert torch.equal(biases[1], torch.ones(3))
+
+
+def train_all(world: World, runs: list[RunConfig]) -> list[str]:
+    return [str(train(plan_for(run, world), world)) for run in runs]
+
+
+@pytest.mark.dist
+def test_families_run_through_the_engine(shards: ShardSet, tmp_path: Path) -> None:
+    """Three post-training steps on two ranks from a bare base, as a user runs them; what moves once is saved."""
+    bases, runs = [], []
+    for router in ("dsmoe", "promoe_ec", "race"):
+        model = {"router": router, "conditioning": "class", "num_classes": 4}
+        run = make_run(
+            shards.folder, tmp_path, router, name=router, stage="posttrain", model=model, train={"steps": 3},
+            loss={"routing_weight": 0.1 if router in VARYING_COMPUTE else 0.0},
+            checkpoint={"init": str(tmp_path / f"{router}.safetensors")},
+        )  # fmt: skip
+        bare = base(run)
+        save_weights(str(run.checkpoint.init), bare.state_dict(), bare.config)
+        bases.append(bare.state_dict())
+        runs.append(run)
+    folders = run_ranks(train_all, 2, runs)[0]
+    for before, folder in zip(bases, folders, strict=True):
+        trained, _ = load_model(Path(folder) / "live.safetensors")
+        state = trained.state_dict()
+        moved = {key for key, value in before.items() if not torch.equal(value, state[key])}
+        for part in ("expert_bias", "expert_threshold", "gate."):
+            assert any(part in key for key in moved) == any(part in key for key in state), part
+        assert all(layer.saliency_router.out.weight.abs().sum() > 0 for layer in trained.moe_layers())
