@@ -41,7 +41,7 @@ ROUTERS: dict[str, tuple[str, ...]] = {
     "dsmoe": ("dense", "tc", "ec", "diffmoe", "dsmoe"),
     "dit_moe": ("dit_moe",),
     "sit": ("dense",),
-    "dit": ("dense",),
+    "dit": ("dense", "dit_moe"),  # DiT-MoE S and B were trained as DDPMs, XL and G by rectified flow
 }
 NUM_HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16, 1408: 16}  # by width, of every published size
 SPELLINGS = {  # published names of fields that are called otherwise here
@@ -337,7 +337,7 @@ def candidates(state: Mapping[str, Tensor]) -> list[tuple[Family, str]]:
     """Families and routers whose key names a state dict has; more than one, because the names coincide."""
     keys = "\n".join(state)
     if ".moe.experts." in keys:
-        return [("dit_moe", "dit_moe")]
+        return [("dit_moe", "dit_moe"), ("dit", "dit_moe")]
     if ".experts.blocks." in keys:
         return [("dsmoe", "dsmoe")]
     if "cluster_centers" in keys:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "configs" / "runs").glob("*.yaml")),
+    *sorted((ROOT / "configs" / "runs").rglob("*.yaml")),
 ]
 FILES = re.compile(
     r"\b((?:launcher|configs|tests|benchmarks|docs|sharpmoe|data_pipeline)/[\w./-]+\.(?:py|yaml|json|md|sh|sbatch))\b"

@@ -196,6 +196,17 @@ def test_a_noise_predictor_that_knows_the_data_gives_the_velocity() -> None:
     torch.testing.assert_close(scaled.var(), torch.tensor(1.0, dtype=torch.float64), rtol=0.1, atol=0)
 
 
+def test_a_ddpm_mixture_is_asked_for_its_velocity() -> None:
+    """DiT-MoE's smaller checkpoints are DDPMs: the same network, asked at the step of equal signal-to-noise ratio."""
+    _, weights, _, router, sizes = load("published_dit_moe")
+    flow, ddpm = (load_pretrained(weights, family, router, **sizes) for family in ("dit_moe", "dit"))
+    x_t, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([1, 2])
+    scaled, step = ddpm_input(x_t, t)
+    with torch.no_grad():
+        noise = flow(scaled, step, labels).v
+        close(ddpm(x_t, t, labels).v, ddpm_velocity(scaled, noise, step))
+
+
 @pytest.mark.parametrize("name", ["published_kwai_tc_shared", "published_dsmoe", "published_sit"])
 def test_a_trunk_extended_to_text_is_unchanged(name: str) -> None:
     _, weights, family, router, sizes = load(name)
