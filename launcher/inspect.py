@@ -25,7 +25,7 @@ else:
     from data_pipeline.shards import ShardSet
     from sharpmoe.errors import SharpMoEError
     from sharpmoe.evaluation import inspection
-    from sharpmoe.model.pretrained import read_state
+    from sharpmoe.model.checkpoints import read_state
     from sharpmoe.model.published import FAMILIES
 
     def main(argv: Sequence[str] | None = None) -> int:

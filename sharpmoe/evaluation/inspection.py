@@ -18,7 +18,8 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.evaluation.held_out import Samples
 from sharpmoe.evaluation.validation import validate
 from sharpmoe.model.pretrained import build_published
-from sharpmoe.model.published import CONVENTIONS, Convention, Sizes, candidates, read_sizes
+from sharpmoe.model.published import CONVENTIONS, Convention
+from sharpmoe.model.published_sizes import Sizes, candidates, read_sizes
 
 PLAUSIBLE = 0.9  # a trained model has less than this share of the loss of predicting nothing
 

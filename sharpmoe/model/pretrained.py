@@ -1,10 +1,8 @@
 """Weights files of ours, and loading of published checkpoints (`sharpmoe.model.published` knows their names)."""
 
-import argparse
 import json
 import logging
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from sharpmoe.config import TOKEN_CHOICE, ModelConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.attach import extend_to_text
+from sharpmoe.model.checkpoints import read_state
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.published import (
     CONVENTIONS,
@@ -26,8 +25,8 @@ from sharpmoe.model.published import (
     Convention,
     Family,
     convert_published,
-    read_sizes,
 )
+from sharpmoe.model.published_sizes import read_sizes
 
 FORMAT = "sharpmoe-1"
 NEW_ALLOWED = ("saliency_router",)  # parts a base checkpoint may lack: they start as an identity
@@ -238,71 +237,6 @@ def published_config(
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "sizes"
         raise CheckpointError(f"{where}: {first['msg']}; mend the sizes given for router {router}") from error
-
-
-def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> dict[str, Tensor]:
-    """Read a state dict from a .pth/.pt, a .safetensors, a folder of either, or a (nested) dict. CheckpointError.
-
-    weights: "ema" or "model", of a training checkpoint that holds both; a bare state dict is taken as it is.
-    """
-    if isinstance(source, Mapping):
-        return _pick(source, weights, "the state dict")
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path, weights)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give a .pth, .pt or .safetensors file, or a folder of them")
-    try:
-        if path.suffix == ".safetensors":
-            return _pick(load_file(path), weights, str(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # their trainers save their arguments
-            return _pick(torch.load(path, map_location="cpu", weights_only=True), weights, str(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read as tensors only ({reason}); save its state dict anew") from error
-
-
-def _read_folder(path: Path, weights: str) -> dict[str, Tensor]:
-    files = sorted(file for suffix in ("safetensors", "pth", "pt", "bin") for file in path.glob(f"*.{suffix}"))
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) != 1:
-        raise CheckpointError(
-            f"{path}: holds {len(files)} checkpoint files of {len(suffixes)} kinds, expected shards of one"
-        )
-    state: dict[str, Tensor] = {}
-    for file in files:
-        part = read_state(file, weights)
-        twice = [key for key in part if key in state]
-        if twice:
-            raise CheckpointError(f"{path}: key {twice[0]} stands in two files; a folder holds the shards of one model")
-        state |= part
-    return state
-
-
-_PLACES = {
-    "ema": ("ema_model_state_dict", "ema", "model_ema", "ema_state_dict"),
-    "model": ("model_state_dict", "model", "state_dict", "module"),
-}
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-
-
-def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
-    """Find the tensors of one model in what a file holds."""
-    if weights not in _PLACES:
-        raise CheckpointError(f"weights is {weights!r}, expected ema or model")
-    if not isinstance(found, Mapping) or not found:
-        raise CheckpointError(f"{where}: holds a {type(found).__name__}, expected a state dict")
-    nested = [key for key, value in found.items() if isinstance(value, Mapping)]
-    for place in _PLACES[weights]:
-        if place in nested:
-            return _pick(found[place], weights, f"{where}: {place}")
-    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
-    if not state:
-        held = ", ".join(map(str, found))
-        raise CheckpointError(f"{where}: no {weights} weights among {held}; ask for the other kind of weights")
-    while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
-        state = {key.split(".", 1)[1]: value for key, value in state.items()}
-    return state
 
 
 def _name(source: str | Path | Mapping[str, Any]) -> str:

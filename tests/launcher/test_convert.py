@@ -38,16 +38,17 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "router"), [("published_promoe_ec", "promoe_ec"), ("published_promoe_tc2", "promoe_tc")]
+    ("name", "router", "share"),
+    [("published_promoe_ec", "promoe_ec", {"capacity": 2.0}), ("published_promoe_tc2", "promoe_tc", {"top_k": 2})],
 )
-def test_a_run_starts_from_a_converted_file(name: str, router: str, tmp_path: Path) -> None:
+def test_a_run_starts_from_a_converted_file(name: str, router: str, share: dict, tmp_path: Path) -> None:
     path, _ = published(name, tmp_path)
     ours = tmp_path / "ours.safetensors"
     main([str(path), str(ours), "--family", "promoe", "--router", router, "--num-heads", "2", "--top-k", "2"])
     written = json.loads(safe_open(ours, framework="pt").metadata()["model"])
     wanted = ModelConfig(
-        width=16, depth=4, num_heads=2, latent_size=8, learn_sigma=True, router=router, num_experts=5, top_k=2,
-        expert_hidden=24, shared_hidden=20, conditioning="class", num_classes=1000,
+        width=16, depth=4, num_heads=2, latent_size=8, learn_sigma=True, router=router, num_experts=5,
+        expert_hidden=24, shared_hidden=20, conditioning="class", num_classes=1000, **share,
     )  # fmt: skip
     assert wanted.saliency_router
     assert not written["saliency_router"]

@@ -20,7 +20,8 @@ from sharpmoe.model.attach import attach, extend_to_text
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import TextCondition
 from sharpmoe.model.pretrained import load_pretrained, read_pretrained
-from sharpmoe.model.published import CONVENTIONS, ROUTERS, candidates, to_published
+from sharpmoe.model.published import CONVENTIONS, ROUTERS, to_published
+from sharpmoe.model.published_sizes import candidates
 from tests.toys import toy_model
 
 FOLDER = Path(__file__).parent.parent / "data" / "parity"
