@@ -1,5 +1,7 @@
 """Parts added to a finished model without changing what it computes: saliency routers, text."""
 
+import logging
+
 import torch
 from torch import nn
 
@@ -14,11 +16,12 @@ def attach(model: DiT, *, seed: int = 0) -> DiT:
 
     The output stays bit-identical, with and without guidance, until the routers are trained (SharpMoE section 3.1).
     Routers that are there already stay as they are. `seed` draws the hidden layers; the global generator is not
-    touched. Raises ConfigError for a model without MoE layers.
+    touched. A model without MoE layers has nothing to route: it is returned as it is, with a warning in the log.
     """
     layers = model.moe_layers()
     if not layers:
-        raise ConfigError("the model has no MoE layer to attach a saliency router to; take a model with a router")
+        logging.getLogger(__name__).warning("the model has no MoE layer, so no saliency router was attached")
+        return model
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         if layer.saliency_router is None:
