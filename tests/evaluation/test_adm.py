@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from launcher.sample import main
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.adm import Batch, balanced_labels, draw_batch, figure_name, to_bytes, write_batch
+from sharpmoe.model.pretrained import save_weights
+from tests.fixtures_data import make_shards
 from tests.toys import toy_model
 
 
@@ -56,3 +59,14 @@ def test_a_wrong_number_and_a_wrong_model_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "a.npz").exists()
     with pytest.raises(ConfigError, match="class-conditional"):
         draw_batch(toy_model("ec"), SampleConfig(), lambda z: z, Batch(tmp_path / "b.npz", 1, 8, 1, "toy"))
+
+
+def test_the_command_writes_batch_and_protocol(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards")
+    model = toy_model("ec", conditioning="class", num_classes=3)
+    save_weights(tmp_path / "toy.safetensors", model.state_dict(), model.config)
+    words = ["--shards", str(shards), "--npz", str(tmp_path / "batch.npz"), "--num", "5", "--steps", "2"]
+    assert main([str(tmp_path / "toy.safetensors"), *words, "--cfg-scale", "1.0", "--batch-size", "4"]) == 0
+    with np.load(tmp_path / "batch.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 32, 32, 3)
+    assert json.loads((tmp_path / "batch.json").read_text())["cfg_scale"] == 1.0
