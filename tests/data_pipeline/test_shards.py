@@ -1,5 +1,6 @@
 import copy
 import hashlib
+import gc
 import io
 import json
 import multiprocessing
