@@ -1,6 +1,6 @@
 import copy
-import hashlib
 import gc
+import hashlib
 import io
 import json
 import multiprocessing
