@@ -1,6 +1,7 @@
 """Every way of starting a run reaches the same banner; errors are one line and an exit code."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,7 +88,10 @@ def test_an_error_of_all_ranks_is_printed_once(started: Started) -> None:
     assert started["errors"].returncode != 0
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "no samples in split 'none'; it has train (20)" in line
-    assert err.count("exitcode  : 2") == 2  # torchrun's summary: every rank ended by itself
+    codes = re.findall(r"exitcode  : (-?\d+)", err)  # torchrun's summary; it may end the others once one has failed
+    assert len(codes) == 2
+    assert "2" in codes
+    assert set(codes) <= {"2", "-15"}
 
 
 def test_export_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
