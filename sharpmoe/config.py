@@ -242,6 +242,15 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
+class ParallelConfig(Section):
+    """How the experts are laid out over the ranks (docs/design/0006). Everything else is data parallel under ZeRO."""
+
+    ep_size: int = Field(1, ge=1)  # ranks that share a layer's experts; must divide the ranks and the experts
+    dispatcher: Literal["native", "megatron"] = "native"  # who moves tokens between those ranks
+    # Tokens that compete for an expert (diffmoe, race): those of one rank's micro-batch, whatever ep_size, or of all.
+    pool_scope: Literal["rank", "world"] = "rank"
+
+
 class LogConfig(Section):
     """What is seen, and how often (in optimizer steps; 0 turns a thing off)."""
 
@@ -286,6 +295,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -10,6 +10,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # as sharpmoe.parallel.launch, which may come later
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,8 +15,10 @@ import torch
 from sharpmoe.parallel import launch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# What a rank needs takes ten seconds to import, half of it at its first engine: DeepSpeed decorates with torch.compile.
-_CONTEXT.set_forkserver_preload(["sharpmoe.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer"])
+# What a rank needs takes ten seconds and more to import: DeepSpeed decorates with torch.compile, Megatron-core is big.
+_CONTEXT.set_forkserver_preload(
+    ["sharpmoe.train.loop", "sharpmoe.parallel.megatron", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 150.0) -> list[Any]:

@@ -26,13 +26,11 @@ from sharpmoe.model.embed import (
     sincos_positions,
     unpatchify,
 )
+from sharpmoe.model.initial import fill_parameters
 from sharpmoe.moe.experts import feed_forward
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.router import PrototypeGate, at_least_float32
+from sharpmoe.moe.router import at_least_float32
 from sharpmoe.moe.routing import Routing
-
-# The model starts as an identity of its trunk, and a freshly attached part leaves it as it was.
-ZERO_INITIALISED = ("modulation.", "cross_attn.proj.", "saliency_router.out.", "final_layer.linear.")
 
 
 class ModelOutput(NamedTuple):
@@ -177,7 +175,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.depth)])
         out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
         self.final_layer = FinalLayer(config.width, config.patch_size**2 * out_channels)
-        initialise(self)
+        fill_parameters(self, config)
 
     @property
     def num_tokens(self) -> int:
@@ -265,29 +263,6 @@ class DiT(nn.Module):
         out_channels = tokens.shape[-1] // self.config.patch_size**2
         raw = unpatchify(tokens, self.config.patch_size, out_channels)
         return at_least_float32(raw[:, : self.config.latent_channels])  # learn_sigma: the rest is not used
-
-
-def initialise(model: DiT) -> None:
-    """DiT's initialisation: Xavier linears, zero biases, zero adaLN, cross-attention and final outputs, zero R_sal."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for name, parameter in model.t_embedder.named_parameters():
-        if name.endswith("weight"):
-            nn.init.normal_(parameter, std=0.02)
-    if model.y_embedder is not None:
-        nn.init.normal_(model.y_embedder.table.weight, std=0.02)
-    for moe in model.moe_layers():
-        weights = [moe.experts.w1, moe.experts.w2, *([moe.experts.w3] if moe.experts.kind == "swiglu" else [])]
-        for weight in (expert for stacked in weights for expert in stacked):
-            nn.init.xavier_uniform_(weight)
-        if isinstance(moe.gate, PrototypeGate):
-            nn.init.normal_(moe.gate.weight, std=0.02)
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ZERO_INITIALISED):
-            nn.init.zeros_(parameter)
 
 
 def count_parameters(model: DiT) -> tuple[int, int]:

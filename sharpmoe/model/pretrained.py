@@ -2,15 +2,14 @@
 
 import json
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sharpmoe.config import TOKEN_CHOICE, ModelConfig
@@ -18,6 +17,7 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.checkpoints import read_state
 from sharpmoe.model.dit import DiT
+from sharpmoe.model.initial import initial_value
 from sharpmoe.model.published import (
     CONVENTIONS,
     ROUTERS,
@@ -27,29 +27,36 @@ from sharpmoe.model.published import (
     convert_published,
 )
 from sharpmoe.model.published_sizes import read_sizes
+from sharpmoe.model.weights_file import Planned, WeightsWriter
 
 FORMAT = "sharpmoe-1"
 NEW_ALLOWED = ("saliency_router",)  # parts a base checkpoint may lack: they start as an identity
-
-
-class LoadReport(NamedTuple):
-    """What a weights file gave to a model."""
-
-    loaded: tuple[str, ...]
-    new: tuple[str, ...]  # keys of the model that the file lacks: freshly attached saliency routers
-    meta: dict[str, str]
 
 
 def save_weights(
     path: str | Path, state: Mapping[str, Tensor], config: ModelConfig, meta: Mapping[str, str] | None = None
 ) -> None:
     """Write a state dict as safetensors with the architecture and `meta` in its header; atomic (rename)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "model": config.model_dump_json(), **(meta or {})}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, partial, metadata=header)
-    os.replace(partial, path)
+    planned = {name: Planned(value.shape, value.dtype) for name, value in state.items()}
+    with WeightsWriter(path, planned, _header(config, meta or {})) as writer:
+        for name, value in state.items():
+            writer.write(name, value)
+
+
+def weights_writer(path: str | Path, config: ModelConfig, meta: Mapping[str, str]) -> WeightsWriter:
+    """Open a weights file for the float32 parameters, then buffers of a model, to be written one by one.
+
+    Raises OSError.
+    """
+    with torch.device("meta"):
+        model = DiT(config)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    planned = {name: Planned(tensor.shape, torch.float32) for name, tensor in tensors}
+    return WeightsWriter(path, planned, _header(config, meta))
+
+
+def _header(config: ModelConfig, meta: Mapping[str, str]) -> dict[str, str]:
+    return {"format": FORMAT, "model": config.model_dump_json(), **meta}
 
 
 def stored_as(state: Mapping[str, Tensor], model: DiT, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -90,23 +97,43 @@ def read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     return config, {key: value for key, value in meta.items() if key not in ("format", "model")}
 
 
+class StartingWeights:
+    """What a model's tensors are at the start, one at a time: a weights file's where it has them, drawn otherwise.
+
+    A model need never be whole on one host: the file is read tensor by tensor, and of stacked experts only a part.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, path: str | Path | None = None) -> None:
+        """Look at the header of `path`. Raises CheckpointError where it is of another architecture."""
+        self.config, self.seed, self.path = config, seed, path
+        self.meta: dict[str, str] = {}
+        self._found: frozenset[str] = frozenset()
+        if path is not None:
+            found, self.meta = read_header(path)
+            check_architecture(found, config, str(path))
+            with torch.device("meta"):
+                own = {key: value.shape for key, value in DiT(config).state_dict().items()}
+            with safe_open(path, framework="pt") as file:
+                shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            check_keys(own, shapes, str(path))
+            self._found = frozenset(shapes)
+
+    def __call__(self, name: str, shape: Sequence[int], experts: range | None = None) -> Tensor:
+        """Value of one parameter or buffer, float32 on the host; of stacked experts only those asked for."""
+        if name not in self._found:
+            return initial_value(name, shape, self.config, self.seed, experts)
+        with safe_open(self.path, framework="pt") as file:
+            whole = file.get_slice(name)
+            value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
+        return value.float()
+
+
 def load_model(path: str | Path) -> tuple[DiT, dict[str, str]]:
     """Build the model that a weights file holds, float32, in eval mode, with the file's meta."""
     state, config, meta = read_weights(path)
     model = DiT(config)
     copy_state(model, state, str(path))
     return model.eval(), meta
-
-
-def load_into(model: DiT, path: str | Path) -> LoadReport:
-    """Load a weights file into a model of the same architecture; only saliency routers may be new.
-
-    Raises CheckpointError naming the first field of the architecture, or the first key, that differs.
-    """
-    state, config, meta = read_weights(path)
-    check_architecture(config, model.config, str(path))
-    missing = copy_state(model, state, str(path))
-    return LoadReport(tuple(state), missing, meta)
 
 
 def check_architecture(found: ModelConfig, expected: ModelConfig, where: str) -> None:
@@ -125,22 +152,32 @@ def check_architecture(found: ModelConfig, expected: ModelConfig, where: str) ->
 def copy_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> tuple[str, ...]:
     """Copy a state dict into a model; returns the keys that were new. CheckpointError on any other mismatch."""
     own = model.state_dict()
-    missing = tuple(key for key in own if key not in state)
+    shapes = {key: value.shape for key, value in state.items()}
+    missing = check_keys({key: value.shape for key, value in own.items()}, shapes, where)
+    with torch.no_grad():
+        for key, value in state.items():
+            if key in own:
+                own[key].copy_(value)
+    return missing
+
+
+def check_keys(own: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: str) -> tuple[str, ...]:
+    """Compare the keys and shapes of a model and a weights file; returns the model's keys that may be new and are.
+
+    Raises CheckpointError on any other difference.
+    """
+    missing = tuple(key for key in own if key not in found)
     lost = [key for key in missing if not any(part in key for part in NEW_ALLOWED)]
-    extra = [key for key in state if key not in own and not any(part in key for part in NEW_ALLOWED)]
+    extra = [key for key in found if key not in own and not any(part in key for part in NEW_ALLOWED)]
     if lost or extra:
         key, what = (lost[0], "is missing") if lost else (extra[0], "is unknown")
         raise CheckpointError(
             f"{where}: key {key} {what} ({len(lost)} missing, {len(extra)} unknown): another architecture"
         )
-    for key, value in state.items():
-        if key in own and own[key].shape != value.shape:
-            shapes = f"{tuple(value.shape)}, expected {tuple(own[key].shape)}"
+    for key, shape in found.items():
+        if key in own and own[key] != shape:
+            shapes = f"{tuple(shape)}, expected {tuple(own[key])}"
             raise CheckpointError(f"{where}: key {key} has shape {shapes}: another architecture")
-    with torch.no_grad():
-        for key, value in state.items():
-            if key in own:
-                own[key].copy_(value)
     return missing
 
 

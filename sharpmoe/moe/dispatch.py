@@ -1,6 +1,6 @@
 """Moving tokens to experts and back. A dispatcher is a plain object; with one rank it does not communicate."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from sharpmoe.moe.experts import Experts
 
 
 class Dispatcher(Protocol):
-    """Sends each token to the experts that took it and sums their gated answers."""
+    """Sends each token to the experts that took it and sums their gated answers. Keeps nothing between calls."""
 
     def __call__(
         self, x: Tensor, routing_map: Tensor, gates: Tensor, experts: Experts, rows_per_expert: int | None
@@ -22,6 +22,13 @@ class Dispatcher(Protocol):
         ...
 
 
+class Choices(NamedTuple):
+    """The pairs of a routing map, sorted by expert, then token: both (P,) int64."""
+
+    expert: Tensor
+    token: Tensor
+
+
 class LocalDispatcher:
     """All experts live here: permute rows by expert, compute, unpermute. No communication."""
 
@@ -29,11 +36,34 @@ class LocalDispatcher:
         self, x: Tensor, routing_map: Tensor, gates: Tensor, experts: Experts, rows_per_expert: int | None
     ) -> Tensor:
         """See `Dispatcher`."""
-        expert_index, token_index = routing_map.t().nonzero(as_tuple=True)  # sorted by expert, then token
         if rows_per_expert is None:
-            counts = torch.bincount(expert_index, minlength=experts.num_experts).tolist()
+            counts: Tensor | int = routing_map.sum(0)
+            choices = Choices(*routing_map.t().nonzero(as_tuple=True))
         else:
-            counts = [rows_per_expert] * experts.num_experts
-        out = experts(x.index_select(0, token_index), counts)
-        out = out * gates[token_index, expert_index].to(out.dtype).unsqueeze(-1)
-        return torch.zeros_like(x).index_add(0, token_index, out)
+            check_equal_counts(routing_map, rows_per_expert)
+            counts = rows_per_expert
+            choices = find_choices(routing_map, rows_per_expert * routing_map.shape[1])
+        return combine(experts(x.index_select(0, choices.token), counts), choices, x, gates)
+
+
+def find_choices(routing_map: Tensor, total: int) -> Choices:
+    """The pairs of a routing map (R, E) with `total` of them, without reading their number back from the device."""
+    pairs = torch.nonzero_static(routing_map.t(), size=total)
+    return Choices(pairs[:, 0], pairs[:, 1])
+
+
+def combine(out: Tensor, choices: Choices, x: Tensor, gates: Tensor) -> Tensor:
+    """Gate the experts' answers (P, D) and sum them per token: (R, D). A token that nobody took gets zeros."""
+    gated = out * gates[choices.token, choices.expert].to(out.dtype).unsqueeze(-1)
+    return torch.zeros_like(x).index_add(0, choices.token, gated)
+
+
+def check_equal_counts(routing_map: Tensor, rows_per_expert: int) -> None:
+    """Stop where a map (R, E) does not give every expert `rows_per_expert` rows: the answer would be silently wrong.
+
+    On CPU a RuntimeError; on CUDA, without waiting for the device, an assertion there, which ends the process.
+    """
+    fits = (routing_map.sum(0) == rows_per_expert).all()
+    torch._assert_async(
+        fits, f"routing map: not every expert took {rows_per_expert} rows; pass rows_per_expert=None for varying counts"
+    )

@@ -1,6 +1,7 @@
 """One MoE layer: route -> select -> dispatch -> experts -> combine."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from sharpmoe.config import POOLED, TOKEN_CHOICE, ModelConfig
 from sharpmoe.moe.capacity import CapacityPredictor
 from sharpmoe.moe.dispatch import Dispatcher, LocalDispatcher
 from sharpmoe.moe.experts import Experts, feed_forward
+from sharpmoe.moe.pool import CallPool, Pool
 from sharpmoe.moe.router import MlpGate, SaliencyRouter, make_gate
 from sharpmoe.moe.routing import (
     Routing,
@@ -45,7 +47,7 @@ def select_ec(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None)
 def select_diffmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
     """DiffMoE: the batch pool in training, the predicted capacity in inference."""
     if layer.training:
-        return batch_pool(scores, layer.config.capacity)
+        return layer.pool.choose(scores, partial(batch_pool, capacity=layer.config.capacity))
     assert capacity_logits is not None  # the layer of this family has a predictor
     if layer.config.capacity_selection == "mask":
         return predicted_mask(capacity_logits, layer.expert_threshold)
@@ -54,7 +56,9 @@ def select_diffmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | 
 
 def select_race(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
     """Expert Race: the best pairs of the call in training, all above the averaged threshold in inference."""
-    return race(scores, layer.config.capacity) if layer.training else scores >= layer.expert_threshold
+    if layer.training:
+        return layer.pool.choose(scores, partial(race, capacity=layer.config.capacity))
+    return scores >= layer.expert_threshold
 
 
 SELECTION: dict[str, Callable[["MoELayer", Tensor, Tensor | None], Tensor]] = {
@@ -76,10 +80,11 @@ class MoELayer(nn.Module):
     expert_threshold: Tensor
     expert_bias: Tensor
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
+        self.dispatcher: Dispatcher = LocalDispatcher()  # both are replaced where several ranks share the work
+        self.pool: Pool = CallPool()
         width, num_experts = config.width, config.num_experts
         prediction_width = config.latent_channels * config.patch_size**2 if config.layer_heads else 0
         self.gate = make_gate(config.gate, width, num_experts, prediction_width)
@@ -121,7 +126,7 @@ class MoELayer(nn.Module):
             scores,
             gates,
             chosen,
-            lowest_accepted(scores, chosen, CUTOFF_POOL.get(self.config.router, "image")),
+            self._cutoff(scores, chosen),
             capacity_logits,
             self._similarity(h, chosen, gate_logits),
             self.gate.predict(h) if isinstance(self.gate, MlpGate) and self.training else None,
@@ -136,6 +141,11 @@ class MoELayer(nn.Module):
     def biased(self, scores: Tensor) -> Tensor:
         """Scores as the choice sees them: with the load-balancing bias (arXiv 2408.15664), where there is one."""
         return scores + self.expert_bias if self.config.bias_balancing else scores
+
+    def _cutoff(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        pool = CUTOFF_POOL.get(self.config.router, "image")
+        lowest = lowest_accepted(scores, chosen, pool)
+        return self.pool.lowest(lowest) if pool != "image" and self.training else lowest
 
     def _gates(self, scores: Tensor, chosen: Tensor) -> Tensor:
         gates = scores * chosen
@@ -160,7 +170,7 @@ class MoELayer(nn.Module):
         experts, capacity = self.config.num_experts, self.config.capacity
         if self.config.router == "ec":
             return batch * tokens_per_expert(tokens, experts, capacity)
-        if self.config.router == "diffmoe" and self.training:
+        if self.config.router == "diffmoe" and self.training and self.pool.is_call:
             return tokens_per_expert(batch * tokens, experts, capacity)
         return None
 

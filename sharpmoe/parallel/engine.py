@@ -5,60 +5,72 @@ names (pinned: 0.19.8) is in this file, so that an upgrade is a change of one fi
 """
 
 import copy
-import errno
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
-from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from sharpmoe.config import OptimConfig, RunConfig
 from sharpmoe.errors import CheckpointError, ConfigError, TrainingError
+from sharpmoe.parallel.build import Values, is_planned, materialise, whole_parts
+from sharpmoe.parallel.expert import make_dispatcher
+from sharpmoe.parallel.groups import expert_groups
 from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.pieces import Piece, owned_pieces
+from sharpmoe.parallel.placement import gather_experts, is_expert, optimizer_groups, place_experts
+from sharpmoe.parallel.pool import make_pool
+from sharpmoe.parallel.state_files import StateReader, fill_partitions
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
-# What an optimizer shard of DeepSpeed 0.19.8 holds beside tensors; everything else is refused when it is read.
-_SAFE_CLASSES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
-_TAG = "engine"
+MASTER, EMA = "master", "ema"  # kinds of partitions, beside those that the optimizer names itself
 
 
 class Engine:
     """A module under ZeRO-2 or ZeRO-3. Call it like the module; `backward` and `step` as the train step needs them."""
 
-    def __init__(self, module: nn.Module, run: RunConfig, ds_config: dict[str, Any], world: World) -> None:
-        """Wrap `module`: move it to the device, partition it in place. Communicates: rank 0's weights go to all.
+    def __init__(
+        self,
+        module: nn.Module,
+        run: RunConfig,
+        ds_config: dict[str, Any],
+        world: World,
+        values: Values | None = None,
+    ) -> None:
+        """Wrap `module`: give each rank its experts, fill and partition it in place, on the device.
 
+        A module on the meta device is filled from `values`, part by part; a real one must be the same on every rank.
         ds_config is complete (see sharpmoe.parallel.ds_config): batch triple, clipping, precision and stage are set.
-        Raises ConfigError where the optimizer cannot be had.
+        Communicates: rank 0's weights go to all. Raises ConfigError where the optimizer cannot be had.
         """
         self.world = world
         self.stage = int(ds_config["zero_optimization"]["stage"])
         self.module = module
         self.num_parameters = sum(p.numel() for p in module.parameters())
+        self._experts = expert_groups(run.parallel.ep_size, world)
+        place_experts(module, self._experts, make_dispatcher(run, self._experts), make_pool(run, world))
+        if is_planned(module):
+            assert values is not None
+            materialise(module, values, ds_config, world)
         hooked_whole = _mark_whole_modules(module) if self.stage == 3 else []
         buffers = {name: b.detach().clone() for name, b in module.named_buffers() if b.dtype == torch.float32}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer_factory(run.optim, world.device), config=_with_defaults(ds_config)
+            model=module,
+            model_parameters=optimizer_groups(module),
+            optimizer=optimizer_factory(run.optim, world.device),
+            config=_with_defaults(ds_config),
         )
         if hooked_whole:
             _reduce_per_parameter(self._optimizer)
-        self._engine.checkpoint_engine = _SafeCheckpointEngine()
-        self._engine._copy_recovery_script = lambda save_path: None  # weights are consolidated; a full disk would hang
         _restore_buffers(module, buffers)
         self.notes = regather_warnings(ds_config, self.num_parameters)  # what the user should know
 
@@ -110,67 +122,87 @@ class Engine:
         finally:
             _copy_all(masters, own)
 
-    def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-        """Float32 masters and buffers of `module` (the wrapped one or a part of it), whole, on their device.
+    def full_tensors(self, module: nn.Module, everywhere: bool = False) -> Iterator[tuple[str, Tensor | None]]:
+        """Float32 masters, then buffers of `module` (the wrapped one or a part of it), each whole, one after the other.
 
-        Filled on rank 0 or, for evaluation, `everywhere`; empty elsewhere. Communicates: one parameter at a time.
+        On rank 0 or, for evaluation, `everywhere`; None elsewhere. Every rank iterates to the end: each step
+        communicates, and no rank holds more than the tensor at hand.
         """
         keep = everywhere or self.world.is_main
-        state: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
             whole = safe_get_full_fp32_param(parameter)
-            if keep:
-                state[name] = whole.detach().clone()
-        if keep:
-            state.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
-        return state
+            if is_expert(parameter):
+                whole = gather_experts(whole, self._experts)
+            yield name, whole.detach() if keep else None
+        for name, buffer in module.named_buffers():
+            yield name, buffer.detach() if keep else None
 
-    def save(self, folder: Path) -> None:
-        """Write this engine's shards under `folder`. Every rank calls it; OSError on the rank that cannot write."""
-        writer = self._engine.checkpoint_engine
-        writer.failure = None
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        if writer.failure is not None:
-            raise OSError(errno.EIO, writer.failure)
+    def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+        """All of `full_tensors` at once: 4 bytes per parameter on rank 0 or everywhere, empty elsewhere."""
+        tensors = self.full_tensors(module, everywhere)
+        return {name: tensor.clone() for name, tensor in tensors if tensor is not None}
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote for the same module, stage and world size. Every rank calls it."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder}: holds no engine state; choose another with --checkpoint.resume")
+    def owned_pieces(self, module: nn.Module) -> list[Piece]:
+        """Where the parameters of `module` (the wrapped one or a part of it) lie in this rank's partitions."""
+        return owned_pieces(module, self._optimizer, self.stage)
+
+    def partitions(self) -> dict[str, list[Tensor]]:
+        """This rank's flat float32 partitions: the masters and each tensor of the optimizer beside them."""
+        masters = self.master_partitions()
+        found = {MASTER: masters}
+        for index, master in enumerate(masters):
+            for kind, value in self._optimizer.optimizer.state[master].items():
+                if torch.is_tensor(value) and value.shape == master.shape:
+                    found.setdefault(kind, [torch.empty(0)] * len(masters))[index] = value
+        return found
+
+    def facts(self) -> dict[str, float]:
+        """What of the optimizer is one number for all: Adam's step count."""
         for state in self._optimizer.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()  # loaders may share one counter between sub-groups
+            if "step" in state:
+                return {"step": float(state["step"])}
+        return {}
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module, reader: StateReader) -> None:
+        """Fill this rank's part from a checkpoint of any layout, and the weights of the forward from it.
+
+        Every rank calls it; communicates. Raises CheckpointError, before the first collective, where a part is missing.
+        """
+        make_states(self._optimizer.optimizer, self.master_partitions())
+        partitions = self.partitions()
+        if reader.kinds - {EMA} != partitions.keys():
+            there, here = (", ".join(sorted(kinds)) for kinds in (reader.kinds - {EMA}, partitions.keys()))
+            raise CheckpointError(f"the checkpoint holds {there}, the run's optimizer keeps {here}; set optim.name")
+        fill_partitions(partitions, self.owned_pieces(module), reader)
+        for state in self._optimizer.optimizer.state.values():
+            if "step" in state:
+                step = reader.facts["step"]
+                state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else int(step)
+
+    def refresh(self) -> None:
+        """Make the weights of the forward from the masters. Every rank calls it; communicates."""
+        if self.stage == 2:
+            self._optimizer.update_lp_params()
+            return
+        self._optimizer.checkpoint_event_prologue()
+        for group in range(len(self.master_partitions())):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self._optimizer.checkpoint_event_epilogue()
 
 
-def write_tensors(state: Any, path: str | Path) -> None:
-    """torch.save with its errors as OSError: it reports a full disk as RuntimeError."""
+def make_states(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> None:
+    """Have an optimizer make the states that it makes at its first step, by a step of length zero."""
+    groups = optimizer.param_groups
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer.param_groups = [{**groups[0], "params": list(masters), "lr": 0.0}]
     try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
-
-
-class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """torch.save / torch.load that read tensors and named classes only, and keep ranks in step when a disk is full."""
-
-    failure: str | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file. A failure is recorded, not raised: the other ranks are on their way to a barrier."""
-        try:
-            write_tensors(state_dict, path)
-        except OSError as error:
-            self.failure = error.strerror
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file without executing anything in it."""
-        try:
-            with torch.serialization.safe_globals(_SAFE_CLASSES):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+        for master in masters:
+            master.grad = None
 
 
 def _mark_whole_modules(module: nn.Module) -> list[nn.Module]:
@@ -178,8 +210,7 @@ def _mark_whole_modules(module: nn.Module) -> list[nn.Module]:
 
     Hooks cost the host about a quarter of a millisecond per module and call, and a rollout makes T calls.
     """
-    children = [child for part in module.children() for child in part.children()]
-    whole = [part for child in children for part in (child if isinstance(child, nn.ModuleList) else [child])]
+    whole = [part for _, part in whole_parts(module)]
     for part in whole:
         set_z3_leaf_module(part, True)
     return whole

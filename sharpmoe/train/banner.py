@@ -23,7 +23,7 @@ def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: W
         "run": f"{run.name}: {run.stage}, {run.train.steps} steps, seed {run.seed}",
         "model": f"{config.router} DiT {config.width}/{config.depth}/{config.num_heads}{moe}, {config.conditioning}",
         "parameters": f"{total / 1e6:.3f} M total, {active / 1e6:.3f} M active per token",
-        "world": f"{world.size} rank(s) on {world.device.type}, ZeRO-{stage}, {run.train.precision}",
+        "world": f"{world.size} rank(s) on {world.device.type}, ZeRO-{stage}, {run.train.precision}{_experts(run)}",
         "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
         f"{layout.world} rank(s)",
         "rollout": f"{rollout}, {config.num_tokens} tokens per image",
@@ -33,6 +33,11 @@ def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: W
         "threads": f"{torch.get_num_threads()} per rank",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
+def _experts(run: RunConfig) -> str:
+    parallel = run.parallel
+    return "" if parallel.ep_size == 1 else f", experts over {parallel.ep_size} ranks ({parallel.dispatcher})"
 
 
 def _version(name: str) -> str:

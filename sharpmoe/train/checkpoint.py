@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
 A checkpoint is written to a hidden folder, flushed, renamed to step<N>, and only then does `latest` name it. It holds
-the engine's shards, the EMA's shards, both as consolidated weights (live.safetensors, ema.safetensors: float32,
-readable without DeepSpeed), and meta.json, which vouches for every other file.
+each rank's part of masters, optimizer and EMA (state_rank*.safetensors, readable in any layout of ranks), masters and
+EMA as weights for others (live.safetensors, ema.safetensors: float32, readable without DeepSpeed), and meta.json, which
+vouches for every other file.
 """
 
 import hashlib
@@ -10,25 +11,28 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import Tensor
 
 from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import check_architecture, save_weights
-from sharpmoe.parallel.engine import Engine
+from sharpmoe.model.pretrained import check_architecture, weights_writer
+from sharpmoe.parallel.engine import EMA, Engine
 from sharpmoe.parallel.launch import World, gather_objects, together
+from sharpmoe.parallel.state_files import StateReader, fill_partitions, state_file, write_state
 from sharpmoe.train.ema import ShardEma
 
 SCHEMA = 1
 META, LATEST = "meta.json", "latest"
-_ENGINE = "engine"
 
 
 class Progress(NamedTuple):
@@ -41,8 +45,6 @@ class Progress(NamedTuple):
 class Layout(NamedTuple):
     """What must agree between a checkpoint and the run that goes on from it, beside the architecture."""
 
-    world: int  # ranks
-    stage: int  # ZeRO stage
     precision: str
     optimizer: str
     seed: int  # keys the data order and all draws
@@ -51,8 +53,6 @@ class Layout(NamedTuple):
 
 # How to mend a difference in each field of Layout.
 _MEND = {
-    "world": "start as many ranks, or begin a run from its live.safetensors with checkpoint.init",
-    "stage": "use the DeepSpeed file of that stage, or begin a run from its live.safetensors with checkpoint.init",
     "precision": "set train.precision accordingly, or begin a run from its live.safetensors with checkpoint.init",
     "optimizer": "set optim.name accordingly, or begin a run from its live.safetensors with checkpoint.init",
     "seed": "set seed accordingly, or begin a run from its live.safetensors with checkpoint.init",
@@ -70,9 +70,9 @@ class Saved(NamedTuple):
     files: dict[str, tuple[int, str]]  # relative path -> (bytes, sha256)
 
 
-def layout_of(run: RunConfig, stage: int, world: int, fingerprint: str) -> Layout:
-    """Layout of a run; `stage` is ZeRO's, `fingerprint` that of the training shards."""
-    return Layout(world, stage, run.train.precision, run.optim.name, run.seed, fingerprint)
+def layout_of(run: RunConfig, fingerprint: str) -> Layout:
+    """Layout of a run; `fingerprint` is that of the training shards."""
+    return Layout(run.train.precision, run.optim.name, run.seed, fingerprint)
 
 
 def resume_folder(root: Path, resume: str) -> Path | None:
@@ -144,17 +144,28 @@ def check_files(saved: Saved, names: list[str]) -> None:
             raise CheckpointError(f"{path}: damaged (sha256 differs); name a sound checkpoint with --checkpoint.resume")
 
 
-def load(saved: Saved, engine: Engine, ema: ShardEma) -> None:
-    """Bring engine and EMA to the state of a checkpoint that fits (`check_fits`). Every rank calls it.
+def load(saved: Saved, contents: "Contents") -> None:
+    """Bring engine, average and buffers to the state of a checkpoint that fits (`check_fits`). Every rank calls it.
 
-    Communicates. Raises CheckpointError on every rank where a file that any rank needs is damaged, before the engine
-    reads one.
+    The checkpoint may be of another number of ranks, ep_size or ZeRO stage. Communicates. Raises CheckpointError on
+    every rank where a file is damaged, before one is read.
     """
-    world = engine.world
-    with together(world):
-        check_files(saved, _files_of_rank(list(saved.files), world))
-    engine.load(saved.folder / _ENGINE)
-    ema.load(saved.folder / _ema_name(world.rank))
+    engine, ema, model, _ = contents
+    with together(engine.world):
+        check_files(saved, sorted(saved.files)[engine.world.rank :: engine.world.size])
+    with together(engine.world):
+        reader = StateReader(saved.folder)
+        engine.restore(model, reader)
+        fill_partitions({EMA: ema.shards}, engine.owned_pieces(model), reader)
+        _load_buffers(model, saved.folder / "live.safetensors")
+    engine.refresh()
+
+
+def _load_buffers(model: DiT, path: Path) -> None:
+    """Buffers (thresholds, positions) are alike on every rank; the weights for others hold them."""
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(file.get_tensor(name))
 
 
 class Contents(NamedTuple):
@@ -216,22 +227,38 @@ def _attempt_parts(draft: Path, progress: Progress, contents: Contents) -> list[
         except CheckpointError as error:
             errors.append(error)
 
-    attempt(lambda: engine.save(draft / _ENGINE))
-    attempt(lambda: ema.save(draft / _ema_name(engine.world.rank)))
-    for name, weights in (("live", engine.full_weights), ("ema", ema.full_weights)):
-        state = weights(model)
-        if engine.world.is_main:
-            meta = {"step": str(progress.step), "samples": str(progress.samples), "weights": name, **origin}
-            attempt(partial(save_weights, draft / f"{name}.safetensors", state, model.config, meta))
+    partitions = {**engine.partitions(), EMA: ema.shards}
+    path = draft / state_file(engine.world.rank)
+    attempt(lambda: write_state(path, engine.owned_pieces(model), partitions, engine.facts()))
+    for name, source in (("live", engine), ("ema", ema)):
+        meta = {"step": str(progress.step), "samples": str(progress.samples), "weights": name, **origin}
+        tensors = source.full_tensors(model)
+        attempt(partial(_write_weights, draft / f"{name}.safetensors", tensors, model.config, meta, engine.world))
+        for _ in tensors:  # where writing failed: the other ranks still gather
+            pass
     return errors
+
+
+def _write_weights(
+    path: Path,
+    tensors: Iterator[tuple[str, Tensor | None]],
+    config: ModelConfig,
+    meta: Mapping[str, str],
+    world: World,
+) -> None:
+    """Write what rank 0 is handed, one tensor at a time; the other ranks only take part in the gathering."""
+    with weights_writer(path, config, meta) if world.is_main else nullcontext() as writer:
+        for name, tensor in tensors:
+            if writer is not None and tensor is not None:
+                writer.write(name, tensor)
 
 
 def _writing(place: Path, write: Callable[[], Any]) -> Any:
     """Call `write`; an operating system error becomes a CheckpointError."""
     try:
         return write()
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
         raise CheckpointError(f"{place}: cannot be written ({reason}); free space or change output") from error
 
 
@@ -276,20 +303,14 @@ def _fresh_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _ema_name(rank: int) -> str:
-    return f"ema_rank{rank:05d}.pt"
-
-
 def _names_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _files_of_rank(names: list[str], world: World) -> list[str]:
     """Files that one rank flushes and vouches for: its own shards; rank 0 also what is no rank's own."""
-    mine = (f"zero_pp_rank_{world.rank}_", _ema_name(world.rank))
-    shared = ("zero_pp_rank_", "ema_rank")
-    own = [name for name in names if any(mark in name for mark in mine)]
-    return own + [name for name in names if world.is_main and not any(mark in name for mark in shared)]
+    own = state_file(world.rank)
+    return [name for name in names if name == own or (world.is_main and not name.startswith("state_rank"))]
 
 
 def _flushed_digest(path: Path) -> tuple[int, str]:

@@ -2,12 +2,12 @@
 and world size. Averaging the module's own parameters would see empty tensors under ZeRO-3.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from sharpmoe.parallel.engine import Engine, write_tensors
+from sharpmoe.parallel.engine import Engine
 
 
 class ShardEma:
@@ -24,17 +24,12 @@ class ShardEma:
         masters = [part.detach() for part in self._engine.master_partitions()]
         torch._foreach_lerp_(self.shards, masters, 1 - self.decay)
 
+    def full_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+        """The average of `module`'s parameters, then its buffers; see `Engine.full_tensors`. Communicates."""
+        with self._engine.masters_replaced(self.shards):
+            yield from self._engine.full_tensors(module)
+
     def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-        """The average of `module`'s parameters, whole, with its buffers; see `Engine.full_weights`. Communicates."""
+        """All of it at once; see `Engine.full_weights`. Communicates."""
         with self._engine.masters_replaced(self.shards):
             return self._engine.full_weights(module, everywhere)
-
-    def save(self, path: Path) -> None:
-        """Write this rank's shards. Raises OSError."""
-        write_tensors({"decay": self.decay, "shards": self.shards}, path)
-
-    def load(self, path: Path) -> None:
-        """Read this rank's shards; the decay stays the run's own."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)["shards"]
-        for shard, value in zip(self.shards, saved, strict=True):
-            shard.copy_(value)

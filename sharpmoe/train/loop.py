@@ -18,7 +18,7 @@ from sharpmoe.parallel.engine import Engine
 from sharpmoe.parallel.launch import World, sum_over_ranks, together
 from sharpmoe.train import checkpoint
 from sharpmoe.train.banner import banner
-from sharpmoe.train.checkpoint import Progress
+from sharpmoe.train.checkpoint import Contents, Progress
 from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.looks import Looks, look, look_before, make_looks
 from sharpmoe.train.metrics import RunLog, StepStats, due, routing_scalars
@@ -51,7 +51,7 @@ def train(plan: Plan, world: World) -> Path:
     with together(world):
         initial = initial_model(plan)
     if world.is_main:
-        print(banner(plan.run, initial.model, plan.batch, plan.layout.stage, world), flush=True)
+        print(banner(plan.run, initial.model, plan.batch, plan.stage, world), flush=True)
     if plan.saved is not None and plan.start.step >= plan.run.train.steps:
         if world.is_main:
             print(f"nothing to do: {plan.saved.folder} is at step {plan.start.step} of {plan.run.train.steps}")
@@ -67,10 +67,10 @@ def train(plan: Plan, world: World) -> Path:
 def open_session(plan: Plan, world: World, initial: Initial) -> Session:
     """Partition the model, load the checkpoint, open the log. Communicates; raises SharpMoEError on every rank."""
     objective = Objective(initial.model, plan.run)
-    engine = Engine(objective, plan.run, plan.ds_config, world)
+    engine = Engine(objective, plan.run, plan.ds_config, world, objective.values(initial.weights))
     ema = ShardEma(engine, plan.run.optim.ema_decay)
     if plan.saved is not None:
-        checkpoint.load(plan.saved, engine, ema)
+        checkpoint.load(plan.saved, Contents(engine, ema, objective.model, plan.data.origin()))
     share = Share(world.rank, world.size, lambda table: sum_over_ranks(table, world))
     with together(world):
         log = _open_log(plan, [*initial.notes, *engine.notes]) if world.is_main else None
@@ -153,5 +153,5 @@ def ema_model(session: Session) -> DiT:
 def save(session: Session, progress: Progress) -> Path:
     """Write a checkpoint of a session. Communicates; raises CheckpointError on every rank."""
     plan = session.plan
-    contents = checkpoint.Contents(session.engine, session.ema, session.objective.model, plan.data.origin())
+    contents = Contents(session.engine, session.ema, session.objective.model, plan.data.origin())
     return checkpoint.save(plan.folder / "checkpoints", progress, plan.layout, contents, plan.run.checkpoint.keep)

@@ -20,6 +20,7 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 from sharpmoe.moe.capacity import threshold_candidate
 from sharpmoe.moe.routing import Routing
+from sharpmoe.parallel.build import Values
 from sharpmoe.rollout import (
     Item,
     Replay,
@@ -93,6 +94,11 @@ class Objective(nn.Module):
     def guided(self) -> bool:
         """Whether x0_hat is handed on: post-training of a model with saliency routers."""
         return self.run.stage == "posttrain" and self.model.config.saliency_router
+
+    @staticmethod
+    def values(of_model: Values) -> Values:
+        """Where the tensors of this module come from, given where those of its model do."""
+        return lambda name, shape, experts: of_model(name.removeprefix("model."), shape, experts)
 
     def forward(self, request: Request) -> ObjectiveOutput:
         """Serve one request of `run_schedule`; pure."""

@@ -12,7 +12,8 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.errors import DataError
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import load_into
+from sharpmoe.model.pretrained import StartingWeights
+from sharpmoe.parallel.groups import check_ep_size
 from sharpmoe.parallel.launch import World
 from sharpmoe.train import checkpoint
 from sharpmoe.train.checkpoint import Layout, Progress
@@ -47,6 +48,11 @@ class Plan(NamedTuple):
         return Path(self.run.output) / self.run.name
 
     @property
+    def stage(self) -> int:
+        """ZeRO's stage."""
+        return int(self.ds_config["zero_optimization"]["stage"])
+
+    @property
     def start(self) -> Progress:
         """How far the run is already."""
         return Progress(0, 0) if self.saved is None else self.saved.progress
@@ -55,7 +61,8 @@ class Plan(NamedTuple):
 class Initial(NamedTuple):
     """The model a run starts from, before the engine takes it."""
 
-    model: DiT
+    model: DiT  # on the meta device: it may be too large for one rank
+    weights: StartingWeights  # its values
     notes: tuple[str, ...]  # what the user should know
 
 
@@ -64,9 +71,9 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World) -> Plan:
 
     Raises ConfigError, DataError, CheckpointError.
     """
+    check_ep_size(run, world.size)
     data = open_data(run)
-    stage = int(ds_config["zero_optimization"]["stage"])
-    layout = checkpoint.layout_of(run, stage, world.size, data.train.fingerprint)
+    layout = checkpoint.layout_of(run, data.train.fingerprint)
     folder = checkpoint.resume_folder(Path(run.output) / run.name / "checkpoints", run.checkpoint.resume)
     saved = None if folder is None else checkpoint.read_meta(folder)
     if saved is not None:
@@ -96,18 +103,18 @@ def open_data(run: RunConfig) -> Data:
 
 
 def initial_model(plan: Plan) -> Initial:
-    """Make the model: seeded weights, or those of checkpoint.init unless the run goes on from a checkpoint.
+    """Plan the model: seeded weights, or those of checkpoint.init unless the run goes on from a checkpoint.
 
     Raises CheckpointError where checkpoint.init is of another architecture, DataError where it was trained on latents
     or texts of another kind.
     """
-    torch.manual_seed(plan.run.seed)
-    model = DiT(plan.run.model)
+    with torch.device("meta"):
+        model = DiT(plan.run.model)
     init = plan.run.checkpoint.init
     if init is None or plan.saved is not None:
-        return Initial(model, ())
-    report = load_into(model, init)
-    return Initial(model, origin_notes(report.meta, plan.data.origin(), init, plan.run.data.shards))
+        return Initial(model, StartingWeights(plan.run.model, plan.run.seed), ())
+    weights = StartingWeights(plan.run.model, plan.run.seed, init)
+    return Initial(model, weights, origin_notes(weights.meta, plan.data.origin(), init, plan.run.data.shards))
 
 
 def origin_notes(meta: Mapping[str, str], origin: Mapping[str, str], weights: str, shards: str) -> tuple[str, ...]:

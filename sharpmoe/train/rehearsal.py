@@ -10,6 +10,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.pretrained import check_architecture, read_header
+from sharpmoe.parallel.groups import check_ep_size
 from sharpmoe.parallel.launch import World
 from sharpmoe.train.banner import banner
 from sharpmoe.train.plan import make_plan
@@ -23,6 +24,7 @@ def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World) -> str:
     """
     notes = []
     layout = batch_arithmetic(run, world.size)
+    check_ep_size(run, world.size)
     if (Path(run.data.shards) / INDEX_FILE).is_file():
         make_plan(run, ds_config, world)
     else:

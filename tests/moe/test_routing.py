@@ -1,13 +1,10 @@
-"""Selection rules and the layer: properties over random shapes, and the dispatch against a dense reference."""
+"""Selection rules and the layer: properties over random shapes."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpmoe.config import ModelConfig
-from sharpmoe.moe.dispatch import LocalDispatcher
-from sharpmoe.moe.experts import Experts
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import (
     batch_pool,
@@ -85,41 +82,6 @@ def test_inference_count_and_mask(shape: tuple[int, int, int], seed: int, level:
     assert torch.equal(mask.sum((0, 1)), by_count.sum((0, 1)))
     cutoff = lowest_accepted(scores, by_count, "call")
     assert (scores.masked_fill(by_count, -1) <= cutoff).all()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 99), st.floats(0, 1))
-def test_local_dispatch_equals_every_expert_on_every_token(seed: int, density: float) -> None:
-    g = torch.Generator().manual_seed(seed)
-    experts = Experts(4, 8, 12).double()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, generator=g)
-    x = torch.randn(10, 8, generator=g, dtype=torch.float64)
-    chosen = torch.rand(10, 4, generator=g) < density
-    gates = torch.rand(10, 4, generator=g, dtype=torch.float64) * chosen
-    y = LocalDispatcher()(x, chosen, gates, experts, None)
-    b1, b2 = experts.w3.split([12, 8], dim=-1)
-    inner = torch.nn.functional.gelu(torch.einsum("rd,efd->erf", x, experts.w1) + b1, approximate="tanh")
-    dense = torch.einsum("erf,edf->erd", inner, experts.w2) + b2
-    torch.testing.assert_close(y, torch.einsum("erd,re->rd", dense, gates), rtol=1e-12, atol=1e-12)
-
-
-def test_equal_counts_and_split_paths_agree() -> None:
-    experts = Experts(3, 8, 12).double()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    rows = torch.randn(12, 8, dtype=torch.float64)
-    torch.testing.assert_close(experts(rows, [4, 4, 4]), experts._split(rows, [4, 4, 4]), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [5, 0, 0, 1]])
-def test_an_expert_without_tokens_still_has_a_gradient(counts: list[int]) -> None:
-    experts = Experts(4, 8, 12)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
-    experts(torch.randn(sum(counts), 8), counts).sum().backward()
-    assert all(parameter.grad is not None for parameter in experts.parameters())
-    assert experts.w1.grad[1].abs().sum() == 0
 
 
 def test_diffmoe_infers_from_thresholds_and_trains_from_the_pool() -> None:

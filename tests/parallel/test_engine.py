@@ -1,29 +1,24 @@
 """ZeRO-3 and ZeRO-2 on two ranks against plain torch on one process: the same global batch, the same numbers."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed.comm.comm
 import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.stream import stream
 from sharpmoe.config import OptimConfig, RunConfig
 from sharpmoe.errors import ConfigError, TrainingError
-from sharpmoe.moe.capacity import update_thresholds
 from sharpmoe.parallel.engine import Engine, optimizer_factory, regather_warnings
 from sharpmoe.parallel.launch import World
 from sharpmoe.train.ema import ShardEma
-from sharpmoe.train.objective import Objective, run_schedule
-from sharpmoe.train.plan import Plan
-from sharpmoe.train.schedule import learning_rate
-from sharpmoe.train.step import prepare, train_step
+from sharpmoe.train.objective import Objective
+from sharpmoe.train.step import train_step
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
-from tests.train.setting import ALONE, make_run, plan_for, stirred_model, worst
+from tests.parallel.reference import Case, Trace, assert_same, items_of, with_engine, with_plain_torch
+from tests.train.setting import make_run, plan_for, stirred_model
 
 STEPS, FEW = 10, 3
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
@@ -34,23 +29,6 @@ SCHEDULES: dict[str, dict[str, object]] = {
 }
 SCHEDULES_OF = dict.fromkeys(ROUTERS, ("plain", "two_pass")) | {"diffmoe": tuple(SCHEDULES)}
 SGD = {"name": "sgd", "lr": 0.05}
-
-
-class Trace(NamedTuple):
-    """What ten steps left behind."""
-
-    losses: list[float]
-    norms: list[float]
-    weights: dict[str, Tensor]  # thresholds included
-    average: dict[str, Tensor]  # EMA
-
-
-class Case(NamedTuple):
-    """One engine run."""
-
-    run: RunConfig
-    stage: int = 3
-    steps: int = STEPS
 
 
 @pytest.fixture(scope="module")
@@ -70,62 +48,6 @@ def make(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     return make_case
 
 
-def with_engine(world: World, cases: dict[str, Case]) -> dict[str, Trace]:
-    """Train every case under the engine; weights are whole on rank 0, empty elsewhere."""
-    return {name: one_case(world, case) for name, case in cases.items()}
-
-
-def one_case(world: World, case: Case) -> Trace:
-    plan = plan_for(case.run, world, case.stage)
-    objective = Objective(stirred_model(case.run), case.run)
-    engine = Engine(objective, case.run, plan.ds_config, world)
-    ema = ShardEma(engine, case.run.optim.ema_decay)
-    results = [
-        train_step(engine, objective, ema, items, step, with_routing=False)
-        for step, items in enumerate(items_of(plan, world, case.steps))
-    ]
-    weights, average = engine.full_weights(objective.model), ema.full_weights(objective.model)
-    return Trace([r.losses["total"] for r in results], [r.grad_norm for r in results], weights, average)
-
-
-def items_of(plan: Plan, world: World, steps: int) -> list[list]:
-    batches = stream(
-        plan.data.train,
-        seed=plan.run.seed,
-        global_batch=plan.batch.global_batch,
-        micro_batch=plan.batch.micro_batch,
-        rank=world.rank,
-        world=world.size,
-    )
-    return [prepare(b, plan.data.empty_text, plan.run, world.device) for b in itertools.islice(batches, steps)]
-
-
-def with_plain_torch(run: RunConfig, steps: int = STEPS) -> Trace:
-    """The reference: no engine, accumulation by hand."""
-    plan = plan_for(run, ALONE)
-    objective = Objective(stirred_model(run), run).train()
-    model, parameters = objective.model, list(objective.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=run.optim.lr)
-    average = {name: value.clone() for name, value in model.state_dict().items()}
-    losses, norms = [], []
-    for step, items in enumerate(items_of(plan, ALONE, steps)):
-        optimizer.zero_grad()
-        records = [
-            run_schedule(objective, i, run, lambda loss, _: (loss / 2).backward(), guided=objective.guided)
-            for i in items
-        ]
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, run.optim.clip_norm)))
-        losses.append(float(torch.stack([r.terms.total for r in records]).mean()))
-        optimizer.param_groups[0]["lr"] = learning_rate(run.optim, step, run.train.steps)
-        optimizer.step()
-        if records[0].thresholds is not None:
-            candidates = torch.stack([r.thresholds for r in records]).mean(0)
-            update_thresholds([m.expert_threshold for m in model.moe_layers()], candidates, run.optim.threshold_decay)
-        for name, value in model.state_dict().items():
-            average[name] = value.clone() if "threshold" in name else average[name].lerp(value, 1 - run.optim.ema_decay)
-    return Trace(losses, norms, dict(model.state_dict()), average)
-
-
 @pytest.fixture(scope="module")
 def on_two_ranks(make: Callable[..., RunConfig]) -> dict[str, Trace]:
     cases = {
@@ -135,14 +57,6 @@ def on_two_ranks(make: Callable[..., RunConfig]) -> dict[str, Trace]:
     }
     cases |= {f"zero2 {way}": Case(make("diffmoe", way), 2, FEW) for way in ("plain", "two_pass")}
     return run_ranks(with_engine, 2, cases)[0]
-
-
-def assert_same(trace: Trace, reference: Trace) -> None:
-    assert max(abs(a - b) for a, b in zip(trace.losses, reference.losses, strict=True)) < 1e-5
-    assert max(abs(a - b) / b for a, b in zip(trace.norms, reference.norms, strict=True)) < 1e-4
-    assert worst(trace.weights, reference.weights) < 1e-5
-    assert worst(trace.average, reference.average) < 1e-5
-    assert max(reference.norms) > 0.5  # clipping was active
 
 
 @pytest.mark.dist

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.model.pretrained import save_weights
-from sharpmoe.train.plan import initial_model, origin_notes
+from sharpmoe.train.plan import Initial, initial_model, origin_notes
 from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
 
@@ -26,9 +27,13 @@ def test_shards_of_another_codec_or_encoder_are_refused(
         plan_for(make_run(shards, tmp_path, model=model), ALONE)
 
 
+def values(initial: Initial) -> dict[str, Tensor]:
+    return {name: initial.weights(name, planned.shape) for name, planned in initial.model.state_dict().items()}
+
+
 def test_a_run_without_base_starts_from_its_seed(shards: Path, tmp_path: Path) -> None:
     plan = plan_for(make_run(shards, tmp_path), ALONE)
-    one, two = (dict(initial_model(plan).model.state_dict()) for _ in range(2))
+    one, two = (values(initial_model(plan)) for _ in range(2))
     assert identical(one, two)
 
 
@@ -38,7 +43,7 @@ def test_a_run_starts_from_its_base(shards: Path, tmp_path: Path) -> None:
     plan = plan_for(make_run(shards, tmp_path, checkpoint={"init": str(tmp_path / "base.safetensors")}), ALONE)
     save_weights(tmp_path / "base.safetensors", weights, base.model, plan.data.origin())
     started = initial_model(plan)
-    state = started.model.state_dict()
+    state = values(started)
     assert started.notes == ()
     assert identical({key: state[key] for key in weights}, dict(weights))
     other = make_run(

@@ -1,0 +1,60 @@
+"""Weights files written tensor by tensor, read by the library."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sharpmoe.model.pretrained import load_model, save_weights, weights_writer
+from sharpmoe.model.weights_file import Planned, WeightsWriter
+from tests.toys import toy_model
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tensors=st.dictionaries(
+        st.text("abc.é", min_size=1, max_size=6),
+        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES)),
+        max_size=5,
+    ),
+    header=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3),
+)
+def test_the_library_reads_what_is_written(
+    tensors: dict, header: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("weights") / "file.safetensors"
+    values = {name: (torch.randn(shape) * 9).to(dtype) for name, (shape, dtype) in tensors.items()}
+    with WeightsWriter(path, {k: Planned(v.shape, v.dtype) for k, v in values.items()}, header) as writer:
+        for name, value in values.items():
+            writer.write(name, value)
+    read = load_file(path)
+    assert read.keys() == values.keys()
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in values.items())
+    with safe_open(path, framework="pt") as file:
+        assert (file.metadata() or {}) == header
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_text("before")
+    with pytest.raises(OSError, match="disk"), WeightsWriter(path, {"a": Planned(torch.Size([1]), torch.float32)}, {}):
+        raise OSError("disk full")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_by_one_equals_at_once(tmp_path: Path) -> None:
+    model = toy_model()
+    save_weights(tmp_path / "whole.safetensors", model.state_dict(), model.config, {"step": "3"})
+    with weights_writer(tmp_path / "parts.safetensors", model.config, {"step": "3"}) as writer:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            writer.write(name, tensor)
+    (one, meta), (two, other) = (load_model(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
+    assert meta == other == {"step": "3"}
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())

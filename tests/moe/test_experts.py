@@ -1,0 +1,100 @@
+"""Stacked experts: every way of computing them against a dense reference, values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharpmoe.moe.experts import Experts
+from tests.moe.dense import dense_experts, stacked_weights
+
+WIDTH, HIDDEN = 16, 24
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2}
+COUNTS = {
+    "uneven": [5, 1, 0, 6],
+    "the last ones empty": [7, 2, 0, 0],
+    "the first ones empty": [0, 0, 3, 1],
+    "all to one": [0, 9, 0, 0],
+    "equal": [4, 4, 4, 4],
+}
+# "counts": as forward chooses on this machine; "grouped": what it chooses on CUDA in bf16. grouped_mm knows no float64.
+WAYS = [("counts", dtype) for dtype in TOLERANCE] + [("grouped", torch.float32), ("grouped", torch.bfloat16)]
+
+
+def experts_of(kind: str, dtype: torch.dtype) -> Experts:
+    experts = Experts(4, WIDTH, HIDDEN, kind).to(dtype)
+    with torch.no_grad():
+        for parameter, value in zip(experts.parameters(), stacked_weights(4, WIDTH, HIDDEN, kind), strict=True):
+            parameter.copy_(value)
+    return experts
+
+
+def rows_of(counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, the weights of a loss, and the one-hot experts."""
+    g = torch.Generator().manual_seed(1)
+    rows, weight = (torch.randn(sum(counts), WIDTH, generator=g, dtype=torch.float64) for _ in range(2))
+    return rows, weight, torch.eye(4, dtype=torch.float64).repeat_interleave(torch.tensor(counts), dim=0)
+
+
+def worst(got: list[Tensor], expected: list[Tensor]) -> float:
+    pairs = zip(got, expected, strict=True)
+    return max(float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize(("way", "dtype"), WAYS, ids=str)
+def test_experts_equal_the_dense_reference(way: str, counts: list[int], dtype: torch.dtype, kind: str) -> None:
+    rows, weight, one_hot = rows_of(counts)
+    weights = [w.requires_grad_() for w in stacked_weights(4, WIDTH, HIDDEN, kind)]
+    expected = dense_experts(rows.requires_grad_(), one_hot, weights, kind)
+    (expected * weight).sum().backward()
+
+    experts = experts_of(kind, dtype)
+    x = rows.detach().to(dtype).requires_grad_()
+    y = experts._grouped(x, torch.tensor(counts)) if way == "grouped" else experts(x, torch.tensor(counts))
+    (y * weight.to(dtype)).sum().backward()
+    got = [y, x.grad, *(p.grad for p in experts.parameters())]
+    assert worst(got, [expected, rows.grad, *(w.grad for w in weights)]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_one_number_for_equal_counts_is_their_list(kind: str) -> None:
+    experts, rows = experts_of(kind, torch.float64), rows_of([3, 3, 3, 3])[0]
+    together = experts(rows, 3)
+    assert torch.equal(together, experts(rows, torch.tensor([3, 3, 3, 3])))
+    torch.testing.assert_close(together, experts._split(rows, [3, 3, 3, 3]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [0, torch.zeros(4, dtype=torch.long), torch.tensor([5, 0, 0, 1])], ids=str)
+def test_an_expert_without_rows_still_has_a_gradient(counts: Tensor | int) -> None:
+    experts = experts_of("gelu", torch.float32)
+    experts(torch.randn(int(torch.as_tensor(counts).sum()), WIDTH), counts).sum().backward()
+    assert all(parameter.grad is not None for parameter in experts.parameters())
+    assert experts.w1.grad[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_the_grouped_way_takes_the_gradient_of_a_plain_sum(kind: str) -> None:
+    """It arrives as one number, expanded: grouped_mm's backward fails on that."""
+    counts = torch.tensor([2, 0, 3, 1])
+    first, second = experts_of(kind, torch.float32), experts_of(kind, torch.float32)
+    rows = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0))
+    first._grouped(rows, counts).sum().backward()
+    second(rows, counts).sum().backward()
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_on_cuda_counts_stay_on_the_device() -> None:
+    experts = experts_of("gelu", torch.bfloat16).cuda()
+    rows, counts = rows_of([5, 1, 0, 6])[0].bfloat16().cuda(), torch.tensor([5, 1, 0, 6]).cuda()
+    expected = experts._split(rows, [5, 1, 0, 6])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = experts(rows, counts)
+        equal = experts(rows, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(y, expected, rtol=6e-2, atol=6e-2)
+    torch.testing.assert_close(equal, experts._split(rows, [3, 3, 3, 3]), rtol=6e-2, atol=6e-2)

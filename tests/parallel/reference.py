@@ -1,0 +1,133 @@
+"""The same training steps under the engine and in plain torch on one process."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from data_pipeline.stream import stream
+from sharpmoe.config import RunConfig
+from sharpmoe.model.dit import DiT
+from sharpmoe.moe.capacity import update_thresholds
+from sharpmoe.parallel.engine import Engine
+from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.placement import gather_experts, is_expert
+from sharpmoe.train.ema import ShardEma
+from sharpmoe.train.objective import Objective, run_schedule
+from sharpmoe.train.plan import Plan
+from sharpmoe.train.schedule import learning_rate
+from sharpmoe.train.step import prepare, train_step
+from tests.train.setting import ALONE, plan_for, stirred_model, worst
+
+Prepare = Callable[[DiT], DiT]
+
+
+def unchanged(model: DiT) -> DiT:
+    return model
+
+
+class Trace(NamedTuple):
+    """What some steps left behind."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]  # thresholds included
+    average: dict[str, Tensor]  # EMA
+    gradients: dict[str, Tensor]  # of the first step, before clipping
+
+
+class Case(NamedTuple):
+    """One engine run."""
+
+    run: RunConfig
+    stage: int = 3
+    steps: int = 10
+    prepare: Prepare = unchanged  # of the model, before the first step
+
+
+def with_engine(world: World, cases: dict[str, Case]) -> dict[str, Trace]:
+    """Train every case under the engine; weights are whole on rank 0, empty elsewhere."""
+    return {name: one_case(world, case) for name, case in cases.items()}
+
+
+def one_case(world: World, case: Case) -> Trace:
+    plan = plan_for(case.run, world, case.stage)
+    objective = Objective(case.prepare(stirred_model(case.run)), case.run)
+    engine = Engine(objective, case.run, plan.ds_config, world)
+    ema = ShardEma(engine, case.run.optim.ema_decay)
+    taken: dict[str, Tensor] = {}
+    results = [
+        train_step(watched(engine, objective, taken), objective, ema, items, step, with_routing=False)
+        for step, items in enumerate(items_of(plan, world, case.steps))
+    ]
+    weights, average = engine.full_weights(objective.model), ema.full_weights(objective.model)
+    return Trace([r.losses["total"] for r in results], [r.grad_norm for r in results], weights, average, taken)
+
+
+def watched(engine: Engine, objective: Objective, taken: dict[str, Tensor]) -> Engine:
+    """The engine, which in its first step lays whole gradients into `taken`."""
+    if taken:
+        engine.__dict__.pop("step", None)
+        return engine
+
+    def step(lr: float) -> float:
+        for name, parameter in objective.model.named_parameters():
+            gradient = safe_get_full_grad(parameter).float()
+            taken[name] = gather_experts(gradient, engine._experts) if is_expert(parameter) else gradient.clone()
+        return Engine.step(engine, lr)
+
+    engine.__dict__["step"] = step
+    return engine
+
+
+def items_of(plan: Plan, world: World, steps: int) -> list[list]:
+    batches = stream(
+        plan.data.train,
+        seed=plan.run.seed,
+        global_batch=plan.batch.global_batch,
+        micro_batch=plan.batch.micro_batch,
+        rank=world.rank,
+        world=world.size,
+    )
+    return [prepare(b, plan.data.empty_text, plan.run, world.device) for b in itertools.islice(batches, steps)]
+
+
+def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = unchanged) -> Trace:
+    """The reference: no engine, accumulation by hand."""
+    plan = plan_for(run, ALONE)
+    objective = Objective(prepare_model(stirred_model(run)), run).train()
+    model, parameters = objective.model, list(objective.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=run.optim.lr)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    losses, norms, taken = [], [], {}
+    for step, items in enumerate(items_of(plan, ALONE, steps)):
+        optimizer.zero_grad()
+        share = len(items)
+        records = [
+            run_schedule(objective, i, run, lambda loss, _: (loss / share).backward(), guided=objective.guided)  # noqa: B023
+            for i in items
+        ]
+        taken = taken or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, run.optim.clip_norm)))
+        losses.append(float(torch.stack([r.terms.total for r in records]).mean()))
+        optimizer.param_groups[0]["lr"] = learning_rate(run.optim, step, run.train.steps)
+        optimizer.step()
+        if records[0].thresholds is not None:
+            candidates = torch.stack([r.thresholds for r in records]).mean(0)
+            update_thresholds([m.expert_threshold for m in model.moe_layers()], candidates, run.optim.threshold_decay)
+        for name, value in model.state_dict().items():
+            average[name] = value.clone() if "threshold" in name else average[name].lerp(value, 1 - run.optim.ema_decay)
+    return Trace(losses, norms, dict(model.state_dict()), average, taken)
+
+
+def assert_same(trace: Trace, reference: Trace) -> None:
+    assert max(abs(a - b) for a, b in zip(trace.losses, reference.losses, strict=True)) < 1e-5
+    assert max(abs(a - b) / b for a, b in zip(trace.norms, reference.norms, strict=True)) < 1e-4
+    assert worst(trace.weights, reference.weights) < 1e-5
+    assert worst(trace.average, reference.average) < 1e-5
+    assert max(reference.norms) > 0.5  # clipping was active
+    for name, gradient in reference.gradients.items():
+        assert float((trace.gradients[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()) + 1e-9, name

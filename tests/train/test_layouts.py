@@ -1,0 +1,81 @@
+"""A run goes on in any other layout: ranks, experts per rank, ZeRO stage."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from sharpmoe.config import RunConfig
+from sharpmoe.parallel.launch import World
+from sharpmoe.train import loop
+from sharpmoe.train.metrics import read_log
+from sharpmoe.train.plan import initial_model
+from tests.distributed import run_ranks
+from tests.train.setting import identical, make_run, plan_for
+
+HALF, WHOLE = 5, 15
+OTHERS = [(4, 4, 3), (2, 2, 3), (2, 1, 3), (1, 1, 3), (3, 1, 3), (2, 2, 2), (1, 1, 2)]  # ranks, ep_size, ZeRO stage
+
+
+def a_run(shards: Path, output: Path, name: str, steps: int, ep_size: int, **more: Any) -> RunConfig:
+    """AdamW, 12 images a step in micro-batches of two or one (one pool each): any number of ranks up to four."""
+    run = make_run(
+        shards,
+        output,
+        "ec",
+        model={"depth": 2},
+        train={"steps": steps, "global_batch": 12, "micro_batch": 1},
+        parallel={"ep_size": ep_size},
+        checkpoint={"resume": "auto", "every": HALF, "keep": 9},
+        **more,
+    )
+    return run.model_copy(update={"name": name})
+
+
+def train(world: World, runs: list[RunConfig], stage: int) -> None:
+    for run in runs:
+        loop.train(plan_for(run, world, stage), world)
+
+
+def copy_then_train(world: World, run: RunConfig, copy: RunConfig, stage: int) -> None:
+    """Load a checkpoint and save it at once under another name, then go on."""
+    plan = plan_for(run, world, stage)
+    session = loop.open_session(plan, world, initial_model(plan))
+    loop.save(session._replace(plan=plan._replace(run=copy)), plan.start)
+    loop.train(plan_for(run, world, stage), world)
+
+
+def title(other: tuple[int, int, int]) -> str:
+    return "{}x{}-zero{}".format(*other)
+
+
+def last(output: Path, name: str, step: int) -> Path:
+    return output / name / "checkpoints" / f"step{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def output(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run at world 4 / ep 2 to its end, and stopped early under the name of every other layout."""
+    output = tmp_path_factory.mktemp("layouts")
+    run_ranks(train, 4, [a_run(shards, output, "whole", WHOLE, 2), a_run(shards, output, "half", HALF, 2)], 3)
+    for other in OTHERS:
+        shutil.copytree(output / "half", output / title(other))
+    return output
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("other", OTHERS, ids=title)
+def test_a_run_goes_on_in_another_layout(other: tuple[int, int, int], output: Path, shards: Path) -> None:
+    ranks, ep_size, stage = other
+    name, copy = title(other), f"copy-{title(other)}"
+    runs = [a_run(shards, output, one, WHOLE, ep_size) for one in (name, copy)]
+    run_ranks(copy_then_train, ranks, *runs, stage)
+    for kind in ("live", "ema"):  # moved without a step: equal to the last bit
+        files = [last(output, one, HALF) / f"{kind}.safetensors" for one in ("half", copy)]
+        assert identical(*(load_file(file) for file in files))
+    moved, whole = (read_log(output / one / "log.jsonl")["loss/total"] for one in (name, "whole"))
+    assert list(moved) == list(whole) == list(range(1, WHOLE + 1))
+    assert max(abs(moved[step] - whole[step]) for step in whole) < 1e-5
