@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.fixtures_data import make_shards
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -28,3 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def private_extensions_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A build killed elsewhere leaves a lock in torch's extension folder, on which DeepSpeed waits for ever."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn shapes as shards, 20 training images."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "shapes")

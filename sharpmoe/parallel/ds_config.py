@@ -72,7 +72,6 @@ SCALARS: frozenset[str] = frozenset(
         "log_level",
         "memory_breakdown",
         "prescale_gradients",
-        "use_data_before_expert_parallelism",
         "wall_clock_breakdown",
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",
@@ -113,9 +112,19 @@ REFUSED: dict[str, str] = dict.fromkeys(REMOVED, "DeepSpeed 0.19 has dropped it"
     "seq_parallel_communication_data_type": "not supported",
     "sequence_parallel_size": "not supported",
     "tensor_parallel": "not supported",
+    "use_data_before_expert_parallelism": "consecutive ranks share the experts (parallel.ep_size)",
     "vocabulary_size": "a diffusion model has no vocabulary",
     "wandb": "not supported; TensorBoard files are written",
     "weight_quantization": "not supported",
+}
+
+# Keys of zero_optimization that DeepSpeed knows and experts over ranks or checkpoints of ours rule out: the value that
+# is allowed, and why no other is.
+ONLY: dict[str, tuple[Any, str]] = {
+    "zero_hpz_partition_size": (1, "DeepSpeed cannot place experts under it"),
+    "zero_quantized_gradients": (False, "DeepSpeed cannot place experts under it"),
+    "mics_shard_size": (-1, "DeepSpeed cannot place experts under it"),
+    "reduce_scatter": (True, "DeepSpeed's ZeRO-2 needs it for experts"),
 }
 
 # "auto" inside zero_optimization, by the rules of Hugging Face's integration with the model's width for hidden_size.
@@ -144,6 +153,7 @@ def resolve_ds_config(path: str | Path, run: RunConfig, world: int) -> dict[str,
     for name in engine.keys() & SECTIONS.keys():
         engine[name] = _check_section(name, engine[name], run, path)
     _check_stage(engine, path)
+    _check_only(engine, path)
     return {"zero_allow_untested_optimizer": True} | engine | _from_run(engine, run, world)
 
 
@@ -252,6 +262,19 @@ def _check_stage(engine: Mapping[str, Any], path: Path) -> None:
             f"{path}: zero_optimization.stage is {given}, allowed: 2 | 3 (EMA and checkpoints read ZeRO's shards); "
             "write 2 or 3"
         )
+
+
+def _check_only(engine: Mapping[str, Any], path: Path) -> None:
+    zero = engine["zero_optimization"]
+    for key, (allowed, why) in ONLY.items():
+        if zero.get(key, allowed) != allowed:
+            raise ConfigError(f"{path}: zero_optimization.{key} is {zero[key]!r}, allowed: {allowed!r} ({why})")
+    for key in ("offload_param", "offload_optimizer"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise ConfigError(
+                f"{path}: zero_optimization.{key}.device is 'nvme', allowed: 'cpu' | 'none' (EMA and checkpoints read "
+                "ZeRO's partitions in memory)"
+            )
 
 
 def _from_run(engine: Mapping[str, Any], run: RunConfig, world: int) -> dict[str, Any]:

@@ -32,13 +32,15 @@ class ExpertGroups(NamedTuple):
         return _name(self.ep_size)
 
 
+def possible_ep_sizes(run: RunConfig, world_size: int) -> list[int]:
+    """Numbers of ranks that can share the experts of a layer: they divide the ranks and the experts."""
+    experts = 1 if run.model.router == "dense" else run.model.total_experts
+    return [size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0]
+
+
 def check_ep_size(run: RunConfig, world_size: int) -> None:
     """Raise a ConfigError naming the possible values where parallel.ep_size does not fit; no communication."""
-    ep_size, experts = run.parallel.ep_size, run.model.total_experts
-    if run.model.router == "dense":
-        possible = [1]
-    else:
-        possible = [n for n in range(1, world_size + 1) if world_size % n == 0 and experts % n == 0]
+    ep_size, experts, possible = run.parallel.ep_size, run.model.total_experts, possible_ep_sizes(run, world_size)
     if ep_size not in possible:
         what = "a dense model has no experts" if run.model.router == "dense" else f"{experts} experts per layer"
         raise ConfigError(

@@ -31,7 +31,7 @@ from sharpmoe.parallel.launch import World, gather_objects, together
 from sharpmoe.parallel.state_files import StateReader, fill_partitions, state_file, write_state
 from sharpmoe.train.ema import ShardEma
 
-SCHEMA = 1
+SCHEMA = 2
 META, LATEST = "meta.json", "latest"
 
 

@@ -104,6 +104,12 @@ def test_a_hugging_face_file_with_auto_values_is_resolved(ds_file):
             ["zero_optimization.reduce_bucket_size is -1", "greater than 0"],
         ),
         ({"zero_optimization": {**STAGE3, "overlap_comm": "auto"}}, ["overlap_comm", '"auto"', "reduce_bucket_size"]),
+        (
+            {"zero_optimization": {**STAGE3, "zero_hpz_partition_size": 8}},
+            ["hpz_partition_size is 8", "allowed: 1"],
+        ),
+        ({"zero_optimization": {**STAGE3, "offload_optimizer": {"device": "nvme"}}}, ["nvme", "allowed: 'cpu'"]),
+        ({"use_data_before_expert_parallelism": True}, ["cannot be set here", "parallel.ep_size"]),
         ({"dump_state": "auto"}, ["dump_state", '"auto"']),
         ({"train_batch_size": 8}, ["train_batch_size belongs to the run file", "train.global_batch"]),
         ({"gradient_clipping": 1.0}, ["gradient_clipping belongs to the run file", "optim.clip_norm"]),

@@ -16,7 +16,6 @@ from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.step import train_step
 from tests.distributed import run_ranks
-from tests.fixtures_data import make_shards
 from tests.parallel.reference import Case, Trace, assert_same, items_of, with_engine, with_plain_torch
 from tests.train.setting import make_run, plan_for, stirred_model
 
@@ -29,11 +28,6 @@ SCHEDULES: dict[str, dict[str, object]] = {
 }
 SCHEDULES_OF = dict.fromkeys(ROUTERS, ("plain", "two_pass")) | {"diffmoe": tuple(SCHEDULES)}
 SGD = {"name": "sgd", "lr": 0.05}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards") / "shapes")
 
 
 @pytest.fixture(scope="module")

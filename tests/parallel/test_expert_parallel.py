@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.model.dit import DiT
 from sharpmoe.parallel.groups import check_ep_size
 from tests.distributed import run_ranks
-from tests.fixtures_data import make_shards
 from tests.parallel.reference import Case, Trace, assert_same, unchanged, with_engine, with_plain_torch
 from tests.train.setting import make_run
 
@@ -45,8 +45,7 @@ SKEWED = {
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
-    shards = make_shards(tmp_path_factory.mktemp("shards") / "shapes")
+def make(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
     output = tmp_path_factory.mktemp("runs")
 
     def make_case(router: str, world: int, ep_size: int = 1, dispatcher: str = "native", **more: dict) -> RunConfig:
@@ -133,6 +132,21 @@ def test_half_precision_is_near(layout: str, traces: dict[str, Trace], reference
     losses = traces[f"bf16 {layout}"].losses
     expected = reference("diffmoe", LAYOUTS[layout][0], FEW).losses
     assert all(abs(a - b) / b < 0.05 for a, b in zip(losses, expected, strict=True))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("router", ["diffmoe", "race"])
+def test_a_pool_of_all_ranks_equals_one_process_with_one_pool(router: str, make: Callable[..., RunConfig]) -> None:
+    more = {"loss": {"similarity_weight": 0.0}}  # race: a product of means over a rank's own tokens
+    parallel = {"ep_size": 2, "pool_scope": "world"}
+    trace = run_ranks(with_engine, 2, {"world": Case(make(router, 2, parallel=parallel, **more), steps=FEW)})[0][
+        "world"
+    ]
+    reference = with_plain_torch(make(router, 1, **more), FEW)
+    assert max(abs(a - b) for a, b in zip(trace.losses, reference.losses, strict=True)) < 1e-5
+    for name, value in reference.weights.items():
+        if "threshold" not in name:  # of each rank's own tokens, averaged: only inference reads them
+            assert float((trace.weights[name] - value).abs().max()) < 1e-5, name
 
 
 def test_sizes_that_do_not_fit_are_named(make: Callable[..., RunConfig]) -> None:
