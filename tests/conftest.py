@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.fixtures_data import make_shards
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -12,10 +15,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def _without_slurm() -> str | None:
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    absent = [name for name in ("sbatch", "munged", "slurmctld", "slurmd") if not shutil.which(name, path=path)]
+    if absent:
+        return f"needs {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)"
+    return None if os.geteuid() == 0 else "starts the daemons of Slurm, as root"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
-        "slurm": None if shutil.which("sbatch") else "needs the slurm commands",
+        "slurm": _without_slurm(),
     }
     for item in items:
         for marker, reason in lacking.items():
@@ -27,3 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def private_extensions_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A build killed elsewhere leaves a lock in torch's extension folder, on which DeepSpeed waits for ever."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared set of drawn shapes."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "shapes")

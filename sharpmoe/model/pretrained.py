@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sharpmoe.config import TOKEN_CHOICE, ModelConfig
@@ -27,6 +26,7 @@ from sharpmoe.model.published import (
     convert_published,
 )
 from sharpmoe.model.published_sizes import read_sizes
+from sharpmoe.model.weights_file import Planned, WeightsWriter
 
 FORMAT = "sharpmoe-1"
 NEW_ALLOWED = ("saliency_router",)  # parts a base checkpoint may lack: they start as an identity
@@ -44,12 +44,29 @@ def save_weights(
     path: str | Path, state: Mapping[str, Tensor], config: ModelConfig, meta: Mapping[str, str] | None = None
 ) -> None:
     """Write a state dict as safetensors with the architecture and `meta` in its header; atomic (rename)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "model": config.model_dump_json(), **(meta or {})}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, partial, metadata=header)
-    os.replace(partial, path)
+    planned = {name: Planned(value.shape, value.dtype) for name, value in state.items()}
+    with WeightsWriter(path, planned, _header(config, meta or {})) as writer:
+        for name, value in state.items():
+            writer.write(name, value)
+
+
+def planned_weights(config: ModelConfig) -> dict[str, Planned]:
+    """Parameters, then buffers of a model, as a weights file holds them: float32."""
+    with torch.device("meta"):
+        model = DiT(config)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: Planned(tensor.shape, torch.float32) for name, tensor in tensors}
+
+
+def weights_writer(
+    path: str | Path, planned: Mapping[str, Planned], config: ModelConfig, meta: Mapping[str, str]
+) -> WeightsWriter:
+    """Open a weights file for the planned tensors of a model, to be written one by one, in order. Raises OSError."""
+    return WeightsWriter(path, planned, _header(config, meta))
+
+
+def _header(config: ModelConfig, meta: Mapping[str, str]) -> dict[str, str]:
+    return {"format": FORMAT, "model": config.model_dump_json(), **meta}
 
 
 def stored_as(state: Mapping[str, Tensor], model: DiT, dtype: torch.dtype) -> dict[str, Tensor]:

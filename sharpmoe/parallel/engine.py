@@ -5,9 +5,7 @@ names (pinned: 0.19.8) is in this file, so that an upgrade is a change of one fi
 """
 
 import copy
-import errno
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,23 +16,21 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
-from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from sharpmoe.config import OptimConfig, RunConfig
-from sharpmoe.errors import CheckpointError, ConfigError, TrainingError
+from sharpmoe.errors import CheckpointError, ConfigError
+from sharpmoe.parallel.checkpoint_engine import CheckpointFiles, HostCopies
+from sharpmoe.parallel.gradients import Admit, NormGate, Update
 from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.pieces import Piece, owned_pieces
+from sharpmoe.parallel.replicas import check_replicas
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
-# What an optimizer shard of DeepSpeed 0.19.8 holds beside tensors; everything else is refused when it is read.
-_SAFE_CLASSES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
-_TAG = "engine"
+_FOLDER, _TAG = "engine", "engine"  # of the files in a checkpoint; DeepSpeed wants a folder and one inside
 
 
 class Engine:
@@ -57,8 +53,9 @@ class Engine:
         )
         if hooked_whole:
             _reduce_per_parameter(self._optimizer)
-        self._engine.checkpoint_engine = _SafeCheckpointEngine()
-        self._engine._copy_recovery_script = lambda save_path: None  # weights are consolidated; a full disk would hang
+        self._gate = NormGate(self._optimizer, self.stage)
+        self._files = self._engine.checkpoint_engine = CheckpointFiles()
+        self._engine._copy_recovery_script = lambda save_path: None  # weights are consolidated; it would write at once
         _restore_buffers(module, buffers)
         self.notes = regather_warnings(ds_config, self.num_parameters)  # what the user should know
 
@@ -78,17 +75,19 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, clear gradients; return the gradient norm before clipping.
+    def step(self, lr: float, admit: Admit) -> Update:
+        """Clip and update with learning rate `lr` where the gradient is finite and `admit(norm)`; clear gradients.
 
-        The norm is the same on every rank. Raises TrainingError where it is not finite; the weights are then unchanged.
+        The norm is the one before clipping, the same on every rank, so that all decide alike. Communicates.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        if not self._engine.was_step_applied():
-            raise TrainingError("gradient norm is not finite; lower optim.lr, or train with precision fp32")
-        return float(self._engine.get_global_grad_norm())
+        norm = self._gate.take(self._engine.step, admit)
+        return Update(norm, bool(self._engine.was_step_applied()))
+
+    def check_replicas(self, step: int) -> int:
+        """Compare what ranks hold in common after an update; see `replicas`. Communicates; raises TrainingError."""
+        return check_replicas(self.module, self._optimizer.optimizer, step, self.world)
 
     def master_partitions(self) -> list[Tensor]:
         """This rank's float32 master weights: flat tensors, no two ranks share an element."""
@@ -125,52 +124,28 @@ class Engine:
             state.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
         return state
 
-    def save(self, folder: Path) -> None:
-        """Write this engine's shards under `folder`. Every rank calls it; OSError on the rank that cannot write."""
-        writer = self._engine.checkpoint_engine
-        writer.failure = None
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        if writer.failure is not None:
-            raise OSError(errno.EIO, writer.failure)
+    def owned_pieces(self, module: nn.Module) -> list[Piece]:
+        """Where in `master_partitions` this rank's part of `module`'s parameters stands. No communication."""
+        return owned_pieces(module, self._optimizer, self.stage)
+
+    def checkpoint_files(self, copies: HostCopies) -> dict[str, Any]:
+        """Copy what this rank has to write, by path below a checkpoint's folder; `load` reads it again.
+
+        Every rank calls it: DeepSpeed makes barriers. The copies are complete after `copies.finish`.
+        """
+        self._files.copies, self._files.taken = copies, {}
+        self._engine.save_checkpoint(_FOLDER, tag=_TAG, save_latest=False)
+        taken, self._files.copies, self._files.taken = self._files.taken, None, {}
+        return taken
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote for the same module, stage and world size. Every rank calls it."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        """Read the files below a checkpoint's folder, of the same module, stage and world. Every rank calls it."""
+        path, _ = self._engine.load_checkpoint(str(folder / _FOLDER), tag=_TAG)
         if path is None:
             raise CheckpointError(f"{folder}: holds no engine state; choose another with --checkpoint.resume")
         for state in self._optimizer.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()  # loaders may share one counter between sub-groups
-
-
-def write_tensors(state: Any, path: str | Path) -> None:
-    """torch.save with its errors as OSError: it reports a full disk as RuntimeError."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
-
-
-class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """torch.save / torch.load that read tensors and named classes only, and keep ranks in step when a disk is full."""
-
-    failure: str | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file. A failure is recorded, not raised: the other ranks are on their way to a barrier."""
-        try:
-            write_tensors(state_dict, path)
-        except OSError as error:
-            self.failure = error.strerror
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file without executing anything in it."""
-        try:
-            with torch.serialization.safe_globals(_SAFE_CLASSES):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error
 
 
 def _mark_whole_modules(module: nn.Module) -> list[nn.Module]:

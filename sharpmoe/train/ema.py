@@ -3,11 +3,13 @@ and world size. Averaging the module's own parameters would see empty tensors un
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharpmoe.parallel.engine import Engine, write_tensors
+from sharpmoe.parallel.checkpoint_engine import read_tensors
+from sharpmoe.parallel.engine import Engine
 
 
 class ShardEma:
@@ -29,12 +31,11 @@ class ShardEma:
         with self._engine.masters_replaced(self.shards):
             return self._engine.full_weights(module, everywhere)
 
-    def save(self, path: Path) -> None:
-        """Write this rank's shards. Raises OSError."""
-        write_tensors({"decay": self.decay, "shards": self.shards}, path)
+    def state(self) -> dict[str, Any]:
+        """What `load` needs, of this rank."""
+        return {"decay": self.decay, "shards": self.shards}
 
     def load(self, path: Path) -> None:
-        """Read this rank's shards; the decay stays the run's own."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)["shards"]
-        for shard, value in zip(self.shards, saved, strict=True):
+        """Read this rank's shards; the decay stays the run's own. Raises CheckpointError."""
+        for shard, value in zip(self.shards, read_tensors(path)["shards"], strict=True):
             shard.copy_(value)
