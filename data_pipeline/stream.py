@@ -1,6 +1,7 @@
 """Shards to the batches of a run. The only state is one number: how many samples the run has consumed."""
 
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,8 +85,18 @@ def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Iter
             num_workers=num_workers,
             collate_fn=_as_is,
             prefetch_factor=_PREFETCH_STEPS,
+            worker_init_fn=_ignore_requests,
         )
     )
+
+
+def _ignore_requests(worker: int) -> None:
+    """A scheduler signals every process of a job; what a signal asks for is the training process's to decide.
+
+    Readers end when they are told to, or with the process that they read for.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batches: Any) -> Any:

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from data_pipeline.shards import ShardSet
+from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.evaluation import adm
+from sharpmoe.model.dit import DiT
 from sharpmoe.model.pretrained import load_model
 from sharpmoe.report import samples
 from sharpmoe.report.runs import find_source
@@ -21,16 +23,15 @@ from sharpmoe.report.runs import find_source
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, draw, write PNG files and a grid; returns the exit code."""
-    arguments = _parser().parse_args(argv)
     try:
-        print(_sample(arguments))
+        print(_sample(_parser().parse_args(argv)))
     except SharpMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _sample(arguments: argparse.Namespace) -> Path:
+def _sample(arguments: argparse.Namespace) -> Path | str:
     source = find_source(arguments.model, arguments.weights)
     settings = samples.with_overrides(source.run.sample if source.run else SampleConfig(), _given(arguments))
     data = source.run.data if source.run else DataConfig()
@@ -38,23 +39,30 @@ def _sample(arguments: argparse.Namespace) -> Path:
     model, _ = load_model(source.weights)
     samples.check_shards(model, shards)
     if arguments.npz:
-        return adm.draw_batch(
-            model.to(arguments.device),
-            settings,
-            shards.codec_object(arguments.device).decode,
-            adm.Batch(arguments.npz, arguments.num, shards.image_size, arguments.batch_size, source.name),
-        )
+        return _batch(arguments, settings, model, shards, source.name)
     wish = samples.Wish(_captions(arguments, settings), tuple(arguments.labels))
-    asked = samples.request(model.config, shards, wish, arguments.device)
+    asked, part = samples.request(model.config, shards, wish, arguments.device), arguments.part
+    rows = part.rows(len(asked.indices), arguments.batch_size)
+    if not rows:
+        return f"part {part}: nothing to draw; a part is at least one batch (--batch-size {arguments.batch_size})"
     images = samples.draw(
         model.to(arguments.device),
-        asked,
+        sampling.take(asked, rows),
         settings,
         shards.codec_object().decode,
         arguments.batch_size,
         arguments.pool_per_image,
     )
-    return samples.write(arguments.out or source.folder / "samples" / "drawn", images, wish.titles())[-1]
+    titles = wish.titles()[rows.start : rows.stop]
+    grid = "grid" if part.of == 1 else f"grid_part{part.number}of{part.of}"
+    return samples.write(arguments.out or source.folder / "samples" / "drawn", images, titles, rows.start, grid)[-1]
+
+
+def _batch(arguments: argparse.Namespace, settings: SampleConfig, model: DiT, shards: ShardSet, name: str) -> Path:
+    batch = adm.Batch(arguments.npz, arguments.num, shards.image_size, arguments.batch_size, name, arguments.part)
+    if arguments.join:
+        return adm.join_batch(model.config, settings, batch, arguments.join)
+    return adm.draw_batch(model.to(arguments.device), settings, shards.codec_object(arguments.device).decode, batch)
 
 
 def _captions(arguments: argparse.Namespace, settings: SampleConfig) -> tuple[str, ...]:
@@ -82,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     wishes.add_argument(
         "--npz", type=Path, help="write a batch for the ADM evaluator, labels balanced, and its protocol"
     )
+    add(
+        "--part", type=samples.parse_part, default=sampling.Part(), help="I/N: only the I-th of N parts, as a job array"
+    )
+    add("--join", type=int, metavar="N", help="join the N parts of --npz that were drawn, and draw nothing")
     add("--num", type=int, default=50_000, help="images of --npz (default: 50000)")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run (default: ema)")
     add("--shards", type=Path, help="prepared shards, for codec and text encoder (default: those of the run)")

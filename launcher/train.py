@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from launcher.arguments import parse_train_arguments
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import SharpMoEError
-from sharpmoe.parallel import launch
+from sharpmoe.parallel import launch, signals
 from sharpmoe.parallel.ds_config import resolve_ds_config
 from sharpmoe.train.loop import train
 from sharpmoe.train.plan import make_plan
@@ -17,25 +17,34 @@ from sharpmoe.train.rehearsal import rehearse
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run; returns the exit code: 0, or 2 on every rank after an error, which rank 0 prints as one line."""
+    """Run; returns the exit code: 0, or 2 on every rank after an error, which rank 0 prints as one line.
+
+    0 also where SIGTERM or SIGUSR1 stopped the run: it has saved itself and goes on when it is started again. Without
+    coming back: 3 where another rank is lost, 128 + its number after a second signal.
+    """
     try:
-        world = launch.start()
-        with launch.together(world):
-            arguments = parse_train_arguments(argv)
-            run = load_run_config(arguments.config, arguments.overrides)
-            ds_config = resolve_ds_config(arguments.ds_config, run, world.size)
-            plan = None if arguments.dry_run else make_plan(run, ds_config, world)
-            told = rehearse(run, ds_config, world) if plan is None else ""
-        if plan is not None:
-            train(plan, world)
-        elif world.is_main:
-            print(told, flush=True)
+        with signals.listening():
+            return _run(argv)
     except SharpMoEError as error:
         if launch.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         launch.stop()
+
+
+def _run(argv: Sequence[str]) -> int:
+    world = launch.start()
+    with launch.together(world):
+        arguments = parse_train_arguments(argv)
+        run = load_run_config(arguments.config, arguments.overrides)
+        ds_config = resolve_ds_config(arguments.ds_config, run, world.size)
+        plan = None if arguments.dry_run else make_plan(run, ds_config, world)
+        told = rehearse(run, ds_config, world) if plan is None else ""
+    if plan is not None:
+        train(plan, world)
+    elif world.is_main:
+        print(told, flush=True)
     return 0
 
 

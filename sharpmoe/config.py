@@ -251,6 +251,25 @@ class ParallelConfig(Section):
     pool_scope: Literal["rank", "world"] = "rank"
 
 
+class GuardConfig(Section):
+    """What is done about numbers that go wrong (docs/reliability.md)."""
+
+    max_skipped: int = Field(5, ge=1)  # so many skipped optimizer steps in a row end the run
+    spike_factor: float = Field(10.0, gt=1)  # a gradient norm above so many times its moving average is a spike
+    spike_window: int = Field(100, ge=1)  # steps in that average; before so many there are no spikes
+    skip_spikes: bool = False  # skip the step of a spike; it is logged in any case
+    replicas_every: int = Field(0, ge=0)  # compare what ranks hold in common every so many steps; 0: never
+
+
+class PeersConfig(Section):
+    """When ranks give each other up, in seconds (docs/reliability.md)."""
+
+    dead_after: float = Field(60.0, gt=0)  # a rank not heard of for so long is dead or stopped
+    # No rank's main thread has moved for so long: one is stuck. Longer than the longest save or sampling, and below the
+    # ten minutes after which NCCL gives up by itself, without a name.
+    stuck_after: float = Field(540.0, gt=0)
+
+
 class LogConfig(Section):
     """What is seen, and how often (in optimizer steps; 0 turns a thing off)."""
 
@@ -276,8 +295,11 @@ class SampleConfig(Section):
 class CheckpointConfig(Section):
     """When to save, what to keep, where to start."""
 
-    every: int = Field(1000, ge=0)  # 0: at the end only
-    keep: int = Field(2, ge=1)
+    every: int = Field(1000, ge=0)  # optimizer steps; the last one is saved in any case
+    minutes: float = Field(0.0, ge=0)  # also when so many minutes have passed since the last save; 0: never
+    keep: int = Field(2, ge=1)  # how many of those written last stay
+    keep_every: int = Field(0, ge=0)  # checkpoints of every so many steps stay for ever; 0: none
+    asynchronous: bool = True  # training goes on while a thread writes, for a second copy of the state on the host
     resume: str = "auto"  # auto | none | PATH of a checkpoint
     init: str | None = None  # weights file the model starts from (a converged base for stage: posttrain)
 
@@ -296,6 +318,8 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
+    guard: GuardConfig = GuardConfig()
+    peers: PeersConfig = PeersConfig()
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -115,6 +115,29 @@ class Request(NamedTuple):
     indices: tuple[int, ...]
 
 
+class Part(NamedTuple):
+    """One of several shares of what is to be drawn, for a process of its own."""
+
+    number: int = 1  # from 1
+    of: int = 1
+
+    def rows(self, count: int, batch_size: int) -> range:
+        """Which of `count` images it draws: whole batches, so that all parts draw what one process would."""
+        batches = -(-count // batch_size)
+        first, end = (number * batches // self.of * batch_size for number in (self.number - 1, self.number))
+        return range(min(first, count), min(end, count))
+
+    def __str__(self) -> str:
+        return f"{self.number} of {self.of}"
+
+
+def take(request: Request, rows: range) -> Request:
+    """Some rows of a request; each image stays what it is."""
+    part = slice(rows.start, rows.stop)
+    empty = None if request.empty is None else _take(request.empty, part)
+    return Request(_take(request.cond, part), empty, request.indices[part])
+
+
 def caption_request(
     text: tuple[Tensor, Tensor, Tensor], empty_text: tuple[Tensor, Tensor, Tensor], config: ModelConfig
 ) -> Request:

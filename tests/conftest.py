@@ -16,10 +16,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # as sharpmoe.parallel.launch, which may come later
 
 
+def _without_slurm() -> str | None:
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    absent = [name for name in ("sbatch", "munged", "slurmctld", "slurmd") if not shutil.which(name, path=path)]
+    if absent:
+        return f"needs {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)"
+    return None if os.geteuid() == 0 else "starts the daemons of Slurm, as root"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
-        "slurm": None if shutil.which("sbatch") else "needs the slurm commands",
+        "slurm": _without_slurm(),
     }
     for item in items:
         for marker, reason in lacking.items():

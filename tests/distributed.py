@@ -6,17 +6,19 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
 from sharpmoe.parallel import launch
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # What a rank needs takes ten seconds and more to import: DeepSpeed decorates with torch.compile, Megatron-core is big.
-_CONTEXT.set_forkserver_preload(
+CONTEXT.set_forkserver_preload(
     ["sharpmoe.train.loop", "sharpmoe.parallel.megatron", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
@@ -27,24 +29,42 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
     `function` stands at the top of a module and returns something picklable. A rank that raises fails the test with its
     traceback; ranks that hang are ended after `timeout` seconds.
     """
-    port = free_port()
+    deadline = time.monotonic() + timeout
     ends: dict[Connection, int] = {}
-    processes = []
-    for rank in range(num_ranks):
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank, args=(theirs, rank, num_ranks, port, function, args), daemon=True)
-        process.start()
-        theirs.close()
-        ends[ours] = rank
-        processes.append(process)
-    try:
-        return _collect(ends, time.monotonic() + timeout)
-    finally:
+    with _started(function, num_ranks, args, ends) as processes:
+        results = _collect(ends, deadline)
         for process in processes:
             process.join(5)
+    return results
+
+
+@contextmanager
+def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterator[list[BaseProcess]]:
+    """The same ranks as processes, for tests of how they end; what is left of them is ended at the end."""
+    with _started(function, num_ranks, args, {}) as processes:
+        yield processes
+
+
+@contextmanager
+def _started(
+    function: Callable[..., Any], num_ranks: int, args: tuple[Any, ...], ends: dict[Connection, int]
+) -> Iterator[list[BaseProcess]]:
+    port = free_port()
+    processes: list[BaseProcess] = []
+    try:
+        for rank in range(num_ranks):
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=_rank, args=(theirs, rank, num_ranks, port, function, args), daemon=True)
+            process.start()
+            theirs.close()
+            ends[ours] = rank
+            processes.append(process)
+        yield processes
+    finally:
+        for process in processes:
             if process.is_alive():
                 process.kill()
-                process.join()
+            process.join()
 
 
 def free_port() -> int:

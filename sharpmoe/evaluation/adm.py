@@ -33,6 +33,18 @@ class Batch(NamedTuple):
     image_size: int  # pixels, each way
     batch_size: int  # images per model call and branch
     weights: str  # what they are, for the protocol
+    part: sampling.Part = sampling.Part()  # which of the images
+
+    @property
+    def file(self) -> Path:
+        """Where the part goes: NAME.npz, or NAME.part2of8.npz."""
+        number, of = self.part
+        return self.path if of == 1 else self.path.with_name(f"{self.path.stem}.part{number}of{of}.npz")
+
+    @property
+    def rows(self) -> range:
+        """Images of the part."""
+        return self.part.rows(self.num_images, self.batch_size)
 
 
 def balanced_labels(count: int, num_classes: int) -> tuple[int, ...]:
@@ -40,9 +52,9 @@ def balanced_labels(count: int, num_classes: int) -> tuple[int, ...]:
     return tuple(index % num_classes for index in range(count))
 
 
-def chunks(count: int, size: int) -> Iterator[range]:
-    """Cut image numbers 0 .. count - 1 into ranges of at most `size`."""
-    return (range(start, min(start + size, count)) for start in range(0, count, size))
+def chunks(rows: range, size: int) -> Iterator[range]:
+    """Cut image numbers into ranges of at most `size`."""
+    return (range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size))
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -51,8 +63,8 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return np.ascontiguousarray(levels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def write_batch(path: Path, batches: Iterable[Tensor], count: int, image_size: int) -> Path:
-    """Write images (B, 3, H, W) in [-1, 1] as arr_0 (count, H, W, 3) uint8 of an .npz, never all in memory.
+def write_batch(path: Path, batches: Iterable[np.ndarray], count: int, image_size: int) -> Path:
+    """Write images (B, H, W, 3) uint8 as arr_0 (count, H, W, 3) of an .npz, never all in memory.
 
     The file appears under its name when it is complete. Raises ConfigError where the batches hold another number.
     """
@@ -62,8 +74,7 @@ def write_batch(path: Path, batches: Iterable[Tensor], count: int, image_size: i
     written = 0
     with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for images in batches:
-            pixels = to_bytes(images)
+        for pixels in batches:
             written += len(pixels)
             file.write(pixels.tobytes())
     if written != count:
@@ -105,7 +116,7 @@ def write_protocol(path: Path, told: dict[str, Any]) -> Path:
 
 
 def draw_batch(model: DiT, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: Batch) -> Path:
-    """Draw, decode and write a batch of a class-conditional model, and its protocol; returns the .npz.
+    """Draw, decode and write a batch of a class-conditional model; returns the .npz. A whole one gets its protocol.
 
     Image i is the same whatever the batch size (DiffMoE's pool is the exception): its noise is keyed by (seed, i).
     Raises ConfigError for a model of another kind.
@@ -113,17 +124,45 @@ def draw_batch(model: DiT, sample: SampleConfig, decode: Callable[[Tensor], Tens
     config = model.config
     if config.conditioning != "class":
         raise ConfigError("--npz needs a class-conditional model; draw captions with --captions or --captions-file")
-    told = protocol(batch.num_images, sample, config, batch.weights)
-    path = write_batch(batch.path, _images(model, sample, decode, batch), batch.num_images, batch.image_size)
-    write_protocol(path, told)
+    drawn = _images(model, sample, decode, batch)
+    path = write_batch(batch.file, map(to_bytes, drawn), len(batch.rows), batch.image_size)
+    if batch.part.of == 1:
+        write_protocol(path, protocol(batch.num_images, sample, config, batch.weights))
     return path
+
+
+def join_batch(model: ModelConfig, sample: SampleConfig, batch: Batch, parts: int) -> Path:
+    """Join what `parts` processes have drawn into one batch with its protocol; returns the .npz.
+
+    Raises ConfigError where a part is missing or of another size.
+    """
+    files = [batch._replace(part=sampling.Part(number, parts)) for number in range(1, parts + 1)]
+    path = write_batch(batch.path, map(_pixels_of, files), batch.num_images, batch.image_size)
+    write_protocol(path, protocol(batch.num_images, sample, model, batch.weights))
+    return path
+
+
+def _pixels_of(batch: Batch) -> np.ndarray:
+    try:
+        with np.load(batch.file, allow_pickle=False) as archive:
+            pixels: np.ndarray = archive["arr_0"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise ConfigError(
+            f"{batch.file}: missing or damaged; draw it with --part {batch.part.number}/{batch.part.of}"
+        ) from None
+    expected = (len(batch.rows), batch.image_size, batch.image_size, 3)
+    if pixels.shape != expected:
+        raise ConfigError(
+            f"{batch.file}: holds {pixels.shape}, expected {expected}; draw all parts with the same options"
+        )
+    return pixels
 
 
 def _images(model: DiT, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: Batch) -> Iterator[Tensor]:
     labels = torch.tensor(balanced_labels(batch.num_images, model.config.num_classes))
     device = next(model.parameters()).device
     with evaluating(model):
-        for rows in chunks(batch.num_images, batch.batch_size):
+        for rows in chunks(batch.rows, batch.batch_size):
             cond = ClassCondition(labels[rows.start : rows.stop].to(device))
             empty = sampling.empty_condition(cond, model.config, None) if model.config.class_dropout else None
             request = sampling.Request(cond, empty, tuple(rows))

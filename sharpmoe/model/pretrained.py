@@ -43,15 +43,18 @@ def save_weights(
             writer.write(name, value)
 
 
-def weights_writer(path: str | Path, config: ModelConfig, meta: Mapping[str, str]) -> WeightsWriter:
-    """Open a weights file for the float32 parameters, then buffers of a model, to be written one by one.
-
-    Raises OSError.
-    """
+def planned_weights(config: ModelConfig) -> dict[str, Planned]:
+    """Parameters, then buffers of a model, as a weights file holds them: float32."""
     with torch.device("meta"):
         model = DiT(config)
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    planned = {name: Planned(tensor.shape, torch.float32) for name, tensor in tensors}
+    return {name: Planned(tensor.shape, torch.float32) for name, tensor in tensors}
+
+
+def weights_writer(
+    path: str | Path, planned: Mapping[str, Planned], config: ModelConfig, meta: Mapping[str, str]
+) -> WeightsWriter:
+    """Open a weights file for the planned tensors of a model, to be written one by one, in order. Raises OSError."""
     return WeightsWriter(path, planned, _header(config, meta))
 
 

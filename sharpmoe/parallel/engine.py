@@ -20,14 +20,16 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from sharpmoe.config import OptimConfig, RunConfig
-from sharpmoe.errors import CheckpointError, ConfigError, TrainingError
+from sharpmoe.errors import CheckpointError, ConfigError
 from sharpmoe.parallel.build import Values, is_planned, materialise, whole_parts
 from sharpmoe.parallel.expert import make_dispatcher
+from sharpmoe.parallel.gradients import Admit, NormGate, Update
 from sharpmoe.parallel.groups import expert_groups
 from sharpmoe.parallel.launch import World
 from sharpmoe.parallel.pieces import Piece, owned_pieces
 from sharpmoe.parallel.placement import gather_experts, is_expert, optimizer_groups, place_experts
 from sharpmoe.parallel.pool import make_pool
+from sharpmoe.parallel.replicas import check_replicas
 from sharpmoe.parallel.state_files import StateReader, fill_partitions
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
@@ -71,6 +73,7 @@ class Engine:
         )
         if hooked_whole:
             _reduce_per_parameter(self._optimizer)
+        self._gate = NormGate(self._optimizer, self.stage)
         _restore_buffers(module, buffers)
         self.notes = regather_warnings(ds_config, self.num_parameters)  # what the user should know
 
@@ -90,17 +93,19 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, clear gradients; return the gradient norm before clipping.
+    def step(self, lr: float, admit: Admit) -> Update:
+        """Clip and update with learning rate `lr` where the gradient is finite and `admit(norm)`; clear gradients.
 
-        The norm is the same on every rank. Raises TrainingError where it is not finite; the weights are then unchanged.
+        The norm is the one before clipping, the same on every rank, so that all decide alike. Communicates.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        if not self._engine.was_step_applied():
-            raise TrainingError("gradient norm is not finite; lower optim.lr, or train with precision fp32")
-        return float(self._engine.get_global_grad_norm())
+        norm = self._gate.take(self._engine.step, admit)
+        return Update(norm, bool(self._engine.was_step_applied()))
+
+    def check_replicas(self, step: int) -> int:
+        """Compare what ranks hold in common after an update; see `replicas`. Communicates; raises TrainingError."""
+        return check_replicas(self.module, self._optimizer.optimizer, step, self.world)
 
     def master_partitions(self) -> list[Tensor]:
         """This rank's float32 master weights: flat tensors, no two ranks share an element."""
@@ -122,25 +127,23 @@ class Engine:
         finally:
             _copy_all(masters, own)
 
-    def full_tensors(self, module: nn.Module, everywhere: bool = False) -> Iterator[tuple[str, Tensor | None]]:
-        """Float32 masters, then buffers of `module` (the wrapped one or a part of it), each whole, one after the other.
+    def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+        """Float32 masters and buffers of `module` (the wrapped one or a part of it), whole, on their device.
 
-        On rank 0 or, for evaluation, `everywhere`; None elsewhere. Every rank iterates to the end: each step
-        communicates, and no rank holds more than the tensor at hand.
+        Filled on rank 0 or, for evaluation, `everywhere` (4 bytes per parameter); empty elsewhere. Communicates: one
+        parameter at a time. Checkpoints go another way (sharpmoe.train.consolidate).
         """
         keep = everywhere or self.world.is_main
+        state: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
             whole = safe_get_full_fp32_param(parameter)
             if is_expert(parameter):
                 whole = gather_experts(whole, self._experts)
-            yield name, whole.detach() if keep else None
-        for name, buffer in module.named_buffers():
-            yield name, buffer.detach() if keep else None
-
-    def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-        """All of `full_tensors` at once: 4 bytes per parameter on rank 0 or everywhere, empty elsewhere."""
-        tensors = self.full_tensors(module, everywhere)
-        return {name: tensor.clone() for name, tensor in tensors if tensor is not None}
+            if keep:
+                state[name] = whole.detach().clone()
+        if keep:
+            state.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
+        return state
 
     def owned_pieces(self, module: nn.Module) -> list[Piece]:
         """Where the parameters of `module` (the wrapped one or a part of it) lie in this rank's partitions."""
@@ -169,7 +172,8 @@ class Engine:
 
         Every rank calls it; communicates. Raises CheckpointError, before the first collective, where a part is missing.
         """
-        make_states(self._optimizer.optimizer, self.master_partitions())
+        if reader.kinds - {MASTER, EMA}:  # else it was saved before the first step
+            make_states(self._optimizer.optimizer, self.master_partitions())
         partitions = self.partitions()
         if reader.kinds - {EMA} != partitions.keys():
             there, here = (", ".join(sorted(kinds)) for kinds in (reader.kinds - {EMA}, partitions.keys()))

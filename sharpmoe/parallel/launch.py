@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from signal import Signals
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharpmoe.errors import ConfigError, SharpMoEError
+from sharpmoe.parallel import peers, signals
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on every rank that it found nothing else
@@ -127,29 +129,36 @@ def gather_objects(value: object, world: World) -> list[Any]:
 
 
 @contextmanager
-def together(world: World) -> Iterator[None]:
+def together(world: World, heed_signals: bool = False) -> Iterator[None]:
     """Turn an error of one rank into an error of all: nobody is left waiting in a later collective.
 
-    The body must not communicate. One all-reduce of a flag when all is well. Every rank raises the first
-    failing rank's error, which names the rank where not all failed alike.
+    The body must not communicate. One all-reduce of two numbers when all is well. Every rank raises the first
+    failing rank's error, which names the rank where not all failed alike; else, with `heed_signals`, StopAskedError
+    where a signal has asked any rank to stop (see `signals`).
     """
     error: SharpMoEError | None = None
     try:
         yield
     except SharpMoEError as caught:
         error = caught
+    peers.mark()
+    failed, signal = _worst([int(error is not None), signals.asked() if heed_signals else 0], world)
+    if failed:
+        raise common_error(gather_objects(error, world))
+    if signal:
+        raise signals.StopAskedError(Signals(signal).name)
+
+
+def _worst(numbers: list[int], world: World) -> list[int]:
+    """Maximum of each number over all ranks."""
     if world.size == 1:
-        if error is not None:
-            raise error
-        return
-    flag = torch.tensor([float(error is not None)], device=world.device)
-    dist.all_reduce(flag)
-    if not flag.item():
-        return
-    raise _common_error(gather_objects(error, world))
+        return numbers
+    flags = torch.tensor(numbers, device=world.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [int(flag) for flag in flags.tolist()]
 
 
-def _common_error(errors: list[SharpMoEError | None]) -> SharpMoEError:
+def common_error(errors: list[SharpMoEError | None]) -> SharpMoEError:
     """The first error; it names its rank unless every rank met the same one."""
     failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     rank, first = failed[0]

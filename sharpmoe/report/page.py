@@ -13,7 +13,7 @@ from PIL import Image
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation import allocation
 from sharpmoe.report import figures
-from sharpmoe.train.metrics import read_log
+from sharpmoe.train.runlog import read_log
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }

@@ -104,14 +104,22 @@ def draw(
     return decode(latents.cpu())
 
 
-def write(folder: Path | str, images: Tensor, titles: Sequence[str]) -> list[Path]:
-    """Write one PNG per image and grid.png; returns the paths, the grid last."""
+def write(folder: Path | str, images: Tensor, titles: Sequence[str], first: int = 0, grid: str = "grid") -> list[Path]:
+    """Write one PNG per image, numbered from `first`, and a grid; returns the paths, the grid last."""
     folder = Path(folder)
     paths = [
         figures.save(pixels, folder / f"{i:03}_{slug(title)}.png")
-        for i, (pixels, title) in enumerate(zip(figures.to_pixels(images), titles, strict=True))
+        for i, (pixels, title) in enumerate(zip(figures.to_pixels(images), titles, strict=True), first)
     ]
-    return [*paths, figures.save(figures.sample_grid(images, titles), folder / "grid.png")]
+    return [*paths, figures.save(figures.sample_grid(images, titles), folder / f"{grid}.png")]
+
+
+def parse_part(text: str) -> sampling.Part:
+    """Read `3/8`, the third of eight parts. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--part {text}: expected NUMBER/PARTS, such as 1/8 for the first of eight")
+    return sampling.Part(int(match[1]), int(match[2]))
 
 
 def slug(text: str, length: int = 48) -> str:

@@ -1,16 +1,12 @@
 """What a run says before its first step."""
 
-import importlib.metadata
-import platform
-
 import torch
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout
 from sharpmoe.model.dit import DiT, count_parameters
 from sharpmoe.parallel.launch import World
-
-_VERSIONS = ("torch", "deepspeed", "megatron-core")
+from sharpmoe.train.provenance import versions
 
 
 def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: World) -> str:
@@ -27,9 +23,7 @@ def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: W
         "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
         f"{layout.world} rank(s)",
         "rollout": f"{rollout}, {config.num_tokens} tokens per image",
-        "versions": ", ".join(
-            [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in _VERSIONS)]
-        ),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "threads": f"{torch.get_num_threads()} per rank",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
@@ -38,10 +32,3 @@ def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: W
 def _experts(run: RunConfig) -> str:
     parallel = run.parallel
     return "" if parallel.ep_size == 1 else f", experts over {parallel.ep_size} ranks ({parallel.dispatcher})"
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

@@ -1,73 +1,45 @@
-"""Checkpoints that are either whole or not there.
+"""Which checkpoint a run goes on from, and going on from it. `saving` writes them, `manifest` says what they hold."""
 
-A checkpoint is written to a hidden folder, flushed, renamed to step<N>, and only then does `latest` name it. It holds
-each rank's part of masters, optimizer and EMA (state_rank*.safetensors, readable in any layout of ranks), masters and
-EMA as weights for others (live.safetensors, ema.safetensors: float32, readable without DeepSpeed), and meta.json, which
-vouches for every other file.
-"""
-
-import hashlib
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import check_architecture, weights_writer
-from sharpmoe.parallel.engine import EMA, Engine
-from sharpmoe.parallel.launch import World, gather_objects, together
-from sharpmoe.parallel.state_files import StateReader, fill_partitions, state_file, write_state
-from sharpmoe.train.ema import ShardEma
+from sharpmoe.model.pretrained import check_architecture
+from sharpmoe.parallel.engine import EMA
+from sharpmoe.parallel.launch import World, together
+from sharpmoe.parallel.state_files import StateReader, fill_partitions
+from sharpmoe.train import durable, generators, keeping, manifest
+from sharpmoe.train.manifest import Layout, Manifest
+from sharpmoe.train.snapshot import Contents, generators_file
 
-SCHEMA = 2
-META, LATEST = "meta.json", "latest"
-
-
-class Progress(NamedTuple):
-    """How far a run is."""
-
-    step: int  # optimizer steps done
-    samples: int  # samples consumed, over all ranks: the place in the data order
-
-
-class Layout(NamedTuple):
-    """What must agree between a checkpoint and the run that goes on from it, beside the architecture."""
-
-    precision: str
-    optimizer: str
-    seed: int  # keys the data order and all draws
-    shards: str  # fingerprint of the training data
-
-
+_AGAIN = "begin a run from its live.safetensors with checkpoint.init"
 # How to mend a difference in each field of Layout.
 _MEND = {
-    "precision": "set train.precision accordingly, or begin a run from its live.safetensors with checkpoint.init",
-    "optimizer": "set optim.name accordingly, or begin a run from its live.safetensors with checkpoint.init",
-    "seed": "set seed accordingly, or begin a run from its live.safetensors with checkpoint.init",
+    "precision": f"set train.precision accordingly, or {_AGAIN}",
+    "optimizer": f"set optim.name accordingly, or {_AGAIN}",
+    "seed": f"set seed accordingly, or {_AGAIN}",
     "shards": "point data.shards at the shards it was trained on, or begin a run with checkpoint.init",
 }
 
 
-class Saved(NamedTuple):
-    """meta.json of a checkpoint, read and checked."""
+class Found(NamedTuple):
+    """Checkpoints that a run may go on from, the one to try first in front; the same on every rank."""
 
-    folder: Path
-    progress: Progress
-    layout: Layout
-    model: ModelConfig
-    files: dict[str, tuple[int, str]]  # relative path -> (bytes, sha256)
+    readable: tuple[Manifest, ...] = ()
+    refused: tuple[tuple[Path, CheckpointError], ...] = ()  # folders whose manifest is missing or damaged
+
+
+class Choice(NamedTuple):
+    """The checkpoint that a run goes on from."""
+
+    saved: Manifest | None  # None: from the beginning
+    notes: tuple[str, ...] = ()  # damaged ones that were passed over
 
 
 def layout_of(run: RunConfig, fingerprint: str) -> Layout:
@@ -75,268 +47,120 @@ def layout_of(run: RunConfig, fingerprint: str) -> Layout:
     return Layout(run.train.precision, run.optim.name, run.seed, fingerprint)
 
 
-def resume_folder(root: Path, resume: str) -> Path | None:
-    """Checkpoint folder that checkpoint.resume names, None to start from the beginning. No communication.
+def find(root: Path, resume: str) -> Found:
+    """Read the manifests of what checkpoint.resume names: every checkpoint for auto, one for a path. No communication.
 
-    Raises CheckpointError where it does not exist, and where `none` would mix a new run into another's checkpoints.
+    Raises CheckpointError where a named one is missing or damaged, where none of several can be read, and where `none`
+    would mix a new run into another's checkpoints.
     """
-    if resume == "auto":
-        pointer = root / LATEST
-        return root / pointer.read_text().strip() if pointer.is_file() else None
     if resume == "none":
-        if (root / LATEST).exists():
+        if (root / keeping.LATEST).exists():
             raise CheckpointError(
                 f"{root}: holds checkpoints, which checkpoint.resume: none would mix with a new run's; "
                 "set another name, or move them away"
             )
-        return None
-    folder = Path(resume)
-    if (folder / LATEST).is_file():
-        return folder / (folder / LATEST).read_text().strip()
-    if not (folder / META).is_file():
+        return Found()
+    if resume != "auto":
+        return Found((manifest.read(_named(Path(resume))),))
+    readable, refused = [], []
+    for folder in keeping.newest_first(root):
+        try:
+            readable.append(manifest.read(folder))
+        except CheckpointError as error:
+            refused.append((folder, error))
+    found = Found(tuple(readable), tuple(refused))
+    if refused and not readable:
+        raise _none_sound(root, refused[0][1])
+    return found
+
+
+def _named(folder: Path) -> Path:
+    """Checkpoint that a path means: itself, or the newest of a checkpoints folder."""
+    newest = keeping.latest(folder)
+    if newest is None and not (folder / manifest.MANIFEST).is_file():
         raise CheckpointError(
-            f"checkpoint.resume: {folder} is no checkpoint (it has no {META}); name a step folder, auto, or none"
+            f"checkpoint.resume: {folder} is no checkpoint (it has no {manifest.MANIFEST}); name a step folder, auto, "
+            "or none"
         )
-    return folder
+    return newest or folder
 
 
-def read_meta(folder: Path) -> Saved:
-    """Read meta.json of a checkpoint folder. Raises CheckpointError; no communication."""
-    path = folder / META
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta.get("schema") != SCHEMA:
-            raise CheckpointError(f"{path}: schema {meta.get('schema')!r}, expected {SCHEMA}: another version wrote it")
-        return Saved(
-            folder,
-            Progress(**meta["progress"]),
-            Layout(**meta["layout"]),
-            ModelConfig(**meta["model"]),
-            {name: (size, digest) for name, (size, digest) in meta["files"].items()},
-        )
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; name a sound checkpoint with --checkpoint.resume") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, ValidationError):
-        raise CheckpointError(f"{path}: damaged; name a sound checkpoint with --checkpoint.resume") from None
-
-
-def check_fits(saved: Saved, model: ModelConfig, layout: Layout) -> None:
+def check_fits(saved: Manifest, model: ModelConfig, layout: Layout) -> None:
     """Raise CheckpointError on the first difference between a checkpoint and the run. No communication."""
     check_architecture(saved.model, model, str(saved.folder))
     if saved.model.saliency_router != model.saliency_router:
         raise CheckpointError(
             f"{saved.folder}: model.saliency_router is {saved.model.saliency_router} there, {model.saliency_router} in "
-            "the run; begin a run from its live.safetensors with checkpoint.init"
+            f"the run; {_AGAIN}"
         )
     for field, there, here in zip(Layout._fields, saved.layout, layout, strict=True):
         if there != here:
             raise CheckpointError(f"{saved.folder}: {field} is {there!r} there, {here!r} in the run; {_MEND[field]}")
 
 
-def check_files(saved: Saved, names: list[str]) -> None:
-    """Compare size and sha256 of some of a checkpoint's files; CheckpointError names the first that differs."""
-    for name in names:
-        path = saved.folder / name
-        size, digest = saved.files.get(name, (-1, ""))
-        if not path.is_file() or path.stat().st_size != size:
-            raise CheckpointError(f"{path}: missing or cut short; name a sound checkpoint with --checkpoint.resume")
-        if _sha256(path) != digest:
-            raise CheckpointError(f"{path}: damaged (sha256 differs); name a sound checkpoint with --checkpoint.resume")
+def choose(found: Found, root: Path, resume: str, world: World) -> Choice:
+    """Verify every file of what was found, each rank a share of the bytes, until one checkpoint is sound.
+
+    Communicates. Under `auto` a damaged one is set aside and noted, and `latest` names the one that is taken; a path is
+    refused instead: CheckpointError on every rank, as where no checkpoint is sound.
+    """
+    damaged = list(found.refused)
+    for saved in found.readable:
+        try:
+            with together(world):
+                manifest.check_strangers(saved)
+                manifest.check_files(saved, manifest.shares(saved, world.size)[world.rank])
+        except CheckpointError as error:
+            if resume != "auto":
+                raise
+            damaged.append((saved.folder, error))
+            continue
+        notes = tuple(f"{error}; passed over" for _, error in damaged)
+        if damaged:
+            with together(world):
+                if world.is_main:
+                    _settle(root, [folder for folder, _ in damaged], saved.folder)
+        return Choice(saved, notes)
+    if damaged:
+        raise _none_sound(root, damaged[0][1])
+    return Choice(None)
 
 
-def load(saved: Saved, contents: "Contents") -> None:
-    """Bring engine, average and buffers to the state of a checkpoint that fits (`check_fits`). Every rank calls it.
+def _settle(root: Path, damaged: list[Path], taken: Path) -> None:
+    durable.writing(root, lambda: durable.replace_text(root / keeping.LATEST, taken.name))
+    for folder in damaged:
+        if (folder / manifest.MANIFEST).is_file():  # without one it is no checkpoint of ours
+            durable.writing(folder, partial(keeping.set_aside, folder))
+
+
+def _none_sound(root: Path, first: CheckpointError) -> CheckpointError:
+    return CheckpointError(f"{root}: no checkpoint is sound; the newest: {first}, or move them away to begin again")
+
+
+def load(saved: Manifest, contents: Contents) -> None:
+    """Bring a run to the state of a checkpoint that is sound (`choose`) and fits (`check_fits`). Every rank calls it.
 
     The checkpoint may be of another number of ranks, ep_size or ZeRO stage. Communicates. Raises CheckpointError on
-    every rank where a file is damaged, before one is read.
+    every rank where a part is missing; nothing in a file is executed.
     """
     engine, ema, model, _ = contents
-    with together(engine.world):
-        check_files(saved, sorted(saved.files)[engine.world.rank :: engine.world.size])
     with together(engine.world):
         reader = StateReader(saved.folder)
         engine.restore(model, reader)
         fill_partitions({EMA: ema.shards}, engine.owned_pieces(model), reader)
         _load_buffers(model, saved.folder / "live.safetensors")
+        own = saved.folder / generators_file(engine.world.rank)
+        if own.name in saved.files:  # more ranks than before: the new ones draw as they like
+            generators.restore(own)
     engine.refresh()
 
 
 def _load_buffers(model: DiT, path: Path) -> None:
     """Buffers (thresholds, positions) are alike on every rank; the weights for others hold them."""
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(file.get_tensor(name))
-
-
-class Contents(NamedTuple):
-    """What a checkpoint is made of."""
-
-    engine: Engine
-    ema: ShardEma
-    model: DiT  # the part of the engine's module that becomes live.safetensors and ema.safetensors
-    origin: Mapping[str, str]  # codec and encoder, for the header of both
-
-
-def save(root: Path, progress: Progress, layout: Layout, contents: Contents, keep: int) -> Path:
-    """Write a checkpoint under `root`, then drop all but the newest `keep`. Every rank calls it.
-
-    Communicates. Raises CheckpointError on every rank where one cannot write; `latest` then still names the checkpoint
-    before, whole, and what was written of this one is gone.
-    """
-    world = contents.engine.world
-    final = root / f"step{progress.step:08d}"
-    draft = root / f".{final.name}.partial"
     try:
-        files = _write_parts(draft, progress, contents)
-        with together(world):
-            if world.is_main:
-                meta = _meta(progress, layout, contents.model.config, files)
-                _writing(final, lambda: _publish(draft, final, meta, keep))
-    except CheckpointError:
-        if world.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return final
-
-
-def _write_parts(draft: Path, progress: Progress, contents: Contents) -> dict[str, tuple[int, str]]:
-    """Write and flush all files but meta.json; returns size and sha256 of each, on every rank."""
-    world = contents.engine.world
-    with together(world):
-        if world.is_main:
-            _writing(draft, lambda: _fresh_folder(draft))
-    errors = _attempt_parts(draft, progress, contents)
-    with together(world):
-        if errors:
-            raise errors[0]
-    digests: dict[str, tuple[int, str]] = {}
-    with together(world):
-        mine = _files_of_rank(_names_below(draft), world)
-        digests = _writing(draft, lambda: {name: _flushed_digest(draft / name) for name in mine})
-    return {name: digest for part in gather_objects(digests, world) for name, digest in part.items()}
-
-
-def _attempt_parts(draft: Path, progress: Progress, contents: Contents) -> list[CheckpointError]:
-    """Write every part; errors are returned, not raised, so that no rank leaves the others in a collective."""
-    engine, ema, model, origin = contents
-    errors: list[CheckpointError] = []
-
-    def attempt(write: Callable[[], Any]) -> None:
-        try:
-            _writing(draft, write)
-        except CheckpointError as error:
-            errors.append(error)
-
-    partitions = {**engine.partitions(), EMA: ema.shards}
-    path = draft / state_file(engine.world.rank)
-    attempt(lambda: write_state(path, engine.owned_pieces(model), partitions, engine.facts()))
-    for name, source in (("live", engine), ("ema", ema)):
-        meta = {"step": str(progress.step), "samples": str(progress.samples), "weights": name, **origin}
-        tensors = source.full_tensors(model)
-        attempt(partial(_write_weights, draft / f"{name}.safetensors", tensors, model.config, meta, engine.world))
-        for _ in tensors:  # where writing failed: the other ranks still gather
-            pass
-    return errors
-
-
-def _write_weights(
-    path: Path,
-    tensors: Iterator[tuple[str, Tensor | None]],
-    config: ModelConfig,
-    meta: Mapping[str, str],
-    world: World,
-) -> None:
-    """Write what rank 0 is handed, one tensor at a time; the other ranks only take part in the gathering."""
-    with weights_writer(path, config, meta) if world.is_main else nullcontext() as writer:
-        for name, tensor in tensors:
-            if writer is not None and tensor is not None:
-                writer.write(name, tensor)
-
-
-def _writing(place: Path, write: Callable[[], Any]) -> Any:
-    """Call `write`; an operating system error becomes a CheckpointError."""
-    try:
-        return write()
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise CheckpointError(f"{place}: cannot be written ({reason}); free space or change output") from error
-
-
-def _meta(progress: Progress, layout: Layout, model: ModelConfig, files: dict[str, tuple[int, str]]) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "progress": progress._asdict(),
-        "layout": layout._asdict(),
-        "model": model.model_dump(mode="json"),
-        "files": files,
-    }
-
-
-def _publish(draft: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
-    """Rename a finished folder into place, point `latest` at it, drop old ones."""
-    root = final.parent
-    _write_flushed(draft / META, json.dumps(meta, indent=1))
-    for folder in {draft, *(path.parent for path in draft.rglob("*"))}:
-        _flush_folder(folder)
-    if final.exists():  # the same step, written before: it stays until the new one is in place
-        final.rename(root / f".{final.name}.old.{time.time_ns()}")
-    draft.rename(final)
-    _flush_folder(root)
-    _write_flushed(root / f".{LATEST}", final.name)
-    os.replace(root / f".{LATEST}", root / LATEST)
-    _flush_folder(root)
-    _drop_old(root, final, keep)
-
-
-def _drop_old(root: Path, newest: Path, keep: int) -> None:
-    """Drop all but the `keep` checkpoints written last, and what crashed or replaced saves left behind."""
-    written = sorted(root.glob("step*"), key=lambda folder: (folder / META).stat().st_mtime_ns, reverse=True)
-    kept = [newest, *(folder for folder in written if folder != newest)][:keep]
-    for folder in [*written, *root.glob(".step*")]:
-        if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fresh_folder(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)  # left by a save that was cut off
-    folder.mkdir(parents=True)
-
-
-def _names_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _files_of_rank(names: list[str], world: World) -> list[str]:
-    """Files that one rank flushes and vouches for: its own shards; rank 0 also what is no rank's own."""
-    own = state_file(world.rank)
-    return [name for name in names if name == own or (world.is_main and not name.startswith("state_rank"))]
-
-
-def _flushed_digest(path: Path) -> tuple[int, str]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return path.stat().st_size, _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error

@@ -2,8 +2,6 @@
 and world size. Averaging the module's own parameters would see empty tensors under ZeRO-3.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -24,12 +22,7 @@ class ShardEma:
         masters = [part.detach() for part in self._engine.master_partitions()]
         torch._foreach_lerp_(self.shards, masters, 1 - self.decay)
 
-    def full_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-        """The average of `module`'s parameters, then its buffers; see `Engine.full_tensors`. Communicates."""
-        with self._engine.masters_replaced(self.shards):
-            yield from self._engine.full_tensors(module)
-
     def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-        """All of it at once; see `Engine.full_weights`. Communicates."""
+        """The average of `module`'s parameters, whole, with its buffers; see `Engine.full_weights`. Communicates."""
         with self._engine.masters_replaced(self.shards):
             return self._engine.full_weights(module, everywhere)

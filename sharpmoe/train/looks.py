@@ -20,7 +20,8 @@ from sharpmoe.evaluation import allocation, validation
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.dit import DiT
 from sharpmoe.report import figures, samples, sheets
-from sharpmoe.train.metrics import RunLog, due
+from sharpmoe.train.metrics import due
+from sharpmoe.train.runlog import RunLog
 
 SHEET_IMAGES = 8
 

@@ -1,121 +1,146 @@
 """A run from the first line to the last: build, go on from a checkpoint, step, look, save."""
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 from data_pipeline.schema import Batch
 from data_pipeline.stream import stream
-from sharpmoe.config_io import dump_run_config
-from sharpmoe.evaluation.held_out import Share
-from sharpmoe.model.dit import DiT
-from sharpmoe.parallel.engine import Engine
-from sharpmoe.parallel.launch import World, sum_over_ranks, together
-from sharpmoe.train import checkpoint
+from sharpmoe.errors import SharpMoEError
+from sharpmoe.parallel import peers
+from sharpmoe.parallel.launch import World, together
+from sharpmoe.parallel.signals import StopAskedError
+from sharpmoe.train import faults, feed, stopping
 from sharpmoe.train.banner import banner
-from sharpmoe.train.checkpoint import Contents, Progress
-from sharpmoe.train.ema import ShardEma
-from sharpmoe.train.looks import Looks, look, look_before, make_looks
-from sharpmoe.train.metrics import RunLog, StepStats, due, routing_scalars
-from sharpmoe.train.objective import Objective
-from sharpmoe.train.plan import Initial, Plan, initial_model
+from sharpmoe.train.guard import Watch
+from sharpmoe.train.looks import look, look_before
+from sharpmoe.train.manifest import Progress
+from sharpmoe.train.metrics import StepStats, due, routing_scalars
+from sharpmoe.train.plan import Plan, initial_model, settle
+from sharpmoe.train.session import Session, ema_model, open_session, save, tell_saved
 from sharpmoe.train.step import StepResult, prepare, train_step
-
-
-class Session(NamedTuple):
-    """The moving parts of a run."""
-
-    plan: Plan
-    world: World
-    objective: Objective
-    engine: Engine
-    ema: ShardEma
-    looks: Looks
-
-    @property
-    def log(self) -> RunLog | None:
-        """The run's log, on rank 0."""
-        return self.looks.log
+from sharpmoe.train.stopping import Stopped
+from sharpmoe.train.timetable import Timetable
 
 
 def train(plan: Plan, world: World) -> Path:
-    """Run a plan to its last step; returns the last checkpoint's folder.
+    """Run a plan to its last step, or to where a signal stops it; returns the last checkpoint's folder.
 
-    Communicates. Raises SharpMoEError on every rank.
+    Communicates. Raises SharpMoEError on every rank; ends the process with exit code 3 where another rank is lost.
     """
+    with peers.watching(world.rank, world.size, plan.run.peers):
+        return _train(settle(plan, world), world)
+
+
+def _train(plan: Plan, world: World) -> Path:
     with together(world):
         initial = initial_model(plan)
+        owed = stopping.unfinished_look(plan.folder, plan.start.step)
     if world.is_main:
         print(banner(plan.run, initial.model, plan.batch, plan.stage, world), flush=True)
-    if plan.saved is not None and plan.start.step >= plan.run.train.steps:
+    if plan.saved is not None and plan.start.step >= plan.run.train.steps and not owed:
         if world.is_main:
             print(f"nothing to do: {plan.saved.folder} is at step {plan.start.step} of {plan.run.train.steps}")
+            stopping.clear(plan.folder)
         return plan.saved.folder
     session = open_session(plan, world, initial)
-    folder = _steps(session)
-    if session.log is not None:
-        session.log.say(f"done: {folder}")
-        session.log.close()
-    return folder
+    try:
+        return _run(session, owed)
+    except SharpMoEError:
+        tell_saved(session, session.saver.wait())
+        raise
+    finally:
+        if session.log is not None:
+            session.log.close()
 
 
-def open_session(plan: Plan, world: World, initial: Initial) -> Session:
-    """Partition the model, load the checkpoint, open the log. Communicates; raises SharpMoEError on every rank."""
-    objective = Objective(initial.model, plan.run)
-    engine = Engine(objective, plan.run, plan.ds_config, world, objective.values(initial.weights))
-    ema = ShardEma(engine, plan.run.optim.ema_decay)
-    if plan.saved is not None:
-        checkpoint.load(plan.saved, Contents(engine, ema, objective.model, plan.data.origin()))
-    share = Share(world.rank, world.size, lambda table: sum_over_ranks(table, world))
-    with together(world):
-        log = _open_log(plan, [*initial.notes, *engine.notes]) if world.is_main else None
-        looks = make_looks(plan.run, plan.data.held_out, plan.folder, world.device, share, log)
-    return Session(plan, world, objective, engine, ema, looks)
+def _run(session: Session, owed: bool) -> Path:
+    """Look, step and save until the last step or a signal. `owed`: what was due at the first place was cut off."""
+    plan, progress, looked = session.plan, session.plan.start, False
+    build, timetable = partial(ema_model, session), Timetable(plan.run.checkpoint, session.world)
+    try:
+        _look_first(session, owed)
+        looked = True
+        with closing(_steps(session)) as steps:
+            for progress in steps:
+                looked = False
+                look(session.looks, build, progress.step)
+                looked = True
+                if progress.step < plan.run.train.steps and timetable.due(progress.step):
+                    peers.mark(f"the save of step {progress.step}")
+                    tell_saved(session, session.saver.begin(progress))
+                else:
+                    tell_saved(session, session.saver.ended())
+    except StopAskedError as stop:
+        return _stop(session, progress, str(stop), looked)
+    return _finish(session, progress)
 
 
-def _open_log(plan: Plan, notes: Sequence[str]) -> RunLog:
-    log = RunLog(plan.folder, plan.run.train.steps, plan.start.step + 1, plan.run.log.every)
-    (plan.folder / "config.yaml").write_text(dump_run_config(plan.run), encoding="utf-8")
-    (plan.folder / "zero.json").write_text(json.dumps(plan.ds_config, indent=2), encoding="utf-8")
-    if plan.saved is not None:
-        log.say(f"going on from {plan.saved.folder}")
-    for note in notes:
-        log.say(f"note: {note}")
-    return log
-
-
-def _steps(session: Session) -> Path:
-    plan, world, run = session.plan, session.world, session.plan.run
-    batches = _batches(session)
-    build = partial(ema_model, session)
+def _look_first(session: Session, owed: bool) -> None:
+    plan, build = session.plan, partial(ema_model, session)
     if plan.start.step == 0:
         look_before(session.looks, build)
-    progress, folder = plan.start, None
-    for step in range(plan.start.step, run.train.steps):
-        began = time.monotonic()
-        with together(world):
-            items = prepare(next(batches), plan.data.empty_text, run, world.device)
-        waited = time.monotonic() - began
-        done = step + 1
-        with_routing = done in (plan.start.step + 1, run.train.steps) or due(done, run.log.every)
-        result = train_step(session.engine, session.objective, session.ema, items, step, with_routing)
-        _log_step(session, done, result, time.monotonic() - began, waited)
-        look(session.looks, build, done)
-        progress = Progress(done, progress.samples + plan.batch.global_batch)
-        if done == run.train.steps or (run.checkpoint.every and done % run.checkpoint.every == 0):
-            folder = save(session, progress)
-    assert folder is not None  # the last step saves
+    elif owed:
+        look(session.looks, build, plan.start.step)
+    if session.log is not None:
+        stopping.clear(plan.folder)
+
+
+def _steps(session: Session) -> Generator[Progress, None, None]:
+    """Take the optimizer steps that are left; yields how far the run is after each. Communicates."""
+    plan, world, run = session.plan, session.world, session.plan.run
+    progress = plan.start
+    with closing(_batches(session)) as batches:
+        for step in range(plan.start.step, run.train.steps):
+            began, done = time.monotonic(), step + 1
+            peers.mark(f"step {done}")
+            with together(world, heed_signals=True):
+                batch = next(batches)
+                items = prepare(batch, plan.data.empty_text, run, world.device)
+            waited = time.monotonic() - began
+            with_routing = done in (plan.start.step + 1, run.train.steps) or due(done, run.log.every)
+            watch = Watch(*progress.watch)
+            result = train_step(session.engine, session.objective, session.ema, items, step, with_routing, watch)
+            _log_step(session, done, result, time.monotonic() - began, waited)
+            _check(session, done, result, faults.Suspects(batch, items))
+            progress = Progress(done, progress.samples + plan.batch.global_batch, result.watch)
+            yield progress
+
+
+def _stop(session: Session, progress: Progress, signal: str, looked: bool) -> Path:
+    """Save the state that a signal found, and leave word that the run wants to go on."""
+    peers.mark(f"the save of step {progress.step}")
+    folder = save(session, progress)
+    if session.log is not None:
+        stopping.write(session.plan.folder, Stopped(signal, progress.step, looked))
+        session.log.event("stop", progress.step, signal=signal, checkpoint=str(folder))
+        session.log.say(f"stopped by {signal} after step {progress.step}: {folder}; start it again to go on")
     return folder
 
 
-def _batches(session: Session) -> Iterator[tuple[Batch, ...]]:
+def _finish(session: Session, progress: Progress) -> Path:
+    peers.mark(f"the save of step {progress.step}")
+    folder = save(session, progress)
+    if session.log is not None:
+        session.log.say(f"done: {folder}")
+    return folder
+
+
+def _check(session: Session, step: int, result: StepResult, suspects: faults.Suspects) -> None:
+    """Tell of a step whose numbers went wrong, and end a run that cannot go on. Communicates; TrainingError on all."""
+    folder, guard = session.plan.folder, session.plan.run.guard
+    if result.verdict.fault:
+        faults.tell(folder, step, result, suspects, session.world, session.log)
+        faults.check_going_on(folder, step, result, guard)
+    if result.verdict.applied and guard.replicas_every and step % guard.replicas_every == 0:
+        session.engine.check_replicas(step)
+
+
+def _batches(session: Session) -> Generator[tuple[Batch, ...], None, None]:
     plan, world = session.plan, session.world
-    return stream(
+    batches = stream(
         plan.data.train,
         seed=plan.run.seed,
         global_batch=plan.batch.global_batch,
@@ -125,6 +150,7 @@ def _batches(session: Session) -> Iterator[tuple[Batch, ...]]:
         start=plan.start.samples,
         num_workers=plan.run.data.num_workers,
     )
+    return feed.watched(batches)
 
 
 def _log_step(session: Session, step: int, result: StepResult, seconds: float, waited: float) -> None:
@@ -135,23 +161,3 @@ def _log_step(session: Session, step: int, result: StepResult, seconds: float, w
     tokens = images * times * run.model.num_tokens
     stats = StepStats(step, result.losses, result.grad_norm, result.lr, images, tokens, seconds, waited)
     session.log.step(stats, None if result.routing is None else routing_scalars(result.routing))
-
-
-def ema_model(session: Session) -> DiT:
-    """Build a plain model with the averaged weights on every rank, in eval mode: looks need no engine. Communicates.
-
-    It takes 4 bytes per parameter for as long as it lives. Running the partitioned module outside of the engine's
-    forward would make DeepSpeed record a parameter order without end, and every call slower than the one before.
-    """
-    state = session.ema.full_weights(session.objective.model, everywhere=True)
-    with torch.device("meta"):
-        twin = DiT(session.plan.run.model)
-    twin.load_state_dict(state, assign=True)
-    return twin.eval()
-
-
-def save(session: Session, progress: Progress) -> Path:
-    """Write a checkpoint of a session. Communicates; raises CheckpointError on every rank."""
-    plan = session.plan
-    contents = Contents(session.engine, session.ema, session.objective.model, plan.data.origin())
-    return checkpoint.save(plan.folder / "checkpoints", progress, plan.layout, contents, plan.run.checkpoint.keep)

@@ -1,23 +1,16 @@
-"""What a run tells: TensorBoard from step 1, log.jsonl, one progress line. Written on rank 0, from returned records.
-
-Figures are computed by pure functions of records (`routing_sums`, `routing_scalars`), so that the loop can add them up
-over micro-batches and ranks before they are named; `RunLog` only writes.
+"""The figures of a run, as pure functions of records: they are added up over micro-batches and ranks (`routing_sums`)
+before they are named (`routing_scalars`, `step_scalars`); `runlog` writes them.
 """
 
 from __future__ import annotations
 
-import json
 import resource
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.routing import Routing, batch_pool, expert_choice, group_limited, race, score_logits, token_choice
@@ -118,129 +111,3 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
         "throughput/data_wait_share": stats.wait_seconds / seconds,
         "memory/peak_mib": memory_mib(),
     }
-
-
-class RunLog:
-    """Writer of one run folder: TensorBoard events, log.jsonl and the progress line. Made on rank 0 only.
-
-    log.jsonl holds one object per line: {"step": n, "<tag>": value, ...}. A resumed run appends; where a step stands
-    twice the later line holds (`read_log`), and TensorBoard hides the events from `first_step` on.
-    """
-
-    def __init__(
-        self, folder: Path | str, total_steps: int, first_step: int = 1, every: int = 10, stream: TextIO | None = None
-    ) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.total_steps, self.first_step, self.every = total_steps, first_step, every
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
-        self.lines = open_log(self.folder / "log.jsonl")
-        self.progress = Progress(total_steps, first_step, sys.stdout if stream is None else stream)
-
-    def due(self, step: int) -> bool:
-        """Tell whether the figures of this step are written: the first, the last and every `every`-th."""
-        return step in (self.first_step, self.total_steps) or due(step, self.every)
-
-    def step(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
-        """Write one step, with `more` figures such as `routing_scalars`, where it is due; move the progress line."""
-        if self.due(stats.step):
-            self.scalars(stats.step, {**step_scalars(stats), **(more or {})})
-        self.progress.update(stats, written=self.due(stats.step))
-
-    def scalars(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write named figures of a step to TensorBoard and as one line of log.jsonl."""
-        for tag, value in figures.items():
-            self.writer.add_scalar(tag, value, step)
-        self.lines.write(json.dumps({"step": step, **figures}) + "\n")
-        self.lines.flush()
-
-    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """Write a picture (H, W, 3) uint8 to TensorBoard."""
-        self.writer.add_image(tag, pixels, step, dataformats="HWC")
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Write a table or note to TensorBoard, laid out as it is."""
-        self.writer.add_text(tag, "\n".join("    " + line for line in text.splitlines()), step)
-
-    def say(self, text: str) -> None:
-        """Print text above the progress line."""
-        self.progress.say(text)
-
-    def close(self) -> None:
-        """Flush and close; the progress line ends with a line break."""
-        self.progress.close()
-        self.writer.close()
-        self.lines.close()
-
-
-class Progress:
-    """One line that moves on a terminal; one line per written step elsewhere (a file, a Slurm log)."""
-
-    def __init__(self, total_steps: int, first_step: int, stream: TextIO) -> None:
-        self.total_steps, self.first_step, self.stream = total_steps, first_step, stream
-        self.live = stream.isatty()
-        self.started = time.monotonic()
-        self.line = ""
-
-    def update(self, stats: StepStats, written: bool) -> None:
-        """Show a step: always on a terminal, elsewhere where its figures were `written`."""
-        self.line = self.render(stats)
-        if self.live:
-            self.stream.write("\r\x1b[K" + self.line)
-        elif written:
-            self.stream.write(self.line + "\n")
-        self.stream.flush()
-
-    def render(self, stats: StepStats) -> str:
-        """Lay out a step: counter, losses, gradient norm, learning rate, speed, data wait, time left."""
-        done = stats.step - self.first_step + 1
-        left = (time.monotonic() - self.started) / done * (self.total_steps - stats.step)
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in stats.losses.items() if value)
-        speed = stats.images / max(stats.seconds, 1e-9)
-        wait = stats.wait_seconds / max(stats.seconds, 1e-9)
-        counter = f"{stats.step:>{len(str(self.total_steps))}}/{self.total_steps}"
-        return (
-            f"step {counter}  {losses}  grad {stats.grad_norm:.3g}  lr {stats.lr:.2e}  {speed:.1f} images/s"
-            f"  data {wait:.0%}  left {clock(left)}"
-        )
-
-    def say(self, text: str) -> None:
-        """Print text on lines of its own."""
-        self.stream.write(("\r\x1b[K" if self.live else "") + text + "\n" + (self.line if self.live else ""))
-        self.stream.flush()
-
-    def close(self) -> None:
-        """End the moving line."""
-        if self.live and self.line:
-            self.stream.write("\n")
-        self.stream.flush()
-
-
-def clock(seconds: float) -> str:
-    """Show a duration as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def open_log(path: Path) -> TextIO:
-    """Open log.jsonl for appending; a line cut short by a killed run is ended first, so that the next one is whole."""
-    torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    stream = path.open("a", encoding="utf-8")
-    if torn:
-        stream.write("\n")
-    return stream
-
-
-def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """Read log.jsonl as {tag: {step: value}}; later lines replace earlier ones, torn lines are skipped."""
-    curves: dict[str, dict[int, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        step = record.pop("step")
-        for tag, value in record.items():
-            curves.setdefault(tag, {})[step] = value
-    return {tag: dict(sorted(points.items())) for tag, points in curves.items()}

@@ -1,6 +1,7 @@
 """What is known and checked before a run does real work. Pure on every rank: nothing here communicates."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +11,13 @@ import torch
 from data_pipeline.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
-from sharpmoe.errors import DataError
+from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.pretrained import StartingWeights
 from sharpmoe.parallel.groups import check_ep_size
 from sharpmoe.parallel.launch import World
 from sharpmoe.train import checkpoint
-from sharpmoe.train.checkpoint import Layout, Progress
+from sharpmoe.train.manifest import Layout, Manifest, Progress
 from sharpmoe.train.step import EmptyText
 
 
@@ -40,7 +41,9 @@ class Plan(NamedTuple):
     batch: BatchLayout
     data: Data
     layout: Layout
-    saved: checkpoint.Saved | None  # checkpoint to go on from
+    saved: Manifest | None  # checkpoint to go on from
+    found: checkpoint.Found = checkpoint.Found()  # that one, and others should it be damaged
+    notes: tuple[str, ...] = ()  # what the user should know
 
     @property
     def folder(self) -> Path:
@@ -51,6 +54,11 @@ class Plan(NamedTuple):
     def stage(self) -> int:
         """ZeRO's stage."""
         return int(self.ds_config["zero_optimization"]["stage"])
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
 
     @property
     def start(self) -> Progress:
@@ -72,13 +80,32 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World) -> Plan:
     Raises ConfigError, DataError, CheckpointError.
     """
     check_ep_size(run, world.size)
+    _check_output(Path(run.output) / run.name)
     data = open_data(run)
     layout = checkpoint.layout_of(run, data.train.fingerprint)
-    folder = checkpoint.resume_folder(Path(run.output) / run.name / "checkpoints", run.checkpoint.resume)
-    saved = None if folder is None else checkpoint.read_meta(folder)
+    plan = Plan(run, ds_config, batch_arithmetic(run, world.size), data, layout, None)
+    found = checkpoint.find(plan.checkpoints, run.checkpoint.resume)
+    return _going_on_from(next(iter(found.readable), None), plan._replace(found=found))
+
+
+def _check_output(folder: Path) -> None:
+    """Raise ConfigError where the run folder could not be made or written: found before the first step, not after."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"output: {folder} cannot be made: {there} {reason}; set output to a folder of your own")
+
+
+def settle(plan: Plan, world: World) -> Plan:
+    """Have a plan go on from a checkpoint whose every file is sound. Communicates; see `checkpoint.choose`."""
+    choice = checkpoint.choose(plan.found, plan.checkpoints, plan.run.checkpoint.resume, world)
+    return _going_on_from(choice.saved, plan._replace(notes=choice.notes))
+
+
+def _going_on_from(saved: Manifest | None, plan: Plan) -> Plan:
     if saved is not None:
-        checkpoint.check_fits(saved, run.model, layout)
-    return Plan(run, ds_config, batch_arithmetic(run, world.size), data, layout, saved)
+        checkpoint.check_fits(saved, plan.run.model, plan.layout)
+    return plan._replace(saved=saved)
 
 
 def open_data(run: RunConfig) -> Data:

@@ -10,12 +10,12 @@ from torch import Tensor
 from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import RunConfig
-from sharpmoe.errors import TrainingError
 from sharpmoe.moe.capacity import update_biases, update_thresholds
 from sharpmoe.parallel.engine import Engine
 from sharpmoe.parallel.launch import sum_over_ranks
 from sharpmoe.rollout import Item
 from sharpmoe.train.ema import ShardEma
+from sharpmoe.train.guard import Verdict, Watch, after, bad_loss, bad_norm
 from sharpmoe.train.metrics import routing_sums
 from sharpmoe.train.objective import LossTerms, Objective, StepRecord, make_item, run_schedule
 from sharpmoe.train.schedule import learning_rate
@@ -24,12 +24,15 @@ EmptyText = tuple[Tensor, Tensor, Tensor]
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step tells, the same on every rank."""
+    """What one optimizer step tells, the same on every rank but for `terms`."""
 
     losses: dict[str, float]  # mean over the global batch
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; infinite where it is not finite
     lr: float
     routing: Tensor | None  # (MoE layers, 4 + E) float64 sums over the global batch, where they were asked for
+    verdict: Verdict
+    watch: Watch  # for the next step
+    terms: Tensor  # (micro-batches, 5) float64 loss terms of this rank's own micro-batches
 
 
 class _Exchange(NamedTuple):
@@ -60,30 +63,53 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def train_step(
-    engine: Engine, objective: Objective, ema: ShardEma, items: Sequence[Item], step: int, with_routing: bool
+    engine: Engine,
+    objective: Objective,
+    ema: ShardEma,
+    items: Sequence[Item],
+    step: int,
+    with_routing: bool,
+    watch: Watch = Watch(),  # noqa: B008 (immutable)
 ) -> StepResult:
     """Train on the micro-batches `items` as optimizer step `step` (from 0); move what moves once per step.
 
-    Communicates: the engine's collectives and one all-reduce of figures. Raises TrainingError on every rank where a
-    loss or the gradient is not finite; the weights are then unchanged.
+    A step whose losses or gradient are not finite on any rank, or that spikes (see `guard`), is skipped on all:
+    parameters, optimizer, EMA, thresholds and biases stay what they were, bit for bit. Communicates: the engine's
+    collectives and one all-reduce of figures.
     """
     run = objective.run
     engine.train()
     records = [_run_micro(engine, objective, item, step, last=item is items[-1]) for item in items]
-    exchange = _exchange(records, engine, run, with_routing)
+    terms = torch.stack([torch.stack(list(record.terms)).double() for record in records])
+    exchange = _exchange(records, terms.mean(0), engine, run, with_routing)
     losses = dict(zip(LossTerms._fields, exchange.losses.tolist(), strict=True))
-    _check_finite(losses, step)
     lr = learning_rate(run.optim, step, run.train.steps)
-    grad_norm = engine.step(lr)
+    fault = bad_loss(losses) or _bad_thresholds(exchange)
+
+    def admit(norm: float) -> bool:
+        return not fault and not (run.guard.skip_spikes and bad_norm(norm, watch, run.guard))
+
+    norm, applied = engine.step(lr, admit)
+    if applied:
+        _move(objective, ema, exchange)
+    watched = after(watch, math.inf if fault else norm, applied, run.guard)
+    verdict = Verdict(fault or bad_norm(norm, watch, run.guard), applied)
+    return StepResult(losses, norm, lr, exchange.routing, verdict, watched, terms)
+
+
+def _bad_thresholds(exchange: _Exchange) -> str:
+    good = exchange.thresholds is None or bool(exchange.thresholds.isfinite().all())
+    return "" if good else "an expert's threshold is not finite"
+
+
+def _move(objective: Objective, ema: ShardEma, exchange: _Exchange) -> None:
+    """Move what moves once after an update: thresholds, biases, the average."""
+    optim, layers = objective.run.optim, objective.model.moe_layers()
     if exchange.thresholds is not None:
-        buffers = [layer.expert_threshold for layer in objective.model.moe_layers()]
-        update_thresholds(buffers, exchange.thresholds, run.optim.threshold_decay)
+        update_thresholds([layer.expert_threshold for layer in layers], exchange.thresholds, optim.threshold_decay)
     if exchange.loads is not None:
-        update_biases(
-            [layer.expert_bias for layer in objective.model.moe_layers()], exchange.loads, run.optim.bias_rate
-        )
+        update_biases([layer.expert_bias for layer in layers], exchange.loads, optim.bias_rate)
     ema.update()
-    return StepResult(losses, grad_norm, lr, exchange.routing)
 
 
 def _run_micro(engine: Engine, objective: Objective, item: Item, step: int, last: bool) -> StepRecord:
@@ -97,9 +123,10 @@ def _run_micro(engine: Engine, objective: Objective, item: Item, step: int, last
     return run_schedule(engine, item, run, backward, guided=objective.guided, block=block)
 
 
-def _exchange(records: Sequence[StepRecord], engine: Engine, run: RunConfig, with_routing: bool) -> _Exchange:
+def _exchange(
+    records: Sequence[StepRecord], terms: Tensor, engine: Engine, run: RunConfig, with_routing: bool
+) -> _Exchange:
     """Average loss terms, threshold candidates and loads, add up routing sums: one float64 vector, one all-reduce."""
-    terms = torch.stack([torch.stack(list(record.terms)).double() for record in records]).mean(0)
     thresholds = _mean([record.thresholds for record in records], terms)
     loads = _mean([record.loads for record in records], terms)
     sums = [routing_sums(record.routing, run.model) for record in records] if with_routing else [terms.new_zeros(0)]
@@ -120,12 +147,3 @@ def _mean(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Mean over micro-batches, float64; empty where there is nothing to average."""
     present = [part.double() for part in parts if part is not None]
     return torch.stack(present).mean(0) if present else like.new_zeros(0)
-
-
-def _check_finite(losses: dict[str, float], step: int) -> None:
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        name = next((name for name in bad if name != "total"), "total")
-        raise TrainingError(
-            f"step {step + 1}: loss {name} is not finite, nothing was saved from it; lower optim.lr or look at the data"
-        )

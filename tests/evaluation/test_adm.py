@@ -55,7 +55,7 @@ def test_a_batch_is_the_same_whatever_its_chunks(tmp_path: Path) -> None:
 
 def test_a_wrong_number_and_a_wrong_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected 3"):
-        write_batch(tmp_path / "a.npz", [torch.zeros(2, 3, 4, 4)], 3, 4)
+        write_batch(tmp_path / "a.npz", [np.zeros((2, 4, 4, 3), np.uint8)], 3, 4)
     assert not (tmp_path / "a.npz").exists()
     with pytest.raises(ConfigError, match="class-conditional"):
         draw_batch(toy_model("ec"), SampleConfig(), lambda z: z, Batch(tmp_path / "b.npz", 1, 8, 1, "toy"))
@@ -70,3 +70,20 @@ def test_the_command_writes_batch_and_protocol(tmp_path: Path) -> None:
     with np.load(tmp_path / "batch.npz") as arrays:
         assert arrays["arr_0"].shape == (5, 32, 32, 3)
     assert json.loads((tmp_path / "batch.json").read_text())["cfg_scale"] == 1.0
+
+
+def test_parts_join_to_the_batch_of_one_process(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards")
+    model = toy_model("ec", conditioning="class", num_classes=3)
+    save_weights(tmp_path / "toy.safetensors", model.state_dict(), model.config)
+    common = [str(tmp_path / "toy.safetensors"), "--shards", str(shards), "--num", "7", "--steps", "2"]
+    words = [*common, "--batch-size", "2", "--npz"]
+    parts = str(tmp_path / "parts.npz")
+    assert main([*words, str(tmp_path / "whole.npz")]) == 0
+    assert main([*words, parts, "--part", "1/3"]) == main([*words, parts, "--part", "2/3"]) == 0
+    assert main([*words, parts, "--join", "3"]) == 2  # one is missing
+    assert not (tmp_path / "parts.npz").exists()
+    assert main([*words, parts, "--part", "3/3"]) == main([*words, parts, "--join", "3"]) == 0
+    with np.load(tmp_path / "whole.npz") as whole, np.load(parts) as joined:
+        assert (whole["arr_0"] == joined["arr_0"]).all()
+    assert (tmp_path / "whole.json").read_text() == (tmp_path / "parts.json").read_text()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import OptimConfig, RunConfig
-from sharpmoe.errors import ConfigError, TrainingError
+from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.engine import Engine, optimizer_factory, regather_warnings
 from sharpmoe.parallel.launch import World
 from sharpmoe.train.ema import ShardEma
@@ -125,27 +125,29 @@ def test_a_plain_rollout_gathers_and_reduces_the_model_once(schedule: str, make:
         assert sum(step["reduce_scatter_tensor"]) == size
 
 
-def infinite_gradient(world: World, run: RunConfig, stage: int) -> tuple[str, bool]:
-    """A loss that is finite with a gradient that is not."""
+def refused(world: World, run: RunConfig, stage: int, factor: float) -> tuple[float, float, bool, bool]:
+    """Norms of two steps, whether the first was applied and moved the weights; it is refused where it is finite."""
     engine = Engine(torch.nn.Linear(4, 4), run, plan_for(run, world, stage).ds_config, world)
     before = [part.detach().clone() for part in engine.master_partitions()]
-    engine.backward(engine(torch.ones(2, 4)).sum() * (torch.inf if world.rank == 0 else 1.0), last=True)
-    try:
-        engine.step(0.1)
-    except TrainingError as error:
-        same = all(torch.equal(a, b) for a, b in zip(before, engine.master_partitions(), strict=True))
-        return str(error), same
-    return "no error", False
+    engine.backward(engine(torch.ones(2, 4)).sum() * (factor if world.rank == 0 else 1.0), last=True)
+    first = engine.step(0.1, lambda norm: False)
+    moved = any(not torch.equal(a, b) for a, b in zip(before, engine.master_partitions(), strict=True))
+    engine.backward(engine(torch.ones(2, 4)).sum(), last=True)
+    return first.norm, engine.step(0.1, lambda norm: True).norm, first.applied, moved
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("factor", [torch.inf, 3.0])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_gradient_that_is_not_finite_stops_all_ranks_before_the_update(
-    stage: int, make: Callable[..., RunConfig]
+def test_a_refused_step_moves_nothing_and_leaves_no_gradient(
+    stage: int, factor: float, make: Callable[..., RunConfig]
 ) -> None:
-    answers = run_ranks(infinite_gradient, 2, make("dense"), stage)
-    assert [unchanged for _, unchanged in answers] == [True, True]
-    assert all("gradient norm is not finite" in message for message, _ in answers)
+    norm = 20**0.5 * 2  # of a sum over 2 x 4 outputs: 16 weights and 4 biases, each with gradient 2
+    expected = norm * (factor + 1) / 2
+    for first, second, applied, moved in run_ranks(refused, 2, make("dense"), stage, factor):
+        assert first == pytest.approx(expected)
+        assert second == pytest.approx(norm)
+        assert (applied, moved) == (False, False)
 
 
 def test_limits_below_the_model_size_are_named() -> None:

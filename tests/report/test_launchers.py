@@ -19,7 +19,7 @@ from sharpmoe.model.pretrained import load_model, save_weights
 from sharpmoe.report import samples
 from sharpmoe.report.runs import find_source
 from sharpmoe.train.looks import look, look_before, make_looks
-from sharpmoe.train.metrics import RunLog, read_log
+from sharpmoe.train.runlog import RunLog, read_log
 from tests.fixtures_data import make_shards
 from tests.toys import toy_config, toy_model
 
@@ -76,6 +76,23 @@ def test_captions_become_pictures(run_folder: Path, tmp_path: Path) -> None:
     ]
     with Image.open(tmp_path / "000_a-green-circle.png") as image:
         assert image.size == (32, 32)
+
+
+def test_parts_draw_what_one_process_draws(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = ["a green circle", "a red cross", "a blue square, large", "a circle", "a cross"]
+    words = [str(run_folder), "--captions", *captions, "--steps", "2", "--batch-size", "2", "--out"]
+    assert sample.main([*words, str(tmp_path / "whole")]) == 0
+    for part in ("1/4", "2/4", "3/4", "4/4"):
+        assert sample.main([*words, str(tmp_path / "parts"), "--part", part]) == 0
+    assert "part 1 of 4: nothing to draw" in capsys.readouterr().out
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.name != "grid.png"}
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
+    assert len(whole) == 5
+    assert {name: parts[name] for name in whole} == whole
+    assert parts.keys() - whole.keys() == {"grid_part2of4.png", "grid_part3of4.png", "grid_part4of4.png"}
+    assert sample.main([*words, str(tmp_path), "--part", "5/4"]) == 2
 
 
 def test_the_run_says_what_is_not_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError, SharpMoEError
 from sharpmoe.model.pretrained import load_model
 from sharpmoe.parallel.launch import World, barrier
-from sharpmoe.train import checkpoint, loop
-from sharpmoe.train.metrics import read_log
+from sharpmoe.train import checkpoint, loop, manifest
+from sharpmoe.train.manifest import Progress
 from sharpmoe.train.plan import initial_model
+from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, identical, make_run, plan_for
 
@@ -42,7 +44,7 @@ def read(folder: Path) -> Ended:
         load_file(last / "ema.safetensors"),
         {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()},
         read_log(folder / "log.jsonl")["loss/total"],
-        checkpoint.read_meta(last).progress.samples,
+        manifest.verify(last).progress.samples,
     )
 
 
@@ -141,7 +143,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(saved: RunConfi
     ],
 )
 def test_each_field_of_the_layout_is_compared(field: str, value: object, part: str, saved: RunConfig) -> None:
-    found = checkpoint.read_meta(root(saved) / "step00000002")
+    found = manifest.read(root(saved) / "step00000002")
     checkpoint.check_fits(found, saved.model, found.layout)
     with pytest.raises(CheckpointError, match=part):
         checkpoint.check_fits(found, saved.model, found.layout._replace(**{field: value}))
@@ -155,43 +157,36 @@ def test_weights_are_readable_without_deepspeed(saved: RunConfig) -> None:
         assert json.loads(meta["codec"])["kind"] == "patch_pca"
 
 
-def test_a_file_that_was_cut_or_changed_is_named(saved: RunConfig, tmp_path: Path) -> None:
-    found = checkpoint.read_meta(root(saved) / "step00000002")
-    names = list(found.files)
-    checkpoint.check_files(found, names)
-    name = next(name for name in names if "state_rank" in name)
-    path = found.folder / name
-    content = path.read_bytes()
-    try:
-        path.write_bytes(content[:-1])
-        with pytest.raises(CheckpointError, match="state_rank00000.safetensors: missing or cut short"):
-            checkpoint.check_files(found, names)
-        path.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-        with pytest.raises(CheckpointError, match="sha256 differs"):
-            checkpoint.check_files(found, names)
-    finally:
-        path.write_bytes(content)
-
-
 def test_resume_names_are_understood(saved: RunConfig, tmp_path: Path) -> None:
     last = root(saved) / "step00000002"
-    assert checkpoint.resume_folder(tmp_path, "auto") is None
-    assert checkpoint.resume_folder(tmp_path, "none") is None
-    assert checkpoint.resume_folder(root(saved), "auto") == last
-    assert checkpoint.resume_folder(tmp_path, str(last)) == last
-    assert checkpoint.resume_folder(tmp_path, str(root(saved))) == last
+
+    def first(folder: Path, resume: str) -> Path | None:
+        return next((found.folder for found in checkpoint.find(folder, resume).readable), None)
+
+    assert first(tmp_path, "auto") is None
+    assert first(tmp_path, "none") is None
+    assert first(root(saved), "auto") == last
+    assert [found.folder.name for found in checkpoint.find(root(saved), "auto").readable][1:] == ["step00000001"]
+    assert first(tmp_path, str(last)) == last
+    assert first(tmp_path, str(root(saved))) == last
     with pytest.raises(CheckpointError, match="would mix"):
-        checkpoint.resume_folder(root(saved), "none")
+        checkpoint.find(root(saved), "none")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
-        checkpoint.resume_folder(tmp_path, str(tmp_path / "nothing"))
-    with pytest.raises(CheckpointError, match=r"meta\.json: missing"):
-        checkpoint.read_meta(tmp_path)
-    (tmp_path / "meta.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(CheckpointError, match="schema 99"):
-        checkpoint.read_meta(tmp_path)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        checkpoint.read_meta(tmp_path)
+        checkpoint.find(tmp_path, str(tmp_path / "nothing"))
+
+
+def test_a_manifest_tells_what_the_checkpoint_is(saved: RunConfig) -> None:
+    found = manifest.verify(root(saved) / "step00000002")
+    assert (found.progress.step, found.progress.samples) == (2, 16)
+    assert (found.settings["world"], found.settings["parallel.ep_size"]) == (1, 1)
+    assert found.model == saved.model
+    assert found.settings["train.steps"] == 2
+    assert found.settings["version.torch"] == torch.__version__
+    assert found.settings["zero.zero_optimization.stage"] == 3
+    names = {"live.safetensors", "ema.safetensors", "state_rank00000.safetensors", "generators_rank00000.json"}
+    assert names == found.files.keys()
+    there = {str(path.relative_to(found.folder)) for path in found.folder.rglob("*") if path.is_file()}
+    assert there == {*found.files, "manifest.json", "manifest.sha256"}
 
 
 def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], list[str]]:
@@ -200,7 +195,7 @@ def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], l
     session = loop.open_session(plan, world, initial_model(plan))
     folder = root(run)
     for step in (1, 2, 2, 3):
-        loop.save(session, checkpoint.Progress(step, step * 8))
+        loop.save(session, Progress(step, step * 8))
     kept = sorted(os.listdir(folder))
     barrier(world)
     errors = []
@@ -208,11 +203,11 @@ def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], l
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == full:  # as if the disk were full after so many bytes of each file
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-        errors.append(message(lambda: loop.save(session, checkpoint.Progress(4, 32))))
+        errors.append(message(lambda: loop.save(session, Progress(4, 32))))
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         barrier(world)
     latest = (folder / "latest").read_text()
-    checkpoint.check_files(found := checkpoint.read_meta(folder / latest), list(found.files))
+    manifest.verify(folder / latest)
     return kept, [latest, *sorted(os.listdir(folder))], errors
 
 
@@ -226,6 +221,28 @@ def test_a_save_that_fails_on_one_rank_leaves_the_last_checkpoint(shards: Path, 
             assert error.startswith(f"CheckpointError: rank {rank}: ")
             assert "cannot be written (" in error
             assert "\n" not in error
+
+
+def whole_weights(world: World, run: RunConfig, stage: int) -> tuple[bool, bool]:
+    """Whether the weights files of a checkpoint hold what the engine gathers, names in the model's order."""
+    plan = plan_for(run, world, stage)
+    session = loop.open_session(plan, world, initial_model(plan))
+    with torch.no_grad():
+        for part in session.ema.shards:
+            part.add_(0.25)
+    folder = loop.save(session, Progress(1, 8))
+    model = session.objective.model
+    expected = {"live": session.engine.full_weights(model, True), "ema": session.ema.full_weights(model, True)}
+    return tuple(identical(load_file(folder / f"{name}.safetensors"), state) for name, state in expected.items())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (3, 3), (2, 2)])
+def test_weights_put_together_beside_the_training_are_those_it_gathers(
+    ranks: int, stage: int, shards: Path, tmp_path: Path
+) -> None:
+    run = make_run(shards, tmp_path, train={"global_batch": 12, "micro_batch": None})
+    assert run_ranks(whole_weights, ranks, run, stage) == [(True, True)] * ranks
 
 
 def test_a_finished_run_has_nothing_to_do(saved: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,3 +67,9 @@ def test_weights_of_another_codec_are_refused_and_another_fit_is_noted() -> None
 def test_a_batch_that_cannot_be_shared_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.micro_batch"):
         plan_for(make_run(shards, tmp_path, train={"micro_batch": 3}), ALONE)
+
+
+def test_an_output_that_cannot_be_a_folder_is_found_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"output: .*file/run cannot be made: .*file is not a folder; set output to"):
+        plan_for(make_run(shards, tmp_path / "file"), ALONE)

@@ -1,0 +1,172 @@
+"""Real jobs on a real Slurm: stopped by hand and by the time limit, queued again, with the same losses at the end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from sharpmoe.config_io import DEFAULT_RUN_CONFIG, PROJECT_ROOT
+from sharpmoe.model.pretrained import load_model, save_weights
+from sharpmoe.train import manifest
+from sharpmoe.train.runlog import read_log
+from tests.fixtures_data import make_shards
+from tests.slurm.cluster import NODES, Cluster, asleep, running, until, waits_for
+from tests.train.setting import identical
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 16
+TWO_NODES = ["--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "1", "--cpus-per-node", "1", "--grace", "60"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The quickstart, its model and its base, on a few drawn shapes and with short steps."""
+    folder = tmp_path_factory.mktemp("quick")
+    make_shards(folder / "shards", size=64, channels=16, text_width=384)
+    model, _ = load_model(PROJECT_ROOT / "assets" / "base.safetensors")
+    save_weights(folder / "base.safetensors", model.state_dict(), model.config)  # without a word about other data
+    given = {
+        "data.shards": folder / "shards",
+        "checkpoint.init": folder / "base.safetensors",
+        "checkpoint.every": 7,
+        "train.steps": STEPS,
+        "train.global_batch": 4,
+        "rollout.num_steps": 4,
+        "log.every": 1,
+        "log.validate_every": 6,
+        "log.validation_images": 4,
+        "log.sample_every": 0,
+        "log.allocation": "false",
+        "output": folder,
+    }
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+
+
+def submit(cluster: Cluster, *words: str) -> str:
+    """`launcher/submit.py`; the number of the job."""
+    told = cluster.ask(sys.executable, str(PROJECT_ROOT / "launcher" / "submit.py"), *words)
+    found = re.match(r"submitted job (\d+)\n", told)
+    assert found, told
+    return found[1]
+
+
+def steps_of(run: Path) -> list[int]:
+    """Optimizer steps on record so far, in order, repeated ones too."""
+    if not (run / "log.jsonl").exists():
+        return []
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if "loss/total" in record]
+
+
+def outcome(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
+    curves = {
+        tag: curve for tag, curve in read_log(run / "log.jsonl").items() if tag.startswith(("loss/", "validation/"))
+    }
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    manifest.verify(folder)
+    return curves, load_file(folder / "live.safetensors")
+
+
+def log_of(run: Path, job: str) -> str:
+    path = run / "slurm" / f"posttrain-{job}.log"
+    return path.read_text() if path.exists() else "no log"
+
+
+def test_a_stopped_job_is_queued_again_and_ends_the_same(cluster: Cluster, words: list[str]) -> None:
+    folder = Path(words[-1])
+    whole, broken = folder / "whole", folder / "broken"
+    straight = submit(cluster, *TWO_NODES, "--time", "30", "--name", "whole", *words)
+    job = submit(cluster, *TWO_NODES, "--time", "30", "--name", "broken", *words)
+    told = lambda: log_of(broken, job) + cluster.logs()  # noqa: E731
+
+    def asked(number: signal.Signals) -> bool:
+        return all(waits_for(rank, number) for rank in cluster.ranks(job))
+
+    until("two steps", lambda: len(steps_of(broken)) >= 2, 240, told)
+    with asleep(cluster.ranks(job)):
+        cluster.ask("scancel", "--signal=TERM", job)
+        until("SIGTERM", lambda: asked(signal.SIGTERM), 60, told)
+    until("the first return to the queue", lambda: cluster.restarts(job) == 1, 60, told)
+    before = json.loads((broken / "stopped.json").read_text())
+    assert (before["signal"], before["step"]) == ("SIGTERM", max(steps_of(broken)))
+
+    until("steps after the return", lambda: max(steps_of(broken)) > before["step"], 240, told)
+    with asleep(cluster.ranks(job)):
+        minutes = (cluster.seconds(job) + 30) // 60 + 1  # 30 to 90 s are left, of which 60 are grace
+        cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+        until("SIGUSR1", lambda: asked(signal.SIGUSR1), 120, told)
+    until("the second return to the queue", lambda: cluster.restarts(job) == 2, 60, told)
+    again = json.loads((broken / "stopped.json").read_text())
+    assert (again["signal"], again["step"]) == ("SIGUSR1", max(steps_of(broken)))
+    assert before["step"] < again["step"] < STEPS
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+
+    for number in (straight, job):
+        until(f"end of job {number}", lambda number=number: cluster.state(number) == "COMPLETED", 300, told)
+    assert cluster.restarts(straight) == 0
+    assert not (broken / "stopped.json").exists()
+    starts = re.findall(r"^job \d+, start (\d+), (\S+),", log_of(broken, job), re.MULTILINE)
+    assert [start for start, _ in starts] == ["1", "2", "3"]
+    curves, weights = outcome(whole)
+    after, same = outcome(broken)
+    assert set(curves["loss/total"]) == set(range(1, STEPS + 1))
+    assert after == curves
+    assert identical(same, weights)
+
+
+def test_an_array_draws_what_one_process_draws(cluster: Cluster, words: list[str]) -> None:
+    folder = Path(words[-1])
+    run = folder / "whole"
+    captions = ["a red circle", "a blue cross", "a green square", "an orange triangle"]
+    drawn = ["--steps", "4", "--batch-size", "2", "--captions", *captions]
+    job = submit(
+        cluster,
+        *("--job", "sample", "--array", "2", "--gpus-per-node", "0", "--cpus-per-node", "1", "--time", "10"),
+        *("--config", str(run / "config.yaml"), "--out", str(folder / "parts"), *drawn),
+    )
+    alone = [sys.executable, str(PROJECT_ROOT / "launcher" / "sample.py"), str(run), "--out", str(folder / "alone")]
+    subprocess.run([*alone, *drawn], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    until("end of the array", lambda: cluster.state(job) == "COMPLETED", 200, cluster.logs)
+    pictures = {path.name: path.read_bytes() for path in (folder / "alone").glob("00*.png")}
+    assert len(pictures) == len(captions)
+    assert {path.name: path.read_bytes() for path in (folder / "parts").glob("00*.png")} == pictures
+
+
+def test_images_are_prepared(cluster: Cluster, tmp_path: Path) -> None:
+    images, shards = tmp_path / "images", tmp_path / "shards"
+    images.mkdir()
+    for number in range(24):
+        Image.new("RGB", (32, 32), (10 * number, 99, 0)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"number {number}")
+    text = DEFAULT_RUN_CONFIG.read_text().replace("shards: data/fluent64", f"shards: {shards}\noutput: {tmp_path}")
+    (tmp_path / "run.yaml").write_text(text)
+    job = submit(
+        cluster,
+        *("--job", "prepare", "--cpus-per-node", "1", "--time", "10", "--config", str(tmp_path / "run.yaml")),
+        *("--source", str(images), "--size", "32", "--pca-channels", "2", "--encoder", "hash"),
+    )
+    until("end of the preparation", lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 200, cluster.logs)
+    assert ": prepared: " in (tmp_path / "quickstart" / "slurm" / f"prepare-{job}.log").read_text()
+    assert (shards / "index.json").is_file()
+
+
+def test_a_hostfile_of_a_job(cluster: Cluster) -> None:
+    launcher = str(PROJECT_ROOT / "launcher" / "hostfile.py")
+    told = cluster.ask("salloc", "--nodes=2", "--ntasks=2", sys.executable, launcher, "--slots", "2")
+    assert sorted(told.splitlines()) == [f"{node} slots=2" for node in sorted(NODES)]

@@ -1,0 +1,257 @@
+"""Numbers that go wrong on one rank: nothing moves on any, what was fed is on record, and the run goes on or ends."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sharpmoe.config import GuardConfig, RunConfig
+from sharpmoe.errors import SharpMoEError
+from sharpmoe.parallel.engine import Engine
+from sharpmoe.parallel.launch import World
+from sharpmoe.rollout import Item
+from sharpmoe.train import loop
+from sharpmoe.train.ema import ShardEma
+from sharpmoe.train.guard import Watch, after, bad_loss, bad_norm, limit
+from sharpmoe.train.objective import Objective
+from sharpmoe.train.plan import Plan
+from sharpmoe.train.runlog import read_log, read_records
+from sharpmoe.train.step import StepResult, train_step
+from tests.distributed import run_ranks
+from tests.parallel.test_engine import items_of
+from tests.train.setting import make_run, plan_for, stirred_model
+
+BAD = {2: "loss", 4: "gradient"}  # step -> what is poisoned
+STEPS = 6
+
+
+class Poison(torch.autograd.Function):
+    """Identity whose gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.nan
+
+
+class Trainer:
+    """A model under the engine, stepped by hand."""
+
+    def __init__(self, run: RunConfig, stage: int, offload: bool, world: World) -> None:
+        self.plan = plan_for(run, world, stage)
+        if offload:
+            self.plan.ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        self.objective = Objective(stirred_model(run), run)
+        self.engine = Engine(self.objective, run, self.plan.ds_config, world)
+        self.ema = ShardEma(self.engine, run.optim.ema_decay)
+
+    def step(self, items: list[Item], step: int) -> StepResult:
+        return train_step(self.engine, self.objective, self.ema, items, step, with_routing=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step moves on this rank, cloned."""
+        masters = {f"master{i}": part for i, part in enumerate(self.engine.master_partitions())}
+        ema = {f"ema{i}": part for i, part in enumerate(self.ema.shards)}
+        buffers = dict(self.objective.named_buffers())
+        weights = {f"forward {name}": shard(p) for name, p in self.objective.named_parameters()}
+        states = self.engine._optimizer.optimizer.state.values()
+        moments = {
+            f"{key}{i}": torch.as_tensor(value) for i, state in enumerate(states) for key, value in state.items()
+        }
+        found = masters | ema | buffers | weights | moments
+        return {name: value.detach().clone() for name, value in found.items()}
+
+
+def shard(parameter: torch.nn.Parameter) -> Tensor:
+    """What this rank keeps of a parameter between steps: ZeRO-3's partition, or the whole."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+
+
+class Seen(NamedTuple):
+    """What one rank saw of the poisoned steps, and how far the run is from one without them."""
+
+    verdicts: list[tuple[str, bool]]
+    moved: list[list[str]]  # by each poisoned step
+    still: list[str]  # by the last one, which is good
+    apart: list[str]  # at the end, from a run that left the poisoned steps out
+    adam: set[float]  # step counts at the end
+
+
+def poisoned(world: World, run: RunConfig, stage: int, offload: bool) -> Seen:
+    trainer, twin = (Trainer(run, stage, offload, world) for _ in range(2))
+    verdicts, moved, still = [], [], list[str]()
+    for step, items in enumerate(items_of(trainer.plan, world, STEPS)):
+        before = trainer.state()
+        bad = step in BAD and world.rank == world.size - 1
+        result = trainer.step(poison(trainer, items, BAD[step]) if bad else items, step)
+        trainer.engine.__dict__.pop("backward", None)
+        now = trainer.state()
+        still = [name for name in now if name in before and torch.equal(now[name], before[name])]
+        if step in BAD:
+            verdicts.append(tuple(result.verdict))
+            moved.append([name for name in now if name not in still])
+        else:
+            twin.step(items, step)
+    ours, theirs = trainer.state(), twin.state()
+    apart = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    adam = {float(value) for name, value in ours.items() if name.startswith("step")}
+    return Seen(verdicts, moved, [name for name in still if "pos_embed" not in name], apart, adam)
+
+
+def poison(trainer: Trainer, items: list[Item], kind: str) -> list[Item]:
+    """Spoil the first micro-batch, or the gradient of a loss that is finite."""
+    if kind == "loss":
+        return [items[0]._replace(x0=items[0].x0 * torch.nan), *items[1:]]
+    backward = trainer.engine.backward
+    trainer.engine.backward = lambda loss, last: backward(Poison.apply(loss), last)  # type: ignore[method-assign]
+    return items
+
+
+def all_poisoned(world: World, cases: list[tuple[RunConfig, int, bool]]) -> list[Seen]:
+    return [poisoned(world, *case) for case in cases]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_poisoned_step_on_one_rank_moves_nothing_on_any(shards: Path, tmp_path: Path) -> None:
+    small = {"model": {"depth": 2}, "rollout": {"num_steps": 2}}
+    runs = [make_run(shards, tmp_path, train={"precision": p, "micro_batch": 2}, **small) for p in ("fp32", "bf16")]
+    cases = [(run, stage, False) for run in runs for stage in (2, 3)] + [(runs[1], stage, True) for stage in (2, 3)]
+    for answers in run_ranks(all_poisoned, 2, cases):
+        for (run, stage, offload), seen in zip(cases, answers, strict=True):
+            case = f"ZeRO-{stage} {run.train.precision}, offload {offload}"
+            expected = ["loss flow is not finite", "gradient norm is not finite"]
+            assert seen.verdicts == [(fault, False) for fault in expected], case
+            assert seen.moved == [[], []], case
+            assert seen.still == [], case  # so the comparison sees what moves
+            assert seen.apart == [], case  # no gradient was left behind
+            assert seen.adam == {STEPS - 2.0}, case
+
+
+def poison_samples(plan: Plan, positions: range) -> None:
+    """Samples at these places of the data order come as infinities."""
+    read = plan.data.train.batch
+
+    def batch(indices: Any, places: Any = None) -> Any:
+        given = read(indices, places)
+        return given._replace(latent=given.latent * 1e30) if min(places) in positions else given
+
+    plan.data.train.batch = batch  # type: ignore[method-assign]
+
+
+def trained(world: World, run: RunConfig, positions: range) -> str:
+    plan = plan_for(run, world)
+    if world.rank == world.size - 1:
+        poison_samples(plan, positions)
+    try:
+        loop.train(plan, world)
+    except SharpMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_after_a_bad_batch_and_keeps_its_samples(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path)
+    assert run_ranks(trained, 2, run, range(8, 16)) == ["done", "done"]
+    folder = tmp_path / "run"
+    (path,) = (folder / "faults").iterdir()
+    record = json.loads(path.read_text())
+    assert path.name == "step00000002.json"
+    assert (record["step"], record["fault"], record["applied"]) == (2, "loss flow is not finite on rank 1", False)
+    assert [rank["finite"] for rank in record["ranks"]] == [True, False]
+    assert [micro["positions"] for rank in record["ranks"] for micro in rank["micro_batches"]] == [
+        [8, 9, 10, 11],
+        [12, 13, 14, 15],
+    ]
+    (micro,) = record["ranks"][1]["micro_batches"]
+    assert all(key.startswith("shape-") for key in micro["keys"])
+    assert torch.tensor(micro["times"]).shape == (3, 4)
+    assert micro["losses"]["flow"] in ("nan", "inf")
+    log = read_log(folder / "log.jsonl")
+    assert list(log["loss/total"]) == [1, 3, 4]
+    (event,) = [line for line in read_records(folder / "log.jsonl") if line.get("event") == "fault"]
+    assert (event["step"], event["applied"], event["skipped"]) == (2, False, 1)
+
+
+@pytest.mark.dist
+def test_bad_steps_in_a_row_end_the_run_on_all_ranks(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, train={"steps": 6}, guard={"max_skipped": 3})
+    answers = run_ranks(trained, 2, run, range(8, 1000))
+    assert len(set(answers)) == 1
+    assert answers[0].startswith("TrainingError: step 4: 3 step(s) in a row skipped, the last because loss flow is not")
+    assert "the weights are still those after step 1;" in answers[0]
+    assert "\n" not in answers[0]
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
+def stopping_at(world: World, runs: list[RunConfig]) -> None:
+    for run in runs:
+        loop.train(plan_for(run, world), world)
+
+
+@pytest.mark.dist
+def test_spikes_are_skipped_alike_by_a_run_that_was_interrupted(shards: Path, tmp_path: Path) -> None:
+    guard = {"spike_factor": 1.01, "spike_window": 2, "skip_spikes": True}
+    sections = {"guard": guard, "checkpoint": {"resume": "auto"}, "stage": "pretrain"}
+    stops = [("once", 6), ("twice", 3), ("twice", 6)]
+    run_ranks(stopping_at, 1, [make_run(shards, tmp_path, name=n, train={"steps": s}, **sections) for n, s in stops])
+    once, twice = (tmp_path / name / "log.jsonl" for name in ("once", "twice"))
+    assert read_log(once)["loss/total"] == read_log(twice)["loss/total"]
+    faults = [line for line in read_records(once) if line.get("event") == "fault"]
+    assert any(fault["step"] > 3 for fault in faults)
+    assert not any(fault["applied"] for fault in faults)
+    assert all("times its moving average" in fault["fault"] for fault in faults)
+    resume = next(line for line in read_records(twice) if line.get("event") == "resume")
+    assert resume["step"] == 3
+    assert resume["changed"] == {"train.steps": [3, 6]}
+
+
+def test_spikes_are_told_but_taken_by_default() -> None:
+    guard = GuardConfig(spike_window=3)
+    watch = Watch()
+    for norm in (1.0, 2.0, 3.0):
+        assert bad_norm(norm * 1000, watch, guard) == ""  # too young to judge
+        watch = after(watch, norm, True, guard)
+    assert watch == Watch(2.0, 3, 0)
+    assert bad_norm(20.0, watch, guard) == ""
+    assert bad_norm(21.0, watch, guard) == "gradient norm 21 is 10.5 times its moving average 2"
+    assert not guard.skip_spikes
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), st.integers(1, 10), st.floats(1.5, 20), st.booleans())
+def test_the_watch_stays_between_the_norms_it_saw(norms: list[float], window: int, factor: float, taken: bool) -> None:
+    guard = GuardConfig(spike_window=window, spike_factor=factor)
+    watch = Watch()
+    for norm in norms:
+        ceiling = limit(watch, guard)
+        watch = after(watch, norm, taken, guard)
+        slack = 1e-9 * max(norms)
+        assert min(min(norms), ceiling) - slack <= watch.average <= max(norms) + slack
+        assert watch.seen <= window
+    assert watch.skipped == (0 if taken else len(norms))
+    assert after(watch, math.inf, False, guard)[:2] == watch[:2]  # what is no number teaches nothing
+
+
+def test_a_change_of_level_is_followed() -> None:
+    guard = GuardConfig(spike_window=10, spike_factor=4)
+    watch = Watch(1.0, 10, 0)
+    spikes = 0
+    while bad_norm(100.0, watch, guard):
+        watch, spikes = after(watch, 100.0, False, guard), spikes + 1
+    assert 5 < spikes < 20
+
+
+def test_a_bad_loss_is_named_by_its_part() -> None:
+    assert bad_loss({"total": math.nan, "flow": 1.0, "routing": math.inf}) == "loss routing is not finite"
+    assert bad_loss({"total": math.inf, "flow": 1.0}) == "loss total is not finite"
+    assert bad_loss({"total": 1.0}) == ""

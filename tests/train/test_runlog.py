@@ -1,0 +1,162 @@
+"""The log of a run that is stopped and goes on: every figure once, every process on record."""
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sharpmoe.train.metrics import StepStats
+from sharpmoe.train.runlog import RunLog, clock, read_log, read_records
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def stats(step: int, loss: float | None = None) -> StepStats:
+    losses = {"total": 1.0 / step if loss is None else loss, "routing": 0.0}
+    return StepStats(step, losses, 0.25, 1e-4, 32, 32 * 64, 0.5, 0.1)
+
+
+def next_second() -> None:
+    """TensorBoard orders the files of a run by the second of their making; processes are further apart than this."""
+    time.sleep(1.001 - time.time() % 1)
+
+
+def steps_of(folder: Path, tag: str = "loss/total") -> list[int]:
+    """Steps that TensorBoard shows."""
+    return [event.step for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(tag)]
+
+
+def test_the_log_starts_at_step_one_and_goes_to_tensorboard_and_jsonl(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, total_steps=12, every=5, stream=io.StringIO())
+    for step in range(1, 13):
+        log.step(stats(step), {"routing_flipped/layer0": 0.0})
+    log.image(12, "samples", torch.zeros(4, 6, 3, dtype=torch.uint8).numpy())
+    log.text(12, "allocation", "a  b\n1  2")
+    log.close()
+    curve = read_log(tmp_path / "log.jsonl")["loss/total"]
+    assert list(curve) == [1, 5, 10, 12]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 5, 10, 12]
+    assert events.Scalars("routing_flipped/layer0")[0].value == 0
+    assert events.Tags()["images"] == ["samples"]
+
+
+def test_a_resumed_log_replaces_what_a_killed_run_left(tmp_path: Path) -> None:
+    first = RunLog(tmp_path, 6, every=1, stream=io.StringIO())
+    for step in range(1, 5):
+        first.step(stats(step))
+    first.close()
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "loss/to')  # cut short
+    next_second()
+    second = RunLog(tmp_path, 6, first_step=3, every=1, stream=io.StringIO())
+    for step in range(3, 7):
+        second.step(stats(step)._replace(losses={"total": 9.0}))
+    second.close()
+    assert read_log(path)["loss/total"] == {1: 1.0, 2: 0.5, 3: 9.0, 4: 9.0, 5: 9.0, 6: 9.0}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_file_gets_one_line_per_written_step(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, 20, every=10, stream=stream)
+    for step in range(1, 21):
+        log.step(stats(step))
+    log.say("saved")
+    log.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert "\r" not in stream.getvalue()
+    assert lines[0].startswith("step  1/20  total 1  grad 0.25  lr 1.00e-04  64.0 images/s  data 20%  left ")
+    assert lines[-1] == "saved"
+
+
+def test_a_terminal_gets_one_line_that_moves(tmp_path: Path) -> None:
+    stream = Terminal()
+    log = RunLog(tmp_path, 3, every=10, stream=stream)
+    for step in range(1, 4):
+        log.step(stats(step))
+    log.say("saved")
+    log.close()
+    assert stream.getvalue().count("\n") == 2  # after what was said, and at the end
+    assert stream.getvalue().count("\r\x1b[K") == 4
+
+
+def test_every_line_of_the_log_is_json_of_finite_figures(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 2, settings={"seed": 1}, stream=io.StringIO())
+    log.step(stats(1, loss=math.nan))
+    log.scalars(1, {"validation/flow": 0.5})
+    log.event("fault", 1, fault="loss flow is not finite")
+    log.close()
+    records = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert [(record["step"], record.get("event")) for record in records] == [
+        (0, "start"),
+        (1, None),
+        (1, None),
+        (1, "fault"),
+    ]
+    assert {record["run"] for record in records} == {log.run}
+    assert records[0]["settings"] == {"seed": 1}
+    assert "loss/total" not in records[1]
+    assert set(read_log(tmp_path / "log.jsonl")) >= {"loss/routing", "validation/flow"}
+
+
+def test_every_process_leaves_its_lines_and_its_settings(tmp_path: Path) -> None:
+    path, written = tmp_path / "log.jsonl", b""
+    for first_step, seed in ((1, 7), (4, 8), (4, 9)):  # the second died before its first checkpoint
+        log = RunLog(tmp_path, 9, first_step, every=1, settings={"seed": seed}, stream=io.StringIO())
+        for step in range(first_step, first_step + 5):
+            log.step(stats(step, loss=float(seed)))
+        log.close()
+        assert path.read_bytes().startswith(written)  # only ever appended to
+        written = path.read_bytes()
+    starts = [record for record in read_records(path) if record.get("event") == "start"]
+    assert [record["settings"]["seed"] for record in starts] == [7, 8, 9]
+    assert len({record["run"] for record in starts}) == 3
+    assert read_log(path)["loss/total"] == {step: 7.0 if step < 4 else 9.0 for step in range(1, 9)}
+
+
+def test_points_that_a_dead_process_left_are_not_shown(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 9, every=1, stream=io.StringIO())
+    for step in range(1, 8):
+        log.step(stats(step))  # killed: never closed
+    next_second()
+    again = RunLog(tmp_path, 9, first_step=4, every=1, stream=io.StringIO())
+    again.step(stats(4))
+    again.close()
+    assert list(read_log(tmp_path / "log.jsonl")["loss/total"]) == steps_of(tmp_path) == [1, 2, 3, 4]
+    log.close()
+
+
+def test_figures_reach_the_files_before_the_log_is_closed(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 9, every=1, stream=io.StringIO())
+    log.step(stats(1))
+    assert list(read_log(tmp_path / "log.jsonl")["loss/total"]) == steps_of(tmp_path) == [1]
+    log.close()
+    log.close()
+
+
+def test_a_full_disk_costs_figures_not_the_run(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, 9, every=1, stream=stream)
+    log.lines = Path("/dev/full").open("w")  # noqa: SIM115 (the log closes it)
+    for step in (1, 2, 3):
+        log.step(stats(step))
+    log.close()
+    assert stream.getvalue().count("figures cannot be written (No space left on device); training goes on") == 1
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_durations_as_clocks() -> None:
+    assert (clock(61), clock(3725)) == ("1:01", "1:02:05")

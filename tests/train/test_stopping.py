@@ -1,0 +1,143 @@
+"""A signal on one rank, wherever it finds the run: a sound checkpoint, word left behind, the same numbers."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file
+
+from sharpmoe.config import RunConfig
+from sharpmoe.evaluation import allocation, validation
+from sharpmoe.parallel import signals
+from sharpmoe.parallel.launch import World, barrier
+from sharpmoe.report import samples, sheets
+from sharpmoe.train import loop, manifest, saving, stopping
+from sharpmoe.train.runlog import read_log
+from tests.distributed import run_ranks
+from tests.train.setting import identical, make_run, plan_for
+
+
+class Place(NamedTuple):
+    """A function that a run calls, whose call number `call` meets the signal."""
+
+    module: Any
+    name: str
+    call: int
+    step: int  # that is then saved
+    looked: bool = True
+
+
+# The others do without: pictures and tables take most of the time.
+DRAWN, MEASURED = ("sampling", "routing sheet"), ("first look", "last look")
+# Three steps, validated and saved after each.
+PLACES = {
+    "data": Place(loop, "prepare", 2, 1),
+    "step": Place(loop, "train_step", 2, 2, looked=False),  # before the validation that follows
+    "save": Place(saving, "_write_file", 2, 1),
+    "last save": Place(loop, "save", 1, 3),
+    "first look": Place(allocation, "measure", 1, 0, looked=False),
+    "validation": Place(validation, "validate", 2, 2, looked=False),
+    "sampling": Place(samples, "draw", 2, 1, looked=False),
+    "routing sheet": Place(sheets, "routing_sheet", 3, 2, looked=False),
+    "last look": Place(allocation, "measure", 2, 3, looked=False),
+}
+
+
+class Seen(NamedTuple):
+    stopped: dict[str, Any] | None  # stopped.json after the signal
+    latest: str
+    seconds: float  # from the signal to the end
+    left: bool  # whether stopped.json is there after the second start
+
+
+@contextmanager
+def signal_at(place: Place, told: list[float]) -> Iterator[None]:
+    """Have call number `place.call` of a function find this rank asked to stop."""
+    original: Callable[..., Any] = getattr(place.module, place.name)
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == place.call:
+            told.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not signals.asked():
+                time.sleep(0.001)
+        return original(*args, **kwargs)
+
+    setattr(place.module, place.name, called)
+    try:
+        yield
+    finally:
+        setattr(place.module, place.name, original)
+
+
+def interrupted(world: World, run: RunConfig, place: Place) -> Seen:
+    told: list[float] = []
+    folder = Path(run.output) / run.name
+    with signals.listening(), signal_at(place, told) if world.rank == 1 else nullcontext():
+        loop.train(plan_for(run, world), world)
+    took = time.monotonic() - told[0] if told else 0.0
+    barrier(world)  # rank 0 writes
+    file = folder / stopping.FILE
+    stopped = json.loads(file.read_text()) if file.exists() else None
+    latest = (folder / "checkpoints" / "latest").read_text()
+    manifest.verify(folder / "checkpoints" / latest)
+    with signals.listening():
+        loop.train(plan_for(run, world), world)
+    barrier(world)
+    return Seen(stopped, latest, took, file.exists())
+
+
+def all_of_them(world: World, run: RunConfig, output: Path) -> dict[str, Seen]:
+    loop.train(plan_for(run, world), world)
+    seen = {}
+    for name, place in PLACES.items():
+        log = run.log.model_copy(update={"sample_every": int(name in DRAWN), "allocation": name in MEASURED})
+        seen[name] = interrupted(world, run.model_copy(update={"output": str(output / name), "log": log}), place)
+    return seen
+
+
+def outcome(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
+    """Losses and held-out figures, and the weights at the end."""
+    figures = {
+        tag: curve
+        for tag, curve in read_log(run / "log.jsonl").items()
+        if tag.startswith(("loss/", "validation/")) or tag == "optim/grad_norm"
+    }
+    weights = load_file(run / "checkpoints" / "step00000003" / "live.safetensors")
+    return figures, weights | load_file(run / "checkpoints" / "step00000003" / "ema.safetensors")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_a_signal_anywhere_costs_nothing(shards: Path, tmp_path: Path) -> None:
+    log = {"validate_every": 1, "allocation_images": 4}
+    sample = {"captions": ("a red circle", "a blue cross"), "num_steps": 2}
+    checkpoint = {"every": 1, "resume": "auto", "asynchronous": False}
+    run = make_run(
+        shards, tmp_path, stage="pretrain", train={"steps": 3}, log=log, sample=sample, checkpoint=checkpoint
+    )
+    seen = run_ranks(all_of_them, 2, run, tmp_path, timeout=400)
+    figures, weights = outcome(tmp_path / "run")
+    assert set(figures["loss/total"]) == set(figures["validation/flow"]) == {1, 2, 3}
+    for name, place in PLACES.items():
+        of_signalled: Seen = seen[1][name]
+        if name == "last save":
+            assert of_signalled.stopped is None  # it was finished all the same
+        else:
+            assert of_signalled.stopped == {"signal": "SIGTERM", "step": place.step, "looked": place.looked}, name
+        assert of_signalled.latest == f"step{place.step:08}", name
+        assert of_signalled.seconds < 10, name
+        assert not of_signalled.left
+        again, same = outcome(tmp_path / name / "run")
+        assert again == figures, name
+        assert identical(same, weights), name
