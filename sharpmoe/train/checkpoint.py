@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ class Progress(NamedTuple):
 
     step: int  # optimizer steps done
     samples: int  # samples consumed, over all ranks: the place in the data order
+    streams: tuple[int, ...] = ()  # of every bucket of every source; empty in older checkpoints, which had one
 
 
 class Layout(NamedTuple):
@@ -109,7 +110,7 @@ def read_meta(folder: Path) -> Saved:
             raise CheckpointError(f"{path}: schema {meta.get('schema')!r}, expected {SCHEMA}: another version wrote it")
         return Saved(
             folder,
-            Progress(**meta["progress"]),
+            _progress(**meta["progress"]),
             Layout(**meta["layout"]),
             ModelConfig(**meta["model"]),
             {name: (size, digest) for name, (size, digest) in meta["files"].items()},
@@ -118,6 +119,10 @@ def read_meta(folder: Path) -> Saved:
         raise CheckpointError(f"{path}: missing; name a sound checkpoint with --checkpoint.resume") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, ValidationError):
         raise CheckpointError(f"{path}: damaged; name a sound checkpoint with --checkpoint.resume") from None
+
+
+def _progress(step: int, samples: int, streams: Sequence[int] = ()) -> Progress:
+    return Progress(step, samples, tuple(streams))
 
 
 def check_fits(saved: Saved, model: ModelConfig, layout: Layout) -> None:

@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.schema import Batch
-from data_pipeline.stream import stream
+from data_pipeline.schedule import Start
+from data_pipeline.stream import Loaded, stream
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.dit import DiT
 from sharpmoe.parallel.engine import Engine
 from sharpmoe.parallel.launch import World, sum_over_ranks, together
 from sharpmoe.train import checkpoint
+from sharpmoe.train.bad_samples import BadSamples
 from sharpmoe.train.banner import banner
 from sharpmoe.train.checkpoint import Progress
 from sharpmoe.train.ema import ShardEma
@@ -95,25 +96,29 @@ def _steps(session: Session) -> Path:
     build = partial(ema_model, session)
     if plan.start.step == 0:
         look_before(session.looks, build)
-    progress, folder = plan.start, None
+    bad = BadSamples(plan, world, session.log)
+    folder = None
     for step in range(plan.start.step, run.train.steps):
         began = time.monotonic()
         with together(world):
-            items = prepare(next(batches), plan.data.empty_text, run, world.device)
-        waited = time.monotonic() - began
+            loaded = next(batches)
+            came = time.monotonic()
+            items = prepare(loaded.batches, plan.data.empty_text, run, world.device)
+            preparing = time.monotonic() - came
+        waited = time.monotonic() - began - preparing  # until the slowest rank had its samples
         done = step + 1
+        bad.agree(loaded.damage, done)
         with_routing = done in (plan.start.step + 1, run.train.steps) or due(done, run.log.every)
         result = train_step(session.engine, session.objective, session.ema, items, step, with_routing)
         _log_step(session, done, result, time.monotonic() - began, waited)
         look(session.looks, build, done)
-        progress = Progress(done, progress.samples + plan.batch.global_batch)
         if done == run.train.steps or (run.checkpoint.every and done % run.checkpoint.every == 0):
-            folder = save(session, progress)
+            folder = save(session, Progress(done, *loaded.consumed))
     assert folder is not None  # the last step saves
     return folder
 
 
-def _batches(session: Session) -> Iterator[tuple[Batch, ...]]:
+def _batches(session: Session) -> Iterator[Loaded]:
     plan, world = session.plan, session.world
     return stream(
         plan.data.train,
@@ -122,8 +127,9 @@ def _batches(session: Session) -> Iterator[tuple[Batch, ...]]:
         micro_batch=plan.batch.micro_batch,
         rank=world.rank,
         world=world.size,
-        start=plan.start.samples,
+        start=Start(plan.start.samples, plan.start.streams),
         num_workers=plan.run.data.num_workers,
+        max_bad_fraction=plan.run.data.max_bad_fraction,
     )
 
 
