@@ -83,7 +83,7 @@ def _processor_times() -> list[float]:
         times.append(time.thread_time() - began)
         return error
 
-    Saver._attempt = timed  # type: ignore[method-assign]
+    Saver._attempt = timed  # type: ignore[method-assign,assignment]
     return times
 
 

@@ -1,12 +1,24 @@
 """ImageNet and sets like it: one folder per class, optionally with latents that another project has cached."""
 
-import hashlib
-import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources import IMAGE_SUFFIXES, Item, Listing, Skipped, hash_int
+from data_pipeline.identity import Identity
+from data_pipeline.items import (
+    IMAGE_SUFFIXES,
+    Item,
+    Place,
+    Skipped,
+    Unit,
+    chunks,
+    held_out,
+    identity_of,
+    is_utf8,
+    key_of,
+    read_place,
+    shown,
+)
 from sharpmoe.errors import DataError
 
 NAMES_FILE = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", as Kaggle's ImageNet has it
@@ -26,62 +38,60 @@ class ClassFolderSource:
             if path is not None and not path.is_dir():
                 raise DataError(f"{path}: no such folder; {what} takes a folder of class folders")
         self._folder, self._moments, self._flip = folder, moments, flip
-        self._listing: Listing | None = None
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Hash over every item's path, label and file size (contents are not read)."""
-        digest = hashlib.sha256()
-        for item in self.listing().items:
-            assert isinstance(item.image, Path)
-            digest.update(json.dumps([item.key, item.caption, item.label, item.image.stat().st_size]).encode())
-        kind = {"kind": "classes", "moments": self._moments is not None, "flip": self._flip}
-        return {**kind, "name": self._folder.resolve().name, "sha256": digest.hexdigest()}
+    def units(self) -> Iterator[Unit]:
+        """Images class by class, with their sizes."""
+        empty = True
+        for unit in chunks(self._records()):
+            empty = False
+            yield unit
+        if empty:
+            raise DataError(f"{self._folder}: no image found; expected CLASS/NAME.jpg, one folder per class")
 
-    def listing(self) -> Listing:
-        """List the folder once; raises DataError where it holds no class folders with images."""
-        if self._listing is None:
-            self._listing = self._list()
-            if not self._listing.items:
-                raise DataError(f"{self._folder}: no image found; expected CLASS/NAME.jpg, one folder per class")
-        return self._listing
-
-    def _list(self) -> Listing:
+    def _records(self) -> Iterator[Any]:
+        """[folder of the class folders, file below it, split or "", caption, label, bytes]."""
         train = self._folder / "train" if (self._folder / "train").is_dir() else self._folder
         classes = sorted(path.name for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
         captions = class_names(self._folder)
-        items: list[Item] = []
-        skipped: list[Skipped] = []
         for root, split in self._roots(train):
+            within = root.relative_to(self._folder).as_posix()
             for label, name in enumerate(classes):
-                like = Item("", split, captions.get(name, name), b"", "", label)
                 for path in sorted((root / name).rglob("*")):
                     if path.suffix.lower() in IMAGE_SUFFIXES:
-                        found = self._items(path, root, like)
-                        items += found
-                        skipped += [] if found else [Skipped(self._name(path), "no cached latent")]
-        return Listing(items, skipped)
+                        file = path.relative_to(root).as_posix()
+                        yield [within, file, split, captions.get(name, name), label, path.stat().st_size]
 
     def _roots(self, train: Path) -> list[tuple[Path, str]]:
         """Folders of class folders with their split; "" where the split is drawn."""
         val = self._folder / "val"
         return [(train, "train"), (val, "unseen")] if val.is_dir() else [(train, "")]
 
-    def _items(self, path: Path, root: Path, like: Item) -> list[Item]:
-        """One image, and its mirror image where it is trained on; nothing where its latent is not cached."""
-        file = path.relative_to(root)
-        latent = None if self._moments is None else self._moments / file.with_suffix(".latent.npz")
-        if latent is not None and not latent.is_file():
-            return []
-        place = hash_int(file.as_posix())
-        split = like.split or ("unseen" if place % 20 == 0 else "train")
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", file.with_suffix("").as_posix())[:48]
-        item = like._replace(key=f"{stem}-{place:016x}", split=split, image=path, name=self._name(path), latent=latent)
-        mirrored = item._replace(key=f"{item.key}-flip", flip=True)
-        return [item, mirrored] if self._flip and split == "train" else [item]
+    def identity(self, units: list[str]) -> Identity:
+        """Hash over every image's path, label and size (contents are not read)."""
+        settings = {"moments": self._moments is not None, "flip": self._flip}
+        return identity_of("classes", self._folder, units, **settings)
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
+    def survey(self, unit: Unit) -> Iterator[Item | Skipped]:
+        """Every image, and its mirror image where it is trained on; those whose latent is not cached are skipped."""
+        for within, file, split, caption, label, size in unit.records:
+            path = Path(within, file).as_posix()
+            if not is_utf8(path):
+                yield Skipped(shown(path), "its name is not UTF-8")
+                continue
+            latent = None if self._moments is None else (self._moments / file).with_suffix(".latent.npz")
+            if latent is not None and not latent.is_file():
+                yield Skipped(path, "no cached latent")
+                continue
+            split = split or held_out(file)
+            place, cached = Place(path, 0, size), "" if latent is None else str(latent)
+            item = Item(key_of(file), split, ((caption, 1.0),), place, path, label, cached)
+            yield item
+            if self._flip and split == "train":
+                yield item._replace(key=f"{item.key}-flip", flip=True)
+
+    def read(self, item: Item, limit: int | None = None) -> bytes:
+        """The image's file."""
+        return read_place(self._folder, item.image, limit)
 
 
 def class_names(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Image files of any kind become square float pictures on white."""
+"""Image files of any kind become float pictures of one shape, on white."""
 
 import io
 import struct
@@ -7,29 +7,36 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from data_pipeline.sizes import ImageSize, sides
+
+# Others are never opened: Pillow hands some of them (EPS) to programs outside, by the file's content alone.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_MAX_PIXELS = 64_000_000  # Pillow itself only warns of bombs before three times as many
+_ORIENTATION = ExifTags.Base.Orientation
 # What Pillow raises for files that are damaged, truncated, absurdly large, or no images at all.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class Picture(NamedTuple):
-    """A decoded image at the trained resolution."""
+    """A decoded image at the trained resolution (H, W)."""
 
-    pixels: np.ndarray  # (3, S, S) float32 in [-1, 1], composited on white
-    alpha: np.ndarray | None  # (1, S, S) float32 in [0, 1]; None where the file has no transparency
+    pixels: np.ndarray  # (3, H, W) float32 in [-1, 1], composited on white
+    alpha: np.ndarray | None  # (1, H, W) float32 in [0, 1]; None where the file has no transparency
 
 
-def load_picture(source: Path | bytes, size: int) -> Picture:
-    """Decode, turn upright, centre-crop to a square, composite on white and resize to `size`.
+def load_picture(source: Path | bytes, image_size: ImageSize) -> Picture:
+    """Decode, turn upright, centre-crop to the shape of `image_size`, composite on white and resize to it.
 
     Raises one of `UNREADABLE` where the file cannot be decoded. Compositing before resizing weighs colours by alpha,
     so hidden colours of transparent pixels never bleed in. A file that is opaque everywhere has no alpha: its mask
     would say nothing.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+    size = sides(image_size)
+    with _open(source) as opened:
         image = ImageOps.exif_transpose(opened)
-        image = _square(_to_eight_bit(image))
+        image = _cropped(_to_eight_bit(image), size)
     if not image.has_transparency_data:
         return Picture(_pixels(image.convert("RGB"), size), None)
     rgba = image.convert("RGBA")
@@ -38,6 +45,14 @@ def load_picture(source: Path | bytes, size: int) -> Picture:
     pixels = _pixels(Image.alpha_composite(white, rgba).convert("RGB"), size)
     opaque = alpha.getextrema() == (255, 255)
     return Picture(pixels, None if opaque else _levels(alpha, size)[None])
+
+
+def _open(source: Path | bytes) -> Image.Image:
+    """The image, its header read, its pixels not yet."""
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, at most {_MAX_PIXELS} are decoded")
+    return image
 
 
 def mirror(picture: Picture) -> Picture:
@@ -58,16 +73,30 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def _square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def upright_size(content: bytes) -> tuple[int, int]:
+    """(H, W) of an image file as `load_picture` sees it, from its header; the start of the file is mostly enough.
+
+    Raises one of `UNREADABLE` where the header cannot be read.
+    """
+    with _open(content) as opened:
+        sideways = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (opened.width, opened.height) if sideways else (opened.height, opened.width)
 
 
-def _levels(image: Image.Image, size: int) -> np.ndarray:
-    resized = image.resize((size, size), Image.Resampling.LANCZOS)
+def _cropped(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred part with the shape of (H, W) `size`."""
+    height, width = size
+    across = min(image.width, round(image.height * width / height))
+    down = min(image.height, round(image.width * height / width))
+    across, down = max(1, across), max(1, down)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.crop((left, top, left + across, top + down))
+
+
+def _levels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    resized = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.asarray(resized, dtype=np.float32) / 255
 
 
-def _pixels(image: Image.Image, size: int) -> np.ndarray:
+def _pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(_levels(image, size).transpose(2, 0, 1) * 2 - 1)

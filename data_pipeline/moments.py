@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sharpmoe.errors import DataError
+from data_pipeline.members import decode_npz
+from data_pipeline.sizes import ImageSize, divided
+from sharpmoe.errors import DamageError, DataError
 
 SD_VAE_SCALE = 0.18215
 
@@ -41,26 +42,27 @@ class CachedMoments:
         """Name of the autoencoder and the latents' scale."""
         return {"kind": "cached_moments", "name": self._name, "scale": SD_VAE_SCALE}
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(4, image_size / 8, image_size / 8)."""
-        if image_size % 8:
-            raise DataError(f"image size {image_size}: codec cached_moments needs a multiple of 8")
-        return 4, image_size // 8, image_size // 8
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, int, int]:
+        """(4, H / 8, W / 8)."""
+        return 4, *divided(image_size, 8, "cached_moments")
 
-    def read(self, path: Path, flip: bool, image_size: int) -> Tensor:
-        """Latent (4, h, w) float32 of a cached file. DataError where it is damaged or of another size."""
+    def read(self, path: str | Path, flip: bool, image_size: int) -> tuple[Tensor, Tensor | None]:
+        """Latent (4, h, w) float32 of a cached file and its std, None where only latents are cached.
+
+        Raises DataError where the file is damaged or of another size.
+        """
         key = "latent_flip" if flip else "latent"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                moments = torch.from_numpy(arrays[key]).float()
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            moments = torch.from_numpy(decode_npz(Path(path).read_bytes(), compressed=True)[key].copy()).float()
+        except (OSError, KeyError, DamageError) as error:
             raise DataError(f"{path}: not a cached latent with `{key}` ({error}); cache it again") from None
         _, height, width = self.latent_shape(image_size)
         moments = moments.squeeze(1) if moments.ndim == 4 else moments
         if moments.ndim != 3 or moments.shape[0] not in (4, 8) or moments.shape[1:] != (height, width):
             expected = f"(8, {height}, {width}) of {image_size} pixels"
             raise DataError(f"{path}: {key} has shape {tuple(moments.shape)}, expected {expected}; set --size")
-        return moments[:4] * SD_VAE_SCALE
+        std = (0.5 * moments[4:].clamp(-30, 20)).exp() * SD_VAE_SCALE if len(moments) == 8 else None
+        return moments[:4] * SD_VAE_SCALE, std
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode as the autoencoder does."""

@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     """
 
     latent: Tensor  # (B, C, H, W) float32, scaled by the codec to about unit variance
-    text: Tensor  # (B, L, D_text) float32 token states of the caption, zero where masked
+    text: Tensor  # (B, L, D_text) token states of the caption as they are stored (float16 or 32), zero where masked
     text_mask: Tensor  # (B, L) bool, True where a text token is real
     pooled: Tensor  # (B, D_pooled) float32
     label: Tensor  # (B,) int64, -1 where the sample has no class

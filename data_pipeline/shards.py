@@ -1,119 +1,130 @@
-"""Prepared shards, read by index: any sample of any shard in one seek, checked before it is believed."""
+"""Prepared shards, read by index: any sample of any shard in one read, checked before it is believed."""
 
-import hashlib
-import io
-import json
-import os
-import zlib
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.encode import CODEC_FILE, Codec, Identity, TextEncoder, check_identity, load_codec
+from data_pipeline.batches import collate
+from data_pipeline.codecs import CODEC_FILE, Codec, load_codec
+from data_pipeline.damage import Damage
+from data_pipeline.folder import REWRITE, check_size, checked_file, ends_in_zeros, read_index, read_table
+from data_pipeline.identity import check_identity
+from data_pipeline.index import EMPTY_FILE, Bucket, Identity, Index, Places, Shard
+from data_pipeline.members import decode_npz
+from data_pipeline.remote import RemoteOptions
+from data_pipeline.samples import Draw, Sample, Span, Spec, load_sample
 from data_pipeline.schema import Batch
-from data_pipeline.write import EMPTY_FILE, INDEX_FILE, SCHEMA_VERSION, file_sha256
-from sharpmoe.errors import DataError
+from data_pipeline.store import LocalStore, Store, open_store
+from data_pipeline.texts import TextEncoder
+from sharpmoe.errors import DamageError, DataError
 
-_BLOCK_SHARDS = 4  # samples are mixed within so many shards at a time, which keeps reads near each other
-_REWRITE = "run launcher/prepare.py again as before: it writes only what is missing"
-_Places = Mapping[str, Sequence[int]]  # member extension -> (offset, size, crc32)
+_TABLES = 16  # kept in memory: samples are mixed within blocks of fewer shards
+
+
+class _Opened(NamedTuple):
+    """What has been read of a shard beside its samples."""
+
+    samples: Sequence[tuple[str, Places]]
+    size: int  # bytes that the tar really has
 
 
 class ShardSet:
-    """One split of a prepared folder. Safe in DataLoader workers: files are opened per process and read with pread."""
+    """One split of a prepared folder, here or in the network. Safe in threads and in DataLoader workers.
+
+    Sample indices count through the buckets, one after the other, and in each through its shards.
+    """
 
     split: str
+    location: str  # folder or URL, without credentials
     num_samples: int
-    latent_shape: tuple[int, int, int]  # (C, H, W)
-    grid: tuple[int, int]  # tokens (h, w)
+    buckets: dict[str, Bucket]  # those that the split has samples of, in the order of the indices
+    bucket_shards: dict[str, tuple[int, ...]]  # samples of every shard of every bucket, in the order of the indices
+    main_bucket: str  # the square one or, without one, the largest
+    latent_shape: tuple[int, int, int]  # (C, h, w) of the main bucket
+    grid: tuple[int, int]  # tokens (h, w) of the main bucket
+    image_size: int  # pixels, side of a square of as many as images of the main bucket have
     text_length: int  # L: every text is padded to so many tokens
     text_width: int
     pooled_width: int
-    image_size: int
     patch_size: int
     codec: Identity
     encoder: Identity
     splits: dict[str, int]  # samples of every split of the folder
-    shard_sizes: tuple[int, ...]  # samples of every shard of this split
     fingerprint: str  # sha256 of the index, which vouches for every other file
 
-    def __init__(self, folder: Path, split: str, index: dict[str, Any], fingerprint: str) -> None:
+    def __init__(self, store: Store, split: str, index: Index, fingerprint: str) -> None:
         """Use `ShardSet.open`."""
-        self.folder, self.split, self.fingerprint = folder, split, fingerprint
-        self.latent_shape, self.grid = tuple(index["latent_shape"]), tuple(index["grid"])
-        self.text_length, self.text_width = index["text_length"], index["text_width"]
-        self.pooled_width, self.image_size = index["pooled_width"], index["image_size"]
-        self.patch_size, self.codec, self.encoder = index["patch_size"], index["codec"], index["encoder"]
-        self.splits = index["splits"]
-        self._shards = [shard for shard in index["shards"] if shard["split"] == split]
-        self.shard_sizes = tuple(shard["num_samples"] for shard in self._shards)
-        self.num_samples = sum(self.shard_sizes)
-        self._first = np.cumsum([0, *self.shard_sizes])
-        self._tables = [self._table(shard) for shard in self._shards]
-        self._files = index["files"]
-        self._descriptors: dict[tuple[int, int], int] = {}  # (process id, shard) -> file descriptor
+        self.location, self.split, self.fingerprint = store.location, split, fingerprint
+        self.text_length, self.text_width, self.pooled_width = index.text_length, index.text_width, index.pooled_width
+        self.patch_size, self.codec, self.encoder = index.patch_size, index.codec, index.encoder
+        self.splits = index.splits
+        self._store, self._files = store, index.files
+        self._arrange(index)
+        self._opened: dict[int, _Opened | Damage] = {}  # by shard, the latest few
+        self._flaws: list[Damage] = []  # of shards opened since they were last asked for
+
+    def _arrange(self, index: Index) -> None:
+        """Put the shards of this split in order, bucket by bucket."""
+        mine = [shard for shard in index.shards if shard.split == self.split and shard.num_samples]
+        self._shards = [shard for name in index.buckets for shard in mine if shard.bucket == name]
+        sizes: dict[str, list[int]] = {}
+        for shard in self._shards:
+            sizes.setdefault(shard.bucket, []).append(shard.num_samples)
+        self.bucket_shards = {name: tuple(counts) for name, counts in sizes.items()}
+        self.buckets = {name: index.buckets[name] for name in sizes}
+        self._first = np.cumsum([0, *(shard.num_samples for shard in self._shards)])
+        self.num_samples = int(self._first[-1])
+        square = [name for name, bucket in self.buckets.items() if bucket.image[0] == bucket.image[1]]
+        self.main_bucket = max(square or sizes, key=lambda name: sum(sizes[name]))
+        main = self.buckets[self.main_bucket]
+        self.latent_shape, self.grid = main.latent, main.grid
+        self.image_size = math.isqrt(main.image[0] * main.image[1])
+        widths = self.text_length, self.text_width, self.pooled_width
+        self._specs = {name: Spec(bucket.latent, bucket.grid, *widths) for name, bucket in self.buckets.items()}
 
     @classmethod
-    def open(cls, folder: str | Path, split: str) -> "ShardSet":
-        """Read the index and check that every shard of the split is there in full size.
+    def open(
+        cls, location: str | Path, split: str, remote: RemoteOptions | None = None, bears_damage: bool = False
+    ) -> "ShardSet":
+        """Read the index, and in a local folder check that every shard of the split is there in full size.
 
-        Raises DataError where the folder was never prepared, the split does not exist or is empty, or a shard is
-        missing or cut short.
+        With `bears_damage` the shards are looked at when they are read only. Raises DataError where the folder was
+        never prepared, the split does not exist or is empty, or a shard is missing or cut short.
         """
-        folder = Path(folder)
-        try:
-            content = (folder / INDEX_FILE).read_bytes()
-            index = json.loads(content)
-        except FileNotFoundError:
-            raise DataError(
-                f"{folder}: no {INDEX_FILE}; run `python launcher/prepare.py --out {folder}`, which also "
-                "finishes what an earlier run began"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise DataError(f"{folder / INDEX_FILE}: damaged; delete it and run launcher/prepare.py again") from None
-        if index.get("schema") != SCHEMA_VERSION:
-            raise DataError(
-                f"{folder / INDEX_FILE}: schema {index.get('schema')!r}, expected {SCHEMA_VERSION}; "
-                "prepare the data again with this version"
-            )
-        if not index["splits"].get(split):
-            raise DataError(f"{folder}: no samples in split {split!r}; it has {_counts(index['splits'])}")
-        return cls(folder, split, index, hashlib.sha256(content).hexdigest())
-
-    def _table(self, shard: dict[str, Any]) -> list[tuple[str, _Places]]:
-        """Keys and places of a shard's samples, after a look at the size of its tar."""
-        tar = self._path(shard)
-        if not tar.is_file():
-            raise DataError(f"{tar}: shard is missing; {_REWRITE}")
-        if tar.stat().st_size != shard["size"]:
-            raise DataError(
-                f"{tar}: shard has {tar.stat().st_size} bytes, expected {shard['size']}; delete it and {_REWRITE}"
-            )
-        content = _checked(tar.with_suffix(".json"), shard["table_sha256"])
-        return [(key, places) for key, places in json.loads(content)["samples"]]
-
-    def verify(self) -> None:
-        """Read every shard of the split in full and compare its sha256; DataError names the first that differs."""
-        for shard in self._shards:
-            if file_sha256(self._path(shard)) != shard["sha256"]:
-                raise DataError(f"{self._path(shard)}: sha256 differs from the index; delete it and {_REWRITE}")
+        store = open_store(location, remote)
+        index, fingerprint = read_index(store)
+        if not index.splits.get(split):
+            raise DataError(f"{store.location}: no samples in split {split!r}; it has {_counts(index.splits)}")
+        shards = cls(store, split, index, fingerprint)
+        if isinstance(store, LocalStore) and not bears_damage:
+            for shard in shards._shards:
+                check_size(store, shard)
+        return shards
 
     def require(self, codec: Identity | None = None, encoder: Identity | None = None) -> None:
         """Raise a DataError naming the differing key where these shards were made with another codec or encoder."""
         if codec is not None:
-            check_identity("codec", str(self.folder), found=self.codec, expected=codec)
+            check_identity("codec", self.location, found=self.codec, expected=codec)
         if encoder is not None:
-            check_identity("text encoder", str(self.folder), found=self.encoder, expected=encoder)
+            check_identity("text encoder", self.location, found=self.encoder, expected=encoder)
 
     def codec_object(self, device: str = "cpu") -> Codec:
         """The codec that made the latents, to turn samples back into images."""
-        codec = load_codec(self.folder, device)
-        check_identity("codec", str(self.folder / CODEC_FILE), found=codec.identity, expected=self.codec)
+        where = f"{self.location}/{CODEC_FILE}"
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                (Path(folder) / CODEC_FILE).write_bytes(self._store.small(CODEC_FILE))
+            except DamageError:
+                raise DataError(f"{where}: missing; {REWRITE}") from None
+            codec = load_codec(Path(folder), device)
+        check_identity("codec", where, found=codec.identity, expected=self.codec)
         return codec
 
     def text_encoder(self, device: str = "cpu") -> TextEncoder:
@@ -122,153 +133,100 @@ class ShardSet:
 
     def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
         """The empty caption: text (L, D) float32, mask (L,) bool, pooled (D_pooled,) float32."""
-        content = _checked(self.folder / EMPTY_FILE, self._files[EMPTY_FILE])
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            text, mask = self._padded(arrays["text"])
-            return torch.from_numpy(text), torch.from_numpy(mask), torch.from_numpy(arrays["pooled"])
+        content = checked_file(self._store, EMPTY_FILE, self._files.get(EMPTY_FILE, ""))
+        if content is None:
+            raise DataError(f"{self.location}/{EMPTY_FILE}: missing or damaged; delete it and {REWRITE}")
+        try:
+            arrays = decode_npz(content)
+        except DamageError as error:
+            raise DataError(f"{self.location}/{EMPTY_FILE}: {error}; {REWRITE}") from None
+        text = np.zeros((self.text_length, self.text_width), dtype=np.float32)
+        text[: len(arrays["text"])] = arrays["text"]
+        mask = torch.arange(self.text_length) < len(arrays["text"])
+        return torch.from_numpy(text), mask, torch.from_numpy(arrays["pooled"].astype(np.float32))
 
     def batch(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> Batch:
-        """The samples of these indices (0 .. num_samples - 1); `positions` defaults to the indices.
+        """The samples of these indices, all of one bucket, without any choice drawn: first caption, mean latent.
 
-        Raises DataError naming shard and key where a sample is damaged, of another shape, or not finite.
+        `positions` defaults to the indices. Raises DataError naming shard and key where a sample is damaged, of another
+        shape, or not finite.
         """
-        rows = [self._sample(int(index)) for index in indices]
-        texts, masks = zip(*(self._padded(row["text"]) for row in rows), strict=True)
-        places = indices if positions is None else positions
-        return Batch(
-            latent=_stack([row["latent"] for row in rows]),
-            text=_stack(texts),
-            text_mask=torch.from_numpy(np.stack(masks)),
-            pooled=_stack([row["pooled"] for row in rows]),
-            label=torch.tensor([row["label"] for row in rows], dtype=torch.int64),
-            saliency=_stack([row["saliency"] for row in rows]),
-            foreground=_stack([row["foreground"] for row in rows]),
-            position=torch.tensor([int(place) for place in places], dtype=torch.int64),
-            keys=tuple(row["key"] for row in rows),
-            captions=tuple(row["caption"] for row in rows),
-        )
+        samples = []
+        for index in indices:
+            sample = self.load(int(index))
+            for damage in [*self.flaws(), *([sample] if isinstance(sample, Damage) else [])]:
+                raise damage.error()
+            assert isinstance(sample, Sample)
+            samples.append(sample)
+        return collate(samples, indices if positions is None else positions, self.text_length)
 
-    def _sample(self, index: int) -> dict[str, Any]:
+    def bucket_of(self, index: int) -> str:
+        """Name of a sample's bucket."""
+        return self._shards[self._number(index)].bucket
+
+    def indices_of(self, bucket: str) -> range:
+        """Sample indices of a bucket."""
+        inside = [number for number, shard in enumerate(self._shards) if shard.bucket == bucket]
+        return range(int(self._first[inside[0]]), int(self._first[inside[-1] + 1]))
+
+    def load(self, index: int, draw: Draw | None = None) -> Sample | Damage:
+        """Read one sample, or tell what is wrong with it. DataError where the place itself cannot be read."""
+        number = self._number(index)
+        shard, opened = self._shards[number], self._open(number)
+        row = index - int(self._first[number])
+        if isinstance(opened, Damage):
+            return opened._replace(key=f"number {row}")
+        key, places = opened.samples[row]
+        found = self._attempt(shard, Span(key, places, opened.size), draw, fresh=False)
+        if isinstance(found, Damage):  # a cached copy may be at fault
+            return self._attempt(shard, Span(key, places, opened.size), draw, fresh=True)
+        return found
+
+    def flaws(self) -> list[Damage]:
+        """What was found wrong with shards as a whole since the last call."""
+        flaws, self._flaws = self._flaws, []
+        return flaws
+
+    def _number(self, index: int) -> int:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
-        key, places = self._tables[number][index - int(self._first[number])]
-        where = f"{self._path(self._shards[number])}, key {key}"
-        members = {name: self._read(number, places, name, where) for name in places}
-        sample: dict[str, Any] = {
-            name: _array(members[f"{name}.npy"], shape, f"{where}.{name}.npy")
-            for name, shape in self._shapes().items()
-            if f"{name}.npy" in members
-        }
-        sample.setdefault("foreground", np.full(self.grid[0] * self.grid[1], np.nan, dtype=np.float32))
-        label = json.loads(members["json"])["label"]
-        return {**sample, "key": key, "caption": members["txt"].decode(), "label": label}
+        return int(np.searchsorted(self._first, index, side="right")) - 1
 
-    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
-        tokens = self.grid[0] * self.grid[1]
-        return {
-            "latent": self.latent_shape,
-            "text": (None, self.text_width),
-            "pooled": (self.pooled_width,),
-            "saliency": (tokens,),
-            "foreground": (tokens,),
-        }
+    def _attempt(self, shard: Shard, span: Span, draw: Draw | None, fresh: bool) -> Sample | Damage:
+        read = partial(self._store.read, f"{shard.name}.tar", fresh=fresh)
+        try:
+            return load_sample(read, span, self._specs[shard.bucket], draw)
+        except DamageError as error:
+            return Damage(self._path(shard), span.key, str(error))
 
-    def _read(self, number: int, places: _Places, name: str, where: str) -> bytes:
-        offset, size, checksum = places[name]
-        descriptor = self._descriptors.get((os.getpid(), number))
-        if descriptor is None:
-            descriptor = _open(self._path(self._shards[number]))
-            self._descriptors[os.getpid(), number] = descriptor
-        content = os.pread(descriptor, size, offset)
-        if zlib.crc32(content) != checksum:
-            raise DataError(
-                f"{where}.{name}: checksum differs from the index, the shard is damaged; delete it and {_REWRITE}"
-            )
-        return content
+    def _open(self, number: int) -> _Opened | Damage:
+        """Table and true size of a shard, or what makes all of it unusable."""
+        if number not in self._opened:
+            while len(self._opened) >= _TABLES:
+                del self._opened[next(iter(self._opened))]
+            shard = self._shards[number]
+            try:
+                self._opened[number] = self._look(shard)
+            except DamageError as error:
+                self._opened[number] = Damage(self._path(shard), "", str(error).removeprefix(f"{self._path(shard)}: "))
+        return self._opened[number]
 
-    def _padded(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        padded = np.zeros((self.text_length, self.text_width), dtype=np.float32)
-        padded[: len(text)] = text
-        return padded, np.arange(self.text_length) < len(text)
+    def _look(self, shard: Shard) -> _Opened:
+        table = read_table(self._store, shard)
+        size = self._store.size(f"{shard.name}.tar")
+        if size != shard.size:
+            flaw = f"shard has {size} bytes, expected {shard.size}"
+            self._flaws.append(Damage(self._path(shard), "", flaw))
+        elif not ends_in_zeros(self._store, shard, table):
+            self._flaws.append(Damage(self._path(shard), "", "the tar is damaged behind its last sample"))
+        return _Opened(table, size)
 
-    def _path(self, shard: Mapping[str, Any]) -> Path:
-        return self.folder / f"{shard['name']}.tar"
+    def _path(self, shard: Shard) -> str:
+        return f"{self.location}/{shard.name}.tar"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """File descriptors belong to one process."""
-        return {**self.__dict__, "_descriptors": {}}
-
-    def __del__(self) -> None:
-        """Close what this process opened."""
-        for (process, _), descriptor in getattr(self, "_descriptors", {}).items():
-            if process == os.getpid():
-                os.close(descriptor)
-
-
-def order(shard_sizes: Sequence[int], seed: int, epoch: int, block: int = _BLOCK_SHARDS) -> np.ndarray:
-    """The permutation of all sample indices of one epoch, (num_samples,) int64.
-
-    Shards are permuted, then samples are mixed within blocks of `block` shards. A pure function of its arguments: it
-    needs no state, no rank and no communication.
-    """
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    first = np.cumsum([0, *shard_sizes])
-    shards = generator.permutation(len(shard_sizes))
-    blocks = [shards[start : start + block] for start in range(0, len(shards), block)]
-    return np.concatenate(
-        [
-            generator.permutation(np.concatenate([np.arange(first[i], first[i + 1]) for i in members]))
-            for members in blocks
-        ]
-    )
-
-
-def sample_indices(shard_sizes: Sequence[int], seed: int, positions: Sequence[int]) -> list[int]:
-    """Sample index of every global position: epoch = position // num_samples."""
-    sizes, num_samples = tuple(shard_sizes), sum(shard_sizes)
-    epochs = {position // num_samples for position in positions}
-    orders = {epoch: _cached_order(sizes, seed, epoch) for epoch in epochs}
-    return [int(orders[position // num_samples][position % num_samples]) for position in positions]
-
-
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _cached_order(shard_sizes: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
-    return order(shard_sizes, seed, epoch)
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{path}: shard cannot be opened ({error.strerror}); {_REWRITE}") from None
-
-
-def _checked(path: Path, sha256: str) -> bytes:
-    """A small file whose checksum is in the index."""
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{path}: missing or damaged; delete it and {_REWRITE}")
-    return content
-
-
-def _array(content: bytes, shape: tuple[int | None, ...], where: str) -> np.ndarray:
-    """A .npy member as float32, never unpickled; DataError where its shape or a value is wrong."""
-    try:
-        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{where}: not a plain .npy array ({error}); prepare the data again") from None
-    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
-    if not fits:
-        raise DataError(f"{where}: shape {array.shape}, expected {shape}; prepare the data again")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise DataError(f"{where}: holds NaN or infinity; prepare the data again")
-    return array
-
-
-def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
+    def __getstate__(self) -> dict[str, object]:
+        """What was looked at is looked at again elsewhere, so that a worker starts light."""
+        return {**self.__dict__, "_opened": {}, "_flaws": []}
 
 
 def _counts(splits: Mapping[str, int]) -> str:

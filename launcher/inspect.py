@@ -50,7 +50,7 @@ else:
         add("file", type=Path, help=".pth, .pt or .safetensors file, or a folder of shards of a checkpoint")
         add("--family", choices=FAMILIES, help="check that it is of this family")
         add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
-        add("--shards", type=Path, help="prepared data whose latents the checkpoint was trained on")
+        add("--shards", help="prepared data whose latents the checkpoint was trained on")
         add("--split", default="unseen", help="held-out split (default: unseen)")
         add("--images", type=int, default=64, help="held-out images (default: 64)")
         add("--num-heads", type=int, help="where the width does not tell")

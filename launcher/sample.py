@@ -35,7 +35,7 @@ def _sample(arguments: argparse.Namespace) -> Path | str:
     source = find_source(arguments.model, arguments.weights)
     settings = samples.with_overrides(source.run.sample if source.run else SampleConfig(), _given(arguments))
     data = source.run.data if source.run else DataConfig()
-    shards = ShardSet.open(arguments.shards or data.shards, data.train_split)
+    shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
     model, _ = load_model(source.weights)
     samples.check_shards(model, shards)
     if arguments.npz:
@@ -52,6 +52,7 @@ def _sample(arguments: argparse.Namespace) -> Path | str:
         shards.codec_object().decode,
         arguments.batch_size,
         arguments.pool_per_image,
+        samples.latent_size(shards, arguments.bucket),
     )
     titles = wish.titles()[rows.start : rows.stop]
     grid = "grid" if part.of == 1 else f"grid_part{part.number}of{part.of}"
@@ -96,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--join", type=int, metavar="N", help="join the N parts of --npz that were drawn, and draw nothing")
     add("--num", type=int, default=50_000, help="images of --npz (default: 50000)")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run (default: ema)")
-    add("--shards", type=Path, help="prepared shards, for codec and text encoder (default: those of the run)")
+    add("--shards", help="prepared shards, for codec and text encoder (default: those of the run)")
+    add("--bucket", metavar="HxW", help="resolution of the shards to draw in (default: a square)")
     add("--steps", type=int, help="sampling steps (default: sample.num_steps of the run)")
     add("--method", choices=("euler", "heun"), help="sampler (default: sample.method)")
     add("--cfg-scale", type=float, help="classifier-free guidance, 1 is none (default: sample.cfg_scale)")

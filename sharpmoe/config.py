@@ -6,9 +6,13 @@ and are owned by `sharpmoe.parallel.ds_config`; no key stands in both.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_pipeline.remote import RemoteOptions
+from data_pipeline.safety import has_secret
 
 RouterKind = Literal["dense", "tc", "ec", "diffmoe", "promoe_tc", "promoe_ec", "dsmoe", "dit_moe", "race"]
 
@@ -166,13 +170,59 @@ class ModelConfig(Section):
         return self.router != "dense" and in_turn and block >= self.dense_first
 
 
+class ShardSource(Section):
+    """One of several shard sets of a run."""
+
+    path: str  # folder or URL
+    weight: float = Field(gt=0)  # samples are taken from the sources in proportion to their weights
+
+
+class RemoteConfig(Section):
+    """How shards at a URL are read."""
+
+    cache: str | None = None  # folder on the local disk; None: ~/.cache/sharpmoe/shards
+    cache_gib: float = Field(16.0, gt=0)  # size of that folder
+    timeout_s: float = Field(30.0, gt=0)  # without a byte
+    retries: int = Field(6, ge=0)
+    allow_hosts: tuple[str, ...] = ()  # hosts beside the given one that redirects may lead to
+
+    def options(self) -> RemoteOptions:
+        """What data_pipeline takes."""
+        cache = None if self.cache is None else Path(self.cache)
+        return RemoteOptions(
+            cache, int(self.cache_gib * 2**30), self.timeout_s, self.retries, allow_hosts=self.allow_hosts
+        )
+
+
 class DataConfig(Section):
     """Prepared shards and how they are read."""
 
-    shards: str = "data/fluent64"
+    shards: str | tuple[ShardSource, ...] = "data/fluent64"  # folder, URL, or a mixture of them
     train_split: str = "train"
-    validation_split: str = "unseen"
-    num_workers: int = Field(0, ge=0)
+    validation_split: str = "unseen"  # of a mixture: that of its first source
+    num_workers: int = Field(0, ge=0)  # processes that read ahead; 0: a thread of the run's own
+    max_bad_fraction: float = Field(0.0, ge=0, lt=1)  # of all samples, that may be damaged and are then replaced
+    remote: RemoteConfig = RemoteConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if not self.places or not all(path for path, _ in self.places):
+            raise ValueError("shards is empty: name a folder or URL, or a list of {path, weight}")
+        if any(has_secret(path) for path, _ in self.places):
+            raise ValueError("shards holds a password or key: write it as ${NAME}, which is read from the environment")
+        return self
+
+    @property
+    def places(self) -> tuple[tuple[str, float], ...]:
+        """(folder or URL, weight) of every source."""
+        if isinstance(self.shards, str):
+            return ((self.shards, 1.0),)
+        return tuple((source.path, source.weight) for source in self.shards)
+
+    @property
+    def first_place(self) -> str:
+        """Where codec, text encoder and held-out samples are taken from."""
+        return self.places[0][0]
 
 
 class RolloutConfig(Section):

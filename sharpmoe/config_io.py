@@ -217,7 +217,7 @@ def _place(dotted: str, path: str, given: Mapping[str, Any]) -> str:
 
 
 def _one_line(error: ValidationError, path: str, given: Mapping[str, Any]) -> str:
-    return " | ".join(_describe(dict(item), path, given) for item in error.errors()[:3])
+    return " | ".join(dict.fromkeys(_describe(dict(item), path, given) for item in error.errors()[:3]))
 
 
 def _describe(item: dict[str, Any], path: str, given: Mapping[str, Any]) -> str:
@@ -266,6 +266,8 @@ def _type_words(kind: Any) -> str:
         return f"a list of {_type_words(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)}: {', '.join(_type_words(part) for part in args)}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"{{{', '.join(kind.model_fields)}}}"
     if origin is not None:  # Literal
         return " | ".join(str(choice) for choice in args)
     return _TYPE_WORDS.get(kind, str(kind))

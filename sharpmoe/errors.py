@@ -16,6 +16,10 @@ class DataError(SharpMoEError):
     """Images, captions or shards are missing, damaged, or do not fit the run."""
 
 
+class DamageError(DataError):
+    """One sample, or a whole shard, is damaged or gone; data.max_bad_fraction says how many a run bears."""
+
+
 class CheckpointError(SharpMoEError):
     """A checkpoint or a weights file is missing, damaged, or belongs to another model or layout."""
 

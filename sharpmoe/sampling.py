@@ -155,15 +155,17 @@ def generate(
     *,
     batch_size: int = 16,
     pool_per_image: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images per model call and branch.
 
+    `size` (H, W) of the latents: square ones of the model's size where it is not given, else of as many tokens.
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
     pools the tokens of a call and is the one exception, unless `pool_per_image` gives every image a call of its own.
     The model must be in eval mode. Nothing is communicated; every rank of a partitioned model must take part.
     """
     guidance = guidance_of(config, sample, pool_per_image=pool_per_image)
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    shape = (config.latent_channels, *(size or (config.latent_size, config.latent_size)))
     parts = []
     for start in range(0, len(request.indices), batch_size):
         rows = slice(start, start + batch_size)

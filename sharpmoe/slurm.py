@@ -73,7 +73,7 @@ def make_batch(job: Job, resources: Resources) -> Batch:
 
 def _settings(job: Job, run: RunConfig, resources: Resources) -> dict[str, Setting]:
     if job.kind == "prepare":
-        return {"ARGUMENTS": ["--out", run.data.shards, *job.words]}
+        return {"ARGUMENTS": ["--out", run.data.first_place, *job.words]}
     folder = str(Path(run.output) / run.name)
     if job.kind == "sample":
         return {"ARGUMENTS": [folder, *job.words]}

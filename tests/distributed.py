@@ -54,7 +54,9 @@ def _started(
     try:
         for rank in range(num_ranks):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_rank, args=(theirs, rank, num_ranks, port, function, args), daemon=True)
+            process: BaseProcess = CONTEXT.Process(
+                target=_rank, args=(theirs, rank, num_ranks, port, function, args), daemon=True
+            )
             process.start()
             theirs.close()
             ends[ours] = rank

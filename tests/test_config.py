@@ -165,3 +165,30 @@ def test_batch_arithmetic_names_the_mend(total, micro, world, words):
 
 def test_nearest_says_nothing_when_nothing_is_near():
     assert nearest("abc", ["xyz"]) == ""
+
+
+def test_shards_may_be_a_place_or_a_mixture(run_file):
+    assert load_run_config(run_file()).data.places == (("data/fluent64", 1.0),)
+    text = PRETRAIN + "data: {shards: [{path: a, weight: 3}, {path: 'https://host/b', weight: 0.5}]}\n"
+    run = load_run_config(run_file(text))
+    assert run.data.places == (("a", 3.0), ("https://host/b", 0.5))
+    assert run.data.first_place == "a"
+    path = run_file(dump_run_config(run))
+    assert load_run_config(path) == run
+    assert load_run_config(path, ["--data.shards", "s3://bucket/c"]).data.places == (("s3://bucket/c", 1.0),)
+
+
+@pytest.mark.parametrize("shards", ["[]", "''", "[{path: '', weight: 1}]", "[{path: a, weight: 0}]", "[a, b]", "3"])
+def test_shards_that_are_no_place(run_file, shards):
+    message = refusal(run_file(PRETRAIN), "--data.shards", shards)
+    assert "data" in message
+    assert "{path, weight}" in message
+
+
+def test_how_shards_in_the_network_are_read(run_file):
+    text = "data: {remote: {cache: /tmp/c, cache_gib: 0.5, retries: 2, allow_hosts: [cdn.example.org]}}\n"
+    options = load_run_config(run_file(PRETRAIN + text)).data.remote.options()
+    assert (options.cache, options.cache_bytes, options.retries) == (Path("/tmp/c"), 2**29, 2)
+    assert options.allow_hosts == ("cdn.example.org",)
+    assert "data.remote.retry" in refusal(run_file(PRETRAIN + "data: {remote: {retry: 2}}\n"))
+    assert "data.max_bad_fraction" in refusal(run_file(PRETRAIN), "--data.max_bad_fraction", "1.5")

@@ -161,3 +161,11 @@ def test_sampling_an_untrained_saliency_router_equals_the_base() -> None:
     settings = SampleConfig(num_steps=3)
     base = model.config.model_copy(update={"saliency_router": False})
     assert torch.equal(generate(model, model.config, settings, request(2)), generate(model, base, settings, request(2)))
+
+
+def test_samples_of_another_aspect() -> None:
+    model = toy_model("tc").eval()
+    drawn = generate(model, model.config, SampleConfig(num_steps=2), request(2), size=(4, 16))
+    assert drawn.shape == (2, model.config.latent_channels, 4, 16)
+    square = generate(model, model.config, SampleConfig(num_steps=2), request(2), size=(8, 8))
+    assert torch.equal(square, generate(model, model.config, SampleConfig(num_steps=2), request(2)))

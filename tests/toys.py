@@ -57,6 +57,9 @@ class ToySamples:
             captions=tuple(f"caption {index}" for index in indices),
         )
 
+    def bucket_of(self, index: int) -> str:
+        return "64x64"
+
     def _row(self, index: int) -> tuple[Tensor, ...]:
         g = torch.Generator().manual_seed(index)
         foreground = (torch.rand(16, generator=g) > 0.5).float()

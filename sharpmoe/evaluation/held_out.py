@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,7 +33,11 @@ class Samples(Protocol):
         ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Read the samples at `indices`."""
+        """Read the samples at `indices`, all of one bucket."""
+        ...
+
+    def bucket_of(self, index: int) -> str:
+        """Name of a sample's resolution."""
         ...
 
 
@@ -82,7 +87,7 @@ def observe(
     device = next(model.parameters()).device
     tables: Observed | None = None
     with evaluating(model):
-        for rows, counted in chunks_of_rank(len(indices), chunk, share):
+        for rows, counted in chunks_of_rank([samples.bucket_of(index) for index in indices], chunk, share):
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)
             item = held_out_item(batch, picked, times, model.config, seed, device)
@@ -102,9 +107,14 @@ def spread(num_samples: int, count: int) -> list[int]:
     return [i * num_samples // count for i in range(count)]
 
 
-def chunks_of_rank(num_rows: int, chunk: int, share: Share) -> list[Chunk]:
-    """Chunks of one rank: every world-th of all chunks; the last chunk, uncounted, where a rank would run short."""
-    chunks = [range(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)]
+def chunks_of_rank(buckets: Sequence[str], chunk: int, share: Share) -> list[Chunk]:
+    """Chunks of one rank: every world-th of all chunks; the last chunk, uncounted, where a rank would run short.
+
+    `buckets`: bucket of every row; a chunk is of one bucket.
+    """
+    edges = [row for row in range(1, len(buckets)) if buckets[row] != buckets[row - 1]]
+    runs = list(pairwise([0, *edges, len(buckets)]))
+    chunks = [range(at, min(at + chunk, stop)) for start, stop in runs for at in range(start, stop, chunk)]
     mine = range(share.rank, -(-len(chunks) // share.world) * share.world, share.world)
     return [Chunk(chunks[min(i, len(chunks) - 1)], i < len(chunks)) for i in mine]
 

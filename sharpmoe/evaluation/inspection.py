@@ -6,6 +6,7 @@ predicts nonsense. Only its loss on real samples tells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,6 +58,10 @@ class WithLabels:
         known = (batch.label >= 0) & (batch.label < self._num_classes)
         return batch._replace(label=torch.where(known, batch.label, self._num_classes))
 
+    def bucket_of(self, index: int) -> str:
+        """Name of a sample's resolution."""
+        return self._samples.bucket_of(index)
+
 
 def inspect(
     state: Mapping[str, Tensor], samples: Samples | None, images: int = 64, sizes: Mapping[str, Any] | None = None
@@ -106,13 +111,14 @@ def _measure(
 def _check_shape(config: ModelConfig, samples: Samples) -> None:
     found = tuple(samples.batch([0]).latent.shape[1:])
     expected = (config.latent_channels, config.latent_size, config.latent_size)
-    if found != expected:
+    if found[0] != expected[0] or math.prod(found) != math.prod(expected):  # any aspect will do
         raise CheckpointError(f"the checkpoint takes latents {expected}, the shards hold {found}; name other shards")
 
 
 def _loss_of_nothing(samples: Samples, images: int) -> float:
-    latent = samples.batch(range(min(images, samples.num_samples))).latent
-    return 1 + latent.square().mean().item()  # E |noise - data|^2 with unit noise
+    indices = range(min(images, samples.num_samples))
+    squares = [samples.batch([index]).latent.square().mean().item() for index in indices]
+    return 1 + sum(squares) / len(squares)  # E |noise - data|^2 with unit noise
 
 
 def verdict(inspection: Inspection, family: str | None = None) -> str | None:

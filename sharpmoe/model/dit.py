@@ -170,7 +170,7 @@ class DiT(nn.Module):
         self.y_embedder = None if is_text else LabelEmbed(config.num_classes, config.width, config.class_dropout)
         side = config.latent_size // config.patch_size
         self.register_buffer(
-            "pos_embed", sincos_positions(config.width, side) if config.positions == "sincos" else None
+            "pos_embed", sincos_positions(config.width, (side, side), side) if config.positions == "sincos" else None
         )
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.depth)])
         out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
@@ -197,6 +197,7 @@ class DiT(nn.Module):
     ) -> ModelOutput:
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
+        x_t need not be square, but has as many tokens as a square one of the configured size; ValueError otherwise.
         condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. guidance (B, C, H, W):
         clean latent predicted by the previous step, detached here; None gives the base routing. routing_maps: per MoE
         layer (B, N, E) bool, choices to replay. recompute: keep only block inputs for backward (non-reentrant; the
@@ -219,9 +220,10 @@ class DiT(nn.Module):
         recompute: bool,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
-        tokens = self._embed(x_t)
-        guidance_tokens = None if guidance is None else self._embed(guidance.detach())
-        context = self._context(t, condition)
+        grid = self._grid(x_t)
+        tokens = self._embed(x_t, grid)
+        guidance_tokens = None if guidance is None else self._embed(guidance.detach(), grid)
+        context = self._context(t, condition, grid)
         records: list[Routing] = []
         for block in self.blocks:
             replay = routing_maps[len(records)] if routing_maps is not None and block.moe is not None else None
@@ -229,13 +231,25 @@ class DiT(nn.Module):
             tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             if routing is not None:
                 records.append(routing)
-        return self._latent(self.final_layer(tokens, context.c)), tuple(records)
+        return self._latent(self.final_layer(tokens, context.c), grid), tuple(records)
 
-    def _embed(self, latent: Tensor) -> Tensor:
+    def _grid(self, latent: Tensor) -> tuple[int, int]:
+        """Tokens (h, w) of a latent."""
+        (height, bottom), (width, right) = (divmod(size, self.config.patch_size) for size in latent.shape[2:])
+        if bottom or right or height * width != self.num_tokens:
+            raise ValueError(f"latent {tuple(latent.shape[1:])}: expected one of {self.num_tokens} tokens")
+        return height, width
+
+    def _embed(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens: Tensor = self.x_embedder(latent.to(self.x_embedder.proj.weight.dtype))
-        return tokens if self.pos_embed is None else tokens + self.pos_embed.to(tokens.dtype)
+        if self.pos_embed is None:
+            return tokens
+        positions, side = self.pos_embed, self.config.latent_size // self.config.patch_size
+        if grid != (side, side):
+            positions = sincos_positions(self.config.width, grid, side, tokens.device)
+        return tokens + positions.to(tokens.dtype)
 
-    def _context(self, t: Tensor, condition: Condition) -> Context:
+    def _context(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
         c, text, unconditional = self.t_embedder(t), None, None
         if self.text_embedder is not None:
             if not isinstance(condition, TextCondition):
@@ -249,19 +263,18 @@ class DiT(nn.Module):
             if self.config.unconditional_expert:
                 label = self.config.unconditional_label
                 unconditional = condition.labels == (self.config.num_classes if label is None else label)
-        return Context(functional.silu(c), text, self._rotary(t.device), unconditional)
+        return Context(functional.silu(c), text, self._rotary(t.device, grid), unconditional)
 
-    def _rotary(self, device: torch.device) -> Tensor | None:
+    def _rotary(self, device: torch.device, grid: tuple[int, int]) -> Tensor | None:
         """Rotary positions where the family turns its heads; made anew, for a buffer would have to be saved."""
         config = self.config
         if config.positions == "sincos":
             return None
-        side = config.latent_size // config.patch_size
-        return rotary_positions(config.width // config.num_heads, side, config.positions, device)
+        return rotary_positions(config.width // config.num_heads, grid, config.positions, device)
 
-    def _latent(self, tokens: Tensor) -> Tensor:
+    def _latent(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         out_channels = tokens.shape[-1] // self.config.patch_size**2
-        raw = unpatchify(tokens, self.config.patch_size, out_channels)
+        raw = unpatchify(tokens, self.config.patch_size, out_channels, grid)
         return at_least_float32(raw[:, : self.config.latent_channels])  # learn_sigma: the rest is not used
 
 

@@ -47,26 +47,32 @@ def patchify(latent: Tensor, patch: int) -> Tensor:
     return x.reshape(b, (h // patch) * (w // patch), c * patch * patch)
 
 
-def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
-    """(B, N, p p C) with features in (row, column, channel) order, as DiT's final layer -> (B, C, H, W), square."""
-    b, n, _ = tokens.shape
-    side = math.isqrt(n)
-    x = tokens.view(b, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(b, channels, side * patch, side * patch)
+def unpatchify(tokens: Tensor, patch: int, channels: int, grid: tuple[int, int]) -> Tensor:
+    """(B, h w, p p C) with features in (row, column, channel) order, as DiT's final layer -> (B, C, h p, w p)."""
+    height, width = grid
+    x = tokens.view(len(tokens), height, width, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(len(tokens), channels, height * patch, width * patch)
 
 
-def sincos_positions(width: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, side * side, width) float32, as in MAE and DiT: half for x, half for y."""
-    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    axis = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, width / 4)
-    one_axis = torch.cat([axis.sin(), axis.cos()], dim=1)  # (side, width / 2)
-    along_x = one_axis[None, :].expand(side, side, -1)
-    along_y = one_axis[:, None].expand(side, side, -1)
-    return torch.cat([along_x, along_y], dim=-1).reshape(1, side * side, width).float()
+def sincos_positions(width: int, grid: tuple[int, int], side: int, device: torch.device | None = None) -> Tensor:
+    """Fixed 2-D sine-cosine positions (1, h w, width) float32, as in MAE and DiT: half for x, half for y.
+
+    Another grid than (side, side) lies centred on it, at the same distance between tokens: so the middle of a picture
+    has one position in every aspect, and no axis is stretched.
+    """
+    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4))
+    axes = []
+    for tokens in grid:
+        place = torch.arange(tokens, dtype=torch.float64, device=device) + (side - tokens) / 2
+        angle = place[:, None] * omega  # (tokens, width / 4)
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))  # (tokens, width / 2)
+    along_x = axes[1][None, :].expand(*grid, -1)
+    along_y = axes[0][:, None].expand(*grid, -1)
+    return torch.cat([along_x, along_y], dim=-1).reshape(1, grid[0] * grid[1], width).float()
 
 
-def rotary_positions(head_width: int, side: int, kind: str, device: torch.device) -> Tensor:
-    """Cosines and sines (2, side * side, head_width) float32 of rotary positions (RoFormer, arXiv 2104.09864).
+def rotary_positions(head_width: int, grid: tuple[int, int], kind: str, device: torch.device) -> Tensor:
+    """Cosines and sines (2, h w, head_width) float32 of rotary positions (RoFormer, arXiv 2104.09864) on a grid (h, w).
 
     rope_2d: the first half of a head turns with the row, the second with the column, as in DSMoE; rope_1d: the whole
     head turns with the token's place in the sequence.
@@ -74,9 +80,9 @@ def rotary_positions(head_width: int, side: int, kind: str, device: torch.device
     axes = 2 if kind == "rope_2d" else 1
     quarter = head_width // axes // 2
     frequency = 10000 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    place = torch.arange(side * side, device=device)
-    places = torch.stack([place // side, place % side] if axes == 2 else [place], dim=1)  # (N, axes)
-    angle = (places[..., None] * frequency)[:, :, None].expand(-1, -1, 2, -1).reshape(side * side, head_width)
+    place = torch.arange(grid[0] * grid[1], device=device)
+    places = torch.stack([place // grid[1], place % grid[1]] if axes == 2 else [place], dim=1)  # (N, axes)
+    angle = (places[..., None] * frequency)[:, :, None].expand(-1, -1, 2, -1).reshape(len(place), head_width)
     return torch.stack([angle.cos(), angle.sin()])
 
 

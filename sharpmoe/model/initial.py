@@ -38,7 +38,8 @@ def initial_value(
     """
     last = name.rpartition(".")[2]
     if name == "pos_embed":
-        return sincos_positions(config.width, config.latent_size // config.patch_size)
+        side = config.latent_size // config.patch_size
+        return sincos_positions(config.width, (side, side), side)
     if ".experts." in name:
         return _expert_value(name, shape, config, seed, range(shape[0]) if experts is None else experts)
     if last in ("bias", "expert_threshold", "expert_bias") or any(part in name for part in ZERO_INITIALISED):

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from sharpmoe.evaluation.allocation import Allocation, Estimate
@@ -58,7 +58,7 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int | None = N
     """Lay out images (B, 3, H, W) in [-1, 1] on white, each over its caption of at most three lines."""
     columns = columns or min(len(captions), max(4, math.ceil(math.sqrt(len(captions) * 1.6))))
     rows = math.ceil(len(captions) / columns)
-    font = _font(FONT_SIZE)
+    font = load_font(FONT_SIZE)
     broken = [wrap(caption or "(empty caption)", CELL, font) for caption in captions]
     cell_height = CELL + max(map(len, broken)) * (FONT_SIZE + 4) + 4
     size = (columns * (CELL + GAP) + GAP, rows * (cell_height + GAP) + GAP)
@@ -66,7 +66,8 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int | None = N
     pen = ImageDraw.Draw(sheet)
     for i, (pixels, lines) in enumerate(zip(to_pixels(images), broken, strict=True)):
         left, top = GAP + i % columns * (CELL + GAP), GAP + i // columns * (cell_height + GAP)
-        sheet.paste(Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC), (left, top))
+        picture = ImageOps.contain(Image.fromarray(pixels), (CELL, CELL), Image.Resampling.BICUBIC)
+        sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
         pen.rectangle((left - 1, top - 1, left + CELL, top + CELL), outline="#dddddd")
         for line, text in enumerate(lines):
             y = top + CELL + 5 + line * (FONT_SIZE + 4)
@@ -100,7 +101,8 @@ def routing_sheet(sheet: Sheet, title: str = "", most: float | None = None) -> P
     M is drawn up to the largest value of its image.
     """
     num_images, num_steps, num_tokens = sheet.experts.shape
-    side = math.isqrt(num_tokens)
+    height, width = sheet.images.shape[2:]
+    rows = round(math.sqrt(num_tokens * height / width))  # tokens are square in the picture, whatever its aspect
     most = most or max(float(sheet.experts.max()), 1.0)
     columns = 3 + num_steps
     figure = Figure(figsize=(1.02 * columns + 0.9, 1.2 * num_images + 0.55 + 0.3 * bool(title)), dpi=110)
@@ -108,7 +110,7 @@ def routing_sheet(sheet: Sheet, title: str = "", most: float | None = None) -> P
     heads = ["image", "saliency M", "mask", *(f"t = {t:.3g}" for t in sheet.times)]
     for row, pixels in zip(range(num_images), to_pixels(sheet.images), strict=True):
         maps = [sheet.saliency[row], sheet.foreground[row], *sheet.experts[row]]
-        grids = [values.reshape(side, side).float().cpu().numpy() for values in maps]
+        grids = [values.reshape(rows, -1).float().cpu().numpy() for values in maps]
         axes[row, 0].imshow(pixels)
         for column, grid in enumerate(grids, start=1):
             top = (float(grid.max()), 1.0, most)[min(column - 1, 2)]
@@ -182,7 +184,7 @@ def _top(figure: Figure, title: str) -> float:
     return 1 - (0.3 + 0.3 * bool(title)) / figure.get_figheight()
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     """Matplotlib's own font: there on every machine, and it has accents that Pillow's default lacks."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 

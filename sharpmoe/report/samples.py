@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,17 +51,28 @@ def check_shards(model: DiT, shards: ShardSet) -> DiT:
     wanted: dict[str, tuple[int, ...]] = {
         "latent shape": (config.latent_channels, config.latent_size, config.latent_size)
     }
-    found: dict[str, tuple[int, ...]] = {"latent shape": shards.latent_shape}
+    alike = math.prod(shards.latent_shape[1:]) == config.latent_size**2  # any aspect will do
+    square = (shards.latent_shape[0], config.latent_size, config.latent_size)
+    found: dict[str, tuple[int, ...]] = {"latent shape": square if alike else shards.latent_shape}
     if config.conditioning == "text":
         wanted |= {"text widths": (config.text_width, config.pooled_width)}
         found |= {"text widths": (shards.text_width, shards.pooled_width)}
     for what, expected in wanted.items():
         if found[what] != expected:
             raise DataError(
-                f"{shards.folder}: {what} {found[what]}, the model has {expected}; name the shards the model was "
+                f"{shards.location}: {what} {found[what]}, the model has {expected}; name the shards the model was "
                 "trained on (--shards)"
             )
     return model
+
+
+def latent_size(shards: ShardSet, bucket: str | None) -> tuple[int, int] | None:
+    """Latent (h, w) of a resolution of the shards, None for None. ConfigError where they have no such resolution."""
+    if bucket is None:
+        return None
+    if bucket not in shards.buckets:
+        raise ConfigError(f"--bucket {bucket}: {shards.location} has {', '.join(shards.buckets)} (H x W pixels)")
+    return shards.buckets[bucket].latent[1:]
 
 
 def with_overrides(settings: SampleConfig, given: Mapping[str, object]) -> SampleConfig:
@@ -95,11 +107,15 @@ def draw(
     decode: Callable[[Tensor], Tensor],
     batch_size: int = 16,
     pool_per_image: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; the model's mode is restored."""
+    """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; the model's mode is restored.
+
+    `size` (h, w) of the latents; square where it is not given.
+    """
     with evaluating(model):
         latents = sampling.generate(
-            model, model.config, settings, asked, batch_size=batch_size, pool_per_image=pool_per_image
+            model, model.config, settings, asked, batch_size=batch_size, pool_per_image=pool_per_image, size=size
         )
     return decode(latents.cpu())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_pipeline.encode import Codec
+from data_pipeline.codecs import Codec
 from data_pipeline.shards import ShardSet
 from sharpmoe.evaluation import allocation
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES, Allocation
@@ -19,11 +19,12 @@ from sharpmoe.report.samples import slug
 def routing_sheet(
     model: DiT, shards: ShardSet, codec: Codec, images: int = 8, seed: int = 0, share: Share = ALONE
 ) -> Sheet:
-    """Roll the model out over `images` held-out samples, spread over the split, and keep what a sheet shows.
+    """Roll the model out over `images` held-out samples, spread over the main bucket, and keep what a sheet shows.
 
     Eval mode, fixed noise, one call per time for all images; communicates by `share.reduce` alone.
     """
-    indices = spread(shards.num_samples, images)
+    rows = shards.indices_of(shards.main_bucket)
+    indices = [rows[i] for i in spread(len(rows), images)]
     seen = observe(model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share)
     batch = shards.batch(indices)
     decoded = codec.decode(batch.latent)

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.encode import Codec
+from data_pipeline.codecs import Codec
 from data_pipeline.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import RunConfig
 from sharpmoe.evaluation import allocation, validation
-from sharpmoe.evaluation.held_out import Share
+from sharpmoe.evaluation.held_out import Share, spread
 from sharpmoe.model.dit import DiT
 from sharpmoe.report import figures, samples, sheets
 from sharpmoe.train.metrics import due
@@ -41,10 +41,22 @@ class Looks(NamedTuple):
 def make_looks(
     run: RunConfig, held_out: ShardSet, folder: Path, device: torch.device, share: Share, log: RunLog | None
 ) -> Looks:
-    """Open the codec and encode the fixed captions once, to `device`. No communication. Raises DataError."""
+    """Open the codec, encode the fixed captions to `device`, and read once what will be measured on.
+
+    So damage of held-out samples is an error before the first step. No communication. Raises DataError.
+    """
+    for index in _measured(run, held_out.num_samples):
+        held_out.batch([index])
     wanted = run.log.sample_every > 0 and run.sample.captions and run.model.conditioning == "text"
     request = samples.request(run.model, held_out, samples.Wish(run.sample.captions), device) if wanted else None
     return Looks(run, folder, held_out, held_out.codec_object(), request, share, log)
+
+
+def _measured(run: RunConfig, num_samples: int) -> list[int]:
+    """Held-out samples that the run's measurements read."""
+    counts = {run.log.validation_images if run.log.validate_every else 0}
+    counts.add(run.log.allocation_images if run.log.allocation else 0)
+    return sorted({index for count in counts for index in spread(num_samples, count)})
 
 
 def look_before(looks: Looks, build: Callable[[], DiT]) -> None:

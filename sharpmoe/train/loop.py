@@ -6,13 +6,14 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.schema import Batch
-from data_pipeline.stream import stream
+from data_pipeline.schedule import Start
+from data_pipeline.stream import Loaded, stream
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel import peers
 from sharpmoe.parallel.launch import World, together
 from sharpmoe.parallel.signals import StopAskedError
 from sharpmoe.train import faults, feed, stopping
+from sharpmoe.train.bad_samples import BadSamples
 from sharpmoe.train.banner import banner
 from sharpmoe.train.guard import Watch
 from sharpmoe.train.looks import look, look_before
@@ -91,21 +92,24 @@ def _look_first(session: Session, owed: bool) -> None:
 def _steps(session: Session) -> Generator[Progress, None, None]:
     """Take the optimizer steps that are left; yields how far the run is after each. Communicates."""
     plan, world, run = session.plan, session.world, session.plan.run
-    progress = plan.start
+    progress, bad = plan.start, BadSamples(plan, world, session.log)
     with closing(_batches(session)) as batches:
         for step in range(plan.start.step, run.train.steps):
             began, done = time.monotonic(), step + 1
             peers.mark(f"step {done}")
             with together(world, heed_signals=True):
-                batch = next(batches)
-                items = prepare(batch, plan.data.empty_text, run, world.device)
-            waited = time.monotonic() - began
+                loaded = next(batches)
+                came = time.monotonic()
+                items = prepare(loaded.batches, plan.data.empty_text, run, world.device)
+                preparing = time.monotonic() - came
+            waited = time.monotonic() - began - preparing  # until the slowest rank had its samples
+            bad.agree(loaded.damage, done)
             with_routing = done in (plan.start.step + 1, run.train.steps) or due(done, run.log.every)
             watch = Watch(*progress.watch)
             result = train_step(session.engine, session.objective, session.ema, items, step, with_routing, watch)
             _log_step(session, done, result, time.monotonic() - began, waited)
-            _check(session, done, result, faults.Suspects(batch, items))
-            progress = Progress(done, progress.samples + plan.batch.global_batch, result.watch)
+            _check(session, done, result, faults.Suspects(loaded.batches, items))
+            progress = Progress(done, *loaded.consumed, result.watch)
             yield progress
 
 
@@ -138,7 +142,7 @@ def _check(session: Session, step: int, result: StepResult, suspects: faults.Sus
         session.engine.check_replicas(step)
 
 
-def _batches(session: Session) -> Generator[tuple[Batch, ...], None, None]:
+def _batches(session: Session) -> Generator[Loaded, None, None]:
     plan, world = session.plan, session.world
     batches = stream(
         plan.data.train,
@@ -147,8 +151,9 @@ def _batches(session: Session) -> Generator[tuple[Batch, ...], None, None]:
         micro_batch=plan.batch.micro_batch,
         rank=world.rank,
         world=world.size,
-        start=plan.start.samples,
+        start=Start(plan.start.samples, plan.start.streams),
         num_workers=plan.run.data.num_workers,
+        max_bad_fraction=plan.run.data.max_bad_fraction,
     )
     return feed.watched(batches)
 

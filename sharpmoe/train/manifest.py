@@ -26,6 +26,7 @@ class Progress(NamedTuple):
 
     step: int  # optimizer steps done
     samples: int  # samples consumed, over all ranks: the place in the data order
+    streams: tuple[int, ...] = ()  # of every bucket of every source, where there are several
     watch: Watch = Watch()  # of the gradient norm
 
 
@@ -97,7 +98,7 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
     progress = content["progress"]
     return Manifest(
         folder,
-        Progress(**progress | {"watch": Watch(**progress["watch"])}),
+        Progress(**progress | {"streams": tuple(progress["streams"]), "watch": Watch(**progress["watch"])}),
         Layout(**content["layout"]),
         ModelConfig(**content["model"]),
         content["settings"],

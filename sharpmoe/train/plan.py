@@ -1,6 +1,7 @@
 """What is known and checked before a run does real work. Pure on every rank: nothing here communicates."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data_pipeline.index import Bucket
+from data_pipeline.mixture import Mixture, open_mixture
 from data_pipeline.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
@@ -24,7 +27,7 @@ from sharpmoe.train.step import EmptyText
 class Data(NamedTuple):
     """The two splits of a run and the embedding of the empty caption."""
 
-    train: ShardSet
+    train: Mixture
     held_out: ShardSet
     empty_text: EmptyText
 
@@ -110,12 +113,24 @@ def _going_on_from(saved: Manifest | None, plan: Plan) -> Plan:
 
 def open_data(run: RunConfig) -> Data:
     """Open both splits and check that they fit the model. Raises DataError."""
-    train = ShardSet.open(run.data.shards, run.data.train_split)
+    data = run.data
+    remote = data.remote.options()
+    train = open_mixture(data.places, data.train_split, remote, bears_damage=data.max_bad_fraction > 0)
+    for bucket in train.buckets.values():
+        _check_bucket(train, bucket, run)
+    return Data(train, ShardSet.open(data.first_place, data.validation_split, remote), train.empty_text())
+
+
+def _check_bucket(train: Mixture, bucket: Bucket, run: RunConfig) -> None:
+    channels, height, width = bucket.latent
     model = run.model
+    size: object = math.isqrt(height * width)
+    if size != model.latent_size or bucket.grid[0] * bucket.grid[1] != model.num_tokens:
+        size = height if height == width else f"{height}x{width}"
     checks: list[tuple[str, object, object]] = [
-        ("latent_channels", train.latent_shape[0], model.latent_channels),
-        ("latent_size", train.latent_shape[1], model.latent_size),
-        ("patch_size", train.latent_shape[1] // train.grid[0], model.patch_size),
+        ("latent_channels", channels, model.latent_channels),
+        ("patch_size", height // bucket.grid[0], model.patch_size),
+        ("latent_size", size, model.latent_size),
     ]
     if model.conditioning == "text":
         checks += [("text_width", train.text_width, model.text_width)]
@@ -123,10 +138,9 @@ def open_data(run: RunConfig) -> Data:
     for name, there, here in checks:
         if there != here:
             raise DataError(
-                f"{run.data.shards}: made for model.{name} {there}, the run has {here}; set model.{name} to {there}, "
-                "or prepare the data with another codec or encoder"
+                f"{run.data.first_place}: made for model.{name} {there}, the run has {here}; set model.{name} to "
+                f"{there}, or prepare the data with another codec or encoder"
             )
-    return Data(train, ShardSet.open(run.data.shards, run.data.validation_split), train.empty_text())
 
 
 def initial_model(plan: Plan) -> Initial:
@@ -141,7 +155,7 @@ def initial_model(plan: Plan) -> Initial:
     if init is None or plan.saved is not None:
         return Initial(model, StartingWeights(plan.run.model, plan.run.seed), ())
     weights = StartingWeights(plan.run.model, plan.run.seed, init)
-    return Initial(model, weights, origin_notes(weights.meta, plan.data.origin(), init, plan.run.data.shards))
+    return Initial(model, weights, origin_notes(weights.meta, plan.data.origin(), init, plan.run.data.first_place))
 
 
 def origin_notes(meta: Mapping[str, str], origin: Mapping[str, str], weights: str, shards: str) -> tuple[str, ...]:

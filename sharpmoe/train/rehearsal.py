@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.write import INDEX_FILE
+from data_pipeline.index import INDEX_FILE
+from data_pipeline.safety import scheme_of
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic
 from sharpmoe.model.dit import DiT
@@ -25,10 +26,11 @@ def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World) -> str:
     notes = []
     layout = batch_arithmetic(run, world.size)
     check_ep_size(run, world.size)
-    if (Path(run.data.shards) / INDEX_FILE).is_file():
+    local = [Path(place) for place, _ in run.data.places if scheme_of(place) is None]
+    missing = [folder for folder in local if not (folder / INDEX_FILE).is_file()]
+    notes += [f"{folder} is not prepared yet: not checked against the model" for folder in missing]
+    if not missing:
         make_plan(run, ds_config, world)
-    else:
-        notes.append(f"{run.data.shards} is not prepared yet: not checked against the model")
     init = run.checkpoint.init
     if init is not None and Path(init).is_file():
         check_architecture(read_header(init)[0], run.model, init)

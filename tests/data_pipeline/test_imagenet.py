@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from data_pipeline.imagenet import ClassFolderSource
+from data_pipeline.items import listing
+from data_pipeline.members import decode_npy
 from data_pipeline.moments import SD_VAE_SCALE
 from data_pipeline.shards import ShardSet
 from launcher.prepare import main
@@ -40,9 +43,9 @@ def cache(folder: Path, root: Path) -> Path:
 
 
 def test_labels_count_the_class_folders(tmp_path: Path) -> None:
-    items = ClassFolderSource(class_folder(tmp_path / "set")).listing().items
+    items = listing(ClassFolderSource(class_folder(tmp_path / "set"))).items
     assert {(Path(item.name).parent.name, item.label) for item in items} == {("n01", 0), ("n02", 1), ("n03", 2)}
-    assert {item.caption for item in items} == set(CLASSES)
+    assert {item.captions[0][0] for item in items} == set(CLASSES)
     assert len({item.key for item in items}) == len(items) == 12
 
 
@@ -50,10 +53,10 @@ def test_train_and_val_are_the_splits_and_classes_have_names(tmp_path: Path) -> 
     class_folder(tmp_path / "train")
     class_folder(tmp_path / "val", images=1)
     (tmp_path / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\n")
-    items = ClassFolderSource(tmp_path, flip=True).listing().items
+    items = listing(ClassFolderSource(tmp_path, flip=True)).items
     assert sum(item.split == "unseen" for item in items) == 3
     assert sum(item.split == "train" for item in items) == 24
-    assert {item.caption for item in items} == {"tench", "goldfish", "n03"}
+    assert {item.captions[0][0] for item in items} == {"tench", "goldfish", "n03"}
     assert not any(item.flip for item in items if item.split == "unseen")
 
 
@@ -98,4 +101,28 @@ def test_a_missing_folder_and_an_empty_one_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--moments takes a folder"):
         ClassFolderSource(tmp_path, moments=tmp_path / "none")
     with pytest.raises(DataError, match="one folder per class"):
-        ClassFolderSource(tmp_path).listing()
+        listing(ClassFolderSource(tmp_path))
+
+
+def test_cached_moments_with_std_and_mirror_image(tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "set")
+    cache(folder, tmp_path / "cache")
+    arguments = [
+        "--source",
+        str(folder),
+        "--moments",
+        str(tmp_path / "cache"),
+        "--encoder",
+        "hash",
+        "--size",
+        str(SIZE),
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--posterior", "std", "--flip-pair"]) == 0
+    read = list(webdataset.WebDataset(str(tmp_path / "out" / "train-00000.tar"), shardshuffle=False))
+    for sample in read:
+        name = sample["__key__"].split("-")[1]
+        with np.load(tmp_path / "cache" / name.split("_")[0] / f"{name}.latent.npz") as arrays:
+            for suffix, moments in (("", arrays["latent"]), ("_flip", arrays["latent_flip"])):
+                mean, std = moments[:4] * SD_VAE_SCALE, np.exp(0.5 * moments[4:]) * SD_VAE_SCALE
+                np.testing.assert_allclose(decode_npy(sample[f"latent{suffix}.npy"]), mean, atol=1e-3)
+                np.testing.assert_allclose(decode_npy(sample[f"latent{suffix}_std.npy"]), std, rtol=2e-3)

@@ -1,9 +1,12 @@
+import errno
 import fcntl
 import io
 import json
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,21 @@ import pytest
 import torch
 import webdataset
 
+import data_pipeline.files as files
+import data_pipeline.finish as finish
 import data_pipeline.write as write
-from data_pipeline.encode import Pixel
+from data_pipeline.codecs import KLAutoencoder, Pixel
+from data_pipeline.images import load_picture
+from data_pipeline.index import parse_index
+from data_pipeline.items import Item, Place, Skipped, Unit
+from data_pipeline.members import decode_npy
+from data_pipeline.recipe import Recipe
 from data_pipeline.shards import ShardSet
-from data_pipeline.sources import Listing, Skipped
+from data_pipeline.texts import build_text_encoder
 from data_pipeline.write import prepare
 from sharpmoe.errors import DataError
-from tests.fixtures_data import ShapesSource, make_shards, shapes_recipe
+from sharpmoe.saliency import saliency_map
+from tests.fixtures_data import QUIET, ShapesSource, make_shards, shapes_recipe
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -28,8 +39,10 @@ class Stop(BaseException):
     """A killed process."""
 
 
-def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, name: str = "_write_shard") -> None:
-    real, calls = getattr(write, name), []
+def stop_after(
+    count: int, monkeypatch: pytest.MonkeyPatch, name: str = "_write_shard", module: ModuleType = write
+) -> None:
+    real, calls = getattr(module, name), []
 
     def limited(*arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
@@ -37,7 +50,7 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, name: str = "_write_
             raise Stop
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(write, name, limited)
+    monkeypatch.setattr(module, name, limited)
 
 
 def test_what_lies_in_a_shard(tmp_path: Path) -> None:
@@ -58,7 +71,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "d")
     shards = ShardSet.open(folder, "train")
     read = list(webdataset.WebDataset(str(folder / "train-00000.tar"), shardshuffle=False))
-    assert len(read) == shards.shard_sizes[0]
+    assert len(read) == 8
     ours = shards.batch([0])
     assert read[0]["__key__"] == ours.keys[0]
     assert read[0]["txt"].decode() == ours.captions[0]
@@ -74,7 +87,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
 def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_shards(tmp_path / "d")
     before = contents(folder)
-    monkeypatch.setattr(ShapesSource, "listing", None)
+    monkeypatch.setattr(ShapesSource, "survey", None)
     done = prepare(ShapesSource(), folder, shapes_recipe())
     assert not done.worked
     assert done.splits == {"train": 20, "unseen": 4}
@@ -95,11 +108,11 @@ def test_a_killed_run_goes_on_after_its_last_shard(
     assert contents(make_shards(tmp_path / "d")) == whole
 
 
-@pytest.mark.parametrize("written", range(12))
+@pytest.mark.parametrize("written", range(16))
 def test_a_run_killed_before_any_file_goes_on(written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(make_shards(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        stop_after(written, patch, "write_atomic")
+        stop_after(written, patch, "_written", files)
         with pytest.raises(Stop):
             make_shards(tmp_path / "d")
     assert contents(make_shards(tmp_path / "d")) == whole
@@ -179,16 +192,22 @@ def test_too_many_unreadable_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"1 pictures \(4.2%\) cannot be used, at most 1.0%.*shape-0003: unreadable"
     ) as e:
-        prepare(ShapesSource(broken=(3,)), tmp_path / "d", shapes_recipe())
+        prepare(ShapesSource(broken=(3,)), tmp_path / "d", shapes_recipe()._replace(max_bad_share=0.01))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "d" / "index.json").exists()
 
 
 def test_what_the_source_skipped_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = ShapesSource().listing().items
-    monkeypatch.setattr(ShapesSource, "listing", lambda _: Listing(items, [Skipped("x.png", "no caption in x.txt")]))
+    survey = ShapesSource.survey
+
+    def with_one_left_out(source: ShapesSource, unit: Unit) -> Iterator[Item | Skipped]:
+        yield from survey(source, unit)
+        if 0 in unit.records:
+            yield Skipped("x.png", "no caption in x.txt")
+
+    monkeypatch.setattr(ShapesSource, "survey", with_one_left_out)
     with pytest.raises(DataError, match=r"1 pictures \(4.0%\).*x.png: no caption"):
-        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(limit=5))
+        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(limit=5, max_bad_share=0.01))
 
 
 def test_a_split_whose_pictures_are_all_unreadable(tmp_path: Path) -> None:
@@ -214,6 +233,25 @@ def test_a_latent_that_is_not_finite_is_not_written(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Pixel, "encode", lambda _, images: images * 1e6)  # beyond float16
     with pytest.raises(DataError, match=r"shape-\d+: its latent is not finite"):
         prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(codec={"kind": "pixel"}))
+
+
+def test_what_was_left_out_is_listed_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "_LISTED", 1)
+    done = prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", shapes_recipe(), QUIET)
+    assert (len(done.skipped), done.num_skipped) == (1, 2)
+    lines = [json.loads(line) for line in (tmp_path / "d" / finish.SKIPPED_FILE).read_text().splitlines()]
+    assert {line["name"] for line in lines} == {"shape-0003", "shape-0008"}
+    assert all(line["reason"].startswith("unreadable: ") for line in lines)
+    assert prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", shapes_recipe(), QUIET).num_skipped == 2
+
+
+def test_a_disk_that_fails_is_not_a_picture_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ShapesSource, "read", failing)
+    with pytest.raises(DataError, match="shape-.*: cannot be read .*Input/output error.*run the same command again"):
+        make_shards(tmp_path / "d")
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
@@ -243,3 +281,110 @@ def test_shards_can_be_moved(tmp_path: Path) -> None:
     shutil.move(folder, tmp_path / "e")
     assert ShardSet.open(tmp_path / "e", "train").fingerprint == fingerprint
     assert str(tmp_path) not in json.dumps((tmp_path / "e" / "index.json").read_text())
+
+
+# --- several captions, mirror images, buckets -------------------------------------------------------------------------
+
+
+def raw(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    read = webdataset.WebDataset(str(folder / f"{name}.tar"), shardshuffle=False)
+    return {sample["__key__"]: sample for sample in read}
+
+
+def test_several_captions_of_one_picture(tmp_path: Path) -> None:
+    one, three = make_shards(tmp_path / "one"), make_shards(tmp_path / "three", captions=3)
+    first, several = raw(one, "train-00000"), raw(three, "train-00000")
+    encoder = build_text_encoder(shapes_recipe().encoder)
+    assert first.keys() == several.keys()
+    for key, sample in several.items():
+        meta = json.loads(sample["json"])
+        assert [entry["weight"] for entry in meta["captions"]] == [1.0, 2.0, 3.0]
+        assert meta["captions"][0]["text"] == sample["txt"].decode()
+        for number, suffix in enumerate(("", "1", "2")):
+            states = encoder.encode([meta["captions"][number]["text"]])
+            np.testing.assert_array_equal(decode_npy(sample[f"text{suffix}.npy"]), states.states[0].half())
+            np.testing.assert_allclose(decode_npy(sample[f"pooled{suffix}.npy"]), states.pooled[0], rtol=1e-6)
+        assert all(sample[name] == first[key][name] for name in ("latent.npy", "text.npy", "saliency.npy", "txt"))
+    assert "captions" not in json.loads(next(iter(first.values()))["json"])
+
+
+def test_mirror_images_are_stored_beside_latents(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d", flip_pair=True)
+    codec = ShardSet.open(folder, "train").codec_object()
+    for key, sample in raw(folder, "train-00000").items():
+        content = ShapesSource().read(Item(key, "", (), Place(""), ""))
+        images = torch.from_numpy(load_picture(content, 32).pixels)[None]
+        for name, image in (("latent", images), ("latent_flip", images.flip(-1))):
+            np.testing.assert_array_equal(decode_npy(sample[f"{name}.npy"]), codec.encode(image)[0].half())
+
+
+def test_pictures_go_into_shards_of_their_shape(tmp_path: Path) -> None:
+    said: list[str] = []
+    sides = ((1.0, 1.0), (1.0, 2.5), (3.0, 1.0))
+    recipe = shapes_recipe()._replace(buckets="32x32,16x64,64x16")
+    prepare(ShapesSource(48, sides=sides), tmp_path / "d", recipe, QUIET._replace(say=said.append))
+    index = parse_index((tmp_path / "d" / "index.json").read_bytes(), "")
+    assert {name: bucket.num_samples for name, bucket in index.buckets.items()} == dict.fromkeys(index.buckets, 16)
+    assert set(index.buckets) == {"32x32", "16x64", "64x16"}
+    for shard in index.shards:
+        bucket = index.buckets[shard.bucket]
+        assert shard.name.startswith(f"{shard.split}-{shard.bucket}-")
+        for key, sample in raw(tmp_path / "d", shard.name).items():
+            content = ShapesSource(48, sides=sides).read(Item(key, "", (), Place(""), ""))
+            pixels = torch.from_numpy(load_picture(content, bucket.image).pixels)[None]
+            saliency = saliency_map(pixels, bucket.grid)[0]
+            assert decode_npy(sample["latent.npy"]).shape == bucket.latent
+            np.testing.assert_array_equal(decode_npy(sample["saliency.npy"]), saliency)
+            assert bucket.image == ((32, 32), (16, 64), (64, 16))[int(key.split("-")[1]) % 3]
+    assert said[0] == "bucket 32x32 (4x4 tokens): 16 pictures, 16 to train on, 0 enlarged"
+    assert said[3].startswith("small buckets, below 64")
+
+
+def test_a_picture_whose_size_cannot_be_read_is_left_out_of_the_buckets(tmp_path: Path) -> None:
+    recipe = shapes_recipe()._replace(buckets="32x32,16x64")
+    done = prepare(ShapesSource(broken=(3,)), tmp_path / "d", recipe, QUIET)
+    assert [entry.name for entry in done.skipped] == ["shape-0003"]
+
+
+# --- posterior of an autoencoder --------------------------------------------------------------------------------------
+
+
+def autoencoder_recipe(folder: Path, posterior: str) -> Recipe:
+    codec = {"kind": "autoencoder_kl", "name": str(folder)}
+    return shapes_recipe()._replace(codec=codec, posterior=posterior, flip_pair=True)
+
+
+@pytest.mark.parametrize("kind", ["mean", "std", "sample"])
+def test_what_is_stored_of_a_posterior(kind: str, tmp_path: Path, autoencoder: Path) -> None:
+    prepare(ShapesSource(), tmp_path / "d", autoencoder_recipe(autoencoder, kind), QUIET)
+    prepare(ShapesSource(), tmp_path / "e", autoencoder_recipe(autoencoder, kind), QUIET)
+    assert contents(tmp_path / "d") == contents(tmp_path / "e")
+    codec = KLAutoencoder(str(autoencoder))
+    scores = []
+    for key, sample in raw(tmp_path / "d", "train-00000").items():
+        content = ShapesSource().read(Item(key, "", (), Place(""), ""))
+        images = torch.from_numpy(load_picture(content, 32).pixels)[None]
+        for name, image in (("latent", images), ("latent_flip", images.flip(-1))):
+            mean, std = codec.posterior(image)
+            assert std is not None
+            stored = torch.from_numpy(decode_npy(sample[f"{name}.npy"]).astype(np.float32))
+            assert (f"{name}_std.npy" in sample) == (kind == "std")
+            if kind == "sample":
+                scores.append((stored - mean[0]) / std[0])
+                continue
+            torch.testing.assert_close(stored, mean[0], rtol=2e-3, atol=2e-3)
+            if kind == "std":
+                found = torch.from_numpy(decode_npy(sample[f"{name}_std.npy"]).astype(np.float32))
+                torch.testing.assert_close(found, std[0], rtol=2e-3, atol=1e-4)
+    if scores:
+        drawn = torch.stack(scores)
+        assert drawn.mean().item() == pytest.approx(0, abs=0.05)
+        assert drawn.std().item() == pytest.approx(1, abs=0.05)
+        assert (drawn[0] - drawn[1]).abs().mean() > 0.5
+
+
+def test_a_codec_without_a_posterior(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="codec patch_pca has one latent per image; use posterior mean"):
+        make_shards(tmp_path / "d", posterior="std")
+    with pytest.raises(DataError, match="expected mean, std, sample"):
+        make_shards(tmp_path / "d", posterior="mode")

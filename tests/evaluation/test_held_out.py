@@ -34,7 +34,7 @@ def test_chunks_cover_every_row_once() -> None:
         counted = [
             row
             for rank in range(world)
-            for chunk in chunks_of_rank(11, 4, Share(rank, world))
+            for chunk in chunks_of_rank(["64x64"] * 11, 4, Share(rank, world))
             if chunk.counted
             for row in chunk.rows
         ]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data_pipeline.ranks as ranks
 from data_pipeline.shards import ShardSet
 from launcher.prepare import main
+from tests.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--size", "32", "--encoder", "hash", "--pca-channels", "8", "--shard-samples", "16")
@@ -58,6 +60,10 @@ def test_skipped_pictures_are_named(pictures: Path, tmp_path: Path, capsys: pyte
         (["--size", "33"], "multiple of 4"),
         (["--limit", "0"], "limit 0"),
         (["--max-length", "1"], "max_length 1"),
+        (["--encoder", "hash,layers=2"], "option 'layers=2'; expected NAME and any of layer=..., pooled=..."),
+        (["--buckets", "32x32,32x64"], "same number of tokens"),
+        (["--posterior", "sample"], "patch_pca has one latent per image"),
+        (["--source", "/no/such/table.parquet"], "no such folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -78,8 +84,47 @@ def test_a_captions_file_with_a_missing_image(
     (pictures / "captions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL]
     assert main(arguments) == 2
-    assert "60.jpg" in capsys.readouterr().err
+    assert "1 of 61 images are not there (60.jpg; row 61 of captions.jsonl" in capsys.readouterr().err
     assert main([*arguments, "--allow-missing", "--max-bad-share", "0.02"]) == 0
+
+
+def test_several_encoders_side_by_side(pictures: Path, tmp_path: Path) -> None:
+    arguments = ["--source", str(pictures), *SMALL, "--encoder", "hash,max_length=4"]
+    for join, length, pooled in (("tokens", 9, 64), ("features", 5, 64)):
+        assert main([*arguments, "--out", str(tmp_path / join), "--join", join]) == 0
+        shards = ShardSet.open(tmp_path / join, "train")
+        assert shards.batch([0]).text_mask.sum() == length
+        assert shards.batch([0]).pooled.shape == (1, pooled)
+        assert shards.encoder["kind"] == "joined"
+        assert shards.text_encoder().identity == shards.encoder
+
+
+def test_ranks_one_after_the_other(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(ranks, "_POLL_S", 0.001)
+    arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL, "--shard-samples", "4"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("1", "rank 1 of 2 has written its shards"), ("0", "prepared: train"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert main([*arguments, "--local_rank=0"]) == 0
+        output = capsys.readouterr().out
+        assert told in output if told else not output
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_under_torchrun_write_what_one_process_writes(pictures: Path, tmp_path: Path) -> None:
+    arguments = [str(ROOT / "launcher/prepare.py"), "--source", str(pictures), *SMALL, "--shard-samples", "4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for command, out in (([sys.executable], "one"), (torchrun, "two")):
+        whole = [*command, *arguments, "--out", out]
+        done = subprocess.run(whole, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
 
 
 def test_the_command_runs_as_a_script(pictures: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.dit import DiT, count_parameters
-from sharpmoe.model.embed import ClassCondition, TextCondition
+from sharpmoe.model.embed import ClassCondition, TextCondition, patchify, rotary_positions, sincos_positions, unpatchify
 
 PUBLISHED = {  # millions, method.md section 2: class-conditional, 1000 classes, learn_sigma, positions counted
     ("s", "dense", 8): 32.963,
@@ -148,3 +148,45 @@ def test_wrong_condition_is_named() -> None:
     x_t, t, _, _ = inputs(model)
     with pytest.raises(TypeError, match="ClassCondition"):
         model(x_t, t, TextCondition(torch.zeros(3, 1, 12), torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 6)))
+
+
+def test_positions_of_another_grid_lie_centred_on_the_square() -> None:
+    square = sincos_positions(32, (4, 4), 4).view(4, 4, 32)
+    wide = sincos_positions(32, (2, 8), 4).view(2, 8, 32)
+    assert torch.equal(wide[:, 2:6], square[1:3])
+    assert torch.equal(sincos_positions(32, (8, 2), 4).view(8, 2, 32), wide.transpose(0, 1).roll(16, dims=-1))
+    assert len(wide.view(16, 32).unique(dim=0)) == 16
+    turned = rotary_positions(16, (2, 8), "rope_2d", torch.device("cpu")).view(2, 2, 8, 16)
+    assert torch.equal(
+        turned[:, :, :4], rotary_positions(16, (4, 4), "rope_2d", torch.device("cpu")).view(2, 4, 4, 16)[:, :2]
+    )
+
+
+def test_patches_come_back_on_any_grid() -> None:
+    latent = torch.randn(2, 3, 4, 16)
+    features = patchify(latent, 2).view(2, 16, 3, 4).transpose(2, 3).flatten(2)  # (channel, place) -> (place, channel)
+    assert torch.equal(unpatchify(features, 2, 3, (2, 8)), latent)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("positions", ["sincos", "rope_2d", "rope_1d"])
+def test_latents_of_another_aspect_and_as_many_tokens(router: str, positions: str) -> None:
+    model = tiny(router, positions=positions).eval()
+    x_t, t, condition, guidance = inputs(model)
+    wide, guide = x_t.reshape(3, 4, 4, 16), guidance.reshape(3, 4, 4, 16)
+    output = model(wide, t, condition, guide)
+    assert output.v.shape == wide.shape
+    assert all(record.routing_map.shape[1] == model.num_tokens for record in output.routing)
+    moved = model(wide.roll(2, dims=3), t, condition, guide.roll(2, dims=3)).v
+    assert not torch.allclose(moved, output.v.roll(2, dims=3))  # it knows where a token stands
+    loss = model(wide, t, condition, guide, recompute=True).v.square().mean()
+    loss.backward()
+    assert model.x_embedder.proj.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 10), (5, 13), (8, 16)])
+def test_latents_of_another_number_of_tokens_are_refused(shape: tuple[int, int]) -> None:
+    model = tiny("ec")
+    _, t, condition, _ = inputs(model)
+    with pytest.raises(ValueError, match="expected one of 16 tokens"):
+        model(torch.zeros(3, 4, *shape), t, condition)

@@ -92,7 +92,8 @@ def items_of(plan: Plan, world: World, steps: int) -> list[list]:
         rank=world.rank,
         world=world.size,
     )
-    return [prepare(b, plan.data.empty_text, plan.run, world.device) for b in itertools.islice(batches, steps)]
+    taken = itertools.islice(batches, steps)
+    return [prepare(loaded.batches, plan.data.empty_text, plan.run, world.device) for loaded in taken]
 
 
 def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = unchanged) -> Trace:

@@ -88,3 +88,12 @@ def test_saving_makes_the_folder(tmp_path: Path) -> None:
     path = figures.save(pixels, tmp_path / "a" / "b.png")
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_pictures_of_another_aspect_are_not_stretched() -> None:
+    grid = figures.sample_grid(torch.full((1, 3, 4, 8), -1.0), ["a"], columns=1)
+    black = (grid == 0).all(axis=-1)
+    assert black.any(axis=0).sum() == CELL
+    assert black[GAP : GAP + CELL, GAP : GAP + CELL].any(axis=1).sum() == CELL // 2
+    wide = sheet()._replace(images=torch.zeros(2, 3, 4, 16))
+    assert figures.routing_sheet(wide).shape[2] == 3

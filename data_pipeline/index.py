@@ -1,0 +1,207 @@
+"""What stands in a prepared folder besides the tars: index.json for all of it, and a table beside every shard.
+
+    index.json         schema version, buckets, shapes, identities of source, codec and encoder, counts of the splits,
+                       the shards with sizes and checksums, a checksum of every other file; written last
+    SHARD.json         the table of SHARD.tar: its keys, and offset, size and crc32 of every member; written after it
+
+Both are plain JSON. Reading them checks every field, and that no name leads out of the folder. No torch here.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from data_pipeline.members import encode_json
+from data_pipeline.safety import check_name
+from sharpmoe.errors import DataError
+
+SCHEMA_VERSION = 2
+INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
+Identity = dict[str, Any]
+Places = Mapping[str, Sequence[int]]  # member extension, as "latent.npy" -> (offset, size, crc32) inside the tar
+
+_T = TypeVar("_T")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Bucket(NamedTuple):
+    """One resolution. All buckets of a folder have the same number of tokens."""
+
+    image: tuple[int, int]  # pixels (H, W)
+    latent: tuple[int, int, int]  # (C, h, w)
+    grid: tuple[int, int]  # tokens (h, w)
+    num_samples: int  # over all splits
+
+
+class Shard(NamedTuple):
+    """One tar. All its samples are of one split and one bucket."""
+
+    name: str  # of the tar and its table, without suffix
+    split: str
+    bucket: str
+    num_samples: int
+    size: int  # bytes of the tar
+    sha256: str  # of the tar
+    table_sha256: str
+
+
+class Index(NamedTuple):
+    """index.json."""
+
+    source: Identity
+    buckets: dict[str, Bucket]  # by name, as "256x192" (H x W pixels)
+    patch_size: int  # latent pixels per token, each way
+    text_length: int  # tokens of the longest text
+    text_width: int
+    pooled_width: int
+    codec: Identity
+    encoder: Identity
+    splits: dict[str, int]  # samples of every split
+    shards: list[Shard]
+    files: dict[str, str]  # sha256 of the other files: codec, empty caption
+    skipped: list[tuple[str, str]]  # (name, reason) of what the source has and the shards have not
+
+
+class Table(NamedTuple):
+    """The table of one shard."""
+
+    split: str
+    bucket: str
+    size: int  # bytes of the tar
+    sha256: str  # of the tar
+    text_length: int  # tokens of its longest text
+    samples: Sequence[tuple[str, Places]]  # (key, places of its members), in the order of the tar
+    skipped: list[tuple[str, str]]  # (name, reason)
+
+
+def bucket_name(image: Sequence[int]) -> str:
+    """Name of the bucket of images (H, W)."""
+    return f"{image[0]}x{image[1]}"
+
+
+def index_bytes(index: Index) -> bytes:
+    """Contents of index.json."""
+    tree = index._asdict()
+    tree["buckets"] = {name: bucket._asdict() for name, bucket in index.buckets.items()}
+    tree["shards"] = [shard._asdict() for shard in index.shards]
+    return sealed({"schema": SCHEMA_VERSION, **tree})
+
+
+def sealed(tree: dict[str, Any]) -> bytes:
+    """JSON that ends in the sha256 of what it would be without it."""
+    content = encode_json({name: value for name, value in tree.items() if name != "sha256"})
+    return content[:-2] + b',"sha256":"%s"}\n' % hashlib.sha256(content).hexdigest().encode()
+
+
+def table_bytes(table: Table) -> bytes:
+    """Contents of a shard's table."""
+    return encode_json(table._asdict())
+
+
+def parse_index(content: bytes, where: str) -> Index:
+    """Read index.json; schema 1, which knew one bucket only, is understood as well.
+
+    Raises DataError, which names `where`, for other schemas and for anything that is not an index.
+    """
+    tree = _tree(content, where, "delete it and run launcher/prepare.py again")
+    schema = tree.get("schema")
+    if schema not in (1, SCHEMA_VERSION):
+        raise DataError(f"{where}: schema {schema!r}, expected {SCHEMA_VERSION}; prepare the data again")
+    if schema == SCHEMA_VERSION and sealed(tree) != content:
+        raise DataError(f"{where}: damaged, or edited by hand; delete it and run launcher/prepare.py again")
+    return _built(lambda: _index(_upgraded(tree) if schema == 1 else tree), where)
+
+
+def parse_table(content: bytes, where: str) -> Table:
+    """Read a shard's table. Raises DataError, which names `where`, for anything else."""
+    tree = _tree(content, where, "delete it and run launcher/prepare.py again as before")
+    return _built(lambda: _table(tree), where)
+
+
+def _tree(content: bytes, where: str, mend: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: damaged; {mend}") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{where}: holds a {type(tree).__name__}, expected an object; {mend}")
+    return tree
+
+
+def _built(build: Callable[[], _T], where: str) -> _T:
+    try:
+        return build()
+    except KeyError as error:
+        raise DataError(f"{where}: key {error} is missing; prepare the data again") from None
+    except (TypeError, ValueError, AttributeError, IndexError, DataError) as error:
+        raise DataError(f"{where}: not what this version writes ({error}); prepare the data again") from None
+
+
+def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1: one square bucket, which had no name."""
+    size, count = tree["image_size"], sum(tree["splits"].values())
+    bucket = {"image": [size, size], "latent": tree["latent_shape"], "grid": tree["grid"], "num_samples": count}
+    name = bucket_name((size, size))
+    return {**tree, "buckets": {name: bucket}, "shards": [{**shard, "bucket": name} for shard in tree["shards"]]}
+
+
+def _index(tree: dict[str, Any]) -> Index:
+    buckets = {str(name): _bucket(bucket) for name, bucket in tree["buckets"].items()}
+    shards = [_shard(shard, buckets) for shard in tree["shards"]]
+    return Index(
+        dict(tree["source"]),
+        buckets,
+        _count(tree["patch_size"]),
+        _count(tree["text_length"]),
+        _count(tree["text_width"]),
+        _count(tree["pooled_width"]),
+        dict(tree["codec"]),
+        dict(tree["encoder"]),
+        {str(name): _count(count) for name, count in tree["splits"].items()},
+        shards,
+        {check_name(name): _digest(digest) for name, digest in tree["files"].items()},
+        [(str(name), str(reason)) for name, reason in tree["skipped"]],
+    )
+
+
+def _bucket(tree: dict[str, Any]) -> Bucket:
+    image, latent, grid = ([_count(size) for size in tree[name]] for name in ("image", "latent", "grid"))
+    if (len(image), len(latent), len(grid)) != (2, 3, 2):
+        raise ValueError(f"bucket {tree!r}")
+    return Bucket(
+        (image[0], image[1]), (latent[0], latent[1], latent[2]), (grid[0], grid[1]), _count(tree["num_samples"])
+    )
+
+
+def _shard(tree: dict[str, Any], buckets: Mapping[str, Bucket]) -> Shard:
+    if tree["bucket"] not in buckets:
+        raise ValueError(f"shard {tree['name']!r} is of an unknown bucket {tree['bucket']!r}")
+    name, split = check_name(tree["name"]), str(tree["split"])
+    counts = _count(tree["num_samples"]), _count(tree["size"])
+    return Shard(name, split, tree["bucket"], *counts, _digest(tree["sha256"]), _digest(tree["table_sha256"]))
+
+
+def _table(tree: dict[str, Any]) -> Table:
+    return Table(
+        str(tree["split"]),
+        str(tree.get("bucket", "")),  # schema 1 has none
+        _count(tree["size"]),
+        _digest(tree["sha256"]),
+        _count(tree["text_length"]),
+        [(str(key), places) for key, places in tree["samples"]],
+        [(str(name), str(reason)) for name, reason in tree["skipped"]],
+    )
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError(f"{value!r} is no sha256")
+    return value

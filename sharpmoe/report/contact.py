@@ -1,0 +1,111 @@
+"""A contact sheet of prepared samples: what a model will be shown, decoded from the latents, beside its saliency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipeline.shards import ShardSet
+from sharpmoe.evaluation.held_out import spread
+from sharpmoe.report.figures import GAP, Pixels, load_font, to_pixels, wrap
+
+_SIDE = 132  # pixels of a picture's longer side
+_TEXT, _SMALL = 12, 10  # font sizes
+_BETWEEN = 4  # pixels
+_LINES = 3  # of a caption
+
+
+class Card(NamedTuple):
+    """One sample of the sheet."""
+
+    picture: Pixels
+    saliency: np.ndarray  # (h, w) in [0, 1]
+    caption: str
+    note: str  # largest saliency, class, key
+
+
+def cards(shards: ShardSet, count: int) -> list[Card]:
+    """Samples evenly spread over a split, decoded. Raises DataError where one is damaged."""
+    codec = shards.codec_object()
+    found = []
+    for index in spread(shards.num_samples, count):
+        batch, bucket = shards.batch([index]), shards.buckets[shards.bucket_of(index)]
+        label = int(batch.label[0])
+        saliency = batch.saliency[0].reshape(bucket.grid).numpy()
+        known = [] if label < 0 else [f"class {label}"]
+        note = " · ".join([f"M to {saliency.max():.2f}", *known, batch.keys[0]])
+        found.append(Card(to_pixels(codec.decode(batch.latent))[0], saliency, batch.captions[0], note))
+    return found
+
+
+def contact_sheet(samples: Sequence[Card], title: str, columns: int | None = None) -> Pixels:
+    """Lay out the samples (H, W, 3) uint8: picture and saliency M side by side, caption and note below.
+
+    M is drawn over the grey picture, up to the largest value of its image, which the note tells.
+    """
+    columns = min(columns or max(2, round(math.sqrt(len(samples) * 0.8))), len(samples))
+    font, small = load_font(_TEXT), load_font(_SMALL)
+    wide = 2 * _SIDE + _BETWEEN
+    captions = [wrap(_drawable(card.caption) or "(empty caption)", wide, font, _LINES) for card in samples]
+    rows = [range(start, min(start + columns, len(samples))) for start in range(0, len(samples), columns)]
+    heights = [_SIDE + 8 + max(len(captions[i]) for i in row) * (_TEXT + 4) + _SMALL + 8 for row in rows]
+    top = GAP + _TEXT + 10
+    size = (columns * (wide + 2 * GAP), top + sum(heights) + GAP * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), wrap(title, size[0] - 2 * GAP, font, 1)[0], fill="#222222", font=font)
+    for row, height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            left = GAP + column * (wide + 2 * GAP)
+            _draw(sheet, pen, samples[i], captions[i], (left, top), (font, small))
+        top += height + GAP
+    return np.asarray(sheet)
+
+
+def _draw(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    card: Card,
+    caption: Sequence[str],
+    at: tuple[int, int],
+    fonts: tuple[ImageFont.FreeTypeFont, ImageFont.FreeTypeFont],
+) -> None:
+    left, top = at
+    for number, pixels in enumerate((card.picture, overlay(card.picture, card.saliency))):
+        picture = _fitted(pixels)
+        x = left + number * (_SIDE + _BETWEEN)
+        pen.rectangle((x, top, x + _SIDE - 1, top + _SIDE - 1), fill="#f2f2f2")
+        sheet.paste(picture, (x + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
+    y = top + _SIDE + 5
+    for line in caption:
+        pen.text((left, y), line, fill="#222222", font=fonts[0])
+        y += _TEXT + 4
+    (note,) = wrap(_drawable(card.note), 2 * _SIDE, fonts[1], 1)
+    pen.text((left, y), note, fill="#888888", font=fonts[1])
+
+
+def overlay(picture: Pixels, saliency: np.ndarray) -> Pixels:
+    """The saliency map over the grey picture: every token in the colour of its value, the largest in the brightest."""
+    height, width = picture.shape[:2]
+    heat = matplotlib.colormaps["magma"](saliency / max(float(saliency.max()), 1e-6))[..., :3]
+    large = np.asarray(Image.fromarray((heat * 255).astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
+    grey = picture.mean(-1, keepdims=True)
+    return (0.7 * large + 0.3 * grey).round().astype(np.uint8)
+
+
+def _fitted(pixels: Pixels) -> Image.Image:
+    """The picture with its longer side filling its place; small ones keep sharp edges."""
+    image = Image.fromarray(pixels)
+    scale = _SIDE / max(image.size)
+    how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), how)
+
+
+def _drawable(text: str) -> str:
+    """One line, without what no font can draw."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "" for c in text).split())

@@ -1,0 +1,99 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+
+from data_pipeline.items import Listing, listing
+from data_pipeline.sources import open_source
+from tests.data_pipeline.test_images import encoded
+
+PNG = encoded(Image.new("RGB", (8, 8), "red"))
+JPG = encoded(Image.new("RGB", (8, 8), "blue"), "jpeg")
+WEBP = encoded(Image.new("RGB", (8, 8), "green"), "webp")
+
+
+def write(path: Path, *members: tuple[str, bytes | str | dict[str, object]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            data = json.dumps(content).encode() if isinstance(content, dict) else content
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def listed(path: Path) -> Listing:
+    return listing(open_source(path))
+
+
+def test_pictures_and_captions_of_all_kinds(tmp_path: Path) -> None:
+    write(
+        tmp_path / "set-000.tar",
+        ("000.png", PNG),
+        ("000.txt", "a red square\n"),
+        ("001.json", {"caption": "blue 🟦", "width": 8}),
+        ("001.jpg", JPG),
+        ("001.cls", "17"),
+        ("002.webp", WEBP),
+        ("002.json", {"captions": ["green", {"text": "very green", "weight": 2}]}),
+        ("002.txt", "not this one"),
+        ("002.pyd", b"never looked at"),
+    )
+    source = open_source(tmp_path)
+    found = listing(source)
+    assert [item.captions for item in found.items] == [
+        (("a red square", 1.0),),
+        (("blue 🟦", 1.0),),
+        (("green", 1.0), ("very green", 2.0)),
+    ]
+    assert [item.label for item in found.items] == [-1, 17, -1]
+    assert [source.read(item) for item in found.items] == [PNG, JPG, WEBP]
+    assert source.read(found.items[0], 5) == PNG[:5]
+    assert not found.skipped
+    assert listed(tmp_path / "set-000.tar").items == found.items
+
+
+def test_keys_of_two_tars_do_not_clash(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.tar", ("0.png", PNG), ("0.txt", name))
+    assert len({item.key for item in listed(tmp_path).items}) == 2
+    assert len(list(open_source(tmp_path).units())) == 2
+
+
+def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.tar",
+        ("0.png", PNG),
+        ("1.txt", "no picture"),
+        ("2.png", PNG),
+        ("2.txt", b"caf\xe9"),
+        ("3.png", PNG),
+        ("3.json", "["),
+        ("../4.png", PNG),
+        ("5.png", PNG),
+        ("5.txt", "good"),
+        ("55.txt", "its picture may be lost"),
+        ("6.png", PNG * 1000),
+        ("6.txt", "lost"),
+    )
+    path.write_bytes(path.read_bytes()[:-20_000])
+    found = listed(tmp_path)
+    assert [item.captions[0][0] for item in found.items] == ["good"]
+    reasons = {entry.name: entry.reason for entry in found.skipped}
+    assert reasons["a.tar/0"] == "no caption: neither .txt nor .json"
+    assert reasons["a.tar/1"] == "no picture with this key"
+    assert reasons["a.tar/2"] == "caption 2.txt is not UTF-8 (byte 3)"
+    assert reasons["a.tar/3"] == "caption 3.json is not JSON"
+    assert "not a plain relative path" in reasons["a.tar/'../4.png'"]
+    assert "cut short" in reasons["a.tar"]
+    assert "what follows is left out" in reasons["a.tar"]
+
+
+def test_a_tar_that_changed_is_another_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", ("0.png", PNG), ("0.txt", "one"))
+    before = [unit.digest for unit in open_source(tmp_path).units()]
+    write(path, ("0.png", PNG), ("0.txt", "two"))
+    assert [unit.digest for unit in open_source(tmp_path).units()] != before

@@ -1,0 +1,138 @@
+"""Looking after shards: what is damaged is found, what is merged can be read, what is shown is there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.index import index_bytes, parse_index
+from data_pipeline.shards import ShardSet
+from launcher.shards import main
+from tests.fixtures_data import make_shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sides = ((1, 1), (1, 4))
+    return make_shards(tmp_path_factory.mktemp("data") / "d", 30, buckets="32x32,16x64", sides=sides, captions=2)
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]], str]:
+    code = main(["verify", str(folder), "--quiet", "--json"])
+    *found, told = capsys.readouterr().out.splitlines()
+    return code, [json.loads(line) for line in found], told
+
+
+def test_sound_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, told = verify(folder, capsys)
+    assert (code, found) == (0, [])
+    assert "30 samples" in told
+    assert told.endswith("all sound")
+
+
+def test_verify_names_the_sample(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hurt = copy(folder, tmp_path / "d")
+    table = sorted(hurt.glob("train-*.json"))[0]
+    key, places = json.loads(table.read_text())["samples"][2]
+    tar = table.with_suffix(".tar")
+    content = bytearray(tar.read_bytes())
+    content[places["text1.npy"][0] + 130] ^= 1  # a caption that a run may never draw
+    tar.write_bytes(content)
+    code, found, told = verify(hurt, capsys)
+    assert code == 1
+    assert [(Path(one["shard"]).name, one["key"], one["what"]) for one in found] == [
+        (tar.name, "", "sha256 differs from the index"),
+        (tar.name, key, "text1.npy: checksum differs from the index, the shard is damaged"),
+    ]
+    assert told.endswith("1 samples damaged")
+
+
+@pytest.mark.parametrize("gone", [".tar", ".json"])
+def test_verify_counts_what_a_lost_file_costs(
+    gone: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hurt = copy(folder, tmp_path / "d")
+    table = sorted(hurt.glob("train-*.json"))[0]
+    count = len(json.loads(table.read_text())["samples"])
+    table.with_suffix(gone).unlink()
+    (hurt / "empty_text.npz").write_bytes(b"x")
+    code, found, told = verify(hurt, capsys)
+    assert code == 1
+    assert {Path(one["shard"]).name for one in found} == {f"{table.stem}.tar", "empty_text.npz"}
+    assert told.endswith(f"{count} samples damaged")
+
+
+def test_stats_tell_what_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(folder), "--samples", "8"]) == 0
+    told = capsys.readouterr().out
+    for part in ("30 in ", "train 25, unseen 5", "32x32", "16 x 64", "train: a look at 8 samples", "4 classes"):
+        assert part in told
+
+
+def test_show_draws_pictures_of_every_bucket(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheets" / "contact.png"
+    assert main(["show", str(folder), "--count", "6", "--split", "train", "--out", str(out)]) == 0
+    pixels = np.asarray(Image.open(out))
+    assert pixels.shape[2] == 3
+    assert min(pixels.shape[:2]) > 200
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # pictures and heat, not an empty sheet
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_merged_folders_hold_the_samples_of_both(
+    link: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for part, kept in zip(parts, ("train", "unseen"), strict=True):
+        _only(copy(folder, part), kept)
+    arguments = ["merge", str(tmp_path / "m"), *map(str, parts), "--quiet"] + ["--link"] * link
+    assert main(arguments) == 0
+    assert "train 25, unseen 5" in capsys.readouterr().out
+    assert verify(tmp_path / "m", capsys)[0] == 0
+    for split in ("train", "unseen"):
+        ours, theirs = (ShardSet.open(place, split) for place in (tmp_path / "m", folder))
+        for bucket in theirs.buckets:
+            a, b = (shards.batch(shards.indices_of(bucket)) for shards in (ours, theirs))
+            assert sorted(a.keys) == sorted(b.keys)
+    assert main(arguments) == 2
+    assert "holds prepared shards already" in capsys.readouterr().err
+
+
+def _only(folder: Path, split: str) -> None:
+    """Make a folder one of a single split."""
+    index = parse_index((folder / "index.json").read_bytes(), "x")
+    shards = [shard for shard in index.shards if shard.split == split]
+    counts = {name: sum(s.num_samples for s in shards if s.bucket == name) for name in index.buckets}
+    buckets = {name: bucket._replace(num_samples=counts[name]) for name, bucket in index.buckets.items()}
+    index = index._replace(shards=shards, splits={split: index.splits[split]}, buckets=buckets)
+    (folder / "index.json").write_bytes(index_bytes(index))
+
+
+def test_what_cannot_be_merged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(tmp_path / "m"), str(folder), str(folder), "--quiet"]) == 2
+    assert "merge folders that share no picture" in capsys.readouterr().err
+    other = make_shards(tmp_path / "other", 12, patch_size=4)
+    assert main(["merge", str(tmp_path / "n"), str(folder), str(other), "--quiet"]) == 2
+    assert "error: " in capsys.readouterr().err
+    hurt = copy(folder, tmp_path / "d")
+    tar = sorted(hurt.glob("*.tar"))[0]
+    tar.write_bytes(b"\xff" + tar.read_bytes()[1:])
+    assert main(["merge", str(tmp_path / "o"), str(hurt), "--quiet"]) == 2
+    assert f"{tar}: is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "o" / "index.json").exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "stats", "show"])
+def test_a_folder_that_is_none(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    assert "no index.json" in capsys.readouterr().err
