@@ -1,0 +1,78 @@
+"""What a layout takes, before anything is started: `python launcher/plan.py --config RUN --world 64 --ep 8 --zero 3`.
+
+Prints bytes per rank and bytes sent per optimizer step for every rollout schedule (docs/planning.md). Nothing is
+allocated; exit code 1 where the run as configured does not fit the device.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sharpmoe.budget.advice import advise, usable
+from sharpmoe.budget.estimate import Planner
+from sharpmoe.budget.table import as_json, text
+from sharpmoe.config_io import PROJECT_ROOT, load_run_config
+from sharpmoe.errors import SharpMoEError
+from sharpmoe.parallel.ds_config import resolve_ds_config
+
+# What --schedule stands for in the run file.
+SCHEDULES = {
+    "plain": ("--rollout.schedule=plain", "--rollout.checkpoint_blocks=false", "--rollout.segment_steps=null"),
+    "checkpoint_blocks": (
+        "--rollout.schedule=plain",
+        "--rollout.checkpoint_blocks=true",
+        "--rollout.segment_steps=null",
+    ),
+    "two_pass": ("--rollout.schedule=two_pass", "--rollout.checkpoint_blocks=false"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, estimate, print; returns the exit code."""
+    arguments, overrides = _parser().parse_known_args(argv)
+    try:
+        run = load_run_config(arguments.config, [*_shorthands(arguments), *overrides])
+        file = arguments.deepspeed or PROJECT_ROOT / "configs" / f"zero{arguments.zero or 3}.json"
+        ds_config = resolve_ds_config(file, run, arguments.world)
+        ds_config["zero_optimization"]["stage"] = arguments.zero or ds_config["zero_optimization"]["stage"]
+        planner = Planner(run)
+        budget = planner.budget(planner.layout(arguments.world, ds_config))
+        advice = advise(planner, budget, arguments.device_memory)
+    except SharpMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    told = as_json(budget, advice, arguments.device_memory) if arguments.json else None
+    print(text(budget, advice, arguments.device_memory) if told is None else json.dumps(told, indent=1))
+    return 0 if budget.own.memory.peak <= usable(arguments.device_memory) else 1
+
+
+def _shorthands(arguments: argparse.Namespace) -> list[str]:
+    given = {"train.micro_batch": arguments.micro_batch, "parallel.ep_size": arguments.ep}
+    words = [f"--{key}={value}" for key, value in given.items() if value is not None]
+    return [*SCHEDULES.get(arguments.schedule, ()), *words]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any key of the run file can be overridden: --section.key VALUE or --section.key=VALUE (YAML values).",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="run file (default configs/runs/quickstart.yaml)")
+    add("--world", type=int, default=8, help="ranks (default 8)")
+    add("--ep", type=int, help="ranks that share the experts of a layer (default: parallel.ep_size of the run)")
+    add("--zero", type=int, choices=(2, 3), help="ZeRO stage (default: that of the DeepSpeed file, 3 without one)")
+    add("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON (default configs/zero<stage>.json)")
+    add("--micro-batch", type=int, help="images per rank and engine call (default: train.micro_batch)")
+    add("--schedule", choices=sorted(SCHEDULES), help="rollout schedule (default: that of the run)")
+    add("--device-memory", type=float, default=80.0, metavar="GIB", help="memory of a device (default 80)")
+    add("--json", action="store_true", help="print numbers for a program")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Memory and traffic of a layout before anything is started: what `launcher/plan.py` prints."""

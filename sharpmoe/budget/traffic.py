@@ -1,0 +1,90 @@
+"""Bytes that one rank sends per optimizer step. Pure.
+
+A gather of a tensor of S bytes from g ranks costs each rank (g - 1) / g of S, a reduce-scatter the same, an all-reduce
+twice that: what rings and direct exchanges both send.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sharpmoe.budget.activations import rows_per_call
+from sharpmoe.budget.gathers import Gathers
+from sharpmoe.budget.layout import Layout, Part
+from sharpmoe.budget.memory import groups_of
+from sharpmoe.budget.schedules import Schedule
+from sharpmoe.config import POOLED, RunConfig
+
+
+class Traffic(NamedTuple):
+    """Bytes sent by one rank per optimizer step."""
+
+    gathers: int  # weights
+    reductions: int  # gradients
+    exchanges: int  # tokens on their way to experts and back: all-to-all
+    pool: int  # scores of a pool over all ranks (parallel.pool_scope: world)
+    passes: float  # how many times a rank gathers the model
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.gathers + self.reductions + self.exchanges + self.pool
+
+
+def traffic(run: RunConfig, layout: Layout, parts: Sequence[Part], schedule: Schedule, gathers: Gathers) -> Traffic:
+    """Weights, gradients and tokens of one optimizer step."""
+    calls = _model_calls(schedule, layout.accumulation)
+    return Traffic(
+        _gathers(parts, layout, gathers),
+        _reductions(parts, layout, schedule),
+        _exchanges(run, layout, *calls),
+        _pool(run, layout, calls[0]),
+        _passes(parts, gathers) if layout.zero.stage == 3 else 1.0,
+    )
+
+
+def sent(numel: int, ranks: int) -> int:
+    """Elements that a rank sends when a tensor is gathered or reduce-scattered over `ranks`."""
+    return numel * (ranks - 1) // ranks
+
+
+def _gathers(parts: Sequence[Part], layout: Layout, gathers: Gathers) -> int:
+    if layout.zero.stage == 3:
+        moved = sum(sent(part.padded, part.ranks) * n for part, n in zip(parts, gathers.times, strict=True))
+    else:
+        moved = sum(sent(numel, ranks) for (_, ranks), numel in groups_of(parts).items())
+    return moved * layout.zero.compute_bytes
+
+
+def _reductions(parts: Sequence[Part], layout: Layout, schedule: Schedule) -> int:
+    """Gradients are reduced at every backward."""
+    zero = layout.zero
+    moved = sum(sent(part.padded if zero.stage == 3 else part.numel, part.ranks) for part in parts)
+    scattered = zero.reduce_scatter if zero.stage == 3 else zero.reduce_scatter and not zero.whole_buckets
+    return moved * (1 if scattered else 2) * zero.wire_bytes * schedule.backwards * layout.accumulation
+
+
+def _passes(parts: Sequence[Part], gathers: Gathers) -> float:
+    total = sum(part.numel for part in parts)
+    return sum(part.numel * n for part, n in zip(parts, gathers.times, strict=True)) / total
+
+
+def _model_calls(schedule: Schedule, accumulation: int) -> tuple[int, int]:
+    """Forwards of the model (recomputed ones included) and backwards of it, per optimizer step."""
+    forwards = sum(call.steps * (2 if call.recompute else 1) for call in schedule.calls)
+    backwards = sum(call.steps for call in schedule.calls if call.backward)
+    return forwards * accumulation, backwards * accumulation
+
+
+def _exchanges(run: RunConfig, layout: Layout, forwards: int, backwards: int) -> int:
+    """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
+    rows = rows_per_call(run, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
+    layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
+    return 2 * sent(rows, layout.ep_size) * layers * (forwards + backwards)
+
+
+def _pool(run: RunConfig, layout: Layout, forwards: int) -> int:
+    if run.parallel.pool_scope != "world" or run.model.router not in POOLED:
+        return 0
+    layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
+    scores = layout.micro_batch * run.model.num_tokens * run.model.num_experts * 4
+    return scores * (layout.world - 1) * layers * forwards

@@ -1,0 +1,58 @@
+"""What of a resolved DeepSpeed configuration decides memory and traffic, with DeepSpeed's own defaults filled in."""
+
+from typing import Any, NamedTuple
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class ZeroSettings(NamedTuple):
+    """ZeRO as a plan sees it; sizes of buckets and limits in elements, types in bytes per element."""
+
+    stage: int
+    reduce_bucket: int  # gradients that are reduced at once
+    prefetch_bucket: int  # stage 3: parameters gathered ahead
+    persistence: int  # stage 3: a parameter of at most so many elements stays whole on every rank
+    max_live: int  # stage 3: no gathering ahead beyond so many gathered elements
+    max_reuse: int  # stage 3: a parameter needed again within so many elements stays gathered
+    sub_group: int  # stage 3: elements of a rank's part that one optimizer call updates
+    contiguous: bool  # gradients are copied into one buffer before they are reduced
+    double_buffer: bool  # stage 2 with overlap_comm: two such buffers
+    reduce_scatter: bool  # stage 3: gradients are reduce-scattered, otherwise all-reduced
+    whole_buckets: bool  # stage 2: a bucket is all-reduced, otherwise each part is reduced to its owner
+    compute_bytes: int  # weights in forward and backward
+    gradient_bytes: int  # accumulated gradients
+    wire_bytes: int  # gradients on the wire
+    host_optimizer: bool  # masters, optimizer states and gradients live in host memory
+    host_weights: bool  # stage 3: a rank's part of the weights lives in host memory
+
+
+def zero_settings(ds_config: dict[str, Any]) -> ZeroSettings:
+    """Read the settings out of what `ds_config.resolve_ds_config` returned. Pure."""
+    zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+    stage, is_half = int(zero.stage), ds_config["bf16"]["enabled"]
+    compute = 2 if is_half else 4
+    accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32")  # the engine's default
+    return ZeroSettings(
+        stage,
+        int(zero.reduce_bucket_size),
+        int(zero.prefetch_bucket_size),
+        int(zero.param_persistence_threshold),
+        int(zero.max_live_parameters),
+        int(zero.max_reuse_distance),
+        int(zero.sub_group_size),
+        zero.contiguous_gradients,
+        stage == 2 and bool(zero.overlap_comm),
+        zero.reduce_scatter,
+        zero.use_multi_rank_bucket_allreduce,
+        compute,
+        _BYTES[accumulated] if is_half else 4,
+        _BYTES.get(ds_config.get("communication_data_type") or "", compute),
+        _is_on_host(zero.offload_optimizer),
+        _is_on_host(zero.offload_param),
+    )
+
+
+def _is_on_host(offload: Any) -> bool:
+    return offload is not None and offload.device is not None and offload.device.value in ("cpu", "nvme")

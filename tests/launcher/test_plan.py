@@ -1,0 +1,93 @@
+"""The plan of a run, as a person and as a program read it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.plan import main
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "configs" / "runs"
+SMALL = [path for path in sorted((RUNS / "imagenet256").glob("*.yaml")) if "_s" in path.stem.removesuffix("_sharp")]
+SHIPPED = [*sorted(RUNS.glob("posttrain-*.yaml")), *SMALL]
+WORDS = ("weights", "gradients", "optimizer", "EMA", "activations", "gathered", "peak", "reduce", "all-to-all")
+TINY = ("--config", str(RUNS / "posttrain-counts.yaml"))
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str, code: int = 0) -> dict[str, Any]:
+        assert main([*words, "--json"]) == code
+        told: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return told
+
+    return run
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_run_can_be_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert path.stem in told
+    assert "two_pass" in told or "T = 1" in told
+
+
+def test_the_table_names_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--world", "4", "--ep", "2", "--micro-batch", "2", "--schedule", "two_pass"]) == 0
+    told = capsys.readouterr().out
+    assert [word for word in (*WORDS, "x 4 accumulation") if word not in told] == []
+    assert told.partition("-----\n")[2].startswith("  two_pass ")
+
+
+def test_experts_over_ranks_and_stages(plan: Any) -> None:
+    one, two = (plan(*TINY, "--world", "4", "--ep", ep)["schedules"][0] for ep in ("1", "2"))
+    assert one["memory"]["state"] == pytest.approx(two["memory"]["state"], rel=0.01)  # a part is a part
+    assert two["memory"]["gathered"] < one["memory"]["gathered"]
+    assert two["traffic"]["gathers"] < one["traffic"]["gathers"]
+    assert (one["traffic"]["exchanges"], two["traffic"]["exchanges"] > 0) == (0, True)
+    stage2 = plan(*TINY, "--world", "4", "--zero", "2")["schedules"][0]
+    assert stage2["memory"]["weights"] == pytest.approx(4 * one["memory"]["weights"], rel=0.01)
+    assert stage2["memory"]["gathered"] == 0
+    assert stage2["traffic"]["reductions"] == pytest.approx(2 * one["traffic"]["reductions"], rel=0.01)
+
+
+def test_one_rank_sends_nothing(plan: Any) -> None:
+    assert {s["traffic"]["total"] for s in plan(*TINY, "--world", "1")["schedules"]} == {0}
+
+
+def test_what_does_not_fit_is_told_with_what_would(plan: Any) -> None:
+    small = ("--world", "4", "--device-memory", "0.35", "--deepspeed")
+    told = plan(*TINY, *small, str(ROOT / "configs" / "zero3.json"), code=1)
+    assert told["warnings"][0].startswith("does not fit: ")
+    assert "activations" in told["warnings"][0]
+    assert told["would_fit"]
+    assert all(other["memory"]["peak"] <= told["usable_bytes"] for other in told["would_fit"])
+    sent = [other["traffic"]["total"] for other in told["would_fit"]]
+    assert sent == sorted(sent)
+
+
+def test_a_model_above_the_limits_of_zero3_is_told(plan: Any, tmp_path: Path) -> None:
+    zero = {"stage": 3, "stage3_max_reuse_distance": 300_000, "stage3_prefetch_bucket_size": 0}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    told = plan(*TINY, "--deepspeed", str(tmp_path / "zero.json"))
+    assert told["schedules"][0]["traffic"]["passes"] > 4
+    assert any("stage3_max_reuse_distance" in warning for warning in told["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--world", "64"), "train.global_batch is 32, which 64 ranks cannot share"),
+        (("--world", "4", "--ep", "3"), "parallel.ep_size is 3, allowed: 1 | 2 | 4"),
+        (("--config", "nowhere.yaml"), "run file nowhere.yaml does not exist"),
+        (("--rollout.shedule", "plain"), "did you mean rollout.schedule?"),
+    ],
+)
+def test_bad_input_is_one_line(words: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert part in error
