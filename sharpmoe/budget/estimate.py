@@ -88,6 +88,6 @@ class Planner:
 
 def text_tokens(run: RunConfig) -> int:
     """Tokens per caption: those of the prepared data, the usual limit where there are none yet. Raises DataError."""
-    if run.model.conditioning != "text" or not (Path(run.data.shards) / INDEX_FILE).is_file():
+    if run.model.conditioning != "text" or not (Path(run.data.first_place) / INDEX_FILE).is_file():
         return USUAL_TEXT_TOKENS
-    return ShardSet.open(run.data.shards, run.data.train_split).text_length
+    return ShardSet.open(run.data.first_place, run.data.train_split).text_length
