@@ -110,7 +110,7 @@ def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
         "run/routing/step00000001.png",
         "run/checkpoints/latest",
         "run/checkpoints/step00000001/ema.safetensors",
-        "run/checkpoints/step00000001/ema_rank00001.pt",
+        "run/checkpoints/step00000001/state_rank00001.safetensors",
     ):
         assert name in names
     assert any(name.startswith("run/tensorboard/events") for name in names)
