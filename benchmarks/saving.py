@@ -7,9 +7,9 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sharpmoe.config_io import load_run_config
 from sharpmoe.parallel import launch
@@ -17,16 +17,23 @@ from sharpmoe.parallel.ds_config import resolve_ds_config
 from sharpmoe.train import loop
 from sharpmoe.train.manifest import Progress
 from sharpmoe.train.plan import initial_model, make_plan
-from sharpmoe.train.saving import Saver
+from sharpmoe.train.saving import Outcome
 from sharpmoe.train.session import Session, open_session
 
 
+class Took(NamedTuple):
+    """What one step took."""
+
+    seconds: float
+    processor: float  # seconds of all threads of this rank: other work on the machine hardly changes them
+
+
 class Round(NamedTuple):
-    quiet: list[float]  # seconds of each step without a save
-    saving: list[float]  # of each step from the beginning of a save to its end; the first with what it stalled
-    stalled: float
-    seconds: float  # the save itself
-    busy: float  # seconds of processor time that the saving thread of this rank used
+    """Steps without a save, then those from the beginning of a save to its end."""
+
+    quiet: list[Took]
+    saving: list[Took]
+    outcome: Outcome
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,61 +58,44 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(session: Session, count: int) -> list[Round]:
     """Steps in turns with and without a save; the first turn of each is left out."""
-    steps, busy = loop._steps(session), _processor_times()
+    steps = loop._steps(session)
     size, rounds = 3, []
     for turn in range(count + 1):
-        quiet = [timed_step(steps)[0] for _ in range(size)]
-        began = time.monotonic()
-        session.saver.begin(Progress(turn + 1, 0))
-        saving: list[float] = []
-        while True:
-            _, ended = timed_step(steps)
-            saving.append(ended - began)
-            began = ended
-            outcome = session.saver.ended()
-            if launch.gather_objects(outcome is not None, session.world) == [True] * session.world.size:
-                break
+        quiet = [timed(lambda: next(steps)) for _ in range(size)]
+        saving = [timed(lambda turn=turn: (session.saver.begin(Progress(turn + 1, 0)), next(steps)))]
+        while not all(launch.gather_objects(session.saver._running.done(), session.world)):  # type: ignore[union-attr]
+            saving.append(timed(lambda: next(steps)))
+        outcome = session.saver.wait()
         assert outcome is not None
         assert outcome.error is None
         size = max(3, len(saving))
-        rounds.append(Round(quiet, saving, outcome.stalled, outcome.seconds, busy[-1]))
+        rounds.append(Round(quiet, saving, outcome))
     return rounds[1:]
 
 
-def _processor_times() -> list[float]:
-    """Have every save put down how long its thread was at work."""
-    times: list[float] = []
-    attempt = Saver._attempt
-
-    def timed(saver: Saver, *args: Any) -> Any:
-        began = time.thread_time()
-        error = attempt(saver, *args)
-        times.append(time.thread_time() - began)
-        return error
-
-    Saver._attempt = timed  # type: ignore[method-assign,assignment]
-    return times
-
-
-def timed_step(steps: object) -> tuple[float, float]:
-    began = time.monotonic()
-    next(steps)  # type: ignore[call-overload]
-    ended = time.monotonic()
-    return ended - began, ended
+def timed(work: Callable[[], object]) -> Took:
+    """Do it; how long it took."""
+    began, busy = time.monotonic(), time.process_time()
+    work()
+    return Took(time.monotonic() - began, time.process_time() - busy)
 
 
 def report(rounds: Sequence[Round]) -> None:
-    quiet = statistics.median(value for each in rounds for value in each.quiet)
-    saving = statistics.median(value for each in rounds for value in each.saving)
-    stalled = statistics.mean(each.stalled for each in rounds)
-    seconds = statistics.mean(each.seconds for each in rounds)
-    steps = statistics.mean(len(each.saving) for each in rounds)
-    busy = statistics.mean(each.busy for each in rounds)
+    """Print one line."""
+    quiet = [took for each in rounds for took in each.quiet]
+    saving = [took for each in rounds for took in each.saving]
+    stalled = statistics.mean(each.outcome.stalled for each in rounds)
+    seconds = statistics.mean(each.outcome.seconds for each in rounds)
     print(
-        f"step {quiet:.3f} s without a save, {saving:.3f} s while saving ({saving / quiet - 1:+.1%}); a save stalls "
-        f"{stalled:.3f} s and takes {seconds:.2f} s, {steps:.1f} steps, {busy:.2f} s of processor time on rank 0; "
-        f"medians and means of {len(rounds)} saves"
+        f"step without a save and while saving: {_rise(quiet, saving, 'seconds')}; processor time of a rank "
+        f"{_rise(quiet, saving, 'processor')}; a save stalls {stalled:.3f} s and takes {seconds:.2f} s, "
+        f"{len(saving) / len(rounds):.1f} steps (means of {len(rounds)} saves)"
     )
+
+
+def _rise(quiet: Sequence[Took], saving: Sequence[Took], field: str) -> str:
+    before, after = (statistics.mean(getattr(took, field) for took in steps) for steps in (quiet, saving))
+    return f"{before:.3f} s and {after:.3f} s ({after / before - 1:+.1%})"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m benchmarks.stopping --ranks 2 [--section.key value ...]
 import argparse
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sharpmoe.train import manifest
+from sharpmoe.train.runlog import read_log
 from tests.launcher.ranks import ranks_of
 
 # What makes each kind of work long, so that a signal right after a step's figures meets it.
@@ -29,8 +31,10 @@ QUIET = ["--log.every", "1", "--log.allocation", "false", "--log.validate_every"
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     arguments, overrides = parser.parse_known_args(argv)
-    for place, words in PLACES.items():
+    for place in arguments.places:
+        words = PLACES[place]
         with tempfile.TemporaryDirectory() as folder:
             print(f"{place:<12}{measure(place, Path(folder), arguments.ranks, [*words, *overrides])}", flush=True)
 
@@ -50,7 +54,8 @@ def measure(place: str, folder: Path, count: int, words: Sequence[str]) -> str:
     checkpoints = folder / "quickstart" / "checkpoints"
     manifest.verify(checkpoints / (checkpoints / "latest").read_text().strip())
     stopped = json.loads((folder / "quickstart" / "stopped.json").read_text())
-    return f"{took:5.1f} s  exit codes {codes}  {stopped}"
+    step = statistics.median(read_log(folder / "quickstart" / "log.jsonl")["throughput/seconds_per_step"].values())
+    return f"{took:5.1f} s (a step takes {step:.1f} s)  exit codes {codes}  {stopped}"
 
 
 def steps(folder: Path) -> int:

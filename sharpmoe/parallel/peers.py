@@ -235,10 +235,13 @@ def watching(rank: int, size: int, config: PeersConfig) -> Iterator[None]:
     peers.leave(LEFT)
 
 
-def _tells_of_a_loss(error: BaseException) -> bool:
-    if isinstance(error, dist.DistError):
+def _tells_of_a_loss(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is that of a collective whose other end is gone."""
+    if error is None or isinstance(error, dist.DistError):
+        return error is not None
+    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOSS_WORDS):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOSS_WORDS)
+    return _tells_of_a_loss(error.__cause__)
 
 
 def _connect() -> dist.Store:

@@ -18,6 +18,7 @@ FILES = re.compile(
 )
 TARGETS = re.compile(r"\bmake ([a-z]+(?:-[a-z]+)*)\b")
 OVERRIDES = re.compile(r"--([a-z_]+\.[a-z_]+)\b")
+HANDS_ON = {"submit": ("prepare", "sample")}  # launchers whose options another one takes as well
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
 
@@ -55,7 +56,8 @@ def test_overrides_named_exist(path):
 def test_launcher_options_named_exist(path):
     text = re.sub(r"\\\n\s*#?", " ", commands(path))
     for launcher, words in re.findall(r"launcher/(\w+)\.py([^\n`#]*)", text):
-        sources = [ROOT / "launcher" / f"{name}.py" for name in (launcher, "arguments")]
+        names = (launcher, "arguments", *HANDS_ON.get(launcher, ()))
+        sources = [ROOT / "launcher" / f"{name}.py" for name in names]
         known = "".join(source.read_text(encoding="utf-8") for source in sources)
         options = re.findall(r"(--[a-z][a-z_-]*)(?![\w.-])", words)
         unknown = [option for option in options if f'"{option}"' not in known]

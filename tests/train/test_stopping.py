@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,12 @@ from safetensors.torch import load_file
 
 from sharpmoe.config import RunConfig
 from sharpmoe.evaluation import allocation, validation
-from sharpmoe.parallel import signals
+from sharpmoe.parallel import peers, signals
 from sharpmoe.parallel.launch import World, barrier
 from sharpmoe.report import samples, sheets
 from sharpmoe.train import loop, manifest, saving, stopping
 from sharpmoe.train.runlog import read_log
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, start_ranks
 from tests.train.setting import identical, make_run, plan_for
 
 
@@ -141,3 +142,28 @@ def test_a_signal_anywhere_costs_nothing(shards: Path, tmp_path: Path) -> None:
         again, same = outcome(tmp_path / name / "run")
         assert again == figures, name
         assert identical(same, weights), name
+
+
+KILLED: dict[str, tuple[Any, str]] = {"step": (loop, "train_step"), "save": (saving, "_write_file")}
+
+
+def killed_at(world: World, run: RunConfig, place: str) -> None:
+    """Train; rank 1 is killed at a place. What the ranks say goes to a file each."""
+    file = os.open(Path(run.output) / f"err{world.rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 2)
+    if world.rank == 1:
+        setattr(*KILLED[place], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    loop.train(plan_for(run, world), world)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("place", KILLED)
+def test_a_killed_rank_is_named(place: str, shards: Path, tmp_path: Path) -> None:
+    sections = {"peers": {"dead_after": 5}, "model": {"depth": 2}, "train": {"steps": 2}, "checkpoint": {"every": 1}}
+    run = make_run(shards, tmp_path, stage="pretrain", **sections)
+    with start_ranks(killed_at, 2, run, place) as ranks:
+        for process in ranks:
+            process.join(100)
+        assert [process.exitcode for process in ranks] == [peers.LOST, -signal.SIGKILL]
+    (line,) = [line for line in (tmp_path / "err0").read_text().splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: rank 0: rank 1 \(.*, last seen in (the start|step \d)\): not heard of for 5 s", line), line
