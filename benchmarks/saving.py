@@ -7,7 +7,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,13 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch.leave(0)
 
 
+def _begin_and_step(session: Session, steps: Iterator[Progress], number: int) -> None:
+    session.saver.begin(Progress(number, 0))
+    next(steps)
+
+
 def measure(session: Session, count: int) -> list[Round]:
     """Steps in turns with and without a save; the first turn of each is left out."""
     steps = loop._steps(session)
     size, rounds = 3, []
     for turn in range(count + 1):
         quiet = [timed(lambda: next(steps)) for _ in range(size)]
-        saving = [timed(lambda turn=turn: (session.saver.begin(Progress(turn + 1, 0)), next(steps)))]
+        saving = [timed(partial(_begin_and_step, session, steps, turn + 1))]
         while not all(launch.gather_objects(session.saver._running.done(), session.world)):  # type: ignore[union-attr]
             saving.append(timed(lambda: next(steps)))
         outcome = session.saver.wait()
