@@ -9,8 +9,8 @@ import pytest
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.launch import World
-from sharpmoe.train import checkpoint, loop
-from sharpmoe.train.metrics import read_log
+from sharpmoe.train import loop, manifest
+from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.train.setting import make_run, plan_for
@@ -33,7 +33,8 @@ def of_rank(world: World, run: RunConfig) -> tuple[str, Any]:
         folder = loop.train(plan_for(run, world), world)
     except SharpMoEError as error:
         return f"{type(error).__name__}: {error}", None
-    return "done", checkpoint.read_meta(folder).progress
+    progress = manifest.read(folder).progress
+    return "done", (progress.step, progress.samples, progress.streams)
 
 
 @pytest.mark.dist
@@ -41,7 +42,7 @@ def test_damage_is_borne_counted_and_named(damaged: Path, tmp_path: Path) -> Non
     data = {"shards": str(damaged), "max_bad_fraction": 0.1}
     run = make_run(damaged, tmp_path, data=data, train={"steps": 3})
     ends = run_ranks(of_rank, 2, run)
-    assert ends == [("done", checkpoint.Progress(3, 24, (24,)))] * 2
+    assert ends == [("done", (3, 24, (24,)))] * 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "damage.jsonl").read_text().splitlines()]
     assert sorted(Path(line["shard"]).name for line in lines) == ["train-00000.tar", "train-00001.tar"]
     assert all(line["key"].startswith("shape-") and "latent.npy: checksum differs" in line["what"] for line in lines)

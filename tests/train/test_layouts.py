@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.launch import World
 from sharpmoe.train import loop
-from sharpmoe.train.metrics import read_log
 from sharpmoe.train.plan import initial_model
+from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.train.setting import identical, make_run, plan_for
 
@@ -42,8 +42,8 @@ def train(world: World, runs: list[RunConfig], stage: int) -> None:
 def copy_then_train(world: World, run: RunConfig, copy: RunConfig, stage: int) -> None:
     """Load a checkpoint and save it at once under another name, then go on."""
     plan = plan_for(run, world, stage)
-    session = loop.open_session(plan, world, initial_model(plan))
-    loop.save(session._replace(plan=plan._replace(run=copy)), plan.start)
+    elsewhere = plan._replace(run=copy)
+    loop.open_session(elsewhere, world, initial_model(plan)).saver.save(plan.start)
     loop.train(plan_for(run, world, stage), world)
 
 

@@ -7,8 +7,8 @@ import pytest
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import DataError
 from sharpmoe.parallel.launch import World
-from sharpmoe.train import checkpoint, loop
-from sharpmoe.train.metrics import read_log
+from sharpmoe.train import loop, manifest
+from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.train.setting import ALONE, make_run, plan_for
@@ -26,8 +26,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
     return [{"path": str(folder / name), "weight": weight} for name, (_, weight) in sizes.items()]
 
 
-def of_rank(world: World, run: RunConfig) -> checkpoint.Progress:
-    return checkpoint.read_meta(loop.train(plan_for(run, world), world)).progress
+def of_rank(world: World, run: RunConfig) -> manifest.Progress:
+    return manifest.read(loop.train(plan_for(run, world), world)).progress
 
 
 @pytest.mark.dist
