@@ -19,7 +19,12 @@ from sharpmoe.parallel import launch
 CONTEXT = multiprocessing.get_context("forkserver")
 # What a rank needs takes ten seconds and more to import: DeepSpeed decorates with torch.compile, Megatron-core is big.
 CONTEXT.set_forkserver_preload(
-    ["sharpmoe.train.loop", "sharpmoe.parallel.megatron", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    [
+        "sharpmoe.train.loop",
+        "sharpmoe.parallel.megatron",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "tests.fixtures_data",
+    ]
 )
 
 

@@ -14,10 +14,9 @@ import data_pipeline.ranks as ranks
 from data_pipeline.ranks import Rank
 from data_pipeline.shards import ShardSet
 from data_pipeline.write import Means, prepare
+from tests.distributed import CONTEXT
 from tests.fixtures_data import ShapesSource, make_shards, shapes_recipe
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.fixtures_data"])
 _PICTURES = 240
 _SIDES = ((1.0, 1.0), (1.0, 3.0))
 _KILLS = 10
@@ -35,7 +34,7 @@ def work(folder: Path, rank: int, size: int) -> None:
 
 
 def start(folder: Path, size: int) -> list[BaseProcess]:
-    processes: list[BaseProcess] = [_CONTEXT.Process(target=work, args=(folder, rank, size)) for rank in range(size)]
+    processes: list[BaseProcess] = [CONTEXT.Process(target=work, args=(folder, rank, size)) for rank in range(size)]
     for process in processes:
         process.start()
     return processes

@@ -83,12 +83,12 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "killed": Case(1, "kill", r"rank 1 \(.* step [45]\): not heard of"),
-    "killed with the store": Case(0, "kill", r"rank 0 \(.* step [45]\).*: not heard of"),
-    "stopped": Case(2, "stop", r"rank 2 \(.* step [45]\): not heard of"),
-    "stopped with the store": Case(0, "stop", r"rank 0 \(.* step [45]\).*: not heard of"),
-    "stuck": Case(1, "stuck", r"rank 1 \(.* step [45]\): stuck"),
-    "raised": Case(2, "raise", r"rank 2 \(.* step [45]\): ended with an error"),
+    "killed": Case(1, "kill", r"rank 1 \(.* step \d\): not heard of"),
+    "killed with the store": Case(0, "kill", r"rank 0 \(.* step \d\).*: not heard of"),
+    "stopped": Case(2, "stop", r"rank 2 \(.* step \d\): not heard of"),
+    "stopped with the store": Case(0, "stop", r"rank 0 \(.* step \d\).*: not heard of"),
+    "stuck": Case(1, "stuck", r"rank 1 \(.* step \d\): stuck"),
+    "raised": Case(2, "raise", r"rank 2 \(.* step \d\): ended with an error"),
 }
 DEAD_AFTER, STUCK_AFTER = 3.0, 4.0
 

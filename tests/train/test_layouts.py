@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.launch import World
-from sharpmoe.train import loop
+from sharpmoe.train import loop, manifest
 from sharpmoe.train.plan import initial_model
 from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
@@ -79,3 +79,16 @@ def test_a_run_goes_on_in_another_layout(other: tuple[int, int, int], output: Pa
     moved, whole = (read_log(output / one / "log.jsonl")["loss/total"] for one in (name, "whole"))
     assert list(moved) == list(whole) == list(range(1, WHOLE + 1))
     assert max(abs(moved[step] - whole[step]) for step in whole) < 1e-5
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_run_shrinks_and_grows_on_its_way(output: Path, shards: Path) -> None:
+    """4 ranks, then 2, then 3, then 1: the same samples in the same order, and the losses of the run that stayed."""
+    for steps, (ranks, ep_size) in zip((4, 8, 12, WHOLE), ((4, 2), (2, 2), (3, 1), (1, 1)), strict=True):
+        run_ranks(train, ranks, [a_run(shards, output, "chain", steps, ep_size)], 3)
+    moved, whole = (read_log(output / one / "log.jsonl")["loss/total"] for one in ("chain", "whole"))
+    assert list(moved) == list(whole)
+    assert max(abs(moved[step] - whole[step]) for step in whole) < 1e-5
+    ends = [manifest.read(last(output, one, WHOLE)).progress for one in ("chain", "whole")]
+    assert ends[0][:3] == ends[1][:3]
