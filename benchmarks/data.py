@@ -16,12 +16,12 @@ import webdataset
 
 from benchmarks.harness import Case, main
 from benchmarks.synthetic import Text, link_shards, write_shards
-from data_pipeline.batches import collate
-from data_pipeline.damage import Damage
-from data_pipeline.order import Order
-from data_pipeline.samples import Draw, Sample
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import stream
+from data_pipeline.read.batches import collate
+from data_pipeline.read.damage import Damage
+from data_pipeline.read.order import Order
+from data_pipeline.read.samples import Draw, Sample
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import stream
 
 _BATCH = 32
 _RATIO, _RESUME_S = 3.0, 1.0  # the goals

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import DataConfig
 from sharpmoe.errors import ConfigError, SharpMoEError
 from sharpmoe.evaluation import allocation

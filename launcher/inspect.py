@@ -22,7 +22,7 @@ else:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from data_pipeline.shards import ShardSet
+    from data_pipeline.read.shards import ShardSet
     from sharpmoe.errors import SharpMoEError
     from sharpmoe.evaluation import inspection
     from sharpmoe.model.checkpoints import read_state

@@ -10,17 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.estimate import dry_run
-from data_pipeline.finish import SKIPPED_FILE, Summary
-from data_pipeline.fluent import FluentSource
+from data_pipeline.encode.transformer_texts import MINILM
 from data_pipeline.identity import Identity
-from data_pipeline.imagenet import ClassFolderSource
-from data_pipeline.items import Source
-from data_pipeline.ranks import Rank, device_of, rank_of
-from data_pipeline.recipe import POSTERIORS, Recipe
-from data_pipeline.sources import open_source
-from data_pipeline.transformer_texts import MINILM
-from data_pipeline.write import Means, prepare
+from data_pipeline.prepare.estimate import dry_run
+from data_pipeline.prepare.finish import SKIPPED_FILE, Summary
+from data_pipeline.prepare.ranks import Rank, device_of, rank_of
+from data_pipeline.prepare.recipe import POSTERIORS, Recipe
+from data_pipeline.prepare.write import Means, prepare
+from data_pipeline.sources.fluent import FluentSource
+from data_pipeline.sources.folders import open_source
+from data_pipeline.sources.imagenet import ClassFolderSource
+from data_pipeline.sources.items import Source
 from sharpmoe.errors import DataError, SharpMoEError
 
 _SHOWN = 50  # skipped pictures that are named

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
 from sharpmoe.errors import SharpMoEError

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.folder import read_index
-from data_pipeline.merge import merge
-from data_pipeline.shards import ShardSet
-from data_pipeline.stats import describe, look, some_samples
-from data_pipeline.store import open_store
-from data_pipeline.verify import verify
+from data_pipeline.prepare.merge import merge
+from data_pipeline.read.folder import read_index
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stats import describe, look, some_samples
+from data_pipeline.read.verify import verify
+from data_pipeline.store.store import open_store
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.report import contact, figures
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_pipeline.remote import RemoteOptions
 from data_pipeline.safety import has_secret
+from data_pipeline.store.remote import RemoteOptions
 
 RouterKind = Literal["dense", "tc", "ec", "diffmoe", "promoe_tc", "promoe_ec", "dsmoe", "dit_moe", "race"]
 

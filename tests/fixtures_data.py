@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipeline.items import Item, Place, Skipped, Unit, hash_text
-from data_pipeline.recipe import Recipe
-from data_pipeline.write import Means, prepare
+from data_pipeline.prepare.recipe import Recipe
+from data_pipeline.prepare.write import Means, prepare
+from data_pipeline.sources.items import Item, Place, Skipped, Unit, hash_text
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "orange", "purple")

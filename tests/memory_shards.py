@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_pipeline.folder import read_index
 from data_pipeline.index import EMPTY_FILE, Bucket, Index, Shard, Table, index_bytes, sealed, table_bytes
 from data_pipeline.members import encode_json, encode_npy, encode_npz
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.folder import read_index
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.errors import DamageError
 
 TEXT_WIDTH, POOLED_WIDTH, TEXT_LENGTH, TOKENS = 6, 5, 4, 4

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import data
 from benchmarks.harness import Case, main, measure
 from benchmarks.synthetic import Text, link_shards, write_shards
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 
 
 class Clock:

@@ -5,8 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.shards import ShardSet
-from data_pipeline.write import INDEX_FILE
+from data_pipeline.prepare.write import INDEX_FILE
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.budget.activations import Activations, measure
 from sharpmoe.budget.gathers import Gathers, count_gathers
 from sharpmoe.budget.layout import Layout, parts_of

@@ -25,7 +25,7 @@ from sharpmoe.rollout import Item, StepOutput, rollout
 
 
 class Samples(Protocol):
-    """What is asked of held-out shards; a `data_pipeline.shards.ShardSet` is one."""
+    """What is asked of held-out shards; a `data_pipeline.read.shards.ShardSet` is one."""
 
     @property
     def num_samples(self) -> int:

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.evaluation.held_out import spread
 from sharpmoe.report.figures import GAP, Pixels, load_font, to_pixels, wrap
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.errors import ConfigError, DataError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_pipeline.codecs import Codec
-from data_pipeline.shards import ShardSet
+from data_pipeline.encode.codecs import Codec
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.evaluation import allocation
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES, Allocation
 from sharpmoe.evaluation.held_out import ALONE, Share, observe, spread

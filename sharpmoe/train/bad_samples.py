@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.damage import Damage, Ledger
+from data_pipeline.read.damage import Damage, Ledger
 from sharpmoe.parallel.launch import World, gather_objects, sum_over_ranks
 from sharpmoe.train.plan import Plan
 from sharpmoe.train.runlog import RunLog

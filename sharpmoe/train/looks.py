@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.codecs import Codec
-from data_pipeline.shards import ShardSet
+from data_pipeline.encode.codecs import Codec
+from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import RunConfig
 from sharpmoe.evaluation import allocation, validation

@@ -6,8 +6,8 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.schedule import Start
-from data_pipeline.stream import Loaded, stream
+from data_pipeline.read.schedule import Start
+from data_pipeline.read.stream import Loaded, stream
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel import peers
 from sharpmoe.parallel.launch import World, together

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from data_pipeline.index import Bucket
-from data_pipeline.mixture import Mixture, open_mixture
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.mixture import Mixture, open_mixture
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.errors import ConfigError, DataError

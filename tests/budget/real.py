@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.stream import stream
+from data_pipeline.read.stream import stream
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ds_config import resolve_ds_config
 from sharpmoe.parallel.engine import Engine

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.codecs import load_codec
+from data_pipeline.encode.codecs import load_codec
 from data_pipeline.index import INDEX_FILE, sealed
 from data_pipeline.members import encode_json
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from launcher.prepare import main as prepare
 from sharpmoe.errors import DataError
 from tests import memory_shards

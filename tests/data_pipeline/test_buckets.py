@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.buckets import choose, report, table
+from data_pipeline.prepare.buckets import choose, report, table
 from data_pipeline.sizes import ImageSize, divided
 from sharpmoe.errors import DataError
 

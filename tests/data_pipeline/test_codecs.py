@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.codecs import (
+from data_pipeline.encode.codecs import (
     CODEC_FILE,
     Codec,
     KLAutoencoder,

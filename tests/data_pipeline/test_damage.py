@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from data_pipeline.damage import Damage, Ledger
 from data_pipeline.members import encode_json, encode_npy
-from data_pipeline.order import Order
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import Loaded, stream
+from data_pipeline.read.damage import Damage, Ledger
+from data_pipeline.read.order import Order
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import Loaded, stream
 from sharpmoe.errors import DamageError
 from tests.memory_shards import BUCKETS, Files, open_files, reseal, sample, tar, write
 

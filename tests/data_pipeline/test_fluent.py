@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import data_pipeline.fluent as fluent_module
-from data_pipeline.fluent import FluentSource
-from data_pipeline.items import Item, listing
+import data_pipeline.sources.fluent as fluent_module
+from data_pipeline.sources.fluent import FluentSource
+from data_pipeline.sources.items import Item, listing
 from sharpmoe.errors import DataError
 
 

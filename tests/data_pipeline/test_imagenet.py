@@ -8,11 +8,11 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_pipeline.imagenet import ClassFolderSource
-from data_pipeline.items import listing
+from data_pipeline.encode.moments import SD_VAE_SCALE
 from data_pipeline.members import decode_npy
-from data_pipeline.moments import SD_VAE_SCALE
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.sources.imagenet import ClassFolderSource
+from data_pipeline.sources.items import listing
 from launcher.prepare import main
 from sharpmoe.errors import DataError
 from sharpmoe.saliency import saliency_map

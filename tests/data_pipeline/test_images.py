@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.images import UNREADABLE, load_picture
+from data_pipeline.sources.images import UNREADABLE, load_picture
 
 
 def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:

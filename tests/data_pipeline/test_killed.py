@@ -1,6 +1,5 @@
 """Preparing in processes of their own that are killed, with SIGKILL, at any moment."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -10,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_pipeline.ranks as ranks
-from data_pipeline.ranks import Rank
-from data_pipeline.shards import ShardSet
-from data_pipeline.write import Means, prepare
+import data_pipeline.prepare.ranks as ranks
+from data_pipeline.prepare.ranks import Rank
+from data_pipeline.prepare.write import Means, prepare
+from data_pipeline.read.shards import ShardSet
 from tests.distributed import CONTEXT
 from tests.fixtures_data import ShapesSource, make_shards, shapes_recipe
 

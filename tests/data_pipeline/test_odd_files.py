@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.images import UNREADABLE, load_picture, upright_size
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.sources.images import UNREADABLE, load_picture, upright_size
 from launcher.prepare import main
 from tests.data_pipeline.test_images import encoded
 

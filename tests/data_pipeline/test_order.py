@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import Order, Turns, Visit
+from data_pipeline.read.order import Order, Turns, Visit
 
 FIXED = [4, 2, 6, 7, 5, 1, 3, 0]
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-import data_pipeline.ranks as ranks
-from data_pipeline.ranks import Rank, device_of, rank_of, wait
+import data_pipeline.prepare.ranks as ranks
+from data_pipeline.prepare.ranks import Rank, device_of, rank_of, wait
 from sharpmoe.errors import DataError
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline import remote
-from data_pipeline.remote import RemoteOptions
-from data_pipeline.schedule import Start
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import Loaded, stream
+from data_pipeline.read.schedule import Start
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import Loaded, stream
+from data_pipeline.store import remote
+from data_pipeline.store.remote import RemoteOptions
 from sharpmoe.errors import DamageError, DataError
 from tests.data_pipeline.range_server import Request, serving
 from tests.memory_shards import write

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from data_pipeline.index import EMPTY_FILE, Shard, index_bytes
-from data_pipeline.mixture import Mixture
-from data_pipeline.schedule import Start
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import Loaded, stream
+from data_pipeline.read.mixture import Mixture
+from data_pipeline.read.schedule import Start
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import Loaded, stream
 from sharpmoe.parallel.launch import World
 from tests.distributed import run_ranks
 from tests.memory_shards import Files, make_index, open_files, sha256, write
@@ -172,7 +172,7 @@ class Simulated:
 
 def test_the_first_batch_of_ten_million_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Simulated()
-    monkeypatch.setattr("data_pipeline.shards.open_store", lambda *_: store)
+    monkeypatch.setattr("data_pipeline.read.shards.open_store", lambda *_: store)
     began = time.process_time()
     shards = ShardSet.open("simulated", "train")
     batches = stream(shards, seed=1, global_batch=256, micro_batch=64, rank=1, world=4, start=37_654_321)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import safetar
-from data_pipeline.safetar import Member, Refusal, Sample
 from data_pipeline.safety import Caps
+from data_pipeline.sources import safetar
+from data_pipeline.sources.safetar import Member, Refusal, Sample
 from sharpmoe.errors import DamageError, DataError
 
 SUFFIXES = frozenset({"jpg", "txt", "json", "seg.png"})

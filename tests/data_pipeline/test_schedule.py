@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.mixture import Stream
-from data_pipeline.schedule import Pick, Schedule, Start
+from data_pipeline.read.mixture import Stream
+from data_pipeline.read.schedule import Pick, Schedule, Start
 from sharpmoe.errors import DataError
 
 # Two sources; the first has two buckets.

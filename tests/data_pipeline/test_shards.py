@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.images import load_picture
 from data_pipeline.index import sealed
-from data_pipeline.items import Item
-from data_pipeline.samples import Draw, Sample
-from data_pipeline.shards import ShardSet
-from data_pipeline.write import prepare
+from data_pipeline.prepare.write import prepare
+from data_pipeline.read.samples import Draw, Sample
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.sources.images import load_picture
+from data_pipeline.sources.items import Item
 from sharpmoe.errors import DamageError, DataError
 from sharpmoe.saliency import saliency_map, token_mask
 from tests.fixtures_data import QUIET, ShapesSource, make_shards, shapes_recipe
@@ -115,7 +115,7 @@ def test_the_empty_caption(shards: ShardSet) -> None:
 
 
 def test_images_without_alpha_have_no_foreground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.encoding.load_picture", lambda *a: load_picture(*a)._replace(alpha=None))
+    monkeypatch.setattr("data_pipeline.prepare.encoding.load_picture", lambda *a: load_picture(*a)._replace(alpha=None))
     batch = ShardSet.open(make_shards(tmp_path / "d"), "train").batch([0, 1])
     assert batch.foreground.isnan().all()
     assert batch.saliency.isfinite().all()

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipeline import items
-from data_pipeline.items import Item, Listing, Skipped, from_json, listing, to_json
-from data_pipeline.ranks import Rank
-from data_pipeline.sources import open_source
-from data_pipeline.survey import Catalog, refuse_missing, survey
-from data_pipeline.tables import rows
+from data_pipeline.prepare.ranks import Rank
+from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
+from data_pipeline.sources import items
+from data_pipeline.sources.folders import open_source
+from data_pipeline.sources.items import Item, Listing, Skipped, from_json, listing, to_json
+from data_pipeline.sources.tables import rows
 from sharpmoe.errors import DataError
 
 

@@ -14,10 +14,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from data_pipeline import remote
-from data_pipeline.cache import BlockCache
-from data_pipeline.remote import RemoteOptions
-from data_pipeline.store import Store, open_store
+from data_pipeline.store import remote
+from data_pipeline.store.cache import BlockCache
+from data_pipeline.store.remote import RemoteOptions
+from data_pipeline.store.store import Store, open_store
 from sharpmoe.config import DataConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import ConfigError, DamageError, DataError

@@ -7,12 +7,12 @@ from collections import Counter
 import pytest
 import torch
 
-from data_pipeline.damage import Damage
-from data_pipeline.mixture import Mixture
-from data_pipeline.samples import Draw, Sample
+from data_pipeline.read.damage import Damage
+from data_pipeline.read.mixture import Mixture
+from data_pipeline.read.samples import Draw, Sample
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import Loaded, stream
 from data_pipeline.schema import Batch
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import Loaded, stream
 from sharpmoe.errors import DamageError
 from tests.memory_shards import Options, open_files, write
 
@@ -120,7 +120,7 @@ def test_it_reads_ahead_while_the_trainer_works() -> None:
 
 
 def test_an_error_of_the_code_is_not_swallowed(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.stream.collate", lambda *_: 1 / 0)
+    monkeypatch.setattr("data_pipeline.read.stream.collate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         steps(shards, 1)
 

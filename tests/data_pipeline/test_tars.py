@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_pipeline.items import Listing, listing
-from data_pipeline.sources import open_source
+from data_pipeline.sources.folders import open_source
+from data_pipeline.sources.items import Listing, listing
 from tests.data_pipeline.test_images import encoded
 
 PNG = encoded(Image.new("RGB", (8, 8), "red"))

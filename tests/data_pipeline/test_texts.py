@@ -7,9 +7,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-import data_pipeline.transformer_texts as transformer_texts
-from data_pipeline.texts import HashTextEncoder, JoinedTextEncoder, TextEncoder, build_text_encoder
-from data_pipeline.transformer_texts import MINILM, TransformerTextEncoder
+import data_pipeline.encode.transformer_texts as transformer_texts
+from data_pipeline.encode.texts import HashTextEncoder, JoinedTextEncoder, TextEncoder, build_text_encoder
+from data_pipeline.encode.transformer_texts import MINILM, TransformerTextEncoder
 from sharpmoe.errors import DataError
 
 WORDS = ("<pad>", "<s>", "<unk>", "a", "red", "blue", "fox", "house", "in", "the", "snow", "</s>")

@@ -14,18 +14,18 @@ import pytest
 import torch
 import webdataset
 
-import data_pipeline.files as files
-import data_pipeline.finish as finish
-import data_pipeline.write as write
-from data_pipeline.codecs import KLAutoencoder, Pixel
-from data_pipeline.images import load_picture
+import data_pipeline.prepare.files as files
+import data_pipeline.prepare.finish as finish
+import data_pipeline.prepare.write as write
+from data_pipeline.encode.codecs import KLAutoencoder, Pixel
+from data_pipeline.encode.texts import build_text_encoder
 from data_pipeline.index import parse_index
-from data_pipeline.items import Item, Place, Skipped, Unit
 from data_pipeline.members import decode_npy
-from data_pipeline.recipe import Recipe
-from data_pipeline.shards import ShardSet
-from data_pipeline.texts import build_text_encoder
-from data_pipeline.write import prepare
+from data_pipeline.prepare.recipe import Recipe
+from data_pipeline.prepare.write import prepare
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.sources.images import load_picture
+from data_pipeline.sources.items import Item, Place, Skipped, Unit
 from sharpmoe.errors import DataError
 from sharpmoe.saliency import saliency_map
 from tests.fixtures_data import QUIET, ShapesSource, make_shards, shapes_recipe

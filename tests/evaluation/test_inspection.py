@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from launcher.inspect import main
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import data_pipeline.ranks as ranks
-from data_pipeline.shards import ShardSet
+import data_pipeline.prepare.ranks as ranks
+from data_pipeline.read.shards import ShardSet
 from launcher.prepare import main
 from tests.distributed import free_port
 

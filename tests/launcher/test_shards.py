@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.index import index_bytes, parse_index
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from launcher.shards import main
 from tests.fixtures_data import make_shards
 

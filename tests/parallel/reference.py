@@ -8,7 +8,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from data_pipeline.stream import stream
+from data_pipeline.read.stream import stream
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.moe.capacity import update_thresholds

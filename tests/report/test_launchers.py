@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.read.shards import ShardSet
 from launcher import evaluate, report, sample
 from sharpmoe.config import CheckpointConfig, DataConfig, LogConfig, RunConfig, SampleConfig, TrainConfig
 from sharpmoe.config_io import dump_run_config

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
-from data_pipeline.shards import ShardSet
 from sharpmoe.config import POOLED, VARYING_COMPUTE, RunConfig
 from sharpmoe.model.attach import attach
 from sharpmoe.model.dit import DiT

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import stream
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import stream
 from sharpmoe.errors import DataError
 from sharpmoe.train.feed import watched
 

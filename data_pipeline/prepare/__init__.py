@@ -1,0 +1,1 @@
+"""Sources to shards, on any number of ranks."""

@@ -1,0 +1,51 @@
+"""Which picture goes into which shard, and which rank writes it."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.prepare.buckets import Resolution
+from data_pipeline.prepare.ranks import Rank
+from data_pipeline.prepare.survey import Catalog
+
+
+class Plan(NamedTuple):
+    """One shard to be written."""
+
+    name: str
+    split: str
+    resolution: Resolution
+    rows: np.ndarray  # places in the catalog
+    digest: str  # of what it holds
+
+
+def plans(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray, shard_samples: int) -> list[Plan]:
+    """All shards of all splits and buckets, in the order in which the index lists them."""
+    return [
+        Plan(name, split, resolution, rows, _digest(name, catalog, rows))
+        for split in sorted(catalog.split_names)
+        for number, resolution in enumerate(resolutions)
+        for name, rows in _slices(
+            split if len(resolutions) == 1 else f"{split}-{resolution.name}",
+            np.flatnonzero((catalog.split == catalog.split_names.index(split)) & (chosen == number)),
+            shard_samples,
+        )
+    ]
+
+
+def _slices(stem: str, rows: np.ndarray, size: int) -> list[tuple[str, np.ndarray]]:
+    return [
+        (f"{stem}-{number:05d}", rows[start : start + size]) for number, start in enumerate(range(0, len(rows), size))
+    ]
+
+
+def _digest(name: str, catalog: Catalog, rows: np.ndarray) -> str:
+    held = catalog.hash[rows].tobytes() + catalog.use[rows].astype(np.int64).tobytes()
+    return hashlib.sha256(name.encode() + held).hexdigest()
+
+
+def share(every: list[Plan], place: Rank) -> list[Plan]:
+    """One rank's shards: dealt round in the order of their hash, so that every rank gets some of every split."""
+    dealt = {plan.name for plan in sorted(every, key=lambda plan: plan.digest)[place.rank :: place.size]}
+    return [plan for plan in every if plan.name in dealt]

@@ -1,0 +1,80 @@
+"""Samples to a batch: stacked, texts padded."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.read.samples import Sample
+from data_pipeline.schema import Batch
+
+
+def collate(samples: Iterable[Sample], positions: Sequence[int], text_length: int) -> Batch:
+    """Stack samples of one bucket; every text is padded to `text_length` tokens.
+
+    Each sample is copied and let go before the next is asked for: with an iterator, the next is read into the memory
+    of the last one, which is still in the processor's cache.
+    """
+    stack = _Stack(len(positions), text_length)
+    for sample in samples:
+        stack.put(sample)
+        del sample
+    return stack.batch(positions)
+
+
+class _Stack:
+    """The arrays of a batch, made when the first sample tells their shapes."""
+
+    def __init__(self, count: int, text_length: int) -> None:
+        self._count, self._text_length = count, text_length
+        self._arrays: dict[str, np.ndarray] = {}
+        self._text = np.empty((0, 0, 0), np.float16)
+        self._mask = np.zeros((count, text_length), dtype=bool)
+        self._words: list[tuple[str, str, int]] = []  # key, caption, label
+
+    def put(self, sample: Sample) -> None:
+        """Copy the sample of the next row."""
+        row = len(self._words)
+        nothing = np.full(sample.saliency.shape, np.nan, dtype=np.float32)
+        self._row("latent", row, sample.latent)
+        self._row("pooled", row, sample.pooled)
+        self._row("saliency", row, sample.saliency)
+        self._row("foreground", row, nothing if sample.foreground is None else sample.foreground)
+        self._put_text(row, sample.text)
+        self._words.append((sample.key, sample.caption, sample.label))
+
+    def _row(self, name: str, row: int, array: np.ndarray) -> None:
+        if row == 0:
+            self._arrays[name] = np.empty((self._count, *array.shape), dtype=np.float32)
+        if array.shape != self._arrays[name].shape[1:]:
+            raise ValueError("samples of different buckets cannot share a batch")
+        self._arrays[name][row] = array
+
+    def _put_text(self, row: int, text: np.ndarray) -> None:
+        """Texts stay in half precision where they are stored so: casting them costs more than reading."""
+        if row == 0:
+            half = text.dtype == np.float16
+            shape = (self._count, self._text_length, text.shape[1])
+            self._text = np.empty(shape, np.float16 if half else np.float32)
+        elif text.dtype != np.float16 and self._text.dtype == np.float16:
+            self._text = self._text.astype(np.float32)
+        self._text[row, : len(text)] = text
+        self._text[row, len(text) :] = 0
+        self._mask[row, : len(text)] = True
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """What was put."""
+        if len(self._words) != self._count:
+            raise ValueError(f"{len(self._words)} samples for {self._count} places")
+        keys, captions, labels = zip(*self._words, strict=True)
+        tensors: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+        return Batch(
+            **tensors,
+            text=torch.from_numpy(self._text),
+            text_mask=torch.from_numpy(self._mask),
+            label=torch.tensor(labels, dtype=torch.int64),
+            position=torch.tensor(list(positions), dtype=torch.int64),
+            keys=keys,
+            captions=captions,
+        )

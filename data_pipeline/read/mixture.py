@@ -1,0 +1,104 @@
+"""Several shard sets as one: weights between them, one text length, one codec and one text encoder."""
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from data_pipeline.index import Bucket, Identity
+from data_pipeline.read.damage import Damage
+from data_pipeline.read.samples import Draw, Sample
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.store.remote import RemoteOptions
+from sharpmoe.errors import DataError
+
+
+class Stream(NamedTuple):
+    """The samples of one bucket of one shard set: what has an order, and a count of what a run has taken of it."""
+
+    source: int  # which shard set
+    bucket: str
+    first: int  # index of its first sample in that shard set
+    shard_sizes: tuple[int, ...]
+    weight: Fraction  # share of the run, before normalisation
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return sum(self.shard_sizes)
+
+
+class Mixture:
+    """What a run trains on. Safe in DataLoader workers."""
+
+    sources: tuple[ShardSet, ...]
+    streams: tuple[Stream, ...]
+    buckets: dict[str, Bucket]  # of all sources
+    num_samples: int
+    text_length: int
+    text_width: int
+    pooled_width: int
+    patch_size: int
+    codec: Identity
+    encoder: Identity
+    fingerprint: str  # of the only source, or over those of all
+
+    def __init__(self, sources: Sequence[ShardSet], weights: Sequence[float] | None = None) -> None:
+        """`weights`: how often a sample is taken from each source, in proportion; by default their sizes.
+
+        Raises DataError where the sources were not made by the same codec, text encoder and patch size.
+        """
+        first = sources[0]
+        self.sources = tuple(sources)
+        for other in sources[1:]:
+            other.require(first.codec, first.encoder)
+            if other.patch_size != first.patch_size:
+                raise DataError(
+                    f"{other.location}: patch_size is {other.patch_size}, {first.location} has {first.patch_size}; "
+                    "prepare both alike"
+                )
+        self.num_samples = sum(source.num_samples for source in sources)
+        self.text_length = max(source.text_length for source in sources)
+        self.text_width, self.pooled_width, self.patch_size = first.text_width, first.pooled_width, first.patch_size
+        self.codec, self.encoder = first.codec, first.encoder
+        self.buckets = {name: bucket for source in sources for name, bucket in source.buckets.items()}
+        self.streams = _streams(self.sources, weights or [source.num_samples for source in sources])
+        prints = [source.fingerprint for source in sources]
+        self.fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
+
+    def load(self, stream: int, index: int, draw: Draw) -> Sample | Damage:
+        """Read a sample of a stream, by its index in it (see ShardSet.load)."""
+        return self.sources[self.streams[stream].source].load(self.streams[stream].first + index, draw)
+
+    def flaws(self) -> list[Damage]:
+        """What was found wrong with shards as a whole since the last call."""
+        return [flaw for source in self.sources for flaw in source.flaws()]
+
+    def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The empty caption, padded like the texts of all sources (see ShardSet.empty_text)."""
+        return max(self.sources, key=lambda source: source.text_length).empty_text()
+
+
+def open_mixture(
+    places: Sequence[tuple[str | Path, float]],
+    split: str,
+    remote: RemoteOptions | None = None,
+    bears_damage: bool = False,
+) -> Mixture:
+    """Open one shard set, or several with weights (see ShardSet.open and Mixture). Raises DataError."""
+    sources = [ShardSet.open(place, split, remote, bears_damage) for place, _ in places]
+    return Mixture(sources, [weight for _, weight in places])
+
+
+def _streams(sources: Sequence[ShardSet], weights: Sequence[float]) -> tuple[Stream, ...]:
+    streams = []
+    for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        first = 0
+        for bucket, sizes in source.bucket_shards.items():
+            share = Fraction(weight) * sum(sizes) / source.num_samples
+            streams.append(Stream(number, bucket, first, sizes, share))
+            first += sum(sizes)
+    return tuple(streams)

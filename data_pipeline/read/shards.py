@@ -1,0 +1,233 @@
+"""Prepared shards, read by index: any sample of any shard in one read, checked before it is believed."""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.encode.codecs import CODEC_FILE, Codec, load_codec
+from data_pipeline.encode.texts import TextEncoder
+from data_pipeline.identity import check_identity
+from data_pipeline.index import EMPTY_FILE, Bucket, Identity, Index, Places, Shard
+from data_pipeline.members import decode_npz
+from data_pipeline.read.batches import collate
+from data_pipeline.read.damage import Damage
+from data_pipeline.read.folder import REWRITE, check_size, checked_file, ends_in_zeros, read_index, read_table
+from data_pipeline.read.samples import Draw, Sample, Span, Spec, load_sample
+from data_pipeline.schema import Batch
+from data_pipeline.store.remote import RemoteOptions
+from data_pipeline.store.store import LocalStore, Store, open_store
+from sharpmoe.errors import DamageError, DataError
+
+_TABLES = 16  # kept in memory: samples are mixed within blocks of fewer shards
+
+
+class _Opened(NamedTuple):
+    """What has been read of a shard beside its samples."""
+
+    samples: Sequence[tuple[str, Places]]
+    size: int  # bytes that the tar really has
+
+
+class ShardSet:
+    """One split of a prepared folder, here or in the network. Safe in threads and in DataLoader workers.
+
+    Sample indices count through the buckets, one after the other, and in each through its shards.
+    """
+
+    split: str
+    location: str  # folder or URL, without credentials
+    num_samples: int
+    buckets: dict[str, Bucket]  # those that the split has samples of, in the order of the indices
+    bucket_shards: dict[str, tuple[int, ...]]  # samples of every shard of every bucket, in the order of the indices
+    main_bucket: str  # the square one or, without one, the largest
+    latent_shape: tuple[int, int, int]  # (C, h, w) of the main bucket
+    grid: tuple[int, int]  # tokens (h, w) of the main bucket
+    image_size: int  # pixels, side of a square of as many as images of the main bucket have
+    text_length: int  # L: every text is padded to so many tokens
+    text_width: int
+    pooled_width: int
+    patch_size: int
+    codec: Identity
+    encoder: Identity
+    splits: dict[str, int]  # samples of every split of the folder
+    fingerprint: str  # sha256 of the index, which vouches for every other file
+
+    def __init__(self, store: Store, split: str, index: Index, fingerprint: str) -> None:
+        """Use `ShardSet.open`."""
+        self.location, self.split, self.fingerprint = store.location, split, fingerprint
+        self.text_length, self.text_width, self.pooled_width = index.text_length, index.text_width, index.pooled_width
+        self.patch_size, self.codec, self.encoder = index.patch_size, index.codec, index.encoder
+        self.splits = index.splits
+        self._store, self._files = store, index.files
+        self._arrange(index)
+        self._opened: dict[int, _Opened | Damage] = {}  # by shard, the latest few
+        self._flaws: list[Damage] = []  # of shards opened since they were last asked for
+
+    def _arrange(self, index: Index) -> None:
+        """Put the shards of this split in order, bucket by bucket."""
+        mine = [shard for shard in index.shards if shard.split == self.split and shard.num_samples]
+        self._shards = [shard for name in index.buckets for shard in mine if shard.bucket == name]
+        sizes: dict[str, list[int]] = {}
+        for shard in self._shards:
+            sizes.setdefault(shard.bucket, []).append(shard.num_samples)
+        self.bucket_shards = {name: tuple(counts) for name, counts in sizes.items()}
+        self.buckets = {name: index.buckets[name] for name in sizes}
+        self._first = np.cumsum([0, *(shard.num_samples for shard in self._shards)])
+        self.num_samples = int(self._first[-1])
+        square = [name for name, bucket in self.buckets.items() if bucket.image[0] == bucket.image[1]]
+        self.main_bucket = max(square or sizes, key=lambda name: sum(sizes[name]))
+        main = self.buckets[self.main_bucket]
+        self.latent_shape, self.grid = main.latent, main.grid
+        self.image_size = math.isqrt(main.image[0] * main.image[1])
+        widths = self.text_length, self.text_width, self.pooled_width
+        self._specs = {name: Spec(bucket.latent, bucket.grid, *widths) for name, bucket in self.buckets.items()}
+
+    @classmethod
+    def open(
+        cls, location: str | Path, split: str, remote: RemoteOptions | None = None, bears_damage: bool = False
+    ) -> "ShardSet":
+        """Read the index, and in a local folder check that every shard of the split is there in full size.
+
+        With `bears_damage` the shards are looked at when they are read only. Raises DataError where the folder was
+        never prepared, the split does not exist or is empty, or a shard is missing or cut short.
+        """
+        store = open_store(location, remote)
+        index, fingerprint = read_index(store)
+        if not index.splits.get(split):
+            raise DataError(f"{store.location}: no samples in split {split!r}; it has {_counts(index.splits)}")
+        shards = cls(store, split, index, fingerprint)
+        if isinstance(store, LocalStore) and not bears_damage:
+            for shard in shards._shards:
+                check_size(store, shard)
+        return shards
+
+    def require(self, codec: Identity | None = None, encoder: Identity | None = None) -> None:
+        """Raise a DataError naming the differing key where these shards were made with another codec or encoder."""
+        if codec is not None:
+            check_identity("codec", self.location, found=self.codec, expected=codec)
+        if encoder is not None:
+            check_identity("text encoder", self.location, found=self.encoder, expected=encoder)
+
+    def codec_object(self, device: str = "cpu") -> Codec:
+        """The codec that made the latents, to turn samples back into images."""
+        where = f"{self.location}/{CODEC_FILE}"
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                (Path(folder) / CODEC_FILE).write_bytes(self._store.small(CODEC_FILE))
+            except DamageError:
+                raise DataError(f"{where}: missing; {REWRITE}") from None
+            codec = load_codec(Path(folder), device)
+        check_identity("codec", where, found=codec.identity, expected=self.codec)
+        return codec
+
+    def text_encoder(self, device: str = "cpu") -> TextEncoder:
+        """The encoder that made the text states, for captions of the user's own."""
+        return TextEncoder.from_identity(self.encoder, device)
+
+    def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The empty caption: text (L, D) float32, mask (L,) bool, pooled (D_pooled,) float32."""
+        content = checked_file(self._store, EMPTY_FILE, self._files.get(EMPTY_FILE, ""))
+        if content is None:
+            raise DataError(f"{self.location}/{EMPTY_FILE}: missing or damaged; delete it and {REWRITE}")
+        try:
+            arrays = decode_npz(content)
+        except DamageError as error:
+            raise DataError(f"{self.location}/{EMPTY_FILE}: {error}; {REWRITE}") from None
+        text = np.zeros((self.text_length, self.text_width), dtype=np.float32)
+        text[: len(arrays["text"])] = arrays["text"]
+        mask = torch.arange(self.text_length) < len(arrays["text"])
+        return torch.from_numpy(text), mask, torch.from_numpy(arrays["pooled"].astype(np.float32))
+
+    def batch(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> Batch:
+        """The samples of these indices, all of one bucket, without any choice drawn: first caption, mean latent.
+
+        `positions` defaults to the indices. Raises DataError naming shard and key where a sample is damaged, of another
+        shape, or not finite.
+        """
+        samples = []
+        for index in indices:
+            sample = self.load(int(index))
+            for damage in [*self.flaws(), *([sample] if isinstance(sample, Damage) else [])]:
+                raise damage.error()
+            assert isinstance(sample, Sample)
+            samples.append(sample)
+        return collate(samples, indices if positions is None else positions, self.text_length)
+
+    def bucket_of(self, index: int) -> str:
+        """Name of a sample's bucket."""
+        return self._shards[self._number(index)].bucket
+
+    def indices_of(self, bucket: str) -> range:
+        """Sample indices of a bucket."""
+        inside = [number for number, shard in enumerate(self._shards) if shard.bucket == bucket]
+        return range(int(self._first[inside[0]]), int(self._first[inside[-1] + 1]))
+
+    def load(self, index: int, draw: Draw | None = None) -> Sample | Damage:
+        """Read one sample, or tell what is wrong with it. DataError where the place itself cannot be read."""
+        number = self._number(index)
+        shard, opened = self._shards[number], self._open(number)
+        row = index - int(self._first[number])
+        if isinstance(opened, Damage):
+            return opened._replace(key=f"number {row}")
+        key, places = opened.samples[row]
+        found = self._attempt(shard, Span(key, places, opened.size), draw, fresh=False)
+        if isinstance(found, Damage):  # a cached copy may be at fault
+            return self._attempt(shard, Span(key, places, opened.size), draw, fresh=True)
+        return found
+
+    def flaws(self) -> list[Damage]:
+        """What was found wrong with shards as a whole since the last call."""
+        flaws, self._flaws = self._flaws, []
+        return flaws
+
+    def _number(self, index: int) -> int:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def _attempt(self, shard: Shard, span: Span, draw: Draw | None, fresh: bool) -> Sample | Damage:
+        read = partial(self._store.read, f"{shard.name}.tar", fresh=fresh)
+        try:
+            return load_sample(read, span, self._specs[shard.bucket], draw)
+        except DamageError as error:
+            return Damage(self._path(shard), span.key, str(error))
+
+    def _open(self, number: int) -> _Opened | Damage:
+        """Table and true size of a shard, or what makes all of it unusable."""
+        if number not in self._opened:
+            while len(self._opened) >= _TABLES:
+                del self._opened[next(iter(self._opened))]
+            shard = self._shards[number]
+            try:
+                self._opened[number] = self._look(shard)
+            except DamageError as error:
+                self._opened[number] = Damage(self._path(shard), "", str(error).removeprefix(f"{self._path(shard)}: "))
+        return self._opened[number]
+
+    def _look(self, shard: Shard) -> _Opened:
+        table = read_table(self._store, shard)
+        size = self._store.size(f"{shard.name}.tar")
+        if size != shard.size:
+            flaw = f"shard has {size} bytes, expected {shard.size}"
+            self._flaws.append(Damage(self._path(shard), "", flaw))
+        elif not ends_in_zeros(self._store, shard, table):
+            self._flaws.append(Damage(self._path(shard), "", "the tar is damaged behind its last sample"))
+        return _Opened(table, size)
+
+    def _path(self, shard: Shard) -> str:
+        return f"{self.location}/{shard.name}.tar"
+
+    def __getstate__(self) -> dict[str, object]:
+        """What was looked at is looked at again elsewhere, so that a worker starts light."""
+        return {**self.__dict__, "_opened": {}, "_flaws": []}
+
+
+def _counts(splits: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in splits.items())

@@ -1,0 +1,166 @@
+"""Shards to the batches of a run. The state is how many samples the run has consumed."""
+
+import itertools
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipeline.read.batches import collate
+from data_pipeline.read.damage import Damage, Ledger
+from data_pipeline.read.mixture import Mixture
+from data_pipeline.read.order import Order
+from data_pipeline.read.samples import Draw, Sample
+from data_pipeline.read.schedule import Pick, Schedule, Start
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.schema import Batch
+from sharpmoe.errors import DataError
+
+_PREFETCH_STEPS = 2
+
+
+class Loaded(NamedTuple):
+    """One rank's share of an optimizer step."""
+
+    batches: tuple[Batch, ...]  # the accumulation micro-batches
+    damage: tuple[Damage, ...]  # met while reading them; may repeat what was met before
+    consumed: Start  # after this step, over all ranks: what a checkpoint keeps
+
+
+class Layout(NamedTuple):
+    """Who reads what of every global batch."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+
+
+class _Steps(Dataset[Loaded | DataError]):
+    """One rank's share of every optimizer step, by step number."""
+
+    def __init__(self, data: Mixture, seed: int, layout: Layout, start: Start, max_bad_fraction: float) -> None:
+        self._data, self._seed, self._layout, self._start = data, seed, layout, start
+        self._schedule = Schedule(data.streams, seed, layout.global_batch, start)
+        self._orders = [Order(stream.shard_sizes, seed) for stream in data.streams]
+        self._ledger = Ledger(data.num_samples, max_bad_fraction)  # of what this process has met
+
+    def __getitem__(self, step: int) -> Loaded | DataError:
+        """The share, or the error: torch would wrap one raised in a worker in its traceback."""
+        size, rank, world = self._layout.global_batch, self._layout.rank, self._layout.world
+        share = range(rank * size // world, (rank + 1) * size // world, self._layout.micro_batch)
+        damage: list[Damage] = []
+        try:
+            batches = tuple(self._micro(step, range(first, first + share.step), damage) for first in share)
+        except DataError as error:
+            return error
+        samples = self._start.samples + (step + 1) * size
+        return Loaded(batches, tuple(dict.fromkeys(damage)), Start(samples, self._schedule.counts(step + 1)))
+
+    def _micro(self, step: int, offsets: range, damage: list[Damage]) -> Batch:
+        first = self._start.samples + step * self._layout.global_batch
+        positions = [first + offset for offset in offsets]
+        picks = self._schedule.picks(step, offsets)
+        samples = (self._sound(pick, place, damage) for pick, place in zip(picks, positions, strict=True))
+        return collate(samples, positions, self._data.text_length)
+
+    def _sound(self, pick: Pick, position: int, damage: list[Damage]) -> Sample:
+        """The sample that was picked or, where it is damaged, the next sound one in the order of its stream."""
+        for number in itertools.count(pick.number):
+            index = self._orders[pick.stream].at(number).sample
+            found = self._data.load(pick.stream, index, Draw(self._seed, position))
+            met = [*self._data.flaws(), *([found] if isinstance(found, Damage) else [])]
+            if met:
+                self._ledger.add(met)
+                damage += met
+            if isinstance(found, Sample):
+                return found
+        raise AssertionError("the order has no end")
+
+
+def stream(
+    data: Mixture | ShardSet,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    start: int | Start = 0,
+    num_workers: int = 0,
+    max_bad_fraction: float = 0.0,
+) -> Iterator[Loaded]:
+    """The endless steps of one rank: a tuple of micro-batches each, read ahead.
+
+    Step s covers the global positions start + s * global_batch and the global_batch - 1 after it, all of one bucket,
+    cut into micro-batches in order; rank r takes the r-th of `world` equal runs of them. So every rank gets the same
+    count, the samples of a step do not depend on the world size or on `num_workers` (0: a thread of this process), and
+    a resumed run passes what `Loaded.consumed` was. Damaged samples are replaced by the next sound one in the order.
+    Raises ValueError where micro_batch * world does not divide global_batch, and DataError (while iterating) where
+    more than `max_bad_fraction` of the samples are damaged. Does not communicate.
+    """
+    if global_batch % (micro_batch * world) or not 0 <= rank < world:
+        raise ValueError(f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x world {world}")
+    mixture = Mixture([data]) if isinstance(data, ShardSet) else data
+    begin = Start(start) if isinstance(start, int) else start
+    layout = Layout(global_batch, micro_batch, rank, world)
+    return _unwrapped(_Steps(mixture, seed, layout, begin, max_bad_fraction), num_workers)
+
+
+def _unwrapped(steps: _Steps, num_workers: int) -> Iterator[Loaded]:
+    numbers = itertools.count()
+    results = _in_thread(steps, numbers) if num_workers == 0 else _in_workers(steps, numbers, num_workers)
+    try:
+        for loaded in results:
+            if isinstance(loaded, DataError):
+                raise loaded
+            yield loaded
+    finally:
+        # Let go of the workers here. A traceback would keep them, and where it is part of a reference cycle their
+        # queues are closed before they are told to stop, for which each worker waits five seconds.
+        del results
+
+
+def _in_thread(steps: _Steps, numbers: Iterator[int]) -> Iterator[Loaded | DataError]:
+    """One thread, which is ahead of the caller by so many steps as fit."""
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
+        ahead = deque(pool.submit(steps.__getitem__, next(numbers)) for _ in range(_PREFETCH_STEPS))
+        try:
+            while True:
+                loaded = ahead.popleft().result()
+                ahead.append(pool.submit(steps.__getitem__, next(numbers)))
+                yield loaded
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Iterator[Loaded | DataError]:
+    """`num_workers` processes; DataLoader hands results on in the order of `numbers`."""
+    return iter(
+        DataLoader(
+            steps,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            prefetch_factor=_PREFETCH_STEPS,
+            worker_init_fn=_ignore_requests,
+        )
+    )
+
+
+def _ignore_requests(worker: int) -> None:
+    """A scheduler signals every process of a job; what a signal asks for is the training process's to decide.
+
+    Readers end when they are told to, or with the process that they read for.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_is(loaded: Any) -> Any:
+    """Torch's own collation would turn the tuples of keys and captions into lists."""
+    return loaded

@@ -1,0 +1,1 @@
+"""Where pictures and captions come from: folders, tables, tars, packaged sets."""

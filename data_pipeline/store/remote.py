@@ -1,0 +1,129 @@
+"""Shards in the network: byte ranges over http(s), s3 or gs, kept in a bounded cache on the local disk."""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from data_pipeline.safety import CAPS, check_name, redact
+from data_pipeline.store.cache import BlockCache
+from data_pipeline.store.cloud import CloudRanges
+from data_pipeline.store.http_ranges import HttpRanges
+from data_pipeline.store.transient import TransientError
+from sharpmoe.errors import DamageError, DataError
+
+BLOCK = 4 << 20  # bytes fetched at a time: neighbours of a sample are wanted soon, they are in the same block of shards
+_LONGEST_PAUSE_S = 30.0
+_Result = TypeVar("_Result")
+_jitter = random.SystemRandom()  # not the generator that a run has seeded
+_log = logging.getLogger(__name__)
+
+
+class RemoteOptions(NamedTuple):
+    """How remote shards are read."""
+
+    cache: Path | None = None  # None: ~/.cache/sharpmoe/shards; may be shared by runs and processes
+    cache_bytes: int = 16 << 30  # of the whole cache folder
+    timeout_s: float = 30.0  # without a byte; a whole request may take ten times as long
+    retries: int = 6  # after the first try, with pauses of 0.5, 1, 2, ... 30 s
+    pause_s: float = 0.5
+    allow_hosts: tuple[str, ...] = ()  # hosts (or host:port) beside the given one that redirects may lead to
+
+
+class Ranges(Protocol):
+    """One kind of remote place. Raises TransientError for what may pass, DamageError where a file is gone."""
+
+    def fetch(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start .. stop - 1; fewer only where the file ends."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        ...
+
+
+class RemoteStore:
+    """A Store (store/store.py) over byte ranges. Connections belong to one process; the cache is shared."""
+
+    def __init__(self, location: str, options: RemoteOptions) -> None:
+        self.location = redact(location)
+        self._url, self._options = location, options
+        if options.retries < 0 or options.timeout_s <= 0 or options.pause_s < 0:
+            raise DataError(f"{self.location}: expected retries and pauses of 0 or more, and a time-out above 0 s")
+        folder = options.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sharpmoe/shards"
+        self._cache = BlockCache(folder, options.cache_bytes, BLOCK)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._process = os.getpid()
+        self._ranges: Ranges
+        if self._url.lower().startswith("http"):
+            self._ranges = HttpRanges(self._url, self._options.timeout_s, self._options.allow_hosts)
+        else:
+            self._ranges = CloudRanges(self._url, self._options.timeout_s)
+
+    def read(self, name: str, offset: int, size: int, fresh: bool = False) -> bytes:
+        """See Store; through the cache, which `fresh` replaces."""
+        pieces = []
+        for number in range(offset // BLOCK, -(-(offset + size) // BLOCK)):
+            start = max(offset - number * BLOCK, 0)
+            stop = min(offset + size - number * BLOCK, BLOCK)
+            pieces.append(self._piece(name, number, start, stop, fresh))
+        content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if len(content) != size:
+            raise DamageError(f"{self.location}/{name}: ends {size - len(content)} bytes before a sample does")
+        return content
+
+    def size(self, name: str) -> int:
+        """See Store."""
+        check_name(name)
+        return self._patiently(name, lambda ranges: ranges.size(name))
+
+    def small(self, name: str) -> bytes:
+        """See Store; never from the cache: an index may be written anew."""
+        size = self.size(name)
+        if size > CAPS.small:
+            raise DamageError(f"{self.location}/{name}: {size} bytes, at most {CAPS.small} are read at once")
+        return b"".join(self._fetch(name, start, min(start + 8 * BLOCK, size)) for start in range(0, size, 8 * BLOCK))
+
+    def _piece(self, name: str, number: int, start: int, stop: int, fresh: bool) -> bytes:
+        """Bytes start .. stop - 1 of one block."""
+        label = f"{self._url}\0{check_name(name)}\0{number}"
+        cached = None if fresh else self._cache.read(label, start, stop)
+        if cached is not None and len(cached) == stop - start:
+            return cached
+        block = self._fetch(name, number * BLOCK, (number + 1) * BLOCK)
+        self._cache.write(label, block)
+        return block[start:stop]
+
+    def _fetch(self, name: str, start: int, stop: int) -> bytes:
+        return self._patiently(name, lambda ranges: ranges.fetch(name, start, stop))
+
+    def _patiently(self, name: str, act: Callable[[Ranges], _Result]) -> _Result:
+        """What `act` returns, tried again after a pause as often as the options say."""
+        if self._process != os.getpid():  # forked
+            self._connect()
+        for attempt in range(self._options.retries + 1):
+            try:
+                return act(self._ranges)
+            except TransientError as error:
+                last = error
+            if attempt < self._options.retries:
+                pause = min(self._options.pause_s * 2**attempt, _LONGEST_PAUSE_S)
+                pause = max(pause * _jitter.uniform(0.8, 1.2), min(last.retry_after_s, _LONGEST_PAUSE_S))
+                _log.info("%s/%s: %s; trying again in %.1f s", self.location, name, last, pause)
+                time.sleep(pause)
+        raise DataError(
+            f"{self.location}/{name}: {last} ({self._options.retries + 1} tries); check the network and the server"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Connections and locks belong to one process."""
+        return {"location": self._url, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Connect anew."""
+        RemoteStore.__init__(self, state["location"], state["options"])
