@@ -1,6 +1,5 @@
 """What a real run on gloo ranks holds and moves, counted without the help of sharpmoe.budget."""
 
-import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,17 +10,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.read.stream import stream
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ds_config import resolve_ds_config
 from sharpmoe.parallel.engine import Engine
 from sharpmoe.parallel.launch import World
-from sharpmoe.rollout import Item
 from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.plan import make_plan
-from sharpmoe.train.step import prepare, train_step
+from sharpmoe.train.step import train_step
 from tests.counting import CollectiveCounter
+from tests.parallel.reference import items_of
 from tests.train.setting import stirred_model
 
 STEPS = 5  # two until DeepSpeed's recorded orders repeat, one to see what is freed later; the last two are counted
@@ -64,7 +62,7 @@ def count_one(world: World, case: Case, file: Path) -> Counted:
     objective = Objective(stirred_model(case.run), case.run)
     engine = Engine(objective, case.run, plan.ds_config, world)
     ema = ShardEma(engine, 0.9)
-    steps = items_of(plan, world)
+    steps = items_of(plan, world, STEPS)
 
     def train(step: int) -> None:
         train_step(engine, objective, ema, steps[step], step, with_routing=False)
@@ -80,18 +78,6 @@ def count_one(world: World, case: Case, file: Path) -> Counted:
         with CollectiveCounter() as counter:
             train(4)
     return watch.result(ema, counter, allocations(profiler))
-
-
-def items_of(plan: Any, world: World) -> list[list[Item]]:
-    batches = stream(
-        plan.data.train,
-        seed=0,
-        global_batch=plan.batch.global_batch,
-        micro_batch=plan.batch.micro_batch,
-        rank=world.rank,
-        world=world.size,
-    )
-    return [prepare(b, plan.data.empty_text, plan.run, world.device) for b in itertools.islice(batches, STEPS)]
 
 
 def allocations(profiler: Any) -> list[int | str]:

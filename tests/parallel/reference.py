@@ -13,6 +13,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.moe.capacity import update_thresholds
 from sharpmoe.parallel.engine import Engine
+from sharpmoe.parallel.gradients import Admit, Update
 from sharpmoe.parallel.launch import World
 from sharpmoe.parallel.placement import gather_experts, is_expert
 from sharpmoe.train.ema import ShardEma
@@ -73,11 +74,11 @@ def watched(engine: Engine, objective: Objective, taken: dict[str, Tensor]) -> E
         engine.__dict__.pop("step", None)
         return engine
 
-    def step(lr: float) -> float:
+    def step(lr: float, admit: Admit) -> Update:
         for name, parameter in objective.model.named_parameters():
             gradient = safe_get_full_grad(parameter).float()
             taken[name] = gather_experts(gradient, engine._experts) if is_expert(parameter) else gradient.clone()
-        return Engine.step(engine, lr)
+        return Engine.step(engine, lr, admit)
 
     engine.__dict__["step"] = step
     return engine
