@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sharpmoe.errors import TrainingError
 from sharpmoe.parallel.launch import World, gather_objects
+from sharpmoe.parallel.placement import is_expert
 
 _DIGEST_BYTES = 7  # a digest and its negative fit a signed 64-bit integer
 
@@ -44,7 +45,7 @@ def _replicated(module: nn.Module, optimizer: Any) -> Iterator[tuple[str, Iterab
     """Names and values of what all ranks hold alike, in the same order on each."""
     for name, parameter in module.named_parameters():
         partitioned = getattr(parameter, "ds_status", ZeroParamStatus.AVAILABLE) != ZeroParamStatus.AVAILABLE
-        if not partitioned and getattr(parameter, "allreduce", True):
+        if not partitioned and (not is_expert(parameter) or getattr(parameter, "group_name", "") == "ep_size_1"):
             yield name, [parameter]
     for name, buffer in module.named_buffers():
         yield name, [buffer]

@@ -52,4 +52,9 @@ def _deaths_are_errors() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, outside if outside is not None else signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if outside is None or _is_torchs(outside) else outside)
+
+
+def _is_torchs(handler: object) -> bool:
+    """Whether a handler is the one that torch leaves behind with the first data workers of a process."""
+    return getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"

@@ -89,8 +89,8 @@ def test_killed_at_ten_moments_the_result_is_that_of_an_uninterrupted_run(
             for path in tmp_path.glob("*.tar"):
                 path.unlink()
             continue
-        assert codes.count(-signal.SIGKILL) == len(alive)
-        kills += bool(alive)
+        assert set(codes) <= {-signal.SIGKILL, 10}  # 10: it had left the rest to the others a moment before
+        kills += -signal.SIGKILL in codes
     codes = finished(start(tmp_path, size))
     assert codes.count(0) >= 1
     assert set(codes) <= {0, 10}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sharpmoe.model.pretrained import load_model, save_weights, weights_writer
+from sharpmoe.model.pretrained import load_model, planned_weights, save_weights, weights_writer
 from sharpmoe.model.weights_file import Planned, WeightsWriter
 from tests.toys import toy_model
 
@@ -52,7 +52,8 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 def test_one_by_one_equals_at_once(tmp_path: Path) -> None:
     model = toy_model()
     save_weights(tmp_path / "whole.safetensors", model.state_dict(), model.config, {"step": "3"})
-    with weights_writer(tmp_path / "parts.safetensors", model.config, {"step": "3"}) as writer:
+    planned = planned_weights(model.config)
+    with weights_writer(tmp_path / "parts.safetensors", planned, model.config, {"step": "3"}) as writer:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             writer.write(name, tensor)
     (one, meta), (two, other) = (load_model(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))

@@ -46,8 +46,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "checkpoint.init": folder / "base.safetensors",
         "checkpoint.every": 7,
         "train.steps": STEPS,
-        "train.global_batch": 4,
-        "rollout.num_steps": 4,
+        "train.global_batch": 8,
+        "rollout.num_steps": 8,  # a step has to last while the test looks
         "log.every": 1,
         "log.validate_every": 6,
         "log.validation_images": 4,

@@ -42,7 +42,7 @@ def test_a_killed_reader_is_one_line_at_the_next_batch(workers: int, shards: Pat
     began = time.monotonic()
     os.kill(started[0].pid, signal.SIGKILL)
     time.sleep(0.3)  # between two batches nothing is raised
-    assert signal.getsignal(signal.SIGCHLD) == handler
+    assert signal.getsignal(signal.SIGCHLD) in (handler, signal.SIG_DFL)  # the second where torch has left its own
     with pytest.raises(DataError, match=r"data: reader process \(pid.* is killed by signal: Killed; .*num_w") as error:
         list(itertools.islice(batches, 10))
     assert "\n" not in str(error.value)

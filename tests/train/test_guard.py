@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -139,13 +140,13 @@ def test_a_poisoned_step_on_one_rank_moves_nothing_on_any(shards: Path, tmp_path
 
 def poison_samples(plan: Plan, positions: range) -> None:
     """Samples at these places of the data order come as infinities."""
-    read = plan.data.train.batch
+    read = plan.data.train.load
 
-    def batch(indices: Any, places: Any = None) -> Any:
-        given = read(indices, places)
-        return given._replace(latent=given.latent * 1e30) if min(places) in positions else given
+    def load(stream: int, index: int, draw: Any) -> Any:
+        given = read(stream, index, draw)
+        return given._replace(latent=given.latent * np.float32(1e30)) if draw.position in positions else given
 
-    plan.data.train.batch = batch  # type: ignore[method-assign]
+    plan.data.train.load = load  # type: ignore[method-assign]
 
 
 def trained(world: World, run: RunConfig, positions: range) -> str:
