@@ -40,7 +40,7 @@ DRAWN, MEASURED = ("sampling", "routing sheet"), ("first look", "last look")
 PLACES = {
     "data": Place(loop, "prepare", 2, 1),
     "step": Place(loop, "train_step", 2, 2, looked=False),  # before the validation that follows
-    "save": Place(saving, "_write_own", 2, 1),
+    "save": Place(saving, "_write_own", 1, 1),
     "last save": Place(loop, "save", 1, 3),
     "first look": Place(allocation, "measure", 1, 0, looked=False),
     "validation": Place(validation, "validate", 2, 2, looked=False),
