@@ -203,7 +203,8 @@ def _one_run(run: RunConfig, ranks: int, kills: int, reference: Reference, tally
     """Start, kill, check, start again, until the run comes to its end."""
     root = Path(run.output) / run.name / "checkpoints"
     for number in range(4 * kills + 4):
-        saved = keeping.latest(root)
+        # A kill between the folder's name and `latest` leaves a whole checkpoint; without a former one, it is taken.
+        saved = next(iter(keeping.newest_first(root)), None)
         expected = str(manifest.read(saved).progress.step) if saved else "0"
         attempt = Attempt(run, ranks, root.parent / "notes" / str(number), SLOW)
         victim = rng.randrange(ranks) if len(tally.kills) < kills else None
