@@ -85,7 +85,7 @@ def refuse_bad_share(skipped: list[Skipped], count: int, total: int, allowed: fl
 def write_index(
     folder: Path, worker: Worker, source: Identity, catalog: Catalog, every: list[Plan], resolutions: list[Resolution]
 ) -> Index:
-    """Write the index of a folder whose shards are all there, and clear away what only the work needed."""
+    """Write the index of a folder whose shards are all there, and clear away the rest."""
     empty = {name: tensor.numpy() for name, tensor in text_arrays(worker.encoder.encode([""]), 0).items()}
     write_atomic(folder / EMPTY_FILE, _npz(empty))
     shards, longest, skipped = _collect(folder, every, catalog)
@@ -109,9 +109,14 @@ def write_index(
         skipped=[(entry.name, entry.reason) for entry in skipped[:_LISTED]],
     )
     write_atomic(folder / INDEX_FILE, index_bytes(index))
+    clear_away(folder)
+    return index
+
+
+def clear_away(folder: Path) -> None:
+    """Remove what only the work needed; there is nothing where that was done before."""
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
     remove_temporary(folder)
-    return index
 
 
 def _used(resolution: Resolution, shards: list[Shard]) -> bool:

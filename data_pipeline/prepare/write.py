@@ -35,6 +35,7 @@ from data_pipeline.prepare.files import file_sha256, lock, publish, read_json, r
 from data_pipeline.prepare.finish import (
     WORK_FOLDER,
     Summary,
+    clear_away,
     complete_index,
     refuse_bad_share,
     summary,
@@ -82,6 +83,7 @@ def prepare(source: Source, folder: Path, recipe: Recipe, means: Means = _PLAIN)
         _refuse_other_request(folder, asked)
         index = complete_index(folder)
         if index is not None:
+            clear_away(folder)  # a run may have been killed right after its index
             return summary(folder, index, worked=False)
         try:
             return _work(source, folder, recipe, means, digests, asked)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import data_pipeline.prepare.ranks as ranks
+from data_pipeline.prepare.finish import WORK_FOLDER
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.write import Means, prepare
 from data_pipeline.read.shards import ShardSet
@@ -85,7 +86,7 @@ def test_killed_at_ten_moments_the_result_is_that_of_an_uninterrupted_run(
             os.kill(process.pid, signal.SIGKILL)
         codes = finished(processes)
         if "index.json" in files(tmp_path):  # this run came to its end: the next one starts from nothing
-            assert contents(tmp_path).keys() >= whole.keys()
+            assert files(tmp_path) >= whole.keys()
             for path in tmp_path.glob("*.tar"):
                 path.unlink()
             continue
@@ -95,6 +96,15 @@ def test_killed_at_ten_moments_the_result_is_that_of_an_uninterrupted_run(
     assert codes.count(0) >= 1
     assert set(codes) <= {0, 10}
     assert contents(tmp_path) == whole
+
+
+def test_what_a_kill_right_after_the_index_leaves_is_cleared_away(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "d")
+    before = contents(folder)
+    (folder / WORK_FOLDER / "0123").mkdir(parents=True)
+    (folder / WORK_FOLDER / "0123" / "unit.jsonl").write_text("{}\n")
+    make_shards(folder)
+    assert contents(folder) == before
 
 
 def test_ranks_share_the_work_and_the_last_one_writes_the_index(whole: dict[str, bytes], tmp_path: Path) -> None:

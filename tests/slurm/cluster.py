@@ -79,7 +79,8 @@ def until(what: str, holds: Callable[[], bool], seconds: float, told: Callable[[
 
 @contextmanager
 def asleep(processes: Sequence[int]) -> Iterator[None]:
-    """Stop processes for a while: what is sent to them meanwhile waits for them."""
+    """Stop processes for a while: what is sent to them meanwhile waits for them. There must be some, and they stay."""
+    assert processes
     for process in processes:
         os.kill(process, signal.SIGSTOP)
     try:

@@ -96,7 +96,9 @@ def test_a_stopped_job_is_queued_again_and_ends_the_same(cluster: Cluster, words
     told = lambda: log_of(broken, job) + cluster.logs()  # noqa: E731
 
     def asked(number: signal.Signals) -> bool:
-        return all(waits_for(rank, number) for rank in cluster.ranks(job))
+        ranks = cluster.ranks(job)
+        assert len(ranks) == len(NODES), told()
+        return all(waits_for(rank, number) for rank in ranks)
 
     until("two steps", lambda: len(steps_of(broken)) >= 2, 240, told)
     with asleep(cluster.ranks(job)):
@@ -108,7 +110,9 @@ def test_a_stopped_job_is_queued_again_and_ends_the_same(cluster: Cluster, words
 
     until("steps after the return", lambda: max(steps_of(broken)) > before["step"], 240, told)
     with asleep(cluster.ranks(job)):
-        minutes = (cluster.seconds(job) + 30) // 60 + 1  # 30 to 90 s are left, of which 60 are grace
+        # The controller looks at limits every 30 s. It sends the signal from 90 s before the end, the 60 s of grace
+        # and one of its periods; with 60 to 120 s left that look is never also the one that finds the time over.
+        minutes = (cluster.seconds(job) + 60) // 60 + 1
         cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
         until("SIGUSR1", lambda: asked(signal.SIGUSR1), 120, told)
     until("the second return to the queue", lambda: cluster.restarts(job) == 2, 60, told)
