@@ -17,6 +17,7 @@ from sharpmoe.parallel.groups import check_ep_size
 from sharpmoe.parallel.launch import World
 from sharpmoe.train import checkpoint
 from sharpmoe.train.checkpoint import Layout, Progress
+from sharpmoe.train.schedules import check_schedule
 from sharpmoe.train.step import EmptyText
 
 
@@ -72,13 +73,15 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World) -> Plan:
     Raises ConfigError, DataError, CheckpointError.
     """
     check_ep_size(run, world.size)
+    batch = batch_arithmetic(run, world.size)
+    check_schedule(run, batch.micro_batch)
     data = open_data(run)
     layout = checkpoint.layout_of(run, data.train.fingerprint)
     folder = checkpoint.resume_folder(Path(run.output) / run.name / "checkpoints", run.checkpoint.resume)
     saved = None if folder is None else checkpoint.read_meta(folder)
     if saved is not None:
         checkpoint.check_fits(saved, run.model, layout)
-    return Plan(run, ds_config, batch_arithmetic(run, world.size), data, layout, saved)
+    return Plan(run, ds_config, batch, data, layout, saved)
 
 
 def open_data(run: RunConfig) -> Data:
