@@ -230,21 +230,33 @@ class RolloutConfig(Section):
 
     num_steps: int = Field(10, ge=1)  # T
     first_time: float = Field(0.999, gt=0, le=1)  # t_1
-    schedule: Literal["plain", "two_pass"] = "plain"
-    checkpoint_blocks: bool = False  # plain: recompute each block in backward instead of keeping its activations
-    segment_steps: int | None = Field(None, ge=1)  # two_pass: train one block of S of the T steps, scaled by T/S
+    # Which graphs are kept and which steps are run again; all but segments are exact (docs/design/0003).
+    schedule: Literal["auto", "plain", "checkpoint", "two_pass", "hybrid", "segments"] = "plain"
+    kept_steps: int | None = Field(None, ge=0)  # hybrid: of the last m steps; segments: of the block, None: all of it
+    segment_steps: int = Field(1, ge=1)  # segments: one block of S of the T steps is trained, scaled by T/S
+    merged_steps: int = Field(1, ge=1)  # two_pass, hybrid, segments: steps that are run again in one batch
     caption_dropout: float = Field(0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
-        if self.segment_steps is not None:
-            if self.schedule != "two_pass":
-                raise ValueError("segment_steps needs schedule: two_pass")
-            if self.num_steps % self.segment_steps:
-                raise ValueError(f"segment_steps ({self.segment_steps}) must divide num_steps ({self.num_steps})")
-        if self.checkpoint_blocks and self.schedule != "plain":
-            raise ValueError("checkpoint_blocks needs schedule: plain (two_pass keeps one step's graph only)")
+        if self.schedule == "segments" and self.num_steps % self.segment_steps:
+            raise ValueError(f"segment_steps ({self.segment_steps}) must divide num_steps ({self.num_steps})")
+        if self.schedule == "hybrid" and not 1 <= (self.kept_steps or 0) <= self.num_steps:
+            raise ValueError(f"schedule: hybrid needs kept_steps from 1 to num_steps ({self.num_steps})")
+        if self.schedule == "segments" and (self.kept_steps or 0) > self.segment_steps:
+            raise ValueError(f"kept_steps ({self.kept_steps}) must be at most segment_steps ({self.segment_steps})")
+        users = {"kept_steps": ["hybrid", "segments"], "segment_steps": ["segments"]}
+        for key, schedules in (users | {"merged_steps": ["two_pass", "hybrid", "segments"]}).items():
+            if getattr(self, key) not in (None, 1) and self.schedule not in schedules:
+                raise ValueError(f"{key} needs schedule: {' | '.join(schedules)}")
         return self
+
+    @property
+    def steps_kept(self) -> int:
+        """Trained steps whose graphs of the first pass are kept, where there are two passes."""
+        if self.schedule == "segments" and self.kept_steps is None:
+            return self.segment_steps
+        return self.kept_steps or 0
 
 
 class LossConfig(Section):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpmoe.flow import clean_prediction, interpolate, velocity_target
 from sharpmoe.losses import flow_matching, layer_predictions
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import Condition
 from sharpmoe.moe.routing import Routing
 
@@ -37,10 +37,15 @@ class StepOutput(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What pass 1 fixed for one step of pass 2."""
+    """What a first pass fixed for one step of the second.
+
+    The routing is replayed because in half precision a near-tie can flip between the passes, and because a pool of
+    tokens is then not asked again: steps may share a batch.
+    """
 
     guidance: Tensor | None  # (B, C, H, W) or None for an unguided model
-    routing_maps: tuple[Tensor, ...] | None  # one per MoE layer
+    routing_maps: tuple[Tensor, ...]  # one per MoE layer
+    cutoffs: tuple[Tensor, ...]  # one per MoE layer
 
 
 def first_guidance(item: Item, guided: bool) -> Tensor | None:
@@ -48,22 +53,61 @@ def first_guidance(item: Item, guided: bool) -> Tensor | None:
     return interpolate(item.x0, item.x1, item.times[0]) if guided else None
 
 
-def rollout_step(
-    model: DiT,
-    item: Item,
-    step: int,
-    guidance: Tensor | None,
-    routing_maps: tuple[Tensor, ...] | None = None,
-    recompute: bool = False,
-) -> StepOutput:
+def rollout_step(model: DiT, item: Item, step: int, guidance: Tensor | None, recompute: bool = False) -> StepOutput:
     """Denoise at the item's times[step] (0-based) under `guidance`; gradients are the caller's choice."""
     t = item.times[step]
     x_t = interpolate(item.x0, item.x1, t)
-    output = model(x_t, t, item.condition, guidance, routing_maps, recompute)
+    output = model(x_t, t, item.condition, guidance, None, recompute)
+    return _step_output(model, item, t, output)
+
+
+def replay(output: StepOutput, guidance: Tensor | None) -> Replay:
+    """What a second pass needs of a step that was run under `guidance`."""
+    records = output.routing
+    return Replay(guidance, tuple(r.routing_map for r in records), tuple(r.cutoff.detach() for r in records))
+
+
+def replay_steps(model: DiT, item: Item, steps: Sequence[int], replays: Sequence[Replay]) -> list[StepOutput]:
+    """Run some steps (0-based) as one batch, each as the first pass had it."""
+    times = [item.times[step] for step in steps]
+    x_t = torch.cat([interpolate(item.x0, item.x1, t) for t in times])
+    guidances = [each.guidance for each in replays if each.guidance is not None]
+    maps = tuple(torch.cat(layer) for layer in zip(*(each.routing_maps for each in replays), strict=True))
+    condition = _repeat(item.condition, len(steps))
+    output = model(x_t, torch.cat(times), condition, torch.cat(guidances) if guidances else None, maps)
+    return [
+        _step_output(model, item, t, _part(output, index, len(steps), each.cutoffs))
+        for index, (t, each) in enumerate(zip(times, replays, strict=True))
+    ]
+
+
+def _step_output(model: DiT, item: Item, t: Tensor, output: ModelOutput) -> StepOutput:
     v_target = velocity_target(item.x0, item.x1)
     flow = flow_matching(output.v, v_target)
     own = layer_predictions(output.routing, v_target, model.config.patch_size)
+    x_t = interpolate(item.x0, item.x1, t)
     return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, own)
+
+
+def _repeat(condition: Condition, times: int) -> Condition:
+    return type(condition)(*(torch.cat([field] * times) for field in condition))
+
+
+def _part(output: ModelOutput, index: int, count: int, cutoffs: tuple[Tensor, ...]) -> ModelOutput:
+    """One step's part of a batch of `count` steps. A cutoff belongs to a pool, which is a step's own."""
+    shared = ("cutoff", "bias")
+    records = [
+        record._replace(
+            cutoff=cutoff,
+            **{
+                name: field.chunk(count)[index]
+                for name, field in record._asdict().items()
+                if name not in shared and field is not None
+            },
+        )
+        for record, cutoff in zip(output.routing, cutoffs, strict=True)
+    ]
+    return ModelOutput(output.v.chunk(count)[index], tuple(records))
 
 
 def rollout(model: DiT, item: Item, guided: bool, recompute: bool = False) -> list[StepOutput]:
@@ -71,32 +115,12 @@ def rollout(model: DiT, item: Item, guided: bool, recompute: bool = False) -> li
     guidance = first_guidance(item, guided)
     outputs: list[StepOutput] = []
     for step in range(len(item.times)):
-        output = rollout_step(model, item, step, guidance, recompute=recompute)
+        output = rollout_step(model, item, step, guidance, recompute)
         outputs.append(output)
         guidance = output.x0_hat if guided else None
     return outputs
 
 
-def replays(item: Item, outputs: Sequence[StepOutput], guided: bool) -> list[Replay]:
-    """Guidance and routing of every step as pass 1 had them, for pass 2.
-
-    The routing is replayed because in half precision a near-tie can flip between the passes.
-    """
-    guidances = [first_guidance(item, guided), *(output.x0_hat if guided else None for output in outputs[:-1])]
-    return [
-        Replay(guidance, tuple(record.routing_map for record in output.routing))
-        for guidance, output in zip(guidances, outputs, strict=True)
-    ]
-
-
-def block_steps(num_steps: int, segment_steps: int | None, block: int) -> range:
-    """Steps of the `block`-th of the T / S fixed blocks of S contiguous steps; all T steps where S is None."""
-    if segment_steps is None:
-        return range(num_steps)
+def block_steps(num_steps: int, segment_steps: int, block: int) -> range:
+    """Steps of the `block`-th of the T / S fixed blocks of S contiguous steps."""
     return range(block * segment_steps, (block + 1) * segment_steps)
-
-
-def detach_records(outputs: Sequence[StepOutput]) -> tuple[tuple[Routing, ...], ...]:
-    """Routing records of every step, cut from the graph: (T) x (layers)."""
-    with torch.no_grad():
-        return tuple(tuple(record.detach() for record in output.routing) for output in outputs)

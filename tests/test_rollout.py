@@ -10,8 +10,10 @@ from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import TextCondition
+from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import Item, rollout
-from sharpmoe.train.objective import Objective, StepRecord, run_schedule
+from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.records import StepRecord
 
 BATCH, STEPS = 3, 6
 ROUTERS = ("tc", "ec", "diffmoe")
@@ -44,8 +46,8 @@ def make_objective(run: RunConfig) -> Objective:
     return Objective(model, run).train()
 
 
-def make_item() -> Item:
-    g = torch.Generator().manual_seed(3)
+def make_item(seed: int = 3) -> Item:
+    g = torch.Generator().manual_seed(seed)
     x0, x1 = torch.randn(2, BATCH, 4, 8, 8, generator=g)
     times = descending_times(torch.rand(STEPS - 1, BATCH, generator=g), 0.999)
     text = torch.randn(BATCH, 5, 6, generator=g)
@@ -53,71 +55,147 @@ def make_item() -> Item:
     return Item(x0, x1, times, condition, torch.rand(BATCH, 16, generator=g))
 
 
-def gradients(run: RunConfig, block: int = 0) -> tuple[Tensor, StepRecord, list[bool]]:
+def gradients(run: RunConfig, block: int = 0, items: int = 1) -> tuple[Tensor, StepRecord]:
+    """Gradient of the mean over `items` micro-batches, and the record of the first."""
     objective = make_objective(run)
-    ends: list[bool] = []
-
-    def backward(loss: Tensor, last: bool) -> None:
-        ends.append(last)
-        loss.backward()
-
-    record = run_schedule(objective, make_item(), run, backward, guided=objective.guided, block=block)
+    answer = objective(StepRequest(tuple(make_item(3 + i) for i in range(items)), block))
+    assert all(p.grad is None for p in objective.parameters())
+    answer.loss.backward()
     flat = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in objective.parameters()]
-    return torch.cat(flat), record, ends
+    return torch.cat(flat), answer.records[0]
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+SCHEDULES: dict[str, dict[str, object]] = {
+    "checkpoint": {"schedule": "checkpoint"},
+    "two_pass": {"schedule": "two_pass"},
+    "two_pass, merged": {"schedule": "two_pass", "merged_steps": 4},  # 4 and 2 of 6 steps
+    "hybrid of one": {"schedule": "hybrid", "kept_steps": 1},
+    "hybrid, merged": {"schedule": "hybrid", "kept_steps": 3, "merged_steps": 3},
+    "hybrid of all": {"schedule": "hybrid", "kept_steps": STEPS},
+    "segment of all": {"schedule": "segments", "segment_steps": STEPS},
+}
+
+
 @pytest.mark.parametrize("mass", ["scores", "counts"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_plain_recomputed_two_pass_and_mean_segment_agree(router: str, mass: str) -> None:
-    plain, record, ends = gradients(make_run(router, mass))
-    assert ends == [True]
-    recomputed, _, _ = gradients(make_run(router, mass, checkpoint_blocks=True))
-    two_pass, two_record, two_ends = gradients(make_run(router, mass, schedule="two_pass"))
-    assert two_ends == [False] * (STEPS - 1) + [True]
-    assert distance(recomputed, plain) < 1e-10
-    assert distance(two_pass, plain) < 1e-10
-    for ours, theirs in zip(two_record.terms, record.terms, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    for size in (1, 2, 3):
-        run = make_run(router, mass, schedule="two_pass", segment_steps=size)
+def test_every_schedule_has_the_gradient_of_plain(router: str, mass: str) -> None:
+    plain, record = gradients(make_run(router, mass))
+    for name, fields in SCHEDULES.items():
+        other, other_record = gradients(make_run(router, mass, **fields))
+        assert distance(other, plain) < 1e-10, name
+        for ours, theirs in zip(other_record.terms, record.terms, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mass", ["scores", "counts"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_segments_are_unbiased(router: str, mass: str) -> None:
+    plain, _ = gradients(make_run(router, mass))
+    for size, kept, merged in ((1, None, 1), (2, 0, 1), (3, 0, 2), (3, 1, 1), (2, None, 1)):
+        fields = {"segment_steps": size, "kept_steps": kept, "merged_steps": merged}
+        run = make_run(router, mass, schedule="segments", **fields)
         draws = [gradients(run, block)[0] for block in range(STEPS // size)]
         assert distance(torch.stack(draws).mean(0), plain) < 1e-10
         assert distance(draws[0], plain) > 1e-3  # a single segment is an estimate
 
 
+@pytest.mark.parametrize("fields", [{}, *SCHEDULES.values()], ids=["plain", *SCHEDULES])
+def test_micro_batches_give_the_mean_of_their_gradients(fields: dict[str, object]) -> None:
+    run = make_run("ec", **fields)
+    whole, _ = gradients(run, items=3)
+    objective = make_objective(run)
+    for seed in (3, 4, 5):
+        (objective(StepRequest((make_item(seed),))).loss / 3).backward()
+    by_hand = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+    used = torch.cat([torch.full((p.numel(),), p.grad is not None) for p in objective.parameters()])
+    assert distance(whole[used], by_hand) < 1e-12
+    assert (whole[~used] == 0).all()
+
+
+def test_a_parameter_that_no_graph_has_gets_no_gradient() -> None:
+    """ZeRO's hooks must not be called for it."""
+    objective = make_objective(make_run("ec").model_copy(update={"stage": "pretrain"}))
+    item = make_item()
+    item = item._replace(times=item.times[:1])
+    reached = list[str]()
+    for name, parameter in objective.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.append(name))
+    objective(StepRequest((item, item))).loss.backward()
+    names = {name for name, _ in objective.named_parameters()}
+    assert set(reached) == {name for name in names if "saliency_router" not in name}
+    assert len(reached) == len(set(reached))
+
+
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
 @pytest.mark.parametrize("mass", ["scores", "counts"])
 def test_routing_loss_moves_the_gradient(router: str, mass: str) -> None:
-    with_loss, record, _ = gradients(make_run(router, mass))
-    without, _, _ = gradients(make_run(router, mass, weight=0.0))
+    with_loss, record = gradients(make_run(router, mass))
+    without, _ = gradients(make_run(router, mass, weight=0.0))
     assert record.terms.routing > 0
     assert distance(with_loss, without) > 1e-4
 
 
 def test_token_choice_trains_with_the_flow_loss_only() -> None:
-    _, record, _ = gradients(make_run("tc"))
+    _, record = gradients(make_run("tc"))
     assert record.terms.routing == 0
     assert record.terms.balance > 0
 
 
-def test_two_pass_without_routing_loss_needs_one_forward_per_step() -> None:
-    run = make_run("ec", weight=0.0, schedule="two_pass")
-    objective = make_objective(run)
-    calls: list[object] = []
+FORWARDS = {  # schedule -> calls with gradient, calls without, images in all of them; T = 6, 3 images
+    "plain": ({}, 6, 0, 6),
+    "checkpoint": ({"schedule": "checkpoint"}, 6, 0, 6),
+    "two_pass": ({"schedule": "two_pass"}, 6, 6, 12),
+    "merged": ({"schedule": "two_pass", "merged_steps": 3}, 2, 6, 12),
+    "hybrid": ({"schedule": "hybrid", "kept_steps": 4}, 6, 2, 8),
+    "hybrid of all": ({"schedule": "hybrid", "kept_steps": 6}, 6, 0, 6),
+    "segments": ({"schedule": "segments", "segment_steps": 2}, 2, 4, 6),
+    "segments run again": ({"schedule": "segments", "segment_steps": 2, "kept_steps": 0}, 2, 6, 8),
+}
 
-    def call(request: object) -> object:
-        calls.append(request)
-        return objective(request)
 
-    run_schedule(call, make_item(), run, lambda loss, last: loss.backward(), guided=True)
-    assert len(calls) == STEPS
-    single = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
-    plain, _, _ = gradients(make_run("ec", weight=0.0))
-    assert abs(float(single.norm() / plain.norm()) - 1) < 1e-10
+def forwards(run: RunConfig) -> tuple[int, int, int]:
+    """Model calls of one micro-batch and its backward: with gradient, without, images of all over those of one."""
+    objective, calls = make_objective(run), list[tuple[bool, int]]()
+    objective.model.register_forward_pre_hook(lambda _, inputs: calls.append((torch.is_grad_enabled(), len(inputs[0]))))
+    objective(StepRequest((make_item(),))).loss.backward()
+    trained = sum(graph for graph, _ in calls)
+    return trained, len(calls) - trained, sum(images for _, images in calls) // BATCH
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forward_calls(name: str) -> None:
+    fields, *expected = FORWARDS[name]
+    assert forwards(make_run("ec", **fields)) == tuple(expected)
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "two_pass"}, {"schedule": "hybrid", "kept_steps": 2}])
+def test_without_routing_loss_there_is_no_first_pass(fields: dict[str, object]) -> None:
+    run = make_run("ec", weight=0.0, **fields)
+    assert forwards(run) == (STEPS, 0, STEPS)
+    assert distance(gradients(run)[0], gradients(make_run("ec", weight=0.0))[0]) < 1e-10
+
+
+@pytest.mark.parametrize("merged", [1, 3])
+def test_half_precision_replays_the_routing_of_the_first_pass(merged: int) -> None:
+    """Each image is routed anew in the first pass only, and the second is handed just that."""
+    run = make_run("diffmoe", schedule="two_pass", merged_steps=merged)
+    objective = make_objective(run).to(torch.bfloat16)
+    first, second = list[Tensor](), list[Tensor]()
+    layer = objective.model.moe_layers()[0]
+
+    def see(_: object, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Routing]) -> None:
+        (first if inputs[2] is None else second).append(output[1].routing_map)
+        assert inputs[2] is None or torch.equal(inputs[2], output[1].routing_map)
+
+    layer.register_forward_hook(see)
+    objective(StepRequest((make_item(),))).loss.backward()
+    assert len(first) == STEPS
+    assert torch.equal(torch.cat(first), torch.cat(second))
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
 
 
 def test_guidance_is_the_former_clean_prediction_and_detached() -> None:

@@ -95,7 +95,7 @@ REMOVED: tuple[str, ...] = (
 
 # Known to DeepSpeed, now or before, not offered here, and why.
 REFUSED: dict[str, str] = dict.fromkeys(REMOVED, "DeepSpeed 0.19 has dropped it") | {
-    "activation_checkpointing": "use rollout.checkpoint_blocks in the run file",
+    "activation_checkpointing": "set rollout.schedule: checkpoint in the run file",
     "autotuning": "not supported",
     "bfloat16": "write bf16",
     "checkpoint": "checkpoint.* in the run file says how and where to save",

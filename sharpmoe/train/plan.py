@@ -21,6 +21,7 @@ from sharpmoe.parallel.groups import check_ep_size
 from sharpmoe.parallel.launch import World
 from sharpmoe.train import checkpoint
 from sharpmoe.train.manifest import Layout, Manifest, Progress
+from sharpmoe.train.schedules import check_schedule
 from sharpmoe.train.step import EmptyText
 
 
@@ -84,9 +85,11 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World) -> Plan:
     """
     check_ep_size(run, world.size)
     _check_output(Path(run.output) / run.name)
+    batch = batch_arithmetic(run, world.size)
+    check_schedule(run, batch.micro_batch)
     data = open_data(run)
     layout = checkpoint.layout_of(run, data.train.fingerprint)
-    plan = Plan(run, ds_config, batch_arithmetic(run, world.size), data, layout, None)
+    plan = Plan(run, ds_config, batch, data, layout, None)
     found = checkpoint.find(plan.checkpoints, run.checkpoint.resume)
     return _going_on_from(next(iter(found.readable), None), plan._replace(found=found))
 

@@ -16,9 +16,11 @@ from sharpmoe.parallel.launch import sum_over_ranks
 from sharpmoe.rollout import Item
 from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.guard import Verdict, Watch, after, bad_loss, bad_norm
-from sharpmoe.train.metrics import routing_sums
-from sharpmoe.train.objective import LossTerms, Objective, StepRecord, make_item, run_schedule
+from sharpmoe.train.items import make_item
+from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.records import StepRecord
 from sharpmoe.train.schedule import learning_rate
+from sharpmoe.train.terms import LossTerms
 
 EmptyText = tuple[Tensor, Tensor, Tensor]
 
@@ -79,9 +81,10 @@ def train_step(
     """
     run = objective.run
     engine.train()
-    records = [_run_micro(engine, objective, item, step, last=item is items[-1]) for item in items]
-    terms = torch.stack([torch.stack(list(record.terms)).double() for record in records])
-    exchange = _exchange(records, terms.mean(0), engine, run, with_routing)
+    answer = engine(StepRequest(tuple(items), trained_block(run, step), with_routing))
+    engine.backward(answer.loss)
+    terms = torch.stack([torch.stack(list(record.terms)).double() for record in answer.records])
+    exchange = _exchange(answer.records, terms.mean(0), engine)
     losses = dict(zip(LossTerms._fields, exchange.losses.tolist(), strict=True))
     lr = learning_rate(run.optim, step, run.train.steps)
     fault = bad_loss(losses) or _bad_thresholds(exchange)
@@ -112,25 +115,19 @@ def _move(objective: Objective, ema: ShardEma, exchange: _Exchange) -> None:
     ema.update()
 
 
-def _run_micro(engine: Engine, objective: Objective, item: Item, step: int, last: bool) -> StepRecord:
-    run = objective.run
-    segment = run.rollout.segment_steps
-    block = 0 if segment is None else draws.rollout_block(run.seed, step, len(item.times) // segment)
-
-    def backward(loss: Tensor, last_of_micro: bool) -> None:
-        engine.backward(loss, last and last_of_micro)
-
-    return run_schedule(engine, item, run, backward, guided=objective.guided, block=block)
+def trained_block(run: RunConfig, step: int) -> int:
+    """Which segment of the rollout is trained at optimizer step `step`; 0 where there are none."""
+    if run.stage == "pretrain" or run.rollout.schedule != "segments":
+        return 0
+    return draws.rollout_block(run.seed, step, run.rollout.num_steps // run.rollout.segment_steps)
 
 
-def _exchange(
-    records: Sequence[StepRecord], terms: Tensor, engine: Engine, run: RunConfig, with_routing: bool
-) -> _Exchange:
+def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _Exchange:
     """Average loss terms, threshold candidates and loads, add up routing sums: one float64 vector, one all-reduce."""
     thresholds = _mean([record.thresholds for record in records], terms)
     loads = _mean([record.loads for record in records], terms)
-    sums = [routing_sums(record.routing, run.model) for record in records] if with_routing else [terms.new_zeros(0)]
-    routing = torch.stack(sums).sum(0)
+    sums = [record.routing for record in records if record.routing is not None]
+    routing = torch.stack(sums).sum(0) if sums else terms.new_zeros(0)
     size = engine.world.size
     parts = [terms / size, thresholds / size, loads / size, routing]
     total = sum_over_ranks(torch.cat([part.flatten() for part in parts]), engine.world)
@@ -139,7 +136,7 @@ def _exchange(
         pieces[0],
         pieces[1].view_as(thresholds) if thresholds.numel() else None,
         pieces[2].view_as(loads) if loads.numel() else None,
-        pieces[3].view_as(routing) if with_routing and routing.numel() else None,
+        pieces[3].view_as(routing) if routing.numel() else None,
     )
 
 

@@ -50,9 +50,9 @@ def test_engine_files_hold_engine_keys_only(engine):
 
 
 def test_zero3_gathers_a_rollout_once():
-    """The limits must be at least the model's size, or every rollout step gathers all parameters again."""
+    """The limits must be at least the size of any shipped model, or a step gathers all parameters several times."""
     zero = read_ds_json(ROOT / "configs" / "zero3.json")["zero_optimization"]
-    assert min(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]) >= 1_000_000_000
+    assert min(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]) >= 3_000_000_000
 
 
 def comparable(name: str) -> RunConfig:

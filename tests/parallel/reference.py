@@ -17,10 +17,10 @@ from sharpmoe.parallel.gradients import Admit, Update
 from sharpmoe.parallel.launch import World
 from sharpmoe.parallel.placement import gather_experts, is_expert
 from sharpmoe.train.ema import ShardEma
-from sharpmoe.train.objective import Objective, run_schedule
+from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.plan import Plan
 from sharpmoe.train.schedule import learning_rate
-from sharpmoe.train.step import prepare, train_step
+from sharpmoe.train.step import prepare, train_step, trained_block
 from tests.train.setting import ALONE, plan_for, stirred_model, worst
 
 Prepare = Callable[[DiT], DiT]
@@ -107,11 +107,9 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
     losses, norms, taken = [], [], {}
     for step, items in enumerate(items_of(plan, ALONE, steps)):
         optimizer.zero_grad()
-        share = len(items)
-        records = [
-            run_schedule(objective, i, run, lambda loss, _: (loss / share).backward(), guided=objective.guided)  # noqa: B023
-            for i in items
-        ]
+        answer = objective(StepRequest(tuple(items), trained_block(run, step)))
+        answer.loss.backward()
+        records = answer.records
         taken = taken or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, run.optim.clip_norm)))
         losses.append(float(torch.stack([r.terms.total for r in records]).mean()))

@@ -3,30 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed.comm.comm
 import pytest
 import torch
-from torch import Tensor
 
 from sharpmoe.config import OptimConfig, RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.engine import Engine, optimizer_factory, regather_warnings
 from sharpmoe.parallel.launch import World
-from sharpmoe.train.ema import ShardEma
-from sharpmoe.train.objective import Objective
-from sharpmoe.train.step import train_step
 from tests.distributed import run_ranks
-from tests.parallel.reference import Case, Trace, assert_same, items_of, with_engine, with_plain_torch
-from tests.train.setting import make_run, plan_for, stirred_model
+from tests.parallel.reference import Case, Trace, assert_same, with_engine, with_plain_torch
+from tests.train.setting import make_run, plan_for
 
 STEPS, FEW = 10, 3
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
-SCHEDULES: dict[str, dict[str, object]] = {
-    "plain": {},
-    "recompute": {"checkpoint_blocks": True},
-    "two_pass": {"schedule": "two_pass"},
-}
-SCHEDULES_OF = dict.fromkeys(ROUTERS, ("plain", "two_pass")) | {"diffmoe": tuple(SCHEDULES)}
+SCHEDULES_OF = dict.fromkeys(ROUTERS, ("plain", "two_pass")) | {"diffmoe": ("plain", "checkpoint", "two_pass")}
 SGD = {"name": "sgd", "lr": 0.05}
 
 
@@ -35,7 +25,7 @@ def make(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     output = tmp_path_factory.mktemp("runs")
 
     def make_case(router: str, schedule: str = "plain", **sections: dict[str, object]) -> RunConfig:
-        rollout = {"num_steps": 3} | SCHEDULES[schedule]
+        rollout = {"num_steps": 3, "schedule": schedule}
         model = {} if router == "diffmoe" else {"depth": 2}
         return make_run(shards, output, router, optim=SGD, rollout=rollout, model=model, **sections)
 
@@ -89,50 +79,14 @@ def test_one_rank_and_half_precision(make: Callable[..., RunConfig]) -> None:
         assert all(value.dtype == torch.float32 for value in traces[name].weights.values())
 
 
-def traffic(world: World, run: RunConfig) -> tuple[int, list[dict[str, list[int]]]]:
-    """Sizes of the model, and of every gather and reduction in each of three steps."""
-    plan = plan_for(run, world)
-    plan.ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    objective = Objective(stirred_model(run), run)
-    engine = Engine(objective, run, plan.ds_config, world)
-    ema = ShardEma(engine, 0.9)
-    steps: list[dict[str, list[int]]] = []
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        setattr(deepspeed.comm.comm.cdb, name, counted(name, steps))
-    for step, items in enumerate(items_of(plan, world, 3)):
-        steps.append({})
-        train_step(engine, objective, ema, items, step, with_routing=False)
-    return engine.num_parameters, steps
-
-
-def counted(name: str, steps: list[dict[str, list[int]]]) -> Callable[..., object]:
-    collective = getattr(deepspeed.comm.comm.cdb, name)
-
-    def call(*args: object, **kwargs: object) -> object:
-        sizes = [value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        steps[-1].setdefault(name, []).append(max(sizes))
-        return collective(*args, **kwargs)
-
-    return call
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("schedule", ["plain", "recompute"])
-def test_a_plain_rollout_gathers_and_reduces_the_model_once(schedule: str, make: Callable[..., RunConfig]) -> None:
-    size, steps = run_ranks(traffic, 2, make("diffmoe", schedule))[0]
-    for step in steps[1:]:  # the first one records the order of use
-        assert sum(step["all_gather_into_tensor"]) == size
-        assert sum(step["reduce_scatter_tensor"]) == size
-
-
 def refused(world: World, run: RunConfig, stage: int, factor: float) -> tuple[float, float, bool, bool]:
     """Norms of two steps, whether the first was applied and moved the weights; it is refused where it is finite."""
     engine = Engine(torch.nn.Linear(4, 4), run, plan_for(run, world, stage).ds_config, world)
     before = [part.detach().clone() for part in engine.master_partitions()]
-    engine.backward(engine(torch.ones(2, 4)).sum() * (factor if world.rank == 0 else 1.0), last=True)
+    engine.backward(engine(torch.ones(2, 4)).sum() * (factor if world.rank == 0 else 1.0))
     first = engine.step(0.1, lambda norm: False)
     moved = any(not torch.equal(a, b) for a, b in zip(before, engine.master_partitions(), strict=True))
-    engine.backward(engine(torch.ones(2, 4)).sum(), last=True)
+    engine.backward(engine(torch.ones(2, 4)).sum())
     return first.norm, engine.step(0.1, lambda norm: True).norm, first.applied, moved
 
 
@@ -150,12 +104,21 @@ def test_a_refused_step_moves_nothing_and_leaves_no_gradient(
         assert (applied, moved) == (False, False)
 
 
-def test_limits_below_the_model_size_are_named() -> None:
-    zero = {"stage": 3, "stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 10_000}
-    (message,) = regather_warnings({"zero_optimization": zero}, 5000)
-    assert "stage3_max_live_parameters is 1000" in message
-    assert "5000" in message
-    assert regather_warnings({"zero_optimization": zero | {"stage": 2}}, 5000) == []
+def test_limits_below_the_model_size_are_named(make: Callable[..., RunConfig]) -> None:
+    def warned(size: int, run: RunConfig, **limits: int) -> list[str]:
+        zero = {"stage": 3} | {f"stage3_max_{name}": value for name, value in limits.items()}
+        engine = {"zero_optimization": zero, "gradient_accumulation_steps": 2, "bf16": {"enabled": False}}
+        return regather_warnings(engine, size, run)
+
+    run = make("diffmoe", "two_pass")
+    (message,) = warned(2**20, run, live_parameters=2**19, reuse_distance=2**20)
+    assert "stage3_max_live_parameters is 524288" in message
+    assert "gathers 4 MiB up to 18 times" in message  # 2 micro-batches of 3 forwards, 3 forwards and 3 backwards
+    assert len(warned(2**20, run, live_parameters=0, reuse_distance=0)) == 2
+    assert warned(2**20, run, live_parameters=2**20, reuse_distance=2**20) == []
+    assert warned(2**20, run, live_parameters=0, reuse_distance=2**22) == []
+    assert warned(2**20, run) == []
+    assert regather_warnings({"zero_optimization": {"stage": 2}}, 2**20, run) == []
 
 
 def test_apex_that_is_not_there_names_the_trap() -> None:

@@ -64,7 +64,7 @@ def with_steps(run: RunConfig, name: str, steps: int) -> RunConfig:
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (2, 2)])
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(ranks: int, stage: int, shards: Path, tmp_path: Path) -> None:
     # 20 training images, 8 a step: the order of the second epoch is passed too
-    rollout = {"num_steps": 2, "schedule": "two_pass", "segment_steps": 1}
+    rollout = {"num_steps": 2, "schedule": "segments", "segment_steps": 1}
     precision = "bf16" if stage == 2 else "fp32"
     run = make_run(shards, tmp_path, rollout=rollout, train={"precision": precision})
     run = run.model_copy(update={"stage": "pretrain"}) if ranks == 1 else run

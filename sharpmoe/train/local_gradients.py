@@ -1,0 +1,53 @@
+"""Gradients of all backwards of an optimizer step but its last, added up on this rank.
+
+ZeRO reduces whatever reaches a parameter, at every backward. So all graphs but the last of a step are differentiated
+apart from the parameters, and their sum joins the last backward: it is reduced once, at the price of one whole gradient
+per rank, which a graph of several rollout steps takes too (autograd holds it until a parameter's last use).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LocalGradients:
+    """The sum of the gradients of some losses. Nothing here communicates, and no parameter's hook sees them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._sums: dict[nn.Parameter, Tensor] = {}  # no entry where no graph had the parameter
+
+    def add(self, loss: Tensor) -> None:
+        """Differentiate `loss` and free its graph. Sums are float32 or better, whatever the parameters are."""
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        new = {p: gradient for p, gradient in zip(self._parameters, gradients, strict=True) if gradient is not None}
+        for parameter, gradient in new.items():
+            if parameter not in self._sums:
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                self._sums[parameter] = torch.zeros_like(gradient, dtype=wide)
+        torch._foreach_add_([self._sums[parameter] for parameter in new], list(new.values()))
+
+    def join(self, loss: Tensor) -> Tensor:
+        """Return `loss`, whose backward now yields the sum too. Call it once, with the last loss."""
+        if not self._sums:
+            return loss
+        parameters, sums = list(self._sums), list(self._sums.values())
+        self._sums.clear()
+        joined: Tensor = _Join.apply(loss, sums, *parameters)
+        return joined
+
+
+class _Join(torch.autograd.Function):
+    """The identity on a loss; backward hands out sums that are there already, times the gradient of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, sums: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.sums, ctx.dtypes = sums, [parameter.dtype for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        # Taken from the list one by one: wide and rounded copies of the whole never stand side by side.
+        return gradient, None, *[ctx.sums.pop(0).mul_(gradient).to(dtype) for dtype in ctx.dtypes]
