@@ -1,9 +1,12 @@
-"""Ours and a reference in turn, in one process, so that a busy machine slows both; medians, one line per case.
+"""Ours, a reference and what the machine allows in turn, in one process: a busy machine slows all of them alike.
 
-    case=NAME ours=RATE ref=RATE ratio=X limit=Y n=ROUNDS spread=S
+    case=NAME ours=T ref=T ratio=X limit=T of_limit=Y goal=G n=ROUNDS spread=S [FACT=VALUE ...]
 
-`limit` is the goal: a least ratio or, in a case without a reference, a most number of seconds. `spread` is the
-distance between the quartiles of the rounds' ratios (without a reference: times) over their median.
+Times are medians per item, in ms. `ratio` is the reference's time over ours; `limit` is the time of what bounds ours
+from below (a dense layer of equal FLOPs, the machine's GEMM or copy rate), `of_limit` that time over ours: more is
+better in both. `spread` is the distance between the quartiles of the rounds' ratios (without a reference: of_limit;
+without both: times) over their median. Facts are counted, not timed. Before a case is timed, its `check` has compared
+the outcomes.
 """
 
 import argparse
@@ -11,75 +14,133 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 ROUNDS = 11
 
 Work = Callable[[], int]  # does something so many times, and says how often
-Clock = Callable[[], float]
+Clock = Callable[[], float]  # seconds
+
+
+class Goals(NamedTuple):
+    """What a case should reach; None: it is only reported."""
+
+    ratio: float | None = None  # at least
+    of_limit: float | None = None  # at least
+    ms: float | None = None  # at most
+
+    def __str__(self) -> str:
+        """As it is printed."""
+        words = {"ratio>=": self.ratio, "of_limit>=": self.of_limit, "ms<=": self.ms}
+        return ",".join(f"{word}{value:g}" for word, value in words.items() if value is not None) or "-"
 
 
 class Case(NamedTuple):
-    """What is measured: items per second of two ways to do the same, or the seconds that one takes."""
+    """Ways to do the same."""
 
     name: str
     ours: Work
-    reference: Work | None
-    limit: float
+    reference: Work | None = None
+    limit: Work | None = None
+    goals: Goals = Goals()
+    check: Callable[[], None] | None = None  # raises AssertionError where outcomes differ
+    facts: Mapping[str, float] = {}
+
+
+class Options(NamedTuple):
+    """Where and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: str  # fp32 or bf16
 
 
 class Result(NamedTuple):
-    """Medians over all rounds."""
+    """Medians over all rounds; ms per item."""
 
     case: str
-    ours: float  # items per second; seconds where there is no reference
+    ours: float
     ref: float | None
-    ratio: float | None  # median of the rounds' ratios
-    limit: float
+    ratio: float | None
+    limit: float | None
+    of_limit: float | None
+    goals: Goals
     n: int
     spread: float
+    facts: Mapping[str, float]
 
     @property
     def met(self) -> bool:
-        """Whether the goal is reached."""
-        return self.ours <= self.limit if self.ratio is None else self.ratio >= self.limit
+        """Whether the goals are reached."""
+        pairs = ((self.ratio, self.goals.ratio), (self.of_limit, self.goals.of_limit))
+        in_time = self.goals.ms is None or self.ours <= self.goals.ms
+        return in_time and all(goal is None or (value is not None and value >= goal) for value, goal in pairs)
 
     def __str__(self) -> str:
         """The line that is printed."""
-        return " ".join(f"{name}={_shown(value)}" for name, value in self._asdict().items())
+        times = {name: _time(getattr(self, name)) for name in ("ours", "ref", "limit")}
+        shares = {name: _number(getattr(self, name)) for name in ("ratio", "of_limit", "spread")}
+        words = {"case": self.case} | times | shares | {"goal": str(self.goals), "n": str(self.n)}
+        order = ("case", "ours", "ref", "ratio", "limit", "of_limit", "goal", "n", "spread")
+        facts = [f"{name}={_number(value)}" for name, value in self.facts.items()]
+        return " ".join([*(f"{name}={words[name]}" for name in order), *facts])
 
 
-def _shown(value: object) -> str:
+def _time(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds:.4g}ms"
+
+
+def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def measure(case: Case, rounds: int = ROUNDS, clock: Clock = time.perf_counter) -> Result:
-    """Run a case once to warm it, then `rounds` times; who begins changes from round to round."""
-    if case.reference is None:
-        case.ours()
-        times = [_seconds(case.ours, clock)[0] for _ in range(rounds)]
-        return Result(case.name, statistics.median(times), None, None, case.limit, rounds, _spread(times))
-    works = (case.ours, case.reference)
-    for work in works:
+    """Check a case, run it once to warm it, then `rounds` times; who begins changes from round to round."""
+    if case.check is not None:
+        case.check()
+    works = {"ours": case.ours, "ref": case.reference, "limit": case.limit}
+    present = {name: work for name, work in works.items() if work is not None}
+    for work in present.values():
         work()
-    rates: tuple[list[float], list[float]] = ([], [])
+    times: dict[str, list[float]] = {name: [] for name in present}
     for number in range(rounds):
-        for which in (0, 1) if number % 2 else (1, 0):
-            seconds, count = _seconds(works[which], clock)
-            rates[which].append(count / seconds)
-    ratios = [ours / reference for ours, reference in zip(*rates, strict=True)]
-    ours, reference = (statistics.median(rate) for rate in rates)
-    return Result(case.name, ours, reference, statistics.median(ratios), case.limit, rounds, _spread(ratios))
+        names = list(present)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(_seconds_per_item(present[name], clock))
+    middle = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    ratios, shares = (_quotients(times, name) for name in ("ref", "limit"))
+    spread = _spread(ratios or shares or times["ours"])
+    return Result(
+        case.name,
+        middle["ours"],
+        middle.get("ref"),
+        statistics.median(ratios) if ratios else None,
+        middle.get("limit"),
+        statistics.median(shares) if shares else None,
+        case.goals,
+        rounds,
+        spread,
+        case.facts,
+    )
 
 
-def _seconds(work: Work, clock: Clock) -> tuple[float, int]:
+def _seconds_per_item(work: Work, clock: Clock) -> float:
     start = clock()
     count = work()
-    return clock() - start, count
+    return (clock() - start) / count
+
+
+def _quotients(times: Mapping[str, Sequence[float]], name: str) -> list[float]:
+    if name not in times:
+        return []
+    return [other / ours for other, ours in zip(times[name], times["ours"], strict=True)]
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -87,24 +148,51 @@ def _spread(values: Sequence[float]) -> float:
     return (high - low) / middle if middle else 0.0
 
 
-def main(cases: Iterable[Case], description: str, arguments: Sequence[str] | None = None) -> int:
-    """Measure and print every case; exit code 1 with --check where a goal is missed."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds this")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of every case (at least 2)")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor seconds: for a machine that is busy")
-    options = parser.parse_args(arguments)
-    clock = time.process_time if options.cpu_time else time.perf_counter
+def synchronised(clock: Clock) -> Clock:
+    """A clock that is read when the GPU has done all it was given."""
+
+    def read() -> float:
+        torch.cuda.synchronize()
+        return clock()
+
+    return read
+
+
+def main(build: Callable[[Options], Iterable[Case]], description: str, arguments: Sequence[str] | None = None) -> int:
+    """Measure and print every case that `build` yields; exit code 1 with --check where a goal is missed."""
+    given = _parser(description).parse_args(arguments)
+    options = Options(
+        torch.device(given.device), torch.bfloat16 if given.dtype == "bf16" else torch.float32, given.dtype
+    )
+    torch.set_num_threads(given.threads)
+    on_cpu = options.device.type == "cpu"
+    clock = time.process_time if on_cpu and not given.wall else time.perf_counter
     results = []
-    for case in cases:
-        if options.only in case.name:
-            results.append(measure(case, max(2, options.rounds), clock))
+    for case in build(options):
+        if given.only in case.name:
+            results.append(measure(case, max(2, given.rounds), clock if on_cpu else synchronised(clock)))
             print(results[-1], flush=True)
-    if options.json:
-        options.json.write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    if given.json:
+        given.json.write_text(json.dumps([_plain(result) for result in results], indent=1) + "\n")
     missed = [result.case for result in results if not result.met]
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
-    return int(bool(missed) and options.check)
+    return int(bool(missed) and given.check)
+
+
+def _plain(result: Result) -> dict[str, object]:
+    return result._asdict() | {"goals": result.goals._asdict(), "facts": dict(result.facts)}
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--dtype", default="fp32", choices=("fp32", "bf16"))
+    add("--json", type=Path, metavar="FILE", help="also write the results there")
+    add("--only", default="", metavar="TEXT", help="only cases whose name holds this")
+    add("--rounds", type=int, default=ROUNDS, help="of every case (at least 2)")
+    add("--threads", type=int, default=1, help="of torch on the CPU")
+    add("--wall", action="store_true", help="on the CPU: count seconds that pass, not those of the processor")
+    add("--check", action="store_true", help="exit with 1 where a goal is missed")
+    return parser

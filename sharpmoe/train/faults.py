@@ -12,9 +12,9 @@ from sharpmoe.config import GuardConfig
 from sharpmoe.errors import TrainingError
 from sharpmoe.parallel.launch import World, gather_objects
 from sharpmoe.rollout import Item
-from sharpmoe.train.terms import LossTerms
 from sharpmoe.train.runlog import RunLog
 from sharpmoe.train.step import StepResult
+from sharpmoe.train.terms import LossTerms
 
 FOLDER = "faults"
 
