@@ -36,7 +36,7 @@ def test_ratios_are_of_times_in_the_same_round() -> None:
     case = Case("reading", clock.work(0.5, 1, 2), clock.work(1.5, 3, 6), clock.work(0.25, 0.5, 1), Goals(2.5, 0.6))
     result = measure(case, 9, clock)
     expected = (
-        "case=reading ours=10ms ref=30ms ratio=3 limit=8ms of_limit=0.8 goal=ratio>=2.5,of_limit>=0.6 n=9 spread=0"
+        "case=reading ours=10ms ref=30ms ratio=3 limit=5ms of_limit=0.5 goal=ratio>=2.5,of_limit>=0.6 n=9 spread=0"
     )
     assert str(result) == expected
     assert not result.met
