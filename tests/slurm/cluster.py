@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ def until(what: str, holds: Callable[[], bool], seconds: float, told: Callable[[
 
 @contextmanager
 def asleep(processes: Sequence[int]) -> Iterator[None]:
-    """Stop processes for a while: what is sent to them meanwhile waits for them. There must be some, and they stay."""
+    """Stop processes for a while; those that have been woken and have ended meanwhile are let go."""
     assert processes
     for process in processes:
         os.kill(process, signal.SIGSTOP)
@@ -87,13 +87,18 @@ def asleep(processes: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            os.kill(process, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
-def waits_for(process: int, number: signal.Signals) -> bool:
-    """Whether a signal has been sent to a process that sleeps."""
-    (line,) = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("ShdPnd")]
-    return bool(int(line.split()[1], 16) & 1 << (number - 1))
+def is_untold(process: int, number: signal.Signals) -> bool:
+    """Whether a process that was stopped has heard nothing: Slurm may wake it with the signal, or leave it asleep."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    except FileNotFoundError:  # woken, and at its end by now
+        return False
+    is_stopped = lines["State"].split()[0] == "T"
+    return is_stopped and not int(lines["ShdPnd"], 16) & 1 << (number - 1)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sharpmoe.model.pretrained import load_model, save_weights
 from sharpmoe.train import manifest
 from sharpmoe.train.runlog import read_log
 from tests.fixtures_data import make_shards
-from tests.slurm.cluster import NODES, Cluster, asleep, running, until, waits_for
+from tests.slurm.cluster import NODES, Cluster, asleep, is_untold, running, until
 from tests.train.setting import identical
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -95,26 +95,23 @@ def test_a_stopped_job_is_queued_again_and_ends_the_same(cluster: Cluster, words
     job = submit(cluster, *TWO_NODES, "--time", "30", "--name", "broken", *words)
     told = lambda: log_of(broken, job) + cluster.logs()  # noqa: E731
 
-    def asked(number: signal.Signals) -> bool:
-        ranks = cluster.ranks(job)
-        assert len(ranks) == len(NODES), told()
-        return all(waits_for(rank, number) for rank in ranks)
-
     until("two steps", lambda: len(steps_of(broken)) >= 2, 240, told)
-    with asleep(cluster.ranks(job)):
+    ranks = cluster.ranks(job)
+    with asleep(ranks):
         cluster.ask("scancel", "--signal=TERM", job)
-        until("SIGTERM", lambda: asked(signal.SIGTERM), 60, told)
+        until("SIGTERM", lambda: not any(is_untold(rank, signal.SIGTERM) for rank in ranks), 60, told)
     until("the first return to the queue", lambda: cluster.restarts(job) == 1, 60, told)
     before = json.loads((broken / "stopped.json").read_text())
     assert (before["signal"], before["step"]) == ("SIGTERM", max(steps_of(broken)))
 
     until("steps after the return", lambda: max(steps_of(broken)) > before["step"], 240, told)
-    with asleep(cluster.ranks(job)):
+    ranks = cluster.ranks(job)
+    with asleep(ranks):  # while the controller takes its time
         # The controller looks at limits every 30 s. It sends the signal from 90 s before the end, the 60 s of grace
         # and one of its periods; with 60 to 120 s left that look is never also the one that finds the time over.
         minutes = (cluster.seconds(job) + 60) // 60 + 1
         cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-        until("SIGUSR1", lambda: asked(signal.SIGUSR1), 120, told)
+        until("SIGUSR1", lambda: not any(is_untold(rank, signal.SIGUSR1) for rank in ranks), 120, told)
     until("the second return to the queue", lambda: cluster.restarts(job) == 2, 60, told)
     again = json.loads((broken / "stopped.json").read_text())
     assert (again["signal"], again["step"]) == ("SIGUSR1", max(steps_of(broken)))
