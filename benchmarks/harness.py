@@ -5,11 +5,15 @@
 Times are medians per item, in ms. `ratio` is the reference's time over ours; `limit` is the time of what bounds ours
 from below (a dense layer of equal FLOPs, the machine's GEMM or copy rate), `of_limit` that time over ours: more is
 better in both. `spread` is the distance between the quartiles of the rounds' ratios (without a reference: of_limit;
-without both: times) over their median. Facts are counted, not timed. Before a case is timed, its `check` has compared
-the outcomes.
+without both: times) over their median. Facts are counted, not timed, but for rates (FLOP/s, bytes/s), whose amount is
+counted. Before a case is timed, its `check` has compared the outcomes.
+
+On the CPU the process keeps freed memory, as CUDA's allocator does: otherwise large tensors come from the system anew
+in every call and who makes more of them pays for clearing their pages.
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -49,6 +53,7 @@ class Case(NamedTuple):
     goals: Goals = Goals()
     check: Callable[[], None] | None = None  # raises AssertionError where outcomes differ
     facts: Mapping[str, float] = {}
+    rates: Mapping[str, float] = {}  # amounts per item of ours, printed per second
 
 
 class Options(NamedTuple):
@@ -127,7 +132,7 @@ def measure(case: Case, rounds: int = ROUNDS, clock: Clock = time.perf_counter) 
         case.goals,
         rounds,
         spread,
-        case.facts,
+        dict(case.facts) | {f"{unit}/s": 1e3 * amount / middle["ours"] for unit, amount in case.rates.items()},
     )
 
 
@@ -165,6 +170,7 @@ def main(build: Callable[[Options], Iterable[Case]], description: str, arguments
         torch.device(given.device), torch.bfloat16 if given.dtype == "bf16" else torch.float32, given.dtype
     )
     torch.set_num_threads(given.threads)
+    _keep_memory()
     on_cpu = options.device.type == "cpu"
     clock = time.process_time if on_cpu and not given.wall else time.perf_counter
     results = []
@@ -178,6 +184,14 @@ def main(build: Callable[[Options], Iterable[Case]], description: str, arguments
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
     return int(bool(missed) and given.check)
+
+
+def _keep_memory() -> None:
+    """Tell glibc, where it is glibc, to give freed memory back to nobody but this process."""
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        adjust(-4, 0)  # M_MMAP_MAX: no separate mappings
+        adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def _plain(result: Result) -> dict[str, object]:

@@ -11,21 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharpmoe.budget.advice import advise, usable
+from sharpmoe.budget.auto import settle
 from sharpmoe.budget.estimate import Planner
 from sharpmoe.budget.table import as_json, text
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.ds_config import resolve_ds_config
 
-# What --schedule stands for in the run file.
-SCHEDULES = {
-    "plain": ("--rollout.schedule=plain", "--rollout.checkpoint_blocks=false", "--rollout.segment_steps=null"),
-    "checkpoint_blocks": (
-        "--rollout.schedule=plain",
-        "--rollout.checkpoint_blocks=true",
-        "--rollout.segment_steps=null",
-    ),
-    "two_pass": ("--rollout.schedule=two_pass", "--rollout.checkpoint_blocks=false"),
+# What --schedule stands for in the run file; keys that go with the schedule that is there are unset.
+_UNSET = ("--rollout.kept_steps=null", "--rollout.segment_steps=1", "--rollout.merged_steps=1")
+SCHEDULES = {name: (f"--rollout.schedule={name}", *_UNSET) for name in ("auto", "plain", "checkpoint", "two_pass")} | {
+    "hybrid": ("--rollout.schedule=hybrid", *_UNSET[1:]),
+    "segments": ("--rollout.schedule=segments", *_UNSET[2:]),
 }
 
 
@@ -38,18 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         ds_config = resolve_ds_config(file, run, arguments.world)
         ds_config["zero_optimization"]["stage"] = arguments.zero or ds_config["zero_optimization"]["stage"]
         planner = Planner(run)
-        budget = planner.budget(planner.layout(arguments.world, ds_config))
+        layout = planner.layout(arguments.world, ds_config)
+        planner, notes = settle(planner, layout, arguments.device_memory)
+        budget = planner.budget(layout)
         advice = advise(planner, budget, arguments.device_memory)
     except SharpMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    told = as_json(budget, advice, arguments.device_memory) if arguments.json else None
-    print(text(budget, advice, arguments.device_memory) if told is None else json.dumps(told, indent=1))
+    told = as_json(budget, advice, arguments.device_memory, notes) if arguments.json else None
+    print(text(budget, advice, arguments.device_memory, notes) if told is None else json.dumps(told, indent=1))
     return 0 if budget.own.memory.peak <= usable(arguments.device_memory) else 1
 
 
 def _shorthands(arguments: argparse.Namespace) -> list[str]:
-    given = {"train.micro_batch": arguments.micro_batch, "parallel.ep_size": arguments.ep}
+    given = {
+        "train.micro_batch": arguments.micro_batch,
+        "parallel.ep_size": arguments.ep,
+        "rollout.kept_steps": arguments.kept_steps,
+        "rollout.segment_steps": arguments.segment_steps,
+    }
     words = [f"--{key}={value}" for key, value in given.items() if value is not None]
     return [*SCHEDULES.get(arguments.schedule, ()), *words]
 
@@ -68,7 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--zero", type=int, choices=(2, 3), help="ZeRO stage (default: that of the DeepSpeed file, 3 without one)")
     add("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON (default configs/zero<stage>.json)")
     add("--micro-batch", type=int, help="images per rank and engine call (default: train.micro_batch)")
-    add("--schedule", choices=sorted(SCHEDULES), help="rollout schedule (default: that of the run)")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        help="rollout schedule (default: that of the run); auto: the cheapest that fits",
+    )
+    add("--kept-steps", type=int, help="rollout.kept_steps, for --schedule hybrid and segments")
+    add("--segment-steps", type=int, help="rollout.segment_steps, for --schedule segments")
     add("--device-memory", type=float, default=80.0, metavar="GIB", help="memory of a device (default 80)")
     add("--json", action="store_true", help="print numbers for a program")
     return parser

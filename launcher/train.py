@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from launcher.arguments import parse_train_arguments
+from sharpmoe.budget.auto import decide
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel import launch, signals
+from sharpmoe.parallel.device_memory import least_memory
 from sharpmoe.parallel.ds_config import resolve_ds_config
 from sharpmoe.train.loop import train
 from sharpmoe.train.plan import make_plan
@@ -37,10 +39,13 @@ def _run(argv: Sequence[str]) -> int:
     world = launch.start()
     with launch.together(world):
         arguments = parse_train_arguments(argv)
-        run = load_run_config(arguments.config, arguments.overrides)
-        ds_config = resolve_ds_config(arguments.ds_config, run, world.size)
-        plan = None if arguments.dry_run else make_plan(run, ds_config, world)
-        told = rehearse(run, ds_config, world) if plan is None else ""
+        asked = load_run_config(arguments.config, arguments.overrides)
+        ds_config = resolve_ds_config(arguments.ds_config, asked, world.size)
+    memory = least_memory(world)
+    with launch.together(world):
+        run, notes = decide(asked, ds_config, world.size, memory)
+        plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
+        told = rehearse(run, ds_config, world, notes) if plan is None else ""
     if plan is not None:
         train(plan, world)
     elif world.is_main:

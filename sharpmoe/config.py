@@ -341,6 +341,8 @@ class LogConfig(Section):
     sample_every: int = Field(0, ge=0)
     allocation: bool = True  # print the allocation table before and after
     allocation_images: int = Field(128, ge=1)
+    # TFLOP/s that a device could do in the run's precision, for its utilisation; None: by its name (train/peak.py).
+    peak_tflops: float | None = Field(None, gt=0)
 
 
 class SampleConfig(Section):

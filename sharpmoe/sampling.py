@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpmoe import draws, flow
-from sharpmoe.config import POOLED, ModelConfig, SampleConfig
-from sharpmoe.model.dit import ModelOutput
+from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.model.dit import DiT, ModelOutput, Prepared
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 
 
 class Denoiser(Protocol):
     """What the samplers need of a model; a `DiT` in eval mode is one."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> ModelOutput:
-        """Predict the velocity of x_t (B, C, H, W) at t (B,)."""
+    def __call__(
+        self, x_t: Tensor, t: Tensor, condition: Condition | Prepared, guidance: Tensor | None = None, *, pools: int = 1
+    ) -> ModelOutput:
+        """Predict the velocity of x_t (B, C, H, W) at t (B,); pools: equal parts of the batch that choose apart."""
         ...
 
 
@@ -44,12 +46,19 @@ class Guidance(NamedTuple):
     cfg_scale: float = 1.0  # v = v_empty + cfg_scale * (v_cond - v_empty); 1 needs no empty branch
     source: Literal["own", "guided"] = "own"  # which velocity makes the x0_hat that a branch is fed next
     saliency_router: bool = True  # False: the model has no saliency router, so no guidance is passed
-    pool: Literal["all", "call", "image"] = "call"  # what may share one model call: all branches, one branch, one image
+    pool: Literal["all", "call", "image"] = (
+        "call"  # whose tokens an expert compares: the batch's, a branch's, an image's
+    )
 
 
 def guidance_of(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> Guidance:
-    """Read the guidance settings of a run; only families that pool tokens keep the branches apart."""
-    pool: Literal["all", "call", "image"] = "call" if model.router in POOLED else "all"
+    """Read the guidance settings of a run; only where tokens are pooled in inference need the branches be told apart.
+
+    That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's own
+    scores, expert choice the tokens of an image.
+    """
+    is_pooled = model.router == "diffmoe" and model.capacity_selection == "count"
+    pool: Literal["all", "call", "image"] = "call" if is_pooled else "all"
     return Guidance(
         sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool
     )
@@ -69,15 +78,21 @@ def make_field(model: Denoiser, branches: tuple[Condition, ...], guidance: Guida
     """Turn a model and one condition per branch, (cond,) or (cond, empty), into a velocity field.
 
     Each branch is fed its own x0_hat, made from its own unguided velocity as in training (`source="own"`), or from the
-    guided velocity (`source="guided"`). DiffMoE pools the tokens of a call, so each branch is a call of its own.
+    guided velocity (`source="guided"`). All branches are one call, in which pools stay apart. What a `DiT` makes of the
+    conditions is made here, once for all steps.
     """
+    condition = _join(branches)
+    fixed = model.prepare(condition) if isinstance(model, DiT) else condition
 
     def field(x: Tensor, t: Tensor, guides: tuple[Tensor, ...]) -> Evaluation:
-        times = t.to(x).expand(x.shape[0])
-        own = _branch_velocities(model, x, times, branches, guides if guidance.saliency_router else None, guidance.pool)
+        rows = len(branches) * len(x)
+        times = t.to(x).expand(rows)
+        guide = torch.cat(guides) if guidance.saliency_router else None
+        pools = {"all": 1, "call": len(branches), "image": rows}[guidance.pool]
+        own = model(x.repeat(len(branches), 1, 1, 1), times, fixed, guide, pools=pools).v.float().chunk(len(branches))
         v = own[0] if len(own) == 1 else own[1] + guidance.cfg_scale * (own[0] - own[1])
         sources = own if guidance.source == "own" else (v,) * len(own)
-        return Evaluation(v, tuple(flow.clean_prediction(x, u, times) for u in sources))
+        return Evaluation(v, tuple(flow.clean_prediction(x, u, times[: len(x)]) for u in sources))
 
     return field
 
@@ -91,13 +106,14 @@ def euler(field: Field, x: Tensor, times: Tensor, guides: tuple[Tensor, ...]) ->
 
 
 def heun(field: Field, x: Tensor, times: Tensor, guides: tuple[Tensor, ...]) -> Tensor:
-    """Integrate dx/dt = v by Heun's trapezoid rule (2 S - 1 evaluations); the step into t = 0 is an Euler step.
+    """Integrate dx/dt = v by Heun's trapezoid rule (2 S - 1 evaluations); the last step, into t = 0, is an Euler step.
 
     Every evaluation is guided by the x0_hat of the evaluation before it, predictor and corrector alike.
     """
-    for t, t_next in pairwise(times):
+    last = len(times) - 2
+    for step, (t, t_next) in enumerate(pairwise(times)):
         v, guides = field(x, t, guides)
-        if t_next > 0:
+        if step < last:
             corrector, guides = field(flow.advance(x, v, t, t_next), t_next, guides)
             v = (v + corrector) / 2
         x = flow.advance(x, v, t, t_next)
@@ -157,12 +173,13 @@ def generate(
     pool_per_image: bool = False,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images per model call and branch.
+    """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
     `size` (H, W) of the latents: square ones of the model's size where it is not given, else of as many tokens.
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
-    pools the tokens of a call and is the one exception, unless `pool_per_image` gives every image a call of its own.
-    The model must be in eval mode. Nothing is communicated; every rank of a partitioned model must take part.
+    pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
+    a pool of its own. The model must be whole and in eval mode. Nothing is communicated, and the loop reads nothing
+    back from the device.
     """
     guidance = guidance_of(config, sample, pool_per_image=pool_per_image)
     shape = (config.latent_channels, *(size or (config.latent_size, config.latent_size)))
@@ -181,27 +198,6 @@ def generate(
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Draw x1 (B, C, H, W) float32 on the CPU, each row from (seed, index) alone."""
     return draws.noise(seed, indices, shape, draws.Purpose.SAMPLE_NOISE)
-
-
-def _branch_velocities(
-    model: Denoiser, x: Tensor, t: Tensor, branches: tuple[Condition, ...], guides: tuple[Tensor, ...] | None, pool: str
-) -> tuple[Tensor, ...]:
-    rows = [(x, t, cond, None if guides is None else guides[i]) for i, cond in enumerate(branches)]
-    if pool == "image":
-        return tuple(torch.cat([model(*_row(row, i)).v.float() for i in range(x.shape[0])]) for row in rows)
-    if pool == "call" or len(rows) == 1:
-        return tuple(model(*row).v.float() for row in rows)
-    joined_guides = None if guides is None else torch.cat(guides)
-    joined = model(torch.cat([x] * len(rows)), torch.cat([t] * len(rows)), _join(branches), joined_guides).v.float()
-    return joined.chunk(len(rows))
-
-
-def _row(
-    row: tuple[Tensor, Tensor, Condition, Tensor | None], i: int
-) -> tuple[Tensor, Tensor, Condition, Tensor | None]:
-    x, t, cond, guide = row
-    one = slice(i, i + 1)
-    return x[one], t[one], _take(cond, one), None if guide is None else guide[one]
 
 
 def _take(cond: Condition, rows: slice) -> Condition:

@@ -1,51 +1,11 @@
-"""Count what is alive: bytes that autograd saves, and bytes of all tensors together."""
+"""Count what is alive: bytes of all tensors together. What graphs alone hold: benchmarks/memory.py."""
 
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-class SavedBytes:
-    """Bytes of unique storages that graphs hold for backward: now, and at the most."""
-
-    def __init__(self, without: Iterable[Tensor]) -> None:
-        self.now = self.peak = 0
-        self._without = {_key(tensor) for tensor in without}
-        self._holders: Counter[int] = Counter()
-
-    @contextmanager
-    def watch(self) -> Iterator["SavedBytes"]:
-        """Inside, follow every graph that is made."""
-        with saved_tensors_hooks(lambda tensor: _Held(tensor, self), lambda held: held.tensor):
-            yield self
-
-    def hold(self, tensor: Tensor, holders: int) -> None:
-        """Note that `holders` more (or, negative, fewer) places hold a tensor."""
-        key, size = _key(tensor), tensor.untyped_storage().nbytes()
-        if key in self._without:
-            return
-        before = self._holders[key]
-        self._holders[key] += holders
-        self.now += size * (bool(self._holders[key]) - bool(before))
-        self.peak = max(self.peak, self.now)
-
-
-class _Held:
-    """A saved tensor, as long as its graph holds it."""
-
-    def __init__(self, tensor: Tensor, count: SavedBytes) -> None:
-        self.tensor, self._count = tensor, count
-        count.hold(tensor, 1)
-
-    def __del__(self) -> None:
-        self._count.hold(self.tensor, -1)
 
 
 class LiveBytes(TorchDispatchMode):

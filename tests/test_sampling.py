@@ -20,9 +20,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Condition, Tensor | None]] = []
+        self.pools: list[int] = []
 
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> ModelOutput:
+    def __call__(
+        self, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None, *, pools: int = 1
+    ) -> ModelOutput:
         self.calls.append((x_t, t, condition, guidance))
+        self.pools.append(pools)
         labels = condition.labels if isinstance(condition, ClassCondition) else torch.zeros(len(x_t))
         return ModelOutput(x_t * (1.0 + labels.view(-1, 1, 1, 1)), ())
 
@@ -89,19 +93,22 @@ def test_only_a_model_with_a_saliency_router_is_guided() -> None:
     assert model.calls[0][3] is None
 
 
-@pytest.mark.parametrize(("pool", "calls"), [("all", [6]), ("call", [3, 3]), ("image", [1] * 6)])
-def test_branches_share_a_call_only_where_routing_permits(pool: str, calls: list[int]) -> None:
+@pytest.mark.parametrize(("pool", "pools"), [("all", 1), ("call", 2), ("image", 6)])
+def test_branches_share_a_call_in_which_pools_stay_apart(pool: str, pools: int) -> None:
     model, x = Recorder(), torch.randn(3, 1, 1, 1)
     branches = (ClassCondition(torch.ones(3)), ClassCondition(torch.zeros(3)))
     step = make_field(model, branches, Guidance(2.0, pool=pool))(x, torch.tensor(1.0), (x, x))
-    assert [len(call[0]) for call in model.calls] == calls
+    assert [len(call[0]) for call in model.calls] == [6]
+    assert model.pools == [pools]
     torch.testing.assert_close(step.velocity, x + 2 * (2 * x - x))
 
 
-def test_the_branches_of_diffmoe_stay_apart() -> None:
+def test_only_a_predicted_count_tells_branches_apart() -> None:
     settings = SampleConfig()
-    pools = {router: sampling.guidance_of(toy_config(router), settings).pool for router in ROUTERS}
-    assert pools == {"dense": "all", "tc": "all", "ec": "all", "diffmoe": "call"}
+    pools = {router: sampling.guidance_of(toy_config(router), settings).pool for router in (*ROUTERS, "race")}
+    assert pools == {"dense": "all", "tc": "all", "ec": "all", "diffmoe": "call", "race": "all"}
+    by_mask = toy_config("diffmoe", capacity_selection="mask")
+    assert sampling.guidance_of(by_mask, settings).pool == "all"
     assert sampling.guidance_of(toy_config(), settings, pool_per_image=True).pool == "image"
 
 

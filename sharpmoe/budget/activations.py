@@ -1,4 +1,4 @@
-"""What a rollout keeps until its backward, counted by running the run's own code on tensors without storage.
+"""What a rollout keeps until a backward, counted by running the run's own code on tensors without storage.
 
 `Objective` runs under torch's fake tensors: the same operators, shapes, dtypes and views as in training on a host, and
 no memory. Counted are the unique storages that autograd saves or the call returns, without the parameters and the
@@ -14,61 +14,54 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from sharpmoe.budget.schedules import EngineCall, Schedule
+from sharpmoe.budget.schedules import Pass, Schedule, with_schedule
 from sharpmoe.config import TOKEN_CHOICE, RunConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts
 from sharpmoe.moe.routing import tokens_per_expert
-from sharpmoe.rollout import Item
-from sharpmoe.train.objective import Objective, WholeRollout
+from sharpmoe.rollout import Item, first_guidance, replay, rollout_step
+from sharpmoe.train.objective import Objective, StepRequest
 
 
 class Linear(NamedTuple):
-    """Bytes as a function of the rollout steps in a call."""
+    """Bytes as a function of the rollout steps in a graph."""
 
     base: int
     per_step: int
 
     def at(self, steps: int) -> int:
-        """Bytes of a call with so many steps."""
+        """Bytes of so many steps."""
         return self.base + steps * self.per_step
 
 
 class Activations(NamedTuple):
     """Bytes that one micro-batch keeps on a rank."""
 
-    kept: Linear  # a call with backward that keeps everything
-    inputs: Linear  # a call with backward that keeps the inputs of blocks
-    records: Linear  # a call without backward: guidance and routing of its steps
+    kept: Linear  # a graph that keeps everything
+    inputs: Linear  # a graph that keeps the inputs of blocks
+    replay: int  # what one step without a graph leaves for its second run: guidance and routing
     block: int  # most that one recomputed block adds
 
-    def of(self, schedule: Schedule, accumulation: int) -> "Kept":
-        """Most bytes kept at one time in an optimizer step of so many micro-batches.
+    def of(self, schedule: Schedule) -> tuple["Kept", ...]:
+        """What is kept when each graph of a schedule is full; replays stay until the micro-batch is done."""
+        beside = schedule.replayed * self.replay
+        return tuple(self._graph(part, beside) for part in schedule.passes)
 
-        Beside the graph of the largest call with a backward that is what a first pass returned, and the routing
-        records of the other micro-batches, which the step's figures are made of.
-        """
-        graphs = [self._graph(call) for call in schedule.calls if call.backward]
-        steps = max(sum(call.steps for call in schedule.calls if call.backward), schedule.calls[0].steps)
-        first = sum(self.records.at(call.steps) for call in schedule.calls if not call.backward)
-        earlier = self.records.at(steps) if schedule.backwards > 1 and not first else 0
-        beside = first + earlier + (accumulation - 1) * self.records.at(steps)
-        largest = max(graphs)
-        return Kept(largest.most + beside, largest.last_step)
-
-    def _graph(self, call: EngineCall) -> "Kept":
-        if call.recompute:
-            return Kept(self.inputs.at(call.steps) + self.block, self.inputs.per_step)
-        return Kept(self.kept.at(call.steps), self.kept.per_step)
+    def _graph(self, part: Pass, beside: int) -> "Kept":
+        if part.recompute:
+            return Kept(self.inputs.at(part.steps) + self.block + beside, self.inputs.per_step, part.calls)
+        graph = self.kept.at(part.steps)
+        return Kept(graph + beside, graph if part.calls == 1 else self.kept.per_step, part.calls)
 
 
 class Kept(NamedTuple):
-    """Bytes of activations on a rank."""
+    """Bytes of activations on a rank when a graph is full."""
 
     most: int
-    last_step: int  # what of it is gone when the last rollout step of the call has had its backward
+    last_call: int  # what of it is gone when the backward of its last model call is done
+    calls: int  # model calls in the graph: how often it uses each parameter
 
 
 class Meter:
@@ -108,7 +101,13 @@ class _EvenDispatcher:
         self._rows, self._local = rows, LocalDispatcher()
 
     def __call__(
-        self, x: Tensor, routing_map: Tensor, gates: Tensor, experts: Experts, rows_per_expert: int | None
+        self,
+        x: Tensor,
+        routing_map: Tensor,
+        gates: Tensor,
+        experts: Experts,
+        rows_per_expert: int | None,
+        total: int | None = None,
     ) -> Tensor:
         """See `Dispatcher`. An exchange between ranks keeps nothing but places of rows."""
         return self._local(x, routing_map, gates, experts, max(1, self._rows // routing_map.shape[1]))
@@ -128,7 +127,7 @@ def measure(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
     return Activations(
         _extend(one.kept, two.kept, repeats),
         _extend(one.inputs, two.inputs, repeats),
-        _extend(one.records, two.records, repeats),
+        one.replay + repeats * (two.replay - one.replay),
         max(one.block, two.block),
     )
 
@@ -145,15 +144,15 @@ def _count(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
     model = _skeleton(run, micro_batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = Objective(model.to_empty(device="cpu"), run).train()
-        calls = {steps: _item(run, micro_batch, steps, text_tokens) for steps in (1, 2)}
-        kept, block = _line([_graph(objective, item, recompute=False) for item in calls.values()])
-        inputs, _ = _line([_graph(objective, item, recompute=True) for item in calls.values()])
-        records, _ = _line([(_records(objective, item), 0) for item in calls.values()])
-    return Activations(kept, inputs, records, block)
+        items = {steps: _item(run, micro_batch, steps, text_tokens) for steps in (1, 2)}
+        kept, block = _line([_graph(objective, item, recompute=False) for item in items.values()])
+        inputs, _ = _line([_graph(objective, item, recompute=True) for item in items.values()])
+        replayed = _replay(objective, items[1])
+    return Activations(kept, inputs, replayed, block)
 
 
 def _line(counted: list[tuple[int, int]]) -> tuple[Linear, int]:
-    """Fit calls of one and of two steps; the second figure is that of one step."""
+    """Fit graphs of one and of two steps; the second figure is that of one step."""
     (one, block), (two, _) = counted
     return Linear(2 * one - two, two - one), block
 
@@ -202,9 +201,7 @@ def _graph(objective: Objective, item: Item, recompute: bool) -> tuple[int, int]
     """Bytes kept by a call with gradient, and the most that one block of it keeps beside its inputs."""
     meter, blocks = _meter(objective, item), list[int]()
     run = objective.run
-    objective.run = run.model_copy(
-        update={"rollout": run.rollout.model_copy(update={"checkpoint_blocks": recompute, "schedule": "plain"})}
-    )
+    objective.run = with_schedule(run, schedule="checkpoint" if recompute else "plain")
 
     def before(block: nn.Module, inputs: tuple[Any, ...]) -> None:
         meter.add(inputs)
@@ -216,17 +213,18 @@ def _graph(objective: Objective, item: Item, recompute: bool) -> tuple[int, int]
     handles = [block.register_forward_pre_hook(before) for block in objective.model.blocks]
     handles += [block.register_forward_hook(after) for block in objective.model.blocks]
     with meter.on_saved():
-        meter.add(objective(WholeRollout(item)))
+        meter.add(objective(StepRequest((item,))))
     for handle in handles:
         handle.remove()
     objective.run = run
     return meter.total, max(blocks)
 
 
-def _records(objective: Objective, item: Item) -> int:
+def _replay(objective: Objective, item: Item) -> int:
     meter = _meter(objective, item)
     with torch.no_grad():
-        meter.add(objective(WholeRollout(item)))
+        guidance = first_guidance(item, objective.guided)
+        meter.add(replay(rollout_step(objective.model, item, 0, guidance), guidance))
     return meter.total
 
 

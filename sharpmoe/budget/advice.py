@@ -51,18 +51,18 @@ def _largest(memory: Memory) -> str:
         "activations": memory.activations,
         "weights, masters and optimizer": memory.state,
         "gathered weights": memory.gathered + memory.arriving,
-        "gradients that wait for the last use of their parameter": memory.whole_gradients,
+        "whole gradients, added up or waiting": memory.sums + memory.whole_gradients,
         "the whole model of a look (log.*)": memory.look,
     }
     return max(items, key=lambda name: items[name])
 
 
 def _gather_warnings(own: Estimate, budget: Budget) -> Iterator[str]:
-    zero, calls = own.layout.zero, own.layout.accumulation
-    if zero.stage == 3 and len(own.schedule.calls) == 1 and own.traffic.passes > 1.5 * calls:
+    zero = own.layout.zero
+    if zero.stage == 3 and own.traffic.passes > 1.5:
         lowest = min(zero.max_reuse, zero.max_live)
         yield (
-            f"the model is gathered {own.traffic.passes:.1f} times per step instead of {calls}: "
+            f"the model is gathered {own.traffic.passes:.1f} times per step instead of once: "
             f"stage3_max_reuse_distance and stage3_max_live_parameters allow {lowest} elements; set both to at least "
             f"{budget.parameters} if the gathered weights fit"
         )

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sharpmoe.budget.layout import Part, modules_of
-from sharpmoe.budget.schedules import EngineCall
 from sharpmoe.parallel.zero_settings import ZeroSettings
 
 # Modules that hold others and have no parameters of their own: the objective, and the model inside it.
@@ -13,10 +12,19 @@ ROOT, MODEL = -2, -1
 _INVALID, _RECORDING, _COMPLETE = range(3)
 
 
+class Used(NamedTuple):
+    """A module in a forward."""
+
+    place: int
+    module: int
+    has_graph: bool  # which keeps everything
+    is_late: bool  # a graph is full, or nearly: what is gathered now comes beside it
+
+
 class Reached(NamedTuple):
     """A module in a backward."""
 
-    place: int  # of its use in the forward
+    place: int  # of its use in the forward of this backward's graph
     module: int
     releases: bool  # whether its parameters may leave then
 
@@ -43,47 +51,13 @@ class Coordinator:
         self._order: list[int] = []
         self._queue: deque[tuple[int, int]] = deque()  # (parameter, step of its module) still to be gathered ahead
         self._fetched_for: dict[int, int] = {}
-        self._late = False  # the graph is full, or nearly: what comes now comes beside it
+        self._late = False
         self._step = 0
         self._live = 0  # as DeepSpeed counts: from nought at each call, whatever is resident
         self._held = sum(self._memory[index] for index in self._resident)
 
-    def call(self, forward: Sequence[int], backward: Sequence[Reached], call: EngineCall) -> None:
-        """One engine call: each module is fetched, used and released, forwards and then backwards."""
-        self._reset()
-        for place, module in enumerate(forward):
-            self._late = call.steps == 1 or place * call.steps >= len(forward)
-            self._fetch(module)
-            self._since.setdefault(module, place)
-            gone = self._release(module)
-            self._keep_views(module, gone, call.backward and not call.recompute)
-        for place, module, releases in backward:
-            self._fetch(module)
-            if releases:
-                self._release(module)
-            self._held -= self._orphans.pop(place, 0)
-        if backward:
-            self._let_go(self._gathered - self._resident)
-        self._since.clear()
-
-    def optimizer_step(self) -> None:
-        """All parameters are released, then the resident ones gathered with their new values."""
-        self._let_go(self._gathered)
-        self._late = False
-        self._gather(self._resident)
-        self._ahead.clear()
-
-    def _keep_views(self, module: int, gone: set[int], has_graph: bool) -> None:
-        """Views of gathered experts in a graph keep their memory after a release, until the backward of their use."""
-        if not gone:
-            return
-        kept = sum(self._memory[index] for index in gone & self._experts) if has_graph else 0
-        place = self._since.pop(module)
-        self._orphans[place] = self._orphans.get(place, 0) + kept
-        self._held += kept
-        self.peak = max(self.peak, self._held)
-
-    def _reset(self) -> None:
+    def start(self) -> None:
+        """An engine call begins: what is asked for is compared with the order of the call before."""
         self._drop_ahead()
         if self._mode == _INVALID:
             self._mode = _RECORDING
@@ -92,6 +66,45 @@ class Coordinator:
         self._queue = deque((index, step) for step, module in enumerate(self._order) for index in self._own(module))
         self._fetched_for = {}
         self._step = self._live = 0
+
+    def forward(self, order: Iterable[Used]) -> None:
+        """Modules are fetched, used and released in turn."""
+        for place, module, has_graph, is_late in order:
+            self._late = is_late
+            self._fetch(module)
+            if has_graph:
+                self._since.setdefault(module, place)
+            self._keep_views(module, self._release(module))
+
+    def backward(self, order: Iterable[Reached]) -> None:
+        """A backward through one graph, within the call or after it."""
+        for place, module, releases in order:
+            self._fetch(module)
+            if releases:
+                self._release(module)
+            self._held -= self._orphans.pop(place, 0)
+        self._since.clear()
+
+    def finish(self) -> None:
+        """The last backward is done: what no hook let go is let go."""
+        self._let_go(self._gathered - self._resident)
+
+    def optimizer_step(self) -> None:
+        """All parameters are released, then the resident ones gathered with their new values."""
+        self._let_go(self._gathered)
+        self._late = False
+        self._gather(self._resident)
+        self._ahead.clear()
+
+    def _keep_views(self, module: int, gone: set[int]) -> None:
+        """Views of gathered experts in a graph keep their memory after a release, until the backward of their use."""
+        place = self._since.pop(module, None) if gone else None
+        if place is None:
+            return
+        kept = sum(self._memory[index] for index in gone & self._experts)
+        self._orphans[place] = self._orphans.get(place, 0) + kept
+        self._held += kept
+        self.peak = max(self.peak, self._held)
 
     def _fetch(self, module: int) -> None:
         if self._mode == _COMPLETE and self._order[self._step : self._step + 1] != [module]:

@@ -1,5 +1,6 @@
 """A run and a layout -> its budget, and those of its neighbours."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,12 @@ class Planner:
         tokens = text_tokens(run)
         self._measured: Callable[[int], Activations] = cache(lambda micro_batch: measure(run, micro_batch, tokens))
 
+    def under(self, run: RunConfig) -> "Planner":
+        """The same for a run that differs in its schedule; nothing is counted again."""
+        other = copy.copy(self)
+        other.run = run
+        return other
+
     def layout(self, world: int, ds_config: dict[str, Any]) -> Layout:
         """Check and complete the layout that the run asks for on so many ranks. Raises ConfigError."""
         check_ep_size(self.run, world)
@@ -73,9 +80,9 @@ class Planner:
         gathers = Gathers((0,) * len(parts), 0, 0)
         if zero.stage == 3:
             gathers = count_gathers(run, parts, schedule, layout)
-        kept = self._measured(layout.micro_batch).of(schedule, layout.accumulation)
+        graphs = self._measured(layout.micro_batch).of(schedule)
         states = 2 if run.optim.name == "adamw" else 0
-        step = Step(schedule, layout.accumulation, gathers, kept, states, self._looked_at)
+        step = Step(graphs, layout.accumulation, gathers, states, self._looked_at)
         return Estimate(layout, schedule, memory(parts, zero, step), traffic(run, layout, parts, schedule, gathers))
 
     @property

@@ -1,20 +1,21 @@
 """How often ZeRO-3 gathers each parameter in an optimizer step.
 
 A parameter is gathered when a module needs it, or ahead of that by the order recorded in the call before, and stays as
-long as the same order says that it is needed again within `max_reuse` elements. An engine call whose order differs from
-the one before loses the record, and everything is then gathered anew for every module.
+long as the same order says that it is needed again within `max_reuse` elements. An optimizer step is one engine call
+in which forwards and backwards take turns, in the same order at every step.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sharpmoe.budget.coordinator import MODEL, ROOT, Coordinator, Reached
+from sharpmoe.budget.coordinator import MODEL, ROOT, Coordinator, Reached, Used
 from sharpmoe.budget.layout import Layout, Part
-from sharpmoe.budget.schedules import EngineCall, Schedule
+from sharpmoe.budget.schedules import Pass, Schedule
 from sharpmoe.config import RunConfig
-from sharpmoe.train.objective import has_router_loss, has_routing_loss
+from sharpmoe.train.terms import has_router_loss, has_routing_loss
 
 _BEFORE, _AFTER = 3, 1  # modules beside the blocks: embedders, of which the condition is last, and the final layer
+_FOLLOWED = 4  # most micro-batches that are followed one by one
 _WARM_UP = 2  # optimizer steps until the recorded orders repeat
 
 
@@ -27,42 +28,66 @@ class Gathers(NamedTuple):
 
 
 def count_gathers(run: RunConfig, parts: Sequence[Part], schedule: Schedule, layout: Layout) -> Gathers:
-    """Follow some optimizer steps call by call and count the last one."""
+    """Follow some optimizer steps module by module and count the last one; middle micro-batches are alike."""
+    if layout.accumulation <= _FOLLOWED:
+        return _count(run, parts, schedule, layout)
+    fewer, more = (_count(run, parts, schedule, layout._replace(accumulation=_FOLLOWED - n)) for n in (1, 0))
+    others = layout.accumulation - _FOLLOWED
+    return more._replace(times=tuple(b + others * (b - a) for a, b in zip(fewer.times, more.times, strict=True)))
+
+
+def _count(run: RunConfig, parts: Sequence[Part], schedule: Schedule, layout: Layout) -> Gathers:
     coordinator = Coordinator(parts, layout.zero)
     before = [0] * len(parts)
     for _ in range(_WARM_UP + 1):
         before, coordinator.peak, coordinator.arriving = list(coordinator.times), 0, 0
-        for _ in range(layout.accumulation):
-            for call in schedule.calls:
-                coordinator.call(forward_order(run, call), backward_order(run, call), call)
+        _engine_call(coordinator, run, schedule.passes * layout.accumulation)
         coordinator.optimizer_step()
     times = tuple(now - then for now, then in zip(coordinator.times, before, strict=True))
     return Gathers(times, coordinator.peak, coordinator.arriving)
 
 
-def forward_order(run: RunConfig, call: EngineCall) -> list[int]:
-    """Modules in the order in which a forward calls them: the first embeds the latent, and the guidance."""
-    return [ROOT, *([MODEL, *([0] * _is_guided(run)), *range(_BEFORE + run.model.depth + _AFTER)] * call.steps)]
+def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass]) -> None:
+    """The call and the one backward that is the engine's."""
+    coordinator.start()
+    root = Used(-1, ROOT, has_graph=False, is_late=False)
+    coordinator.forward([root])
+    for number, part in enumerate(passes):
+        forward = forward_order(run, part)
+        coordinator.forward(forward)
+        last = [Reached(-1, ROOT, False)] if number == len(passes) - 1 else []
+        coordinator.backward([*last, *backward_order(run, part, forward)])
+    coordinator.finish()
 
 
-def backward_order(run: RunConfig, call: EngineCall) -> list[Reached]:
+def forward_order(run: RunConfig, part: Pass) -> list[Used]:
+    """Modules in the order in which forwards call them: the first embeds the latent, and the guidance."""
+    step = [MODEL, *([0] * _is_guided(run)), *range(_BEFORE + run.model.depth + _AFTER)]
+    calls = part.before + part.calls
+    quiet = part.before or int(calls > 1)  # model calls at the beginning that meet no full graph
+    return [
+        Used(call * len(step) + place, module, call >= part.before and not part.recompute, call >= quiet)
+        for call in range(calls)
+        for place, module in enumerate(step)
+    ]
+
+
+def backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[Reached]:
     """Modules as a backward reaches them: what holds others comes before them.
 
     A module is reached once for each of its outputs that has a gradient, and once more to be recomputed. It is released
     when all its inputs have their gradients, which DeepSpeed sees only for the last forward of the module.
     """
-    if not call.backward:
-        return []
-    order = forward_order(run, call)
-    starts = [place for place, module in enumerate(order) if module == MODEL]
-    reached = [Reached(0, ROOT, False)]
-    for first, end in reversed(list(zip(starts, [*starts[1:], len(order)], strict=True))):
+    starts = [used.place for used in forward if used.module == MODEL][part.before :]
+    reached = []
+    for first, end in reversed(list(zip(starts, [*starts[1:], len(forward)], strict=True))):
         reached.append(Reached(first, MODEL, False))
         for place in reversed(range(first + 1, end)):
-            times = _times_reached(run, order[place], call.recompute)
-            released = (end == len(order) or call.recompute) and _has_all_gradients(run, order[place])
-            reached += [Reached(place, order[place], False)] * (times - 1)
-            reached.append(Reached(place, order[place], released))
+            module = forward[place].module
+            times = _times_reached(run, module, part.recompute)
+            released = (end == len(forward) or part.recompute) and _has_all_gradients(run, module)
+            reached += [Reached(place, module, False)] * (times - 1)
+            reached.append(Reached(place, module, released))
     return reached
 
 

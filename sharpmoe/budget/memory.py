@@ -7,10 +7,10 @@ from typing import NamedTuple
 from sharpmoe.budget.activations import Kept
 from sharpmoe.budget.gathers import Gathers
 from sharpmoe.budget.layout import Part
-from sharpmoe.budget.schedules import Schedule
 from sharpmoe.parallel.zero_settings import ZeroSettings
 
 MASTER = 4  # bytes of a float32 master weight, and of each optimizer state and the EMA
+_SUM = 4  # bytes of a gradient that is added up within a step (train/local_gradients.py)
 _ALIGN = 2  # ZeRO-2 pads a group to a multiple of this times its ranks
 
 
@@ -24,10 +24,11 @@ class Memory(NamedTuple):
     ema: int
     gathered: int  # most weights that are whole at one time beside this rank's part (ZeRO-3)
     arriving: int  # a gather that comes beside a full graph, in one piece before it is copied out (ZeRO-3)
-    whole_gradients: int  # most gradients that are not reduced yet
+    sums: int  # gradients of all backwards of a step but the last, whole, added up on this rank
+    whole_gradients: int  # most gradients of one backward that wait, for the last use of their parameter or to be added
     buckets: int  # gradients on their way to the wire, and what is sent
     activations: int
-    backward: int  # most of gathered, arriving, whole_gradients, buckets and activations at one time
+    backward: int  # what a backward adds to the state at the most: all of these, as far as they are there together
     update: int  # flat gradients of the optimizer call, when activations and whole gradients are gone
     look: int  # a whole averaged model, and a second set of masters while it is made (log.*); nothing else is then kept
     host: int  # what of the above is in host memory because it is offloaded
@@ -72,12 +73,16 @@ def groups_of(parts: Sequence[Part]) -> dict[tuple[bool, int], int]:
 class Step(NamedTuple):
     """What of a step decides memory beside the parameters."""
 
-    schedule: Schedule
+    graphs: tuple[Kept, ...]  # of one micro-batch, in the order of their backwards
     accumulation: int
     gathers: Gathers
-    activations: Kept
     states: int  # optimizer states per weight: 2 for AdamW, 0 for SGD
     look: int  # parameters of the model that a look makes whole; 0 without looks
+
+    @property
+    def backwards(self) -> int:
+        """Backwards of an optimizer step. The last is the engine's."""
+        return len(self.graphs) * self.accumulation
 
 
 def memory(parts: Sequence[Part], zero: ZeroSettings, step: Step) -> Memory:
@@ -88,9 +93,13 @@ def memory(parts: Sequence[Part], zero: ZeroSettings, step: Step) -> Memory:
     gradients = (size.shard if _is_flat(zero) else _straddled(parts)) * zero.gradient_bytes
     optimizer = size.shard * MASTER * step.states
     gathered, arriving = (count * zero.compute_bytes for count in step.gathers[1:])
-    waiting = _whole_gradients(size, zero, step)
+    waiting = Waiting(sum(part.numel for part in parts), size.largest, zero.compute_bytes)
     buckets = _buckets(size, zero)
-    again = gradients if _adds_up(step) and not _is_flat(zero) else 0  # of this backward, beside the sum so far
+    backward = gathered + arriving + buckets + waiting.with_graphs(step)
+    if (
+        zero.stage == 2 and not zero.host_optimizer
+    ):  # a rank's part, which the state counts, is made as they are reduced
+        backward = max(backward - gradients, buckets + waiting.of(step))
     return Memory(
         weights,
         masters,
@@ -99,31 +108,68 @@ def memory(parts: Sequence[Part], zero: ZeroSettings, step: Step) -> Memory:
         size.shard * MASTER,
         gathered,
         arriving,
-        waiting,
+        waiting.sums if step.backwards > 1 else 0,
+        waiting.of(step),
         buckets,
-        step.activations.most,
-        gathered + arriving + buckets + _in_graph(step, waiting, again, size.largest * zero.compute_bytes),
+        max(graph.most for graph in step.graphs),
+        backward,
         _update(size, zero),
         (step.look + size.shard) * MASTER if step.look else 0,
         _offloaded(zero, weights, masters + gradients + optimizer),
     )
 
 
-def _in_graph(step: Step, waiting: int, again: int, largest: int) -> int:
-    """Most of activations and gradients at one time.
+class Waiting(NamedTuple):
+    """Gradients that are not reduced yet, and the graphs beside them."""
 
-    With several steps in a call all gradients wait when the last step's graph is gone, and are reduced when only the
-    first step's is left. `again`: gradients of this backward beside the sum so far; `largest`: that of one use, on its
-    way to those that wait.
-    """
-    kept, steps = step.activations, _graph_steps(step)
-    if steps == 1:
-        return kept.most + waiting + again
-    return kept.most + largest + max(0, waiting - kept.last_step, waiting + again - (steps - 1) * kept.last_step)
+    elements: int  # of the parameters as this rank computes with them
+    largest: int
+    width: int  # bytes of a gradient's element
 
+    @property
+    def whole(self) -> int:
+        """Bytes of all gradients of one backward."""
+        return self.elements * self.width
 
-def _graph_steps(step: Step) -> int:
-    return max(call.steps for call in step.schedule.calls if call.backward)
+    @property
+    def sums(self) -> int:
+        """Bytes of all gradients added up: float32 or better."""
+        return self.elements * max(_SUM, self.width)
+
+    @property
+    def one(self) -> int:
+        """Bytes of the largest, on its way to those that wait."""
+        return self.largest * self.width
+
+    def of(self, step: Step) -> int:
+        """Bytes that wait of one backward. Of the engine's alone, through a graph that uses each parameter once, they
+        leave for their bucket one by one.
+        """
+        return self.whole if step.backwards > 1 or step.graphs[0].calls > 1 else self.one
+
+    def with_graphs(self, step: Step) -> int:
+        """Most bytes of gradients and activations at one time in a step."""
+        last = self._reduced(step.graphs[-1], step.backwards > 1)
+        rounds = [step.graphs] * min(step.accumulation, 2)  # later micro-batches are like the second
+        inner = [graph for graphs in rounds for graph in graphs]
+        if step.accumulation <= 2:
+            del inner[-1]
+        return max([last, *(self._added_up(graph, number > 0) for number, graph in enumerate(inner))])
+
+    def _reduced(self, graph: Kept, after_others: bool) -> int:
+        """In the engine's backward. Sums wait there, rounded, until the last use of their parameter has added to them.
+
+        Without sums, and with several model calls in a graph, all gradients wait when the last call's part is gone, and
+        are reduced when only the first call's is left.
+        """
+        if after_others:
+            return graph.most + self.sums + self.one
+        return graph.most + self.one + (max(0, self.whole - graph.last_call) if graph.calls > 1 else 0)
+
+    def _added_up(self, graph: Kept, is_there: bool) -> int:
+        """In a backward of our own: its gradients are whole when the last model call's part of the graph is gone."""
+        during = graph.most + self.one + max(0, self.whole - graph.last_call) + is_there * self.sums
+        return max(during, self.whole + self.sums)
 
 
 def _offloaded(zero: ZeroSettings, weights: int, others: int) -> int:
@@ -147,20 +193,6 @@ def _straddled(parts: Sequence[Part]) -> int:
             start += part.numel
         most += max(held)
     return most
-
-
-def _whole_gradients(size: Sizes, zero: ZeroSettings, step: Step) -> int:
-    """A gradient waits, whole, until all uses of its parameter in a call have added to it.
-
-    With several steps in a call the uses of every parameter end in the backward of the first step, so that all
-    gradients wait together; with one step they leave for their bucket one by one.
-    """
-    return (size.whole if _graph_steps(step) > 1 else size.largest) * zero.compute_bytes
-
-
-def _adds_up(step: Step) -> bool:
-    """Whether more than one backward adds to the gradients of a step."""
-    return step.accumulation * step.schedule.backwards > 1
 
 
 def _buckets(size: Sizes, zero: ZeroSettings) -> int:

@@ -1,5 +1,6 @@
 """A budget for people, and for programs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sharpmoe.budget.advice import RESERVE, Advice, describe, usable
@@ -20,6 +21,7 @@ _COLUMNS = (
     "schedule",
     "activations",
     "gathered",
+    "sums",
     "gradients",
     "buckets",
     "peak",
@@ -38,12 +40,13 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def text(budget: Budget, advice: Advice, device_memory: float) -> str:
-    """Lay out the plan: the run, what stays from step to step, each schedule, warnings."""
+def text(budget: Budget, advice: Advice, device_memory: float, notes: Sequence[str] = ()) -> str:
+    """Lay out the plan: the run, what stays from step to step, each schedule, notes, warnings."""
     blocks = [
         _head(budget),
         _state(budget.own.memory, budget),
         _schedules(budget, device_memory),
+        *(["\n".join(f"note: {note}" for note in notes)] if notes else []),
         *([_warnings(advice, device_memory)] if advice.warnings else []),
     ]
     return "\n\n".join(blocks)
@@ -97,7 +100,7 @@ def _schedules(budget: Budget, device_memory: float) -> str:
 
 def _row(estimate: Estimate, device_memory: float) -> tuple[str, ...]:
     memory, traffic = estimate.memory, estimate.traffic
-    kept = (memory.activations, memory.gathered, memory.whole_gradients, memory.buckets, memory.peak)
+    kept = (memory.activations, memory.gathered, memory.sums, memory.whole_gradients, memory.buckets, memory.peak)
     fits = "yes" if memory.peak <= usable(device_memory) else "NO"
     moved = (traffic.gathers, traffic.reductions, traffic.exchanges + traffic.pool)
     return (estimate.schedule.name, *map(size, kept), fits, *map(size, moved))
@@ -117,7 +120,7 @@ def _warnings(advice: Advice, device_memory: float) -> str:
     return "\n".join(lines)
 
 
-def as_json(budget: Budget, advice: Advice, device_memory: float) -> dict[str, Any]:
+def as_json(budget: Budget, advice: Advice, device_memory: float, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The same as plain numbers: bytes, and the layout they belong to."""
     layout = budget.own.layout
     return {
@@ -128,6 +131,7 @@ def as_json(budget: Budget, advice: Advice, device_memory: float) -> dict[str, A
         "device_bytes": device_memory * 2**30,
         "usable_bytes": usable(device_memory),
         "schedules": [_estimate_json(estimate, device_memory) for estimate in budget.estimates],
+        "notes": list(notes),
         "warnings": list(advice.warnings),
         "would_fit": [
             {"ep_size": other.layout.ep_size, "stage": other.layout.zero.stage, **_estimate_json(other, device_memory)}

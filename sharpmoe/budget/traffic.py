@@ -35,9 +35,9 @@ def traffic(run: RunConfig, layout: Layout, parts: Sequence[Part], schedule: Sch
     calls = _model_calls(schedule, layout.accumulation)
     return Traffic(
         _gathers(parts, layout, gathers),
-        _reductions(parts, layout, schedule),
-        _exchanges(run, layout, *calls),
-        _pool(run, layout, calls[0]),
+        _reductions(parts, layout),
+        _exchanges(run, layout, calls),
+        _pool(run, layout, calls),
         _passes(parts, gathers) if layout.zero.stage == 3 else 1.0,
     )
 
@@ -55,12 +55,12 @@ def _gathers(parts: Sequence[Part], layout: Layout, gathers: Gathers) -> int:
     return moved * layout.zero.compute_bytes
 
 
-def _reductions(parts: Sequence[Part], layout: Layout, schedule: Schedule) -> int:
-    """Gradients are reduced at every backward."""
+def _reductions(parts: Sequence[Part], layout: Layout) -> int:
+    """Gradients are reduced in the one backward of the engine, whatever the schedule."""
     zero = layout.zero
     moved = sum(sent(part.padded if zero.stage == 3 else part.numel, part.ranks) for part in parts)
     scattered = zero.reduce_scatter if zero.stage == 3 else zero.reduce_scatter and not zero.whole_buckets
-    return moved * (1 if scattered else 2) * zero.wire_bytes * schedule.backwards * layout.accumulation
+    return moved * (1 if scattered else 2) * zero.wire_bytes
 
 
 def _passes(parts: Sequence[Part], gathers: Gathers) -> float:
@@ -68,23 +68,32 @@ def _passes(parts: Sequence[Part], gathers: Gathers) -> float:
     return sum(part.numel * n for part, n in zip(parts, gathers.times, strict=True)) / total
 
 
-def _model_calls(schedule: Schedule, accumulation: int) -> tuple[int, int]:
-    """Forwards of the model (recomputed ones included) and backwards of it, per optimizer step."""
-    forwards = sum(call.steps * (2 if call.recompute else 1) for call in schedule.calls)
-    backwards = sum(call.steps for call in schedule.calls if call.backward)
-    return forwards * accumulation, backwards * accumulation
+class _Calls(NamedTuple):
+    """Rollout steps that the model computes per optimizer step."""
+
+    forwards: int  # recomputed and repeated ones included
+    backwards: int
+    choosing: int  # forwards that choose experts instead of being told
 
 
-def _exchanges(run: RunConfig, layout: Layout, forwards: int, backwards: int) -> int:
+def _model_calls(schedule: Schedule, accumulation: int) -> _Calls:
+    backwards = sum(part.steps for part in schedule.passes)
+    first = sum(part.before + part.steps * (not part.replayed) for part in schedule.passes)
+    recomputed = sum(part.steps for part in schedule.passes if part.recompute)
+    forwards = first + recomputed + schedule.replayed
+    return _Calls(forwards * accumulation, backwards * accumulation, (first + recomputed) * accumulation)
+
+
+def _exchanges(run: RunConfig, layout: Layout, calls: _Calls) -> int:
     """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
     rows = rows_per_call(run, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
     layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
-    return 2 * sent(rows, layout.ep_size) * layers * (forwards + backwards)
+    return 2 * sent(rows, layout.ep_size) * layers * (calls.forwards + calls.backwards)
 
 
-def _pool(run: RunConfig, layout: Layout, forwards: int) -> int:
+def _pool(run: RunConfig, layout: Layout, calls: _Calls) -> int:
     if run.parallel.pool_scope != "world" or run.model.router not in POOLED:
         return 0
     layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
     scores = layout.micro_batch * run.model.num_tokens * run.model.num_experts * 4
-    return scores * (layout.world - 1) * layers * forwards
+    return scores * (layout.world - 1) * layers * calls.choosing

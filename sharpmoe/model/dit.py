@@ -45,6 +45,15 @@ class TextContext(NamedTuple):
 
     tokens: Tensor  # (B, L, D)
     mask: Tensor  # (B, L) bool
+    read: tuple[Tensor, ...] = ()  # (B, L, 2 D) keys and values of every block, where they were made beforehand
+
+
+class Prepared(NamedTuple):
+    """What the network makes of a condition apart from time: in a sampling run the same at every step."""
+
+    c: Tensor  # (B, D)
+    text: TextContext | None
+    unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
 
 
 class Context(NamedTuple):
@@ -54,6 +63,8 @@ class Context(NamedTuple):
     text: TextContext | None
     rope: Tensor | None  # (2, N, D / heads) cosines and sines
     unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
+    pools: int = 1  # equal parts of the batch, each a pool of its own: see `MoELayer`
+    read: Tensor | None = None  # (B, L, 2 D) keys and values of the text in this block, where they are at hand
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -127,14 +138,14 @@ class Block(nn.Module):
         self, x: Tensor, context: "Context", guidance_tokens: Tensor | None, routing_map: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         """X (B, N, D); returns the tokens and, from an MoE block, the routing record."""
-        c, text, rope, unconditional = context
+        c, text, rope, unconditional, pools, read = context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(normalise(x, self.norm1), shift_a, scale_a), rope)
         if self.cross_attn is not None and text is not None:
-            x = x + self.cross_attn(layer_norm(x), text.tokens, text.mask)
+            x = x + self.cross_attn(layer_norm(x), text.tokens, text.mask, read)
         h = modulate(normalise(x, self.norm2), shift_m, scale_m)
         if self.moe is not None:
-            y, routing = self.moe(h, guidance_tokens, routing_map, unconditional)
+            y, routing = self.moe(h, guidance_tokens, routing_map, unconditional, pools)
             return x + gate_m.unsqueeze(1) * y, routing
         assert self.mlp is not None
         return x + gate_m.unsqueeze(1) * self.mlp(h), None
@@ -190,10 +201,11 @@ class DiT(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor,
-        condition: Condition | Tensor,
+        condition: Condition | Prepared | Tensor,
         guidance: Tensor | None = None,
         routing_maps: tuple[Tensor, ...] | None = None,
         recompute: bool = False,
+        pools: int = 1,
     ) -> ModelOutput:
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
@@ -201,33 +213,36 @@ class DiT(nn.Module):
         condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. guidance (B, C, H, W):
         clean latent predicted by the previous step, detached here; None gives the base routing. routing_maps: per MoE
         layer (B, N, E) bool, choices to replay. recompute: keep only block inputs for backward (non-reentrant; the
-        reentrant form gives wrong gradients under ZeRO-3). Returns float32 or better.
+        reentrant form gives wrong gradients under ZeRO-3). pools: see `MoELayer`. Returns float32 or better.
         """
-        condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
+        condition = self._embed_condition(condition) if not isinstance(condition, Prepared) else condition
         if self.config.prediction == "ddpm_noise":
             scaled, step = ddpm_input(x_t, t)
-            noise, records = self._network(scaled, step, condition, guidance, routing_maps, recompute)
+            noise, records = self._network(scaled, step, condition, guidance, routing_maps, recompute, pools)
             return ModelOutput(ddpm_velocity(scaled, noise, step), records)
-        return ModelOutput(*self._network(x_t, t, condition, guidance, routing_maps, recompute))
+        return ModelOutput(*self._network(x_t, t, condition, guidance, routing_maps, recompute, pools))
 
     def _network(
         self,
         x_t: Tensor,
         t: Tensor,
-        condition: Condition,
+        condition: Prepared,
         guidance: Tensor | None,
         routing_maps: tuple[Tensor, ...] | None,
         recompute: bool,
+        pools: int,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
         grid = self._grid(x_t)
         tokens = self._embed(x_t, grid)
         guidance_tokens = None if guidance is None else self._embed(guidance.detach(), grid)
-        context = self._context(t, condition, grid)
+        c = functional.silu(self.t_embedder(t) + condition.c)
+        context = Context(c, condition.text, self._rotary(t.device, grid), condition.unconditional, pools)
+        read = condition.text.read if condition.text is not None else ()
         records: list[Routing] = []
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             replay = routing_maps[len(records)] if routing_maps is not None and block.moe is not None else None
-            inputs = (tokens, context, guidance_tokens, replay)
+            inputs = (tokens, context._replace(read=read[index]) if read else context, guidance_tokens, replay)
             tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             if routing is not None:
                 records.append(routing)
@@ -249,21 +264,33 @@ class DiT(nn.Module):
             positions = sincos_positions(self.config.width, grid, side, tokens.device)
         return tokens + positions.to(tokens.dtype)
 
-    def _context(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
-        c, text, unconditional = self.t_embedder(t), None, None
+    def prepare(self, condition: Condition) -> Prepared:
+        """What a forward would make of a condition at every step anew, bit for bit, keys and values of text included.
+
+        Reads parameters outside of their blocks: the model must be whole. Keeps depth * B * L * 2 D numbers of text.
+        """
+        prepared = self._embed_condition(condition)
+        if prepared.text is None:
+            return prepared
+        attentions = [module for module in self.modules() if isinstance(module, CrossAttention)]  # in depth order
+        read = tuple(attention.read(prepared.text.tokens) for attention in attentions)
+        return prepared._replace(text=prepared.text._replace(read=read))
+
+    def _embed_condition(self, condition: Condition | Tensor) -> Prepared:
+        condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
         if self.text_embedder is not None:
             if not isinstance(condition, TextCondition):
                 raise TypeError(f"a text-conditional model takes a TextCondition, got {type(condition).__name__}")
             tokens, pooled = self.text_embedder(condition)
-            c, text = c + pooled, TextContext(tokens, condition.mask)
-        elif self.y_embedder is not None:
-            if not isinstance(condition, ClassCondition):
-                raise TypeError(f"a class-conditional model takes a ClassCondition, got {type(condition).__name__}")
-            c = c + self.y_embedder(condition.labels)
-            if self.config.unconditional_expert:
-                label = self.config.unconditional_label
-                unconditional = condition.labels == (self.config.num_classes if label is None else label)
-        return Context(functional.silu(c), text, self._rotary(t.device, grid), unconditional)
+            return Prepared(pooled, TextContext(tokens, condition.mask), None)
+        assert self.y_embedder is not None
+        if not isinstance(condition, ClassCondition):
+            raise TypeError(f"a class-conditional model takes a ClassCondition, got {type(condition).__name__}")
+        unconditional = None
+        if self.config.unconditional_expert:
+            label = self.config.unconditional_label
+            unconditional = condition.labels == (self.config.num_classes if label is None else label)
+        return Prepared(self.y_embedder(condition.labels), None, unconditional)
 
     def _rotary(self, device: torch.device, grid: tuple[int, int]) -> Tensor | None:
         """Rotary positions where the family turns its heads; made anew, for a buffer would have to be saved."""

@@ -153,11 +153,20 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """X (B, N, D), text (B, L, D), mask (B, L) bool with at least one True per row; returns (B, N, D)."""
+    def read(self, text: Tensor) -> Tensor:
+        """Keys and values (B, L, 2 D) of text (B, L, D): they change with the text only, not from step to step."""
+        read: Tensor = self.kv(text)
+        return read
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, read: Tensor | None = None) -> Tensor:
+        """X (B, N, D), text (B, L, D), mask (B, L) bool with at least one True per row; returns (B, N, D).
+
+        read: what `read` made of this text, where it is at hand.
+        """
         b, n, d = x.shape
         q = self.q(x).view(b, n, self.num_heads, -1).transpose(1, 2)
-        k, v = self.kv(text).view(b, text.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        read = self.read(text) if read is None else read
+        k, v = read.view(b, text.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(b, n, d))
         return mixed

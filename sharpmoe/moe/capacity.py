@@ -27,11 +27,15 @@ class CapacityPredictor(nn.Module):
         return logits
 
 
-def threshold_candidate(capacity_logits: Tensor, capacity: float) -> Tensor:
-    """k-th largest predicted probability of each expert over one training pool: (B, N, E) -> (E,). Detached."""
-    flat = capacity_logits.detach().flatten(0, 1)
-    count = tokens_per_expert(flat.shape[0], flat.shape[1], capacity)
-    return flat.topk(count, dim=0).values[-1].sigmoid()
+def threshold_candidates(capacity_logits: Sequence[Tensor], capacity: float) -> Tensor:
+    """k-th largest predicted probability of each expert over one training pool, for all layers in one selection.
+
+    Layers x (B, N, E) -> (layers, E). Detached.
+    """
+    stacked = torch.stack([logits.detach().flatten(0, 1).t() for logits in capacity_logits])  # (layers, E, B N)
+    pool = stacked.shape[-1]
+    count = tokens_per_expert(pool, stacked.shape[1], capacity)
+    return stacked.kthvalue(pool - count + 1).values.sigmoid()
 
 
 @torch.no_grad()

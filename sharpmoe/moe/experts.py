@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sharpmoe.moe.products import Equal, Layout, Split, grouped, product
+
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form, as every published DiT has it."""
@@ -73,64 +75,29 @@ class Experts(nn.Module):
         counts: rows of each expert, (E,) int64 on the rows' device with sum R, or an int where all have the same. On
         CUDA an int and the grouped product read nothing back from the device; the split loop does.
         """
+        return self.apply_in(rows.contiguous(), self._layout(rows, counts))
+
+    def apply_in(self, rows: Tensor, layout: Layout) -> Tensor:
+        """Apply the experts to contiguous rows (R, D) that lie as `layout` says; returns (R, D)."""
+        if self.kind == "swiglu":
+            inner = functional.silu(product(rows, self.w1, None, layout)) * product(rows, self.w3, None, layout)
+            return product(inner, self.w2, None, layout)
+        b1, b2 = self.w3.squeeze(1).split([self.hidden, self.width], dim=-1)
+        return product(gelu_tanh(product(rows, self.w1, b1, layout)), self.w2, b2, layout)
+
+    def _layout(self, rows: Tensor, counts: Tensor | int) -> Layout:
         if isinstance(counts, int):
-            return self._equal(rows) if counts else self._split(rows, [0] * self.num_experts)
+            return Equal(self.num_experts, counts)
         if self._grouped_applies(rows):
-            return self._grouped(rows, counts)
-        sizes = counts.tolist()
-        return self._equal(rows) if sizes[0] and len(set(sizes)) == 1 else self._split(rows, sizes)
+            return grouped(counts, rows)
+        sizes = tuple(counts.tolist())
+        return Equal(self.num_experts, sizes[0]) if len(set(sizes)) == 1 else Split(sizes)
 
     def _grouped_applies(self, rows: Tensor) -> bool:
         """Whether the grouped product is the way: on CUDA in bf16, with row strides of 16 bytes.
 
-        On CPU it is as exact as the split loop and not surely faster: 0.66 to 1.1 of its time (forward and backward,
-        one core, 4 to 32 experts of width 128 and 384). It knows no float64; without rows there is nothing to gain.
+        On CPU it is as exact as the split loop and not faster. It knows no float64; without rows there is nothing to
+        gain.
         """
         aligned = self.width % 8 == 0 and self.hidden % 8 == 0
         return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
-
-    def _equal(self, rows: Tensor) -> Tensor:
-        batched = rows.view(self.num_experts, len(rows) // self.num_experts, self.width)
-        if self.kind == "swiglu":
-            inner = functional.silu(batched @ self.w1.transpose(1, 2)) * (batched @ self.w3.transpose(1, 2))
-            return (inner @ self.w2.transpose(1, 2)).view(rows.shape)
-        b1, b2 = self.w3.split([self.hidden, self.width], dim=-1)
-        inner = gelu_tanh(torch.baddbmm(b1, batched, self.w1.transpose(1, 2)))
-        return torch.baddbmm(b2, inner, self.w2.transpose(1, 2)).view(rows.shape)
-
-    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        if self.kind == "swiglu":
-            inner = functional.silu(grouped(rows, self.w1, offsets)) * grouped(rows, self.w3, offsets)
-            return grouped(inner, self.w2, offsets)
-        # The biases are added as a product with the rows' one-hot experts: exact, and its gradient is a product too,
-        # where an indexed bias would be summed by one atomic addition per row.
-        index = torch.arange(self.num_experts, device=rows.device)
-        owner = index.repeat_interleave(counts, output_size=len(rows))
-        one_hot = (owner.unsqueeze(1) == index).to(rows.dtype)
-        b1, b2 = self.w3.squeeze(1).split([self.hidden, self.width], dim=-1)
-        inner = gelu_tanh(torch.addmm(grouped(rows, self.w1, offsets), one_hot, b1))
-        return torch.addmm(grouped(inner, self.w2, offsets), one_hot, b2)
-
-    def _split(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        # unbind once: indexing a stacked weight per expert would write a full-size zero gradient each time.
-        stacked = zip(rows.split(sizes), self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True)
-        return torch.cat([self._one(part, w1, w2, w3) for part, w1, w2, w3 in stacked])
-
-    def _one(self, rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            inner = functional.silu(functional.linear(rows, w1)) * functional.linear(rows, w3)
-            return functional.linear(inner, w2)
-        b1, b2 = w3[0].split([self.hidden, self.width])
-        return functional.linear(gelu_tanh(functional.linear(rows, w1, b1)), w2, b2)
-
-
-def grouped(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows (R, in), sorted by expert, times each expert's weight (E, out, in) transposed; offsets (E,) int32 are ends.
-
-    The last offset is R: grouped_mm leaves what follows it undefined. Its backward cannot read an expanded gradient.
-    """
-    out = functional.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
-    if out.requires_grad:
-        out.register_hook(Tensor.contiguous)
-    return out

@@ -11,7 +11,7 @@ from sharpmoe.moe.capacity import CapacityPredictor
 from sharpmoe.moe.dispatch import Dispatcher, LocalDispatcher
 from sharpmoe.moe.experts import Experts, feed_forward
 from sharpmoe.moe.pool import CallPool, Pool
-from sharpmoe.moe.router import MlpGate, SaliencyRouter, make_gate
+from sharpmoe.moe.router import MlpGate, SaliencyRouter, at_least_float32, make_gate
 from sharpmoe.moe.routing import (
     Routing,
     batch_pool,
@@ -28,40 +28,40 @@ from sharpmoe.moe.routing import (
 )
 
 
-def select_tc(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+def select_tc(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
     """Token choice, by biased scores where loads are balanced by a bias: the same in training and inference."""
     return token_choice(layer.biased(scores), layer.config.top_k)
 
 
-def select_dsmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+def select_dsmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
     """Group-limited token choice by biased scores (DSMoE, arXiv 2512.01252): the same in training and inference."""
     config = layer.config
     return group_limited(layer.biased(scores), config.top_k, config.num_groups, config.top_groups)
 
 
-def select_ec(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+def select_ec(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
     """Expert choice: the same in training and inference."""
     return expert_choice(scores, layer.config.capacity)
 
 
-def select_diffmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+def select_diffmoe(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
     """DiffMoE: the batch pool in training, the predicted capacity in inference."""
     if layer.training:
         return layer.pool.choose(scores, partial(batch_pool, capacity=layer.config.capacity))
     assert capacity_logits is not None  # the layer of this family has a predictor
     if layer.config.capacity_selection == "mask":
         return predicted_mask(capacity_logits, layer.expert_threshold)
-    return predicted_count(scores, capacity_logits, layer.expert_threshold)
+    return predicted_count(scores, capacity_logits, layer.expert_threshold, pools)
 
 
-def select_race(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+def select_race(layer: "MoELayer", scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
     """Expert Race: the best pairs of the call in training, all above the averaged threshold in inference."""
     if layer.training:
         return layer.pool.choose(scores, partial(race, capacity=layer.config.capacity))
     return scores >= layer.expert_threshold
 
 
-SELECTION: dict[str, Callable[["MoELayer", Tensor, Tensor | None], Tensor]] = {
+SELECTION: dict[str, Callable[["MoELayer", Tensor, Tensor | None, int], Tensor]] = {
     "tc": select_tc,
     "promoe_tc": select_tc,
     "dit_moe": select_tc,
@@ -103,20 +103,23 @@ class MoELayer(nn.Module):
         guidance_tokens: Tensor | None = None,
         routing_map: Tensor | None = None,
         unconditional: Tensor | None = None,
+        pools: int = 1,
     ) -> tuple[Tensor, Routing]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record. No side effects.
 
         guidance_tokens (B, N, D): the embedded guidance latent; None leaves the base routing. routing_map (B, N, E):
         replay this choice instead of making one (two-pass training in half precision, where a near-tie can flip).
-        unconditional (B,) bool: images without class, where the layer has an expert of their own.
+        unconditional (B,) bool: images without class, where the layer has an expert of their own. pools: equal parts
+        of the batch in which DiffMoE counts and ranks its tokens apart in inference; no other choice depends on it.
         """
-        gate_logits = self.gate(h)
+        h32 = at_least_float32(h)  # routers read one copy; in half precision each would keep its own for backward
+        gate_logits = self.gate(h32)
         logits = gate_logits
         if guidance_tokens is not None and self.saliency_router is not None:
             logits = gate_logits + self.saliency_router(guidance_tokens)
         scores = score_logits(logits, self.config.score)
-        capacity_logits = None if self.capacity_predictor is None else self.capacity_predictor(h)
-        chosen = self.select(scores.detach(), capacity_logits) if routing_map is None else routing_map
+        capacity_logits = None if self.capacity_predictor is None else self.capacity_predictor(h32)
+        chosen = self.select(scores.detach(), capacity_logits, pools) if routing_map is None else routing_map
         if unconditional is not None:
             scores, chosen = send_unconditional(scores, chosen, unconditional)
         gates = self._gates(scores, chosen)
@@ -128,15 +131,15 @@ class MoELayer(nn.Module):
             chosen,
             self._cutoff(scores, chosen),
             capacity_logits,
-            self._similarity(h, chosen, gate_logits),
-            self.gate.predict(h) if isinstance(self.gate, MlpGate) and self.training else None,
+            self._similarity(h32, chosen, gate_logits),
+            self.gate.predict(h32) if isinstance(self.gate, MlpGate) and self.training else None,
             self.expert_bias.detach().clone() if self.config.bias_balancing else None,
         )
         return self._serve(h, record), record
 
-    def select(self, scores: Tensor, capacity_logits: Tensor | None) -> Tensor:
+    def select(self, scores: Tensor, capacity_logits: Tensor | None, pools: int = 1) -> Tensor:
         """Choose experts for scores (B, N, E) by this layer's family: (B, N, E) bool."""
-        return SELECTION[self.config.router](self, scores, capacity_logits)
+        return SELECTION[self.config.router](self, scores, capacity_logits, pools)
 
     def biased(self, scores: Tensor) -> Tensor:
         """Scores as the choice sees them: with the load-balancing bias (arXiv 2408.15664), where there is one."""
@@ -160,8 +163,9 @@ class MoELayer(nn.Module):
         return prototype_similarity(h, routed, cosine, per_image)
 
     def _serve(self, h: Tensor, record: Routing) -> Tensor:
-        routing_map, gates = record.routing_map.flatten(0, 1), record.gates.flatten(0, 1)
-        y = self.dispatcher(h.flatten(0, 1), routing_map, gates, self.experts, self._static_count(h)).view_as(h)
+        tokens, chosen, gates = (part.flatten(0, 1) for part in (h, record.routing_map, record.gates))
+        total = self._static_total(h, record)
+        y = self.dispatcher(tokens, chosen, gates, self.experts, self._static_count(h), total).view_as(h)
         return y if self.shared is None else y + self.shared(h)
 
     def _static_count(self, h: Tensor) -> int | None:
@@ -173,6 +177,13 @@ class MoELayer(nn.Module):
         if self.config.router == "diffmoe" and self.training and self.pool.is_call:
             return tokens_per_expert(batch * tokens, experts, capacity)
         return None
+
+    def _static_total(self, h: Tensor, record: Routing) -> int | None:
+        """Rows of all experts together where the rule fixes them: every token takes top_k experts, else None."""
+        goes_apart = record.routing_map.shape[-1] > self.config.num_experts  # images without class: to one expert
+        if self.config.router not in TOKEN_CHOICE or (goes_apart and self.config.top_k > 1):
+            return None
+        return h.shape[0] * h.shape[1] * self.config.top_k
 
 
 def send_unconditional(scores: Tensor, chosen: Tensor, unconditional: Tensor) -> tuple[Tensor, Tensor]:

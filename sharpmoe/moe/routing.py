@@ -105,16 +105,17 @@ def batch_pool(scores: Tensor, capacity: float) -> Tensor:
     return expert_choice(scores.reshape(1, -1, scores.shape[-1]), capacity).view(scores.shape)
 
 
-def predicted_count(scores: Tensor, capacity_logits: Tensor, threshold: Tensor) -> Tensor:
-    """DiffMoE inference as ProMoE's code has it: expert e takes its n_e highest scores of the call.
+def predicted_count(scores: Tensor, capacity_logits: Tensor, threshold: Tensor, pools: int = 1) -> Tensor:
+    """DiffMoE inference as ProMoE's code has it: expert e takes its n_e highest scores of a pool.
 
     n_e is the number of tokens whose predicted probability sigmoid(capacity_logits) exceeds `threshold` (E,).
-    The pool is the call: sampling makes one call per guidance branch.
+    The batch is cut into `pools` equal parts, each a pool of its own: guidance branches, or images.
     """
-    flat = scores.reshape(-1, scores.shape[-1])
-    count = (capacity_logits.sigmoid() > threshold).flatten(0, 1).sum(0)  # (E,)
-    rank = flat.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-    return (rank < count).view(scores.shape)
+    pooled = scores.reshape(pools, -1, scores.shape[-1])
+    count = (capacity_logits.sigmoid() > threshold).reshape(pooled.shape).sum(1, keepdim=True)  # (pools, 1, E)
+    best_first = pooled.argsort(dim=1, descending=True, stable=True)
+    is_taken = torch.arange(pooled.shape[1], device=scores.device)[:, None] < count  # (pools, rank, E)
+    return torch.zeros_like(is_taken).scatter_(1, best_first, is_taken).view(scores.shape)
 
 
 def predicted_mask(capacity_logits: Tensor, threshold: Tensor) -> Tensor:

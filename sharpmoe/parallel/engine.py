@@ -23,6 +23,7 @@ from sharpmoe.config import OptimConfig, RunConfig
 from sharpmoe.errors import CheckpointError, ConfigError
 from sharpmoe.parallel.build import Values, is_planned, materialise, whole_parts
 from sharpmoe.parallel.expert import make_dispatcher
+from sharpmoe.parallel.flat_step import spare_copies
 from sharpmoe.parallel.gradients import Admit, NormGate, Update
 from sharpmoe.parallel.groups import expert_groups
 from sharpmoe.parallel.launch import World
@@ -74,6 +75,8 @@ class Engine:
         if hooked_whole:
             _reduce_per_parameter(self._optimizer)
         self._gate = NormGate(self._optimizer, self.stage)
+        if self.stage == 3:
+            spare_copies(self._optimizer, lambda: self._gate.norm)
         _restore_buffers(module, buffers)
         self.notes = regather_warnings(ds_config, self.num_parameters, run)  # what the user should know
 
@@ -264,18 +267,16 @@ def optimizer_factory(optim: OptimConfig, device: torch.device) -> OptimizerFact
     if optim.name == "sgd":
         return lambda params: torch.optim.SGD(params, lr=optim.lr, weight_decay=optim.weight_decay)
     if optim.impl in ("auto", "torch"):
-        return partial(_torch_adamw, optim=optim, fused=device.type == "cuda")
+        return partial(_torch_adamw, optim=optim)
     settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.impl == "apex":
         return partial(_apex_fused_adam(device), adam_w_mode=True, **settings)
     return _deepspeed_adam(device, settings)
 
 
-def _torch_adamw(params: Any, optim: OptimConfig, fused: bool) -> torch.optim.Optimizer:
-    """Torch's AdamW; on CUDA one fused kernel per flat partition, as fast as those that need a build."""
-    return torch.optim.AdamW(
-        params, optim.lr, optim.betas, optim.eps, weight_decay=optim.weight_decay, fused=fused or None
-    )
+def _torch_adamw(params: Any, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Torch's AdamW, fused: one pass over each flat partition, on CUDA and CPU, as fast as those that need a build."""
+    return torch.optim.AdamW(params, optim.lr, optim.betas, optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
 def _apex_fused_adam(device: torch.device) -> Any:

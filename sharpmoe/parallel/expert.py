@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sharpmoe.config import RunConfig
-from sharpmoe.moe.dispatch import Choices, Dispatcher, LocalDispatcher, check_equal_counts, combine, find_choices
+from sharpmoe.moe.dispatch import Choices, Dispatcher, LocalDispatcher, check_equal_counts, combine, find_choices, take
 from sharpmoe.moe.experts import Experts
 from sharpmoe.parallel.exchange import Sizes, exchange
 from sharpmoe.parallel.groups import ExpertGroups
@@ -43,15 +43,21 @@ class NativeDispatcher:
         assert num_experts % self._ranks == 0  # check_ep_size
 
     def __call__(
-        self, x: Tensor, routing_map: Tensor, gates: Tensor, experts: Experts, rows_per_expert: int | None
+        self,
+        x: Tensor,
+        routing_map: Tensor,
+        gates: Tensor,
+        experts: Experts,
+        rows_per_expert: int | None,
+        total: int | None = None,
     ) -> Tensor:
-        """See `Dispatcher`. `experts` holds this rank's part. Communicates on the group, in backward too."""
+        """See `Dispatcher`. `experts` holds this rank's part; `total` does not help: ranks take what they take. Communicates on the group, in backward too."""
         assert routing_map.shape[1] == self._num_experts
         if rows_per_expert is None:
             out, choices = self._varying(x, routing_map, experts)
         else:
             out, choices = self._equal(x, routing_map, experts, rows_per_expert)
-        return combine(out, choices, x, gates)
+        return combine(out, choices, gates)
 
     def _varying(self, x: Tensor, routing_map: Tensor, experts: Experts) -> tuple[Tensor, Choices]:
         sent = routing_map.sum(0)
@@ -60,7 +66,7 @@ class NativeDispatcher:
         # The one moment at which the host waits for the device.
         sizes = torch.stack([sent, received]).view(2, self._ranks, -1).sum(-1).tolist()
         choices = find_choices(routing_map, sum(sizes[0]))
-        rows = exchange(x.index_select(0, choices.token), self._group, Sizes(*sizes))
+        rows = exchange(take(x, choices), self._group, Sizes(*sizes))
         order = chunk_order(received.view(self._ranks, -1), sum(sizes[1]))
         out = experts(rows.index_select(0, order.by_expert), received.view(self._ranks, -1).sum(0))
         return exchange(out.index_select(0, order.by_rank), self._group, Sizes(sizes[1], sizes[0])), choices
@@ -68,7 +74,7 @@ class NativeDispatcher:
     def _equal(self, x: Tensor, routing_map: Tensor, experts: Experts, each: int) -> tuple[Tensor, Choices]:
         check_equal_counts(routing_map, each)
         choices = find_choices(routing_map, each * self._num_experts)
-        rows = exchange(x.index_select(0, choices.token), self._group, None)
+        rows = exchange(take(x, choices), self._group, None)
         local, width = self._num_experts // self._ranks, x.shape[1]
         by_rank = rows.view(self._ranks, local, each, width)
         out = experts(by_rank.transpose(0, 1).reshape(rows.shape), self._ranks * each)

@@ -31,7 +31,7 @@ class NormGate:
         self._optimizer, self._stage = optimizer, stage
         self._measure: Callable[[], Any] = getattr(optimizer, name)
         self._admit: Admit = _always
-        self._norm = float("inf")
+        self.norm = float("inf")  # of this step's gradient, before clipping
         setattr(optimizer, name, self._judged)
         logger.addFilter(_not_of_overflow)
 
@@ -40,12 +40,12 @@ class NormGate:
 
         `admit` must answer alike on every rank. Communicates what the step does.
         """
-        self._admit, self._norm = admit, float("inf")
+        self._admit, self.norm = admit, float("inf")
         self._optimizer.check_grad_overflow = False  # ZeRO-2: a second reading of all gradients; the norm tells as much
         step()
         if self._optimizer.overflow and self._stage == 2:
             self._forget_accumulated()
-        return self._norm
+        return self.norm
 
     def _forget_accumulated(self) -> None:
         """ZeRO-2 keeps what was accumulated of a dropped step where the optimizer is offloaded and the model bf16."""
@@ -55,8 +55,8 @@ class NormGate:
     def _judged(self) -> Any:
         measured = self._measure()
         norms = measured if isinstance(measured, list) else [measured]
-        self._norm = float(combine_grad_norm_groups(norms)) / float(self._optimizer.loss_scale)
-        if self._norm != float("inf") and self._admit(self._norm):
+        self.norm = float(combine_grad_norm_groups(norms)) / float(self._optimizer.loss_scale)
+        if self.norm != float("inf") and self._admit(self.norm):
             return measured
         self._optimizer.check_grad_overflow = True  # or ZeRO-2 in bf16 would clip by the refused norm and go on
         refused = torch.full_like(torch.as_tensor(norms[0]), float("inf"))

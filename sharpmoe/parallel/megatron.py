@@ -34,9 +34,15 @@ class MegatronDispatcher:
         self._template = make_template(groups, num_experts, width)
 
     def __call__(
-        self, x: Tensor, routing_map: Tensor, gates: Tensor, experts: Experts, rows_per_expert: int | None
+        self,
+        x: Tensor,
+        routing_map: Tensor,
+        gates: Tensor,
+        experts: Experts,
+        rows_per_expert: int | None,
+        total: int | None = None,
     ) -> Tensor:
-        """See `Dispatcher`. `experts` holds this rank's part. Communicates on the ep group, in backward too."""
+        """See `Dispatcher`. `experts` holds this rank's part; `total` does not help: ranks take what they take. Communicates on the ep group, in backward too."""
         call = copy.copy(self._template)
         if rows_per_expert is not None:
             check_equal_counts(routing_map, rows_per_expert)

@@ -1,13 +1,35 @@
 """`rollout.schedule: auto`: the exact schedule with the fewest FLOPs among those that fit a memory plan."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.train.terms import has_routing_loss
 
 GIB = 2**30
+
+
+class Choice(NamedTuple):
+    """The first schedule that fits, or the smallest where none does."""
+
+    run: RunConfig  # with that schedule
+    peak: float  # bytes that it takes
+    room: float  # bytes that there are
+    passed_over: tuple[tuple[RunConfig, float], ...]  # cheaper ones that do not fit, and their bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is one that does."""
+        return self.peak <= self.room
+
+    def check(self) -> None:
+        """Raise a ConfigError where none fits."""
+        if not self.fits:
+            raise ConfigError(
+                f"rollout.schedule: auto finds no schedule that fits {self.room / GIB:.1f} GiB, the smallest takes "
+                f"{self.peak / GIB:.1f}; lower train.micro_batch, or raise parallel.ep_size or the number of ranks"
+            )
 
 
 def candidates(run: RunConfig) -> list[RunConfig]:
@@ -38,19 +60,13 @@ def forwards(run: RunConfig) -> int:
     return steps + 3 * trained - rollout.steps_kept
 
 
-def cheapest(run: RunConfig, peak: Callable[[RunConfig], float], room: float) -> RunConfig:
-    """The run itself, or, where its schedule is auto, with the first candidate whose `peak` is at most `room` bytes.
-
-    Raises ConfigError where none fits.
-    """
-    if run.rollout.schedule != "auto":
-        return run
-    peaks = []
+def cheapest(run: RunConfig, peak: Callable[[RunConfig], float], room: float) -> Choice:
+    """Try the candidates of a run until the `peak` of one is at most `room` bytes."""
+    tried: list[tuple[RunConfig, float]] = []
     for candidate in candidates(run):
-        peaks.append(peak(candidate))
-        if peaks[-1] <= room:
-            return candidate
-    raise ConfigError(
-        f"rollout.schedule: auto finds no schedule that fits {room / GIB:.1f} GiB, the smallest takes "
-        f"{min(peaks) / GIB:.1f}; lower train.micro_batch, or raise parallel.ep_size or the number of ranks"
-    )
+        taken = peak(candidate)
+        if taken <= room:
+            return Choice(candidate, taken, room, tuple(tried))
+        tried.append((candidate, taken))
+    smallest, taken = min(tried, key=lambda pair: pair[1])
+    return Choice(smallest, taken, room, tuple(tried))

@@ -16,9 +16,11 @@ from sharpmoe.train import faults, feed, stopping
 from sharpmoe.train.bad_samples import BadSamples
 from sharpmoe.train.banner import banner
 from sharpmoe.train.guard import Watch
+from sharpmoe.train.ledger import ledger, rows_expected
 from sharpmoe.train.looks import look, look_before
 from sharpmoe.train.manifest import Progress
-from sharpmoe.train.metrics import StepStats, due, routing_scalars
+from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows_taken
+from sharpmoe.train.peak import peak_tflops
 from sharpmoe.train.plan import Plan, initial_model, settle
 from sharpmoe.train.session import Session, ema_model, open_session, save, tell_saved
 from sharpmoe.train.step import StepResult, prepare, train_step
@@ -162,7 +164,26 @@ def _log_step(session: Session, step: int, result: StepResult, seconds: float, w
     if session.log is None:
         return
     run, images = session.plan.run, session.plan.batch.global_batch
-    times = 1 if run.stage == "pretrain" else run.rollout.num_steps
-    tokens = images * times * run.model.num_tokens
-    stats = StepStats(step, result.losses, result.grad_norm, result.lr, images, tokens, seconds, waited)
+    calls = images * (1 if run.stage == "pretrain" else run.rollout.num_steps)
+    stats = StepStats(
+        step,
+        result.losses,
+        result.grad_norm,
+        result.lr,
+        images,
+        calls * run.model.num_tokens,
+        seconds,
+        waited,
+        _effort(session, None if result.routing is None else rows_taken(result.routing) / calls),
+    )
     session.log.step(stats, None if result.routing is None else routing_scalars(result.routing))
+
+
+def _effort(session: Session, rows: float | None) -> Effort:
+    """What a step computed: by the routing taken (rows per image and rollout step), where it was looked at."""
+    plan, world = session.plan, session.world
+    if rows is None:
+        ranks = world.size if plan.run.parallel.pool_scope == "world" else 1
+        rows = rows_expected(plan.run, plan.batch.micro_batch * ranks)
+    spent = ledger(plan.run, plan.data.train.text_length, rows)
+    return Effort(spent, world.size, peak_tflops(plan.run, world.device))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.routing import Routing, batch_pool, expert_choice, group_limited, race, score_logits, token_choice
+from sharpmoe.train.ledger import Ledger
 
 TRAINING_SELECTION: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {
     "tc": lambda scores, config: token_choice(scores, config.top_k),
@@ -28,6 +29,14 @@ TRAINING_SELECTION: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {
 SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
 
 
+class Effort(NamedTuple):
+    """What a step computed, and what the devices could have."""
+
+    ledger: Ledger
+    ranks: int
+    peak_tflops: float | None = None  # of one device; None where it is not known
+
+
 class StepStats(NamedTuple):
     """One optimizer step as it is logged; every figure already averaged (or added) over ranks."""
 
@@ -39,6 +48,28 @@ class StepStats(NamedTuple):
     tokens: int  # image tokens that went through the model in this step: images * T * N, all ranks
     seconds: float  # wall time of the step
     wait_seconds: float  # part of it spent waiting for data
+    effort: Effort | None = None
+
+    @property
+    def tflops(self) -> float | None:
+        """Model TFLOP/s of one rank: without what was computed twice."""
+        return None if self.effort is None else self._tflops(self.effort, self.effort.ledger.model)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP utilisation: `tflops` over the device's peak."""
+        return None if self.effort is None else self._share(self.effort, self.effort.ledger.model)
+
+    @property
+    def hfu(self) -> float | None:
+        """Hardware FLOP utilisation: with what was computed twice."""
+        return None if self.effort is None else self._share(self.effort, sum(self.effort.ledger))
+
+    def _tflops(self, effort: Effort, per_image: float) -> float:
+        return per_image * self.images / max(self.seconds, 1e-9) / effort.ranks / 1e12
+
+    def _share(self, effort: Effort, per_image: float) -> float | None:
+        return None if effort.peak_tflops is None else self._tflops(effort, per_image) / effort.peak_tflops
 
 
 def due(step: int, every: int) -> bool:
@@ -91,6 +122,11 @@ def routing_scalars(sums: Tensor) -> dict[str, float]:
     return named
 
 
+def rows_taken(sums: Tensor) -> float:
+    """Rows that experts computed, over all layers and all that `routing_sums` were added up of. Reads the device."""
+    return float(sums[:, SUMS:].sum())
+
+
 def memory_mib() -> float:
     """Peak memory in MiB: of the accelerator where there is one, else resident memory of this process."""
     if torch.cuda.is_available():
@@ -99,7 +135,7 @@ def memory_mib() -> float:
 
 
 def step_scalars(stats: StepStats) -> dict[str, float]:
-    """Name the figures of a step: loss/*, optim/*, throughput/*, memory/*."""
+    """Name the figures of a step: loss/*, optim/*, throughput/*, memory/*, flops/*."""
     seconds = max(stats.seconds, 1e-9)
     return {
         **{f"loss/{name}": value for name, value in stats.losses.items()},
@@ -110,4 +146,13 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
         "throughput/seconds_per_step": stats.seconds,
         "throughput/data_wait_share": stats.wait_seconds / seconds,
         "memory/peak_mib": memory_mib(),
+        **_effort_scalars(stats),
     }
+
+
+def _effort_scalars(stats: StepStats) -> dict[str, float]:
+    if stats.effort is None:
+        return {}
+    spent = {f"flops/per_image/{part}": float(value) for part, value in stats.effort.ledger._asdict().items()}
+    speeds = {"tflops_per_rank": stats.tflops, "mfu": stats.mfu, "hfu": stats.hfu}
+    return spent | {f"throughput/{name}": value for name, value in speeds.items() if value is not None}

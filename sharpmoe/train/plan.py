@@ -78,8 +78,8 @@ class Initial(NamedTuple):
     notes: tuple[str, ...]  # what the user should know
 
 
-def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World) -> Plan:
-    """Check everything that can be checked without a model: data, batch, checkpoint.
+def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> Plan:
+    """Check everything that can be checked without a model: data, batch, checkpoint. `notes` go before its own.
 
     Raises ConfigError, DataError, CheckpointError.
     """
@@ -89,7 +89,7 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World) -> Plan:
     check_schedule(run, batch.micro_batch)
     data = open_data(run)
     layout = checkpoint.layout_of(run, data.train.fingerprint)
-    plan = Plan(run, ds_config, batch, data, layout, None)
+    plan = Plan(run, ds_config, batch, data, layout, None, notes=notes)
     found = checkpoint.find(plan.checkpoints, run.checkpoint.resume)
     return _going_on_from(next(iter(found.readable), None), plan._replace(found=found))
 
@@ -105,7 +105,7 @@ def _check_output(folder: Path) -> None:
 def settle(plan: Plan, world: World) -> Plan:
     """Have a plan go on from a checkpoint whose every file is sound. Communicates; see `checkpoint.choose`."""
     choice = checkpoint.choose(plan.found, plan.checkpoints, plan.run.checkpoint.resume, world)
-    return _going_on_from(choice.saved, plan._replace(notes=choice.notes))
+    return _going_on_from(choice.saved, plan._replace(notes=(*plan.notes, *choice.notes)))
 
 
 def _going_on_from(saved: Manifest | None, plan: Plan) -> Plan:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import POOLED, ModelConfig, RunConfig
-from sharpmoe.moe.capacity import threshold_candidate
+from sharpmoe.moe.capacity import threshold_candidates
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import StepOutput
 from sharpmoe.train.metrics import routing_sums
@@ -46,7 +46,7 @@ class Tally:
         if not output.routing:
             return
         if model.router in POOLED:
-            self._thresholds.append(torch.stack([_candidate(record, model) for record in output.routing]))
+            self._thresholds.append(_candidates(output.routing, model))
         if model.bias_balancing:
             self._loads.append(torch.stack([r.routing_map.float().mean((0, 1)) for r in output.routing]))
         if self.with_routing:
@@ -68,8 +68,9 @@ def _mean(parts: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(parts)).mean(0) if parts else None
 
 
-def _candidate(record: Routing, model: ModelConfig) -> Tensor:
-    """Threshold candidate of one layer (E,): DiffMoE's k-th probability, Expert Race's k-th score."""
-    if record.capacity_logits is None:
-        return record.cutoff.flatten()
-    return threshold_candidate(record.capacity_logits, model.capacity)
+def _candidates(routing: Sequence[Routing], model: ModelConfig) -> Tensor:
+    """Threshold candidates of all layers (layers, E): DiffMoE's k-th probabilities, Expert Race's k-th scores."""
+    predicted = [record.capacity_logits for record in routing if record.capacity_logits is not None]
+    if predicted:
+        return threshold_candidates(predicted, model.capacity)
+    return torch.stack([record.cutoff.flatten() for record in routing])

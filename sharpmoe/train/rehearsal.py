@@ -17,26 +17,26 @@ from sharpmoe.train.banner import banner
 from sharpmoe.train.plan import make_plan
 
 
-def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World) -> str:
-    """Check a run and return its banner, with a note for each thing that is not there yet.
+def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> str:
+    """Check a run and return its banner, with `notes` and one more for each thing that is not there yet.
 
     Data and initial weights that are there must fit (ConfigError, DataError, CheckpointError); a recipe may be
     rehearsed before its data are prepared. No communication.
     """
-    notes = []
+    told = [*notes]
     layout = batch_arithmetic(run, world.size)
     check_ep_size(run, world.size)
     local = [Path(place) for place, _ in run.data.places if scheme_of(place) is None]
     missing = [folder for folder in local if not (folder / INDEX_FILE).is_file()]
-    notes += [f"{folder} is not prepared yet: not checked against the model" for folder in missing]
+    told += [f"{folder} is not prepared yet: not checked against the model" for folder in missing]
     if not missing:
         make_plan(run, ds_config, world)
     init = run.checkpoint.init
     if init is not None and Path(init).is_file():
         check_architecture(read_header(init)[0], run.model, init)
     elif init is not None:
-        notes.append(f"{init} is not there yet: not checked against the model")
+        told.append(f"{init} is not there yet: not checked against the model")
     with torch.device("meta"):
         model = DiT(run.model)
     stage = int(ds_config["zero_optimization"]["stage"])
-    return "\n".join([banner(run, model, layout, stage, world), *(f"  note: {note}" for note in notes)])
+    return "\n".join([banner(run, model, layout, stage, world), *(f"  note: {note}" for note in told)])

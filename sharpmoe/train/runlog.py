@@ -140,16 +140,17 @@ class Progress:
         self.stream.flush()
 
     def render(self, stats: StepStats) -> str:
-        """Lay out a step: counter, losses, gradient norm, learning rate, speed, data wait, time left."""
+        """Lay out a step: counter, losses, gradient norm, learning rate, speed, utilisation, data wait, time left."""
         done = stats.step - self.first_step + 1
         left = (time.monotonic() - self.started) / done * (self.total_steps - stats.step)
         losses = "  ".join(f"{name} {value:.4g}" for name, value in stats.losses.items() if value)
         speed = stats.images / max(stats.seconds, 1e-9)
         wait = stats.wait_seconds / max(stats.seconds, 1e-9)
+        used = "" if stats.mfu is None else f"  mfu {stats.mfu:.1%}"
         counter = f"{stats.step:>{len(str(self.total_steps))}}/{self.total_steps}"
         return (
             f"step {counter}  {losses}  grad {stats.grad_norm:.3g}  lr {stats.lr:.2e}  {speed:.1f} images/s"
-            f"  data {wait:.0%}  left {clock(left)}"
+            f"{used}  data {wait:.0%}  left {clock(left)}"
         )
 
     def say(self, text: str) -> None:

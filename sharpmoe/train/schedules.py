@@ -63,7 +63,7 @@ def check_schedule(run: RunConfig, micro_batch: int) -> None:
     """Raise a ConfigError where the schedule cannot be run on micro-batches of so many images; no communication."""
     model, merged = run.model, run.rollout.merged_steps
     if run.rollout.schedule == "auto":
-        raise ConfigError("rollout.schedule is auto, and nothing has chosen; set it to plain, checkpoint or hybrid")
+        raise ConfigError("rollout.schedule is auto, which launcher/train.py settles; set it to what is wanted here")
     if merged == 1:
         return
     if model.gate == "prototypes" and model.router in TOKEN_CHOICE:

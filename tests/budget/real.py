@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
@@ -42,8 +41,7 @@ class Counted(NamedTuple):
     ema: int
     bucket: int  # the contiguous buffer of gradients
     gathered: int  # most whole weights at one time
-    graph: int  # what a call of the engine with gradient left allocated, beside whole weights
-    records: int  # the same without gradient; 0 where there is no such call
+    kept: int  # what a call of the engine left allocated, beside whole weights: a graph, and sums of gradients
     peak: int  # most that was allocated at one time in a step, beyond what was there before it
     gathers: int  # sent per optimizer step
     reductions: int
@@ -108,10 +106,9 @@ class Watch:
             pass
 
     def on_call(self, forward: Callable[..., Any], *args: Any) -> Any:
-        kind = "graph" if torch.is_grad_enabled() else "records"
         self.mark("before")
         answer = forward(*args)
-        self.mark(kind)
+        self.mark("after")
         return answer
 
     def on_step(self, step: Callable[[], None]) -> None:
@@ -138,7 +135,7 @@ class Watch:
         for call in counter.calls:
             kind = {"reduce_scatter": "reduce", "all_reduce": "reduce"}.get(call.name, call.name)
             sent[kind] = sent.get(kind, 0) + call.sent
-        left, peak = self.over_time(events)
+        kept, peak = self.over_time(events)
         return Counted(
             unique(weights),
             unique([*weights, *self.engine.master_partitions()]) - unique(weights),
@@ -147,20 +144,19 @@ class Watch:
             unique(ema.shards),
             unique(tree_leaves([bucket.buffer for bucket in optimizer.ipg_buckets.values()])),
             max(self.whole_at.values()),
-            left["graph"],
-            left.get("records", 0),
+            kept,
             peak,
             sent["all_gather"],
             sent["reduce"],
             sent["all_to_all"],
         )
 
-    def over_time(self, events: list[int | str]) -> tuple[dict[str, int], int]:
-        """What the calls of each kind left allocated beside whole weights, and the peak of a step.
+    def over_time(self, events: list[int | str]) -> tuple[int, int]:
+        """What a call left allocated beside whole weights, and the peak of a step.
 
         The least of several: a collective of the host's backend may hold on to its buffers a little longer than asked.
         """
-        now, before, left = 0, 0, dict[str, int]()
+        now, before, left = 0, 0, list[int]()
         peaks, starts = list[int](), list[int]()
         for event in events:
             if isinstance(event, int):
@@ -174,8 +170,8 @@ class Watch:
             elif kind == "before":
                 before = beside
             else:
-                left[kind] = min(left.get(kind, beside - before), beside - before)
-        return left, min(peak - start for start, peak in zip(starts, peaks, strict=True))
+                left.append(beside - before)
+        return min(left), min(peak - start for start, peak in zip(starts, peaks, strict=True))
 
 
 def unique(tensors: Iterable[Tensor]) -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sharpmoe.budget.activations import Activations, Linear, _count, measure, rows_per_call
-from sharpmoe.budget.schedules import EngineCall, Schedule, schedules_of
+from sharpmoe.budget.activations import Activations, Kept, Linear, _count, measure, rows_per_call
+from sharpmoe.budget.schedules import schedule_of, schedules_of, with_schedule
 from sharpmoe.config import RunConfig
 from tests.train.setting import make_run
 
@@ -35,16 +35,28 @@ def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
 
 
 def test_what_each_schedule_keeps() -> None:
-    activations = Activations(Linear(10, 100), Linear(10, 20), Linear(0, 5), 80)
-    kept = {schedule.name: activations.of(schedule, 1).most for schedule in schedules_of(run_with())}
+    """T = 6; a graph of n steps is 10 + 100 n, and a step that is run again leaves 5."""
+    activations = Activations(Linear(10, 100), Linear(10, 20), 5, 80)
+    kept = {schedule.name: [graph.most for graph in activations.of(schedule)] for schedule in schedules_of(run_with())}
     assert kept == {
-        "plain": 610,
-        "plain, checkpoint_blocks": 210,
-        "two_pass": 140,
-        "two_pass, segment_steps 3": 140,
+        "plain": [610],
+        "checkpoint": [210],
+        "two_pass": 6 * [110 + 30],
+        "hybrid, kept_steps 3": [310 + 15, *(3 * [110 + 15])],
+        "segments, segment_steps 3": [310],
     }
-    assert activations.of(Schedule("plain", (EngineCall(6, True),)), 3).most == 610 + 2 * 30  # records wait
-    assert activations.of(Schedule("two_pass", (EngineCall(1, True),) * 6), 1).most == 110 + 30
+    merged = schedule_of(with_schedule(run_with(), schedule="two_pass", merged_steps=4))
+    assert merged.name == "two_pass, merged_steps 4"
+    assert activations.of(merged) == (Kept(440, 410, 1), Kept(240, 210, 1))
+    again = schedule_of(with_schedule(run_with(), schedule="segments", segment_steps=2, kept_steps=1))
+    assert [graph.most for graph in activations.of(again)] == 2 * [110 + 5]
+
+
+def test_without_a_routing_loss_steps_are_trained_one_by_one() -> None:
+    activations = Activations(Linear(10, 100), Linear(10, 20), 5, 80)
+    for fields in ({"schedule": "two_pass"}, {"schedule": "hybrid", "kept_steps": 3}):
+        schedule = schedule_of(with_schedule(run_with("tc"), **fields))
+        assert [graph.most for graph in activations.of(schedule)] == 6 * [110]
 
 
 @pytest.mark.parametrize(("router", "rows"), [("tc", 64), ("ec", 64), ("diffmoe", 64), ("race", 64)])

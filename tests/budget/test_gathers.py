@@ -5,15 +5,24 @@ from typing import Any
 
 import pytest
 
+from sharpmoe.budget import gathers as gathers_module
 from sharpmoe.budget.gathers import count_gathers
 from sharpmoe.budget.layout import Layout, parts_of
-from sharpmoe.budget.schedules import own_schedule
+from sharpmoe.budget.schedules import schedule_of
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.zero_settings import ZeroSettings
 from tests.train.setting import make_run
 
 ZERO = ZeroSettings(3, 20_000, 5_000, 500, 10**9, 10**9, 10**9, True, False, True, True, 4, 4, 4, False, False)
 T = 6
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpoint": {"schedule": "checkpoint"},
+    "two_pass": {"schedule": "two_pass"},
+    "merged": {"schedule": "two_pass", "merged_steps": 2},
+    "hybrid": {"schedule": "hybrid", "kept_steps": 2},
+    "segments": {"schedule": "segments", "segment_steps": 2},
+}
 
 
 def run_with(**rollout: Any) -> RunConfig:
@@ -24,29 +33,19 @@ def gathers(run: RunConfig, accumulation: int = 1, world: int = 4, **zero: int) 
     """How often each parameter that is not resident is gathered, and the peak in elements."""
     layout = Layout(world, run.parallel.ep_size, ZERO._replace(**zero), 4, accumulation)
     parts = parts_of(run, layout.world, layout.ep_size)
-    found = count_gathers(run, parts, own_schedule(run), layout)
+    found = count_gathers(run, parts, schedule_of(run), layout)
     resident = {part.name for part in parts if part.numel <= layout.zero.persistence}
     times = {part.name: n for part, n in zip(parts, found.times, strict=True)}
-    if len(own_schedule(run).calls) == 1:
-        assert {times[name] for name in resident} == {1}  # after the update; losing the order releases them too
+    assert {times[name] for name in resident} == {1}  # after the update
     return {name: n for name, n in times.items() if name not in resident}, found.peak
 
 
-@pytest.mark.parametrize("rollout", [{}, {"checkpoint_blocks": True}], ids=["plain", "recompute"])
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_rollout_in_one_call_gathers_once(rollout: dict[str, Any], accumulation: int) -> None:
-    times, peak = gathers(run_with(**rollout), accumulation)
-    assert set(times.values()) == {accumulation}
+def test_an_optimizer_step_gathers_once(name: str, accumulation: int) -> None:
+    times, peak = gathers(run_with(**SCHEDULES[name]), accumulation)
+    assert set(times.values()) == {1}
     assert peak == sum(part.numel for part in parts_of(run_with(), 4, 1))
-
-
-def test_a_call_per_step_gathers_for_each_call_and_more_where_the_order_changes() -> None:
-    """A first pass of T steps and T calls of one step: the order recorded by one is of no use to the other."""
-    times, _ = gathers(run_with(schedule="two_pass"))
-    blocks = {n for name, n in times.items() if name.startswith("blocks.")}
-    assert blocks == {2 * T}
-    fewer, _ = gathers(run_with(schedule="two_pass", segment_steps=2))
-    assert max(fewer.values()) < min(blocks)
 
 
 def test_limits_below_the_model_gather_it_again_and_keep_copies_of_experts() -> None:
@@ -54,8 +53,19 @@ def test_limits_below_the_model_gather_it_again_and_keep_copies_of_experts() -> 
     times, peak = gathers(run_with(), max_reuse=size // 20)
     assert max(times.values()) >= T
     assert peak > size  # a graph holds the experts that it was computed with
-    _, recomputed = gathers(run_with(checkpoint_blocks=True), max_reuse=size // 20)
-    assert recomputed <= size
+    for name in ("checkpoint", "two_pass"):
+        times, lower = gathers(run_with(**SCHEDULES[name]), max_reuse=size // 20)
+        assert max(times.values()) >= T
+        assert lower <= size
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_many_micro_batches_are_told_from_few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(part.numel for part in parts_of(run_with(), 4, 1))
+    limits = {"max_reuse": size // 3, "max_live": size // 2}
+    told = gathers(run_with(**SCHEDULES[name]), 7, **limits)
+    monkeypatch.setattr(gathers_module, "_FOLLOWED", 7)
+    assert told == gathers(run_with(**SCHEDULES[name]), 7, **limits)
 
 
 def test_experts_that_no_other_rank_shares_take_no_memory_when_gathered() -> None:

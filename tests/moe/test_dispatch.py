@@ -60,7 +60,21 @@ def test_a_promise_of_equal_counts_is_checked() -> None:
         LocalDispatcher()(torch.ones(8, 8).double(), chosen, torch.ones(8, 4).double(), experts_of(), 2)
 
 
+def test_a_promised_total_changes_nothing_and_is_checked() -> None:
+    chosen = torch.eye(4).bool()[[0, 0, 0, 2, 3]]
+    x, gates = torch.randn(5, 8).double(), torch.rand(5, 4).double()
+    arguments = (x, chosen, gates, experts_of(), None)
+    assert torch.equal(LocalDispatcher()(*arguments, 5), LocalDispatcher()(*arguments))
+    with pytest.raises(RuntimeError, match="experts did not take 6 rows together"):
+        LocalDispatcher()(*arguments, 6)
+
+
 def test_choices_are_sorted_by_expert_then_token() -> None:
     chosen = torch.rand(20, 5, generator=torch.Generator().manual_seed(0)) < 0.4
-    pairs = find_choices(chosen, int(chosen.sum()))
-    assert torch.equal(torch.stack(pairs), torch.stack(chosen.t().nonzero(as_tuple=True)))
+    choices = find_choices(chosen, int(chosen.sum()))
+    assert torch.equal(torch.stack(choices[:2]), torch.stack(chosen.t().nonzero(as_tuple=True)))
+    for token in range(20):
+        end = choices.starts[token + 1] if token < 19 else len(choices.rows)
+        rows = choices.rows[choices.starts[token] : end]
+        assert torch.equal(choices.expert[rows], chosen[token].nonzero()[:, 0])
+        assert (choices.token[rows] == token).all()

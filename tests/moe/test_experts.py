@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.moe.experts import Experts
+from sharpmoe.moe.products import Equal, Layout, Split, grouped
 from tests.moe.dense import dense_experts, stacked_weights
 
 WIDTH, HIDDEN = 16, 24
@@ -26,6 +27,10 @@ def experts_of(kind: str, dtype: torch.dtype) -> Experts:
         for parameter, value in zip(experts.parameters(), stacked_weights(4, WIDTH, HIDDEN, kind), strict=True):
             parameter.copy_(value)
     return experts
+
+
+def apply_grouped(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+    return experts.apply_in(rows, grouped(counts, rows))
 
 
 def rows_of(counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +56,7 @@ def test_experts_equal_the_dense_reference(way: str, counts: list[int], dtype: t
 
     experts = experts_of(kind, dtype)
     x = rows.detach().to(dtype).requires_grad_()
-    y = experts._grouped(x, torch.tensor(counts)) if way == "grouped" else experts(x, torch.tensor(counts))
+    y = apply_grouped(experts, x, torch.tensor(counts)) if way == "grouped" else experts(x, torch.tensor(counts))
     (y * weight.to(dtype)).sum().backward()
     got = [y, x.grad, *(p.grad for p in experts.parameters())]
     assert worst(got, [expected, rows.grad, *(w.grad for w in weights)]) < TOLERANCE[dtype]
@@ -62,7 +67,7 @@ def test_one_number_for_equal_counts_is_their_list(kind: str) -> None:
     experts, rows = experts_of(kind, torch.float64), rows_of([3, 3, 3, 3])[0]
     together = experts(rows, 3)
     assert torch.equal(together, experts(rows, torch.tensor([3, 3, 3, 3])))
-    torch.testing.assert_close(together, experts._split(rows, [3, 3, 3, 3]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together, experts.apply_in(rows, Split((3, 3, 3, 3))), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("counts", [0, torch.zeros(4, dtype=torch.long), torch.tensor([5, 0, 0, 1])], ids=str)
@@ -79,17 +84,33 @@ def test_the_grouped_way_takes_the_gradient_of_a_plain_sum(kind: str) -> None:
     counts = torch.tensor([2, 0, 3, 1])
     first, second = experts_of(kind, torch.float32), experts_of(kind, torch.float32)
     rows = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0))
-    first._grouped(rows, counts).sum().backward()
+    apply_grouped(first, rows, counts).sum().backward()
     second(rows, counts).sum().backward()
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", [Equal(4, 3), Split((5, 1, 0, 6)), "grouped"], ids=str)
+def test_backward_reads_the_weights_as_they_are_then(layout: Layout | str) -> None:
+    """ZeRO-3 takes a layer's weights away after its forward and brings them back for its backward."""
+    rows = rows_of([3, 3, 3, 3])[0].float()
+    lies = grouped(torch.tensor([5, 1, 0, 6]), rows) if isinstance(layout, str) else layout
+    gradients = []
+    for factor in (1, 2):
+        experts, x = experts_of("gelu", torch.float32), rows.clone().requires_grad_()
+        y = experts.apply_in(x, lies)
+        for weight in (experts.w1, experts.w2):
+            weight.data = factor * weight.data
+        y.backward(torch.ones_like(y))
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], 4 * gradients[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu
 def test_on_cuda_counts_stay_on_the_device() -> None:
     experts = experts_of("gelu", torch.bfloat16).cuda()
     rows, counts = rows_of([5, 1, 0, 6])[0].bfloat16().cuda(), torch.tensor([5, 1, 0, 6]).cuda()
-    expected = experts._split(rows, [5, 1, 0, 6])
+    expected = experts.apply_in(rows, Split((5, 1, 0, 6)))
     torch.cuda.set_sync_debug_mode("error")
     try:
         y = experts(rows, counts)
@@ -97,4 +118,4 @@ def test_on_cuda_counts_stay_on_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(y, expected, rtol=6e-2, atol=6e-2)
-    torch.testing.assert_close(equal, experts._split(rows, [3, 3, 3, 3]), rtol=6e-2, atol=6e-2)
+    torch.testing.assert_close(equal, experts.apply_in(rows, Split((3, 3, 3, 3))), rtol=6e-2, atol=6e-2)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpmoe.config import ModelConfig
+from sharpmoe.moe.capacity import threshold_candidates
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import (
     batch_pool,
@@ -105,3 +106,14 @@ def test_capacity_predictor_does_not_teach_the_trunk() -> None:
     h = torch.randn(2, 8, 16, requires_grad=True)
     layer.capacity_predictor(h).sum().backward()
     assert h.grad is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.floats(0.5, 1.0))
+def test_threshold_candidates_are_the_lowest_probability_of_the_best(
+    shape: tuple[int, int, int], seed: int, capacity: float
+) -> None:
+    layers = torch.randn((3, *shape), generator=torch.Generator().manual_seed(seed)).unbind()
+    count = tokens_per_expert(shape[0] * shape[1], shape[2], capacity)
+    expected = [logits.flatten(0, 1).topk(count, dim=0).values[-1].sigmoid() for logits in layers]
+    assert torch.equal(threshold_candidates(layers, capacity), torch.stack(expected))

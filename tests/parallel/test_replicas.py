@@ -14,7 +14,7 @@ from sharpmoe.train.objective import Objective
 from sharpmoe.train.step import train_step
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
-from tests.parallel.test_engine import items_of
+from tests.parallel.reference import items_of
 from tests.train.setting import make_run, plan_for, stirred_model
 
 

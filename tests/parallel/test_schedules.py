@@ -11,6 +11,7 @@ from sharpmoe.parallel.launch import World
 from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.step import train_step
+from sharpmoe.train.terms import LossTerms
 from tests.counting import CollectiveCounter
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
@@ -38,6 +39,8 @@ class Outcome(NamedTuple):
     gradients: dict[str, Tensor]  # of the first step
     sizes: dict[str, int]  # bytes of all messages of the last step, by kind; experts may have a group of their own
     sent: int  # bytes that left this rank in the last step, without the exchange of tokens
+    reduced: list[int]  # bytes of every all-reduce of the last step
+    figures: int  # bytes of what every step averages over ranks: loss terms, and the thresholds of all layers
     parameters: int  # bytes of the part of the model that is partitioned: all of it, or all but the experts
 
 
@@ -59,8 +62,11 @@ def outcome(world: World, run: RunConfig) -> Outcome:
         name: sum(call.size for call in counter.calls if call.name == name and call.group_size > 1) for name in ZERO
     }
     sent = counter.sent() - counter.sent("all_to_all")
+    reduced = [call.size for call in counter.calls if call.name == "all_reduce" and call.group_size > 1]
+    figures = len(LossTerms._fields) + sum(layer.expert_threshold.numel() for layer in objective.model.moe_layers())
     shared = [p for name, p in objective.named_parameters() if run.parallel.ep_size == 1 or ".experts." not in name]
-    return Outcome(losses, gradients, sizes, sent, 4 * sum(p.ds_numel for p in shared))
+    parameters = sum(p.ds_numel for p in shared)
+    return Outcome(losses, gradients, sizes, sent, reduced, 8 * figures, 4 * parameters)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,14 @@ def test_a_rollout_gathers_and_reduces_the_model_once(name: str, layout: str, ou
     ours, one_step = outcomes[name, layout], outcomes["one step", layout]
     assert ours.sizes == dict.fromkeys(ZERO, ours.parameters)
     assert ours.sent <= 1.1 * one_step.sent
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_figures_of_all_layers_and_steps_go_in_one_all_reduce(
+    name: str, layout: str, outcomes: dict[Key, Outcome]
+) -> None:
+    """The engine's own reductions, of norms and flags, are single numbers."""
+    ours = outcomes[name, layout]
+    assert [size for size in ours.reduced if size > 16] == [ours.figures]

@@ -26,7 +26,8 @@ def graphs(run: RunConfig) -> float:
 
 def named(run: RunConfig, room: float) -> tuple[str, int | None]:
     chosen = cheapest(run, graphs, room * 2**30)
-    return chosen.rollout.schedule, chosen.rollout.kept_steps
+    chosen.check()
+    return chosen.run.rollout.schedule, chosen.run.rollout.kept_steps
 
 
 def test_the_cheapest_that_fits() -> None:
@@ -35,9 +36,9 @@ def test_the_cheapest_that_fits() -> None:
     ]  # fmt: skip
     assert [named(a_run("tc"), room)[0] for room in (10, 9, 0.6)] == ["plain", "two_pass", "checkpoint"]
     with pytest.raises(ConfigError, match=r"no schedule that fits 0\.4 GiB, the smallest takes 0\.5"):
-        cheapest(a_run(), graphs, 0.4 * 2**30)
-    asked = a_run(rollout={"schedule": "two_pass"})
-    assert cheapest(asked, graphs, 0) is asked
+        named(a_run(), 0.4)
+    smallest = cheapest(a_run(), graphs, 0)
+    assert (smallest.run.rollout.schedule, smallest.fits) == ("checkpoint", False)
 
 
 def test_costs_rise_along_the_candidates() -> None:

@@ -25,7 +25,7 @@ from sharpmoe.train.plan import Plan
 from sharpmoe.train.runlog import read_log, read_records
 from sharpmoe.train.step import StepResult, train_step
 from tests.distributed import run_ranks
-from tests.parallel.test_engine import items_of
+from tests.parallel.reference import items_of
 from tests.train.setting import make_run, plan_for, stirred_model
 
 BAD = {2: "loss", 4: "gradient"}  # step -> what is poisoned

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.read.damage import Damage
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.parallel.launch import World, together
 from sharpmoe.train import loop
+from sharpmoe.train.ledger import ledger, rows_expected
 from sharpmoe.train.plan import Plan
+from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.train.setting import make_run, plan_for
 
@@ -96,7 +99,7 @@ def looked_at(world: World, run: RunConfig) -> list[str]:
 
 @pytest.mark.dist
 def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
-    log = {"validate_every": 1, "sample_every": 1, "allocation": True, "allocation_images": 4}
+    log = {"validate_every": 1, "sample_every": 1, "allocation": True, "allocation_images": 4, "peak_tflops": 2.0}
     sample = {"captions": ("a red circle", "a blue cross"), "num_steps": 2}
     run = make_run(shards, tmp_path, train={"steps": 1}, log=log, sample=sample)
     names = run_ranks(looked_at, 2, run)[0]
@@ -114,3 +117,9 @@ def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
     ):
         assert name in names
     assert any(name.startswith("run/tensorboard/events") for name in names)
+    figures = read_log(tmp_path / "run" / "log.jsonl")
+    booked = ledger(run, ShardSet.open(shards, "train").text_length, rows_expected(run, 4))
+    assert {part: figures[f"flops/per_image/{part}"][1] for part in booked._fields} == booked._asdict()
+    per_rank = booked.model * figures["throughput/images_per_second"][1] / 2 / 1e12
+    assert figures["throughput/tflops_per_rank"][1] == pytest.approx(per_rank)
+    assert figures["throughput/mfu"][1] == figures["throughput/hfu"][1] == pytest.approx(per_rank / 2.0)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from benchmarks.memory import SavedBytes
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import TextCondition
 from sharpmoe.rollout import Item
 from sharpmoe.train.objective import Objective, StepRequest
-from tests.memory import LiveBytes, SavedBytes
+from tests.memory import LiveBytes
 
 BATCH = 4
 

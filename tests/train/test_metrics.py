@@ -6,7 +6,8 @@ import torch
 from sharpmoe.evaluation.held_out import held_out_item
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import rollout
-from sharpmoe.train.metrics import StepStats, due, routing_scalars, routing_sums, step_scalars
+from sharpmoe.train.ledger import Ledger
+from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, routing_sums, rows_taken, step_scalars
 from tests.toys import ToySamples, toy_config, toy_model
 
 
@@ -73,6 +74,32 @@ def test_step_figures_are_grouped_and_per_second() -> None:
     assert named["throughput/data_wait_share"] == pytest.approx(0.2)
     assert named["memory/peak_mib"] > 10
     assert {tag.split("/")[0] for tag in named} == {"loss", "optim", "throughput", "memory"}
+
+
+def test_rows_are_those_that_experts_took() -> None:
+    steps = records("diffmoe", untrained=False)
+    taken = sum(int(layer.routing_map.sum()) for step in steps for layer in step)
+    assert rows_taken(routing_sums(steps, toy_config())) == taken > 0
+
+
+def test_speed_is_told_of_model_flops_per_rank() -> None:
+    spent = Ledger(dense=4e12, routed=2e12, router=1e12, wasted=3e12)
+    named = step_scalars(stats(2)._replace(effort=Effort(spent, ranks=4, peak_tflops=224)))
+    assert named["throughput/tflops_per_rank"] == pytest.approx(32 * 7 / 0.5 / 4)
+    assert named["throughput/mfu"] == pytest.approx(0.5)
+    assert named["throughput/hfu"] == pytest.approx(0.5 * 10 / 7)
+    assert {tag: named[tag] for tag in named if tag.startswith("flops/")} == {
+        "flops/per_image/dense": 4e12,
+        "flops/per_image/routed": 2e12,
+        "flops/per_image/router": 1e12,
+        "flops/per_image/wasted": 3e12,
+    }
+
+
+def test_no_utilisation_without_a_peak() -> None:
+    named = step_scalars(stats(2)._replace(effort=Effort(Ledger(1e9, 0, 0, 0), ranks=1)))
+    assert "throughput/mfu" not in named
+    assert named["throughput/tflops_per_rank"] == pytest.approx(32e-3 / 0.5)
 
 
 def test_due() -> None:

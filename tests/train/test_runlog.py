@@ -10,7 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sharpmoe.train.metrics import StepStats
+from sharpmoe.train.ledger import Ledger
+from sharpmoe.train.metrics import Effort, StepStats
 from sharpmoe.train.runlog import RunLog, clock, read_log, read_records
 
 
@@ -78,6 +79,19 @@ def test_a_file_gets_one_line_per_written_step(tmp_path: Path) -> None:
     assert "\r" not in stream.getvalue()
     assert lines[0].startswith("step  1/20  total 1  grad 0.25  lr 1.00e-04  64.0 images/s  data 20%  left ")
     assert lines[-1] == "saved"
+
+
+def test_the_line_tells_the_utilisation_where_the_peak_is_known(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, 2, every=1, stream=stream)
+    spent = Ledger(dense=1e9, routed=0, router=0, wasted=9e9)  # 32 images in half a second: 0.064 TFLOP/s
+    log.step(stats(1)._replace(effort=Effort(spent, ranks=1, peak_tflops=0.128)))
+    log.step(stats(2)._replace(effort=Effort(spent, ranks=1)))
+    log.close()
+    first, second = stream.getvalue().splitlines()
+    assert "64.0 images/s  mfu 50.0%  data 20%" in first
+    assert "64.0 images/s  data 20%" in second
+    assert read_log(tmp_path / "log.jsonl")["flops/per_image/wasted"] == {1: 9e9, 2: 9e9}
 
 
 def test_a_terminal_gets_one_line_that_moves(tmp_path: Path) -> None:

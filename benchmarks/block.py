@@ -1,0 +1,102 @@
+"""One block of DiffMoE, forward and backward: attention, modulation and the MoE layer, in its published form and ours.
+
+    python -m benchmarks.block [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
+
+The limit is a dense block whose matrix products have as many FLOPs: its MLP is wider by what router and predictor cost.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Goals, Options, main
+from benchmarks.moe_layer import TOKENS, TOLERANCE, Size, flops
+from benchmarks.published import PublishedDiffMoE, assert_close, gradients, stacked
+from sharpmoe.config import ModelConfig
+from sharpmoe.model.dit import Block, Context
+
+SIZES = {
+    "cpu": [Size("s", 16, 8), Size("b", 16, 8)],
+    "cuda": [Size("b", 16, 32), Size("l", 16, 64)],
+}
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All cases."""
+    for size in SIZES[options.device.type]:
+        yield block(size, options)
+
+
+def block(size: Size, options: Options) -> Case:
+    """A block in training."""
+    config = ModelConfig.model_validate(size.config("diffmoe").model_dump() | {"conditioning": "class"})
+    module = make_block(config, 1, options)
+    published = copy.deepcopy(module)
+    assert module.moe is not None
+    published.moe = PublishedDiffMoE(module.moe)  # type: ignore[assignment]
+    ours, theirs = (Pass(each, size.images, config, options) for each in (module, published))
+    total, per_width = flops(ours), 12 * size.images * TOKENS * config.width
+    narrow = Pass(make_block(_dense(config, config.width), 0, options), size.images, config, options)
+    hidden = config.width + round((total - flops(narrow)) / per_width)
+    dense = Pass(make_block(_dense(config, hidden), 0, options), size.images, config, options)
+
+    def check() -> None:
+        assert_close(ours.outcome(), theirs.outcome(), TOLERANCE[options.precision])
+
+    return Case(f"block.diffmoe_{size}", ours, theirs, dense, Goals(), check, {"gflop": total / 1e9})
+
+
+def _dense(config: ModelConfig, hidden: int) -> ModelConfig:
+    return ModelConfig.model_validate(config.model_dump() | {"router": "dense", "mlp_ratio": hidden / config.width})
+
+
+def make_block(config: ModelConfig, index: int, options: Options) -> Block:
+    """A block of random weights, in training; those of odd index are MoE."""
+    torch.manual_seed(0)
+    made = Block(config, index).train()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return made.to(device=options.device, dtype=options.dtype)
+
+
+class Pass:
+    """Forward and backward on fixed tokens (B, N, D) and a fixed gradient."""
+
+    def __init__(self, module: Block, images: int, config: ModelConfig, options: Options) -> None:
+        g = torch.Generator().manual_seed(1)
+        shape = (images, TOKENS, config.width)
+        x, dy = (torch.randn(shape, generator=g).to(options.device, options.dtype) for _ in range(2))
+        c = torch.randn((images, config.width), generator=g).to(options.device, options.dtype)
+        d_capacity = torch.randn((*shape[:2], config.num_experts), generator=g).to(options.device)
+        self.module, self.x, self.dy, self.d_capacity = module, x.requires_grad_(), dy, d_capacity
+        self.context = Context(c.requires_grad_(), None, None, None)
+
+    def __call__(self) -> int:
+        """Run it once; gradients are new ones."""
+        self.run()
+        return 1
+
+    def run(self) -> Tensor:
+        """The same, returning the tokens."""
+        self.module.zero_grad()
+        self.x.grad = self.context.c.grad = None
+        y, record = self.module(self.x, self.context, None, None)
+        if record is None:
+            y.backward(self.dy)
+        else:
+            torch.autograd.backward([y, record.capacity_logits], [self.dy, self.d_capacity])
+        return y
+
+    def outcome(self) -> dict[str, Tensor]:
+        """Output and gradients under our names."""
+        y = self.run()
+        assert self.x.grad is not None
+        assert self.context.c.grad is not None
+        return {"y": y.detach(), "x": self.x.grad, "c": self.context.c.grad, **stacked(gradients(self.module))}
+
+
+if __name__ == "__main__":
+    sys.exit(main(cases, __doc__.splitlines()[0]))

@@ -1,0 +1,205 @@
+"""One MoE layer, forward and backward, against its published form and against a dense MLP of equal FLOPs.
+
+    python -m benchmarks.moe_layer [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
+
+Both layers choose with the same float32 router and train it, and DiffMoE its capacity predictor. The limit is one MLP
+whose matrix products have as many FLOPs as all of the layer's, router and predictor included, in the given precision.
+`routed` is the experts' share of those FLOPs. Names end in the size (width of DiT-S, B, L), the number of experts and
+the tokens of a call.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Case, Goals, Options, Work, main
+from benchmarks.published import (
+    OneHotExpertChoice,
+    PublishedDiffMoE,
+    assert_close,
+    gradients,
+    one_hot_places,
+    stacked,
+)
+from sharpmoe.config import ModelConfig
+from sharpmoe.moe.dispatch import LocalDispatcher
+from sharpmoe.moe.experts import Experts, Mlp
+from sharpmoe.moe.layer import MoELayer
+from sharpmoe.moe.routing import expert_choice, tokens_per_expert
+
+TOKENS = 256  # per image
+TOLERANCE = {"fp32": 2e-5, "bf16": 4e-2}  # of outputs and gradients, against the largest magnitude
+
+
+class Size(NamedTuple):
+    """A layer and a call."""
+
+    preset: str
+    num_experts: int
+    images: int
+
+    def config(self, router: str) -> ModelConfig:
+        """The model whose layer it is."""
+        fields = {"preset": self.preset, "num_experts": self.num_experts, "router": router, "saliency_router": False}
+        return ModelConfig.model_validate(fields)
+
+    def __str__(self) -> str:
+        """Part of a case's name."""
+        return f"{self.preset}_e{self.num_experts}_{self.images * TOKENS}"
+
+
+DIFFMOE = {
+    "cpu": [Size("s", 16, 8), Size("s", 16, 32), Size("b", 16, 8), Size("l", 16, 8)],
+    "cuda": [Size("s", 16, 32), Size("b", 16, 32), Size("l", 16, 32), Size("l", 16, 64)],
+}
+EXPERT_CHOICE = {"cpu": [Size("s", 8, 8), Size("b", 8, 8)], "cuda": [Size("l", 8, 32)]}
+RATIO = {"cpu": {"fp32": 1.15, "bf16": 1.4}, "cuda": {"fp32": 1.3, "bf16": 1.3}}
+OF_LIMIT = {"cpu": 0.90, "cuda": 0.85}
+DISPATCH = 4.0
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All cases."""
+    kind = options.device.type
+    for size in DIFFMOE[kind]:
+        yield diffmoe(size, options)
+    for size in EXPERT_CHOICE[kind]:
+        yield expert_choice_layer(size, options)
+    for size in EXPERT_CHOICE[kind]:
+        yield dispatch(size, options)
+
+
+def diffmoe(size: Size, options: Options) -> Case:
+    """DiffMoE in training: equal counts."""
+    layer = make_layer(size.config("diffmoe"), options)
+    published = PublishedDiffMoE(layer)
+    goals = Goals(RATIO[options.device.type][options.precision], OF_LIMIT[options.device.type])
+    return _against(f"moe_layer.diffmoe_{size}", layer, published, size, options, goals)
+
+
+def expert_choice_layer(size: Size, options: Options) -> Case:
+    """Expert choice: the whole layer."""
+    layer = make_layer(size.config("ec"), options)
+    goals = Goals(None, OF_LIMIT[options.device.type])
+    return _against(f"moe_layer.ec_{size}", layer, OneHotExpertChoice(layer), size, options, goals)
+
+
+def make_layer(config: ModelConfig, options: Options) -> MoELayer:
+    """A layer of random weights, in training."""
+    torch.manual_seed(0)
+    layer = MoELayer(config).train()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return layer.to(device=options.device, dtype=options.dtype)
+
+
+class Pass:
+    """Forward and backward of a layer on fixed tokens (B, N, D) and a fixed gradient; a capacity predictor too."""
+
+    def __init__(self, layer: nn.Module, images: int, config: ModelConfig, options: Options) -> None:
+        g = torch.Generator().manual_seed(1)
+        shape = (images, TOKENS, config.width)
+        h, dy = (torch.randn(shape, generator=g).to(options.device, options.dtype) for _ in range(2))
+        d_capacity = torch.randn((*shape[:2], config.num_experts), generator=g).to(options.device)
+        self.layer, self.h, self.dy, self.d_capacity = layer, h.requires_grad_(), dy, d_capacity
+
+    def __call__(self) -> int:
+        """Run it once; gradients are new ones."""
+        self.run()
+        return 1
+
+    def run(self) -> Tensor:
+        """The same, returning y."""
+        self.layer.zero_grad()
+        self.h.grad = None
+        out = self.layer(self.h)
+        y, record = out if isinstance(out, tuple) else (out, None)
+        if record is None or record.capacity_logits is None:
+            y.backward(self.dy)
+        else:
+            torch.autograd.backward([y, record.capacity_logits], [self.dy, self.d_capacity])
+        return y
+
+    def outcome(self) -> dict[str, Tensor]:
+        """Output and gradients under our names."""
+        y = self.run()
+        assert self.h.grad is not None
+        return {"y": y.detach(), "h": self.h.grad, **stacked(gradients(self.layer))}
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def dense_hidden(total: float, tokens: int, width: int) -> int:
+    """Hidden width of an MLP whose forward and backward on the tokens have so many FLOPs."""
+    return round(total / (12 * tokens * width))
+
+
+def _against(name: str, layer: MoELayer, reference: nn.Module, size: Size, options: Options, goals: Goals) -> Case:
+    config = layer.config
+    ours, theirs = (Pass(module, size.images, config, options) for module in (layer, reference))
+    total, tokens = flops(ours), size.images * TOKENS
+    mlp = Mlp(config.width, dense_hidden(total, tokens, config.width)).to(options.device, options.dtype)
+    rows = config.num_experts * tokens_per_expert(tokens, config.num_experts, config.capacity)
+    routed = 12 * rows * config.width * config.expert_width / total
+
+    def check() -> None:
+        assert_close(ours.outcome(), theirs.outcome(), TOLERANCE[options.precision])
+
+    facts = {"gflop": total / 1e9, "routed": routed}
+    return Case(name, ours, theirs, Pass(mlp, size.images, config, options), goals, check, facts)
+
+
+def dispatch(size: Size, options: Options) -> Case:
+    """Moving to experts and back alone: experts answer what they are given. Expert choice against one-hot products."""
+    config = size.config("ec")
+    g = torch.Generator().manual_seed(1)
+    shape = (size.images, TOKENS, config.width)
+    x, dy = (torch.randn(shape, generator=g).to(options.device, options.dtype) for _ in range(2))
+    scores = torch.randn((*shape[:2], config.num_experts), generator=g).softmax(-1).to(options.device)
+    leaves = [x.requires_grad_(), scores.requires_grad_()]
+    count = size.images * tokens_per_expert(TOKENS, config.num_experts, config.capacity)
+
+    echo = cast(Experts, _echo)
+
+    def ours() -> tuple[Tensor, ...]:
+        chosen = expert_choice(scores.detach(), config.capacity).flatten(0, 1)
+        y = LocalDispatcher()(x.flatten(0, 1), chosen, scores.flatten(0, 1), echo, count).view_as(x)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    def one_hot() -> tuple[Tensor, ...]:
+        gates, places = one_hot_places(scores, config.capacity, x.dtype)
+        y = torch.einsum("becn,bec,ebcd->bnd", places, gates, torch.einsum("becn,bnd->ebcd", places, x))
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    def check() -> None:
+        names = ("y", "x", "scores")
+        got, expected = (dict(zip(names, work(), strict=True)) for work in (ours, one_hot))
+        assert_close(got, expected, TOLERANCE[options.precision])
+
+    return Case(f"moe_layer.dispatch_ec_{size}", _once(ours), _once(one_hot), None, Goals(DISPATCH), check)
+
+
+def _echo(rows: Tensor, counts: Tensor | int) -> Tensor:
+    """Experts that answer what they are given."""
+    return rows
+
+
+def _once(work: Callable[[], object]) -> Work:
+    def act() -> int:
+        work()
+        return 1
+
+    return act
+
+
+if __name__ == "__main__":
+    sys.exit(main(cases, __doc__.splitlines()[0]))

@@ -1,0 +1,141 @@
+"""What ours is measured against: MoE layers as the papers write them, on the same weights and with the same router.
+
+Routers are ours (float32), so that both choose alike and only moving, computing and combining differ.
+"""
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sharpmoe.model.dit import DiT
+from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
+from sharpmoe.moe.layer import MoELayer
+from sharpmoe.moe.routing import Routing, lowest_accepted, tokens_per_expert
+
+Named = dict[str, Tensor]
+
+
+class PublishedDiffMoE(nn.Module):
+    """DiffMoE (arXiv 2503.14487): every expert is a module and takes its top-k tokens of the flattened batch.
+
+    The gated answers are scattered into a buffer of experts x tokens x width, which is summed over experts.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        assert layer.capacity_predictor is not None
+        self.config = layer.config
+        self.gate, self.capacity_predictor = copy.deepcopy(layer.gate), copy.deepcopy(layer.capacity_predictor)
+        self.experts = nn.ModuleList(single_experts(layer.experts))
+
+    def forward(self, h: Tensor, *rest: object) -> tuple[Tensor, Routing]:
+        """Map tokens h (B, N, D) to y (B, N, D) and the routing record; the rest of what our layer takes is ignored."""
+        logits = self.gate(h)
+        scores = logits.softmax(-1)
+        flat, pool = h.flatten(0, 1), scores.flatten(0, 1)
+        tokens, num_experts = pool.shape
+        gates, index = pool.t().topk(tokens_per_expert(tokens, num_experts, self.config.capacity), dim=-1)
+        taken = flat[index]  # (E, k, D)
+        answers = torch.stack([expert(rows) for expert, rows in zip(self.experts, taken, strict=True)])
+        answers = answers * gates.to(h.dtype).unsqueeze(-1)
+        buffer = answers.new_zeros(num_experts, *flat.shape)
+        y = buffer.scatter(1, index.unsqueeze(-1).expand_as(answers), answers).sum(0)
+        chosen = torch.zeros_like(pool.t(), dtype=torch.bool).scatter(1, index, True).t().view(scores.shape)
+        cutoff = lowest_accepted(scores, chosen, "call")
+        return y.view_as(h), Routing(
+            logits, logits, scores, scores * chosen, chosen, cutoff, self.capacity_predictor(h)
+        )
+
+
+class OneHotExpertChoice(nn.Module):
+    """Expert choice (arXiv 2202.09368; EC-DiT, arXiv 2410.02098): dispatch and combine are products with one-hots.
+
+    Per image each expert takes its top tokens; P (B, E, C, N) says which token fills which of its C places.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.config = layer.config
+        self.gate, self.experts = copy.deepcopy(layer.gate), copy.deepcopy(layer.experts)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map tokens h (B, N, D) to y (B, N, D)."""
+        scores = self.gate(h).softmax(-1)
+        gates, places = one_hot_places(scores, self.config.capacity, h.dtype)
+        taken = torch.einsum("becn,bnd->ebcd", places, h)
+        answers = batched_experts(self.experts, taken.flatten(1, 2)).view_as(taken)
+        return torch.einsum("becn,bec,ebcd->bnd", places, gates, answers)
+
+
+def one_hot_places(scores: Tensor, capacity: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gates (B, E, C) and one-hot places (B, E, C, N) of expert choice by scores (B, N, E)."""
+    count = tokens_per_expert(scores.shape[1], scores.shape[2], capacity)
+    gates, index = scores.transpose(1, 2).topk(count, dim=-1)
+    return gates.to(dtype), functional.one_hot(index, scores.shape[1]).to(dtype)
+
+
+def batched_experts(experts: Experts, rows: Tensor) -> Tensor:
+    """Rows (E, C, D) through stacked GELU experts, as einsum code has it."""
+    b1, b2 = experts.w3.split([experts.hidden, experts.width], dim=-1)
+    inner = gelu_tanh(torch.einsum("ecd,efd->ecf", rows, experts.w1) + b1)
+    return torch.einsum("ecf,edf->ecd", inner, experts.w2) + b2
+
+
+def single_experts(experts: Experts) -> list[Mlp]:
+    """The stacked GELU experts as modules of their own."""
+    singles = []
+    for w1, w2, w3 in zip(experts.w1, experts.w2, experts.w3, strict=True):
+        single = Mlp(experts.width, experts.hidden).to(device=w1.device, dtype=w1.dtype)
+        with torch.no_grad():
+            for target, value in (
+                (single.fc1.weight, w1),
+                (single.fc2.weight, w2),
+                (single.fc1.bias, w3[0, : experts.hidden]),
+                (single.fc2.bias, w3[0, experts.hidden :]),
+            ):
+                target.copy_(value)
+        singles.append(single)
+    return singles
+
+
+def published_model(model: DiT) -> DiT:
+    """A copy of a DiffMoE model whose MoE layers are in the published form."""
+    layers = {id(layer): PublishedDiffMoE(layer) for layer in model.moe_layers()}
+    twin = copy.deepcopy(model, cast(dict[int, object], dict(layers)))
+    assert all(isinstance(block.moe, PublishedDiffMoE | None) for block in twin.blocks)
+    return twin
+
+
+def stacked(named: Named) -> Named:
+    """Parameters or gradients by published names under ours: experts stacked, their biases joined."""
+    ours: Named = {}
+    parts: dict[str, dict[str, list[Tensor]]] = {}
+    for name, value in named.items():
+        prefix, _, rest = name.rpartition("experts.")
+        number, _, leaf = rest.partition(".")
+        if number.isdigit():
+            parts.setdefault(f"{prefix}experts.", {}).setdefault(leaf, []).append(value)
+        else:
+            ours[name] = value
+    for prefix, leaves in parts.items():
+        whole = {leaf: torch.stack(values) for leaf, values in leaves.items()}
+        ours[f"{prefix}w1"], ours[f"{prefix}w2"] = whole["fc1.weight"], whole["fc2.weight"]
+        ours[f"{prefix}w3"] = torch.cat([whole["fc1.bias"], whole["fc2.bias"]], -1).unsqueeze(1)
+    return ours
+
+
+def gradients(module: nn.Module) -> Named:
+    """Gradients by name; zeros where there are none."""
+    named = module.named_parameters()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+
+
+def assert_close(got: Named, expected: Named, tolerance: float) -> None:
+    """Every tensor within `tolerance` of the largest magnitude of the expected one; AssertionError otherwise."""
+    assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
+    for name, value in expected.items():
+        difference = (got[name].double() - value.double()).abs().max()
+        assert difference <= tolerance * value.double().abs().max().clamp_min(1e-6), (name, float(difference))

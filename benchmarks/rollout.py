@@ -1,0 +1,178 @@
+"""Time of a rollout of T = 10 steps under each schedule, against plain steps of the same model.
+
+    python -m benchmarks.rollout [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
+
+Forward, losses and backward of DiffMoE with saliency routers, without an optimizer. Times are per sample and denoising
+step that is trained; the reference is one such step (T = 1: the same model, losses and images), and for segments, which
+train a part of the steps, the plain rollout. Before anything is timed, the gradients of every schedule are compared in
+float64: they are those of the plain rollout to 1e-10, of segments their mean over all segments. Facts: calls of the
+model with and without a graph, the most bytes that graphs held at one time, and their share of those of a plain step.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Goals, Options, main
+from benchmarks.memory import SavedBytes
+from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
+from sharpmoe.flow import descending_times
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.embed import ClassCondition
+from sharpmoe.rollout import Item
+from sharpmoe.train.objective import Objective, StepRequest
+
+STEPS, SEGMENT = 10, 5
+EXACT = 1e-10  # relative distance of gradients in float64
+CHECKED_IMAGES = 2
+SLOWER = {"plain": 1.05, "two_pass": 1.34}  # goals: at most so many times a plain step
+SEGMENTS = 0.70  # and so much of a plain rollout
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpoint": {"schedule": "checkpoint"},
+    "two_pass": {"schedule": "two_pass"},
+    "two_pass_merged_5": {"schedule": "two_pass", "merged_steps": 5},
+    "hybrid_5": {"schedule": "hybrid", "kept_steps": 5},
+    "segments_5": {"schedule": "segments", "segment_steps": SEGMENT},
+}
+
+
+class Size(NamedTuple):
+    """A model and a batch."""
+
+    model: dict[str, Any]
+    images: int
+
+
+SMALL = Size({"width": 256, "depth": 2, "num_heads": 4, "latent_size": 16, "num_experts": 4, "num_classes": 10}, 16)
+LARGE = Size({"preset": "l", "num_experts": 16}, 32)
+SIZES = {"cpu": SMALL, "cuda": LARGE}
+
+
+class Rollout(NamedTuple):
+    """A model under a schedule, and a micro-batch for it."""
+
+    objective: Objective
+    item: Item
+
+    def __call__(self, block: int = 0) -> Tensor:
+        """Forward and backward; the loss."""
+        self.objective.zero_grad()
+        loss: Tensor = self.objective(StepRequest((self.item,), block)).loss
+        loss.backward()
+        return loss
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.item.times)
+
+    def gradient(self, block: int = 0) -> Tensor:
+        """All gradients in a row."""
+        self(block)
+        parameters = list(self.objective.parameters())
+        return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+
+    def under(self, **fields: Any) -> "Rollout":
+        """The same model and micro-batch under another schedule."""
+        rollout = RolloutConfig(num_steps=self.num_steps, **fields)
+        return Rollout(
+            Objective(self.objective.model, self.objective.run.model_copy(update={"rollout": rollout})), self.item
+        )
+
+
+def cases(options: Options, size: Size | None = None) -> Iterator[Case]:
+    """All cases, on one model."""
+    size = size or SIZES[options.device.type]
+    model = make_model(size, options.device, options.dtype)
+    step = make_rollout(model, size, 1)
+    plain = make_rollout(model, size, STEPS)
+    graph = counted(step)["saved_bytes"]
+    for name, fields in SCHEDULES.items():
+        ours = plain.under(**fields)
+        is_part = fields.get("schedule") == "segments"
+        goals = Goals(1 / SEGMENTS if is_part else 1 / SLOWER[name] if name in SLOWER else None)
+        facts = counted(ours)
+        facts |= {"of_a_step": facts["saved_bytes"] / graph}
+        reference = per_step(plain) if is_part else per_step(step)
+        check = checking(fields, size, options.device)
+        yield Case(f"rollout.{name}", per_step(ours), reference, None, goals, check, facts)
+
+
+def make_model(size: Size, device: torch.device, dtype: torch.dtype) -> DiT:
+    """A model whose every parameter matters: what starts at zero is moved. Buffers stay in float32."""
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate({"router": "diffmoe", "conditioning": "class"} | size.model)
+    model = DiT(config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = model.to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def make_rollout(model: DiT, size: Size, steps: int) -> Rollout:
+    """A plain rollout of so many steps; images and noise do not depend on their number."""
+    config, parameter = model.config, next(model.parameters())
+    g = torch.Generator().manual_seed(1)
+    shape = (size.images, config.latent_channels, config.latent_size, config.latent_size)
+    x0, x1 = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+    labels = torch.randint(config.num_classes, (size.images,), generator=g)
+    saliency = torch.rand(size.images, config.num_tokens, generator=g)
+    times = descending_times(torch.rand(steps - 1, size.images, generator=g), 0.999)
+    x0, x1, times, saliency = (
+        value.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+        for value in (x0, x1, times, saliency)
+    )
+    run = RunConfig(model=config, rollout=RolloutConfig(num_steps=steps), loss=LossConfig(routing_weight=0.1))
+    return Rollout(Objective(model, run), Item(x0, x1, times, ClassCondition(labels.to(parameter.device)), saliency))
+
+
+def per_step(rollout: Rollout) -> Callable[[], int]:
+    """Once, per sample and step of the trajectory."""
+
+    def work() -> int:
+        rollout()
+        return rollout.num_steps * len(rollout.item.x0)
+
+    return work
+
+
+def counted(rollout: Rollout) -> dict[str, float]:
+    """Calls of the model, and the most bytes that graphs hold at one time."""
+    calls = {True: 0, False: 0}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        calls[torch.is_grad_enabled()] += 1
+
+    handle = rollout.objective.model.register_forward_pre_hook(note)
+    held = SavedBytes([*rollout.objective.parameters(), *rollout.objective.buffers()])
+    with held.watch():
+        rollout()
+    handle.remove()
+    return {"forwards": calls[True], "forwards_without_graph": calls[False], "saved_bytes": held.peak}
+
+
+def checking(fields: dict[str, Any], size: Size, device: torch.device) -> Callable[[], None]:
+    """Compare a schedule's gradient with that of the plain rollout, in float64."""
+
+    def check() -> None:
+        fewer = size._replace(images=CHECKED_IMAGES)
+        plain = make_rollout(make_model(fewer, device, torch.float64), fewer, STEPS)
+        expected, ours = plain.gradient(), plain.under(**fields)
+        blocks = range(STEPS // SEGMENT) if fields.get("schedule") == "segments" else range(1)
+        got = torch.stack([ours.gradient(block) for block in blocks]).mean(0)
+        distance = float((got - expected).norm() / expected.norm())
+        assert distance < EXACT, f"gradients differ from those of plain by {distance:.1e}"
+
+    return check
+
+
+if __name__ == "__main__":
+    sys.exit(main(cases, __doc__.splitlines()[0]))

@@ -1,0 +1,221 @@
+"""What the saliency router costs in sampling, and what sharing model calls and prepared text save.
+
+    python -m benchmarks.sampling [--device cuda] [--dtype bf16] [--only saliency_router] [--json FILE]
+
+Times are per sampling step of one batch at 256 tokens an image. Models are drawn, not trained; DiffMoE's thresholds are
+set so that a token is served by one expert on average.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Case, Goals, Options, Work, main
+from sharpmoe import flow, sampling
+from sharpmoe.config import SIZES, ModelConfig, SampleConfig
+from sharpmoe.model.dit import DiT, ModelOutput
+from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.sampling import Guidance, Request
+
+_STEPS = 2
+_CPU_COST, _CUDA_COST = 0.045, 0.04  # of the saliency router, at the most
+_TEXT = 77, 768  # tokens and width of a caption
+
+
+class Size(NamedTuple):
+    """How large a model is."""
+
+    width: int
+    depth: int
+    num_heads: int
+    latent_size: int = 32
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All cases."""
+    for name, images in (("s", 4), ("b", 2)):
+        model = class_model("diffmoe", Size(**SIZES[name]), options)
+        yield saliency_router(f"sampling.saliency_router_diffmoe_{name}_{images}_images", model, images, options)
+    for router in ("tc", "diffmoe"):
+        model = class_model(router, Size(**SIZES["s"]), options)
+        for images in (1, 8):
+            yield joined_branches(f"sampling.branches_in_a_call_{router}_s_{images}_images", model, images, options)
+    yield pool_per_image("sampling.pool_per_image_diffmoe_s_8_images", model, 8, options)
+    yield prepared_text("sampling.prepared_text_tc_s_4_images", text_model(Size(**SIZES["s"]), options), 4, options)
+
+
+def class_model(router: str, size: Size, options: Options) -> DiT:
+    """A class-conditional model with an untrained saliency router, in eval mode."""
+    return _model(options, router=router, conditioning="class", num_classes=1000, **size._asdict())
+
+
+def text_model(size: Size, options: Options) -> DiT:
+    """A text-conditional model."""
+    width = _TEXT[1]
+    return _model(options, router="tc", conditioning="text", text_width=width, pooled_width=width, **size._asdict())
+
+
+@torch.no_grad()
+def _model(options: Options, **fields: Any) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(**fields))
+    routers = {id(p) for layer in model.moe_layers() for p in _parameters(layer.saliency_router)}
+    for parameter in model.parameters():
+        if not parameter.any() and id(parameter) not in routers:
+            parameter.normal_(0, 0.02)
+    buffers = dict(model.named_buffers())
+    model = model.to(options.device, options.dtype).eval()
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].to(options.device)  # thresholds and positions stay in float32
+    if model.config.router == "diffmoe":
+        set_thresholds(model, options.device)
+    return model
+
+
+def _parameters(module: torch.nn.Module | None) -> list[torch.nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def set_thresholds(model: DiT, device: torch.device) -> None:
+    """Have DiffMoE serve a token by `capacity` experts on average: random predictors know nothing of capacities."""
+    size, channels = model.config.latent_size, model.config.latent_channels
+    x, t = torch.randn(4, channels, size, size, device=device), torch.full((4,), 0.5, device=device)
+    share = model.config.capacity / model.config.num_experts
+    for layer, record in zip(model.moe_layers(), model(x, t, torch.arange(4, device=device)).routing, strict=True):
+        assert record.capacity_logits is not None
+        layer.expert_threshold.copy_(record.capacity_logits.flatten(0, 1).sigmoid().quantile(1 - share, dim=0))
+
+
+def saliency_router(name: str, model: DiT, images: int, options: Options) -> Case:
+    """Ours with saliency routers, the reference without; as a new one changes no choice, nothing else differs."""
+    base = model.config.model_copy(update={"saliency_router": False})
+    request = Request(labels(images, options), None, tuple(range(images)))
+
+    def draw(config: ModelConfig) -> Tensor:
+        return sampling.generate(model, config, SampleConfig(num_steps=_STEPS, cfg_scale=1.0), request)
+
+    def check() -> None:
+        assert torch.equal(draw(model.config), draw(base))
+
+    cost = _CPU_COST if options.device.type == "cpu" else _CUDA_COST
+    return Case(
+        name,
+        _steps(lambda: draw(model.config)),
+        _steps(lambda: draw(base)),
+        goals=Goals(1 / (1 + cost)),
+        check=check,
+        facts={"flops_added": flops_added(model, options.device)},
+    )
+
+
+@torch.no_grad()
+def flops_added(model: DiT, device: torch.device) -> float:
+    """Share that guidance adds to the FLOPs of a call."""
+    size = model.config.latent_size
+    x, t = torch.randn(1, model.config.latent_channels, size, size, device=device), torch.full((1,), 0.5, device=device)
+    flops = []
+    for guidance in (x, None):
+        with FlopCounterMode(display=False) as counter:
+            model(x, t, torch.zeros(1, dtype=torch.long, device=device), guidance)
+        flops.append(counter.get_total_flops())
+    return flops[0] / flops[1] - 1
+
+
+def joined_branches(name: str, model: DiT, images: int, options: Options) -> Case:
+    """Both branches of classifier-free guidance in one call of the model, beside a call each."""
+    guidance = sampling.guidance_of(model.config, SampleConfig(cfg_scale=1.5))
+    return _against_parts(name, model, 2, guidance, images, options)
+
+
+def pool_per_image(name: str, model: DiT, images: int, options: Options) -> Case:
+    """All images in one call in which their pools stay apart, beside a call for each image."""
+    guidance = sampling.guidance_of(model.config, SampleConfig(cfg_scale=1.5), pool_per_image=True)
+    return _against_parts(name, model, 2 * images, guidance, images, options)
+
+
+def prepared_text(name: str, model: DiT, images: int, options: Options) -> Case:
+    """Text embedded once with its keys and values in every block, beside a model that does it at every step."""
+    length, width = _TEXT
+    states = torch.randn(images, length, width, device=options.device)
+    mask = torch.ones(images, length, dtype=torch.bool, device=options.device)
+    text = TextCondition(states, mask, torch.randn(images, width, device=options.device))
+
+    def draw(denoiser: sampling.Denoiser, steps: int = 2 * _STEPS) -> Tensor:
+        return _euler(denoiser, (text,), Guidance(), images, model, options, steps)
+
+    def check() -> None:
+        assert torch.equal(draw(model), draw(_InParts(model, 1)))
+
+    return Case(
+        name, _steps(lambda: draw(model), 2 * _STEPS), _steps(lambda: draw(_InParts(model, 1)), 2 * _STEPS), check=check
+    )
+
+
+def _against_parts(name: str, model: DiT, parts: int, guidance: Guidance, images: int, options: Options) -> Case:
+    cond = labels(images, options)
+    branches = (cond, sampling.empty_condition(cond, model.config, None))
+
+    def draw(denoiser: sampling.Denoiser) -> Tensor:
+        return _euler(denoiser, branches, guidance, images, model, options, _STEPS)
+
+    def check() -> None:
+        one, many = draw(model), draw(_InParts(model, parts))
+        tolerance = 1e-5 if options.dtype == torch.float32 else 2e-2  # in half precision a near-tie may flip
+        assert (one - many).norm() <= tolerance * many.norm()
+
+    return Case(name, _steps(lambda: draw(model)), _steps(lambda: draw(_InParts(model, parts))), check=check)
+
+
+def labels(images: int, options: Options) -> ClassCondition:
+    """One class for each image."""
+    return ClassCondition(torch.arange(images, device=options.device))
+
+
+@torch.no_grad()
+def _euler(
+    denoiser: sampling.Denoiser,
+    branches: tuple[Condition, ...],
+    guidance: Guidance,
+    images: int,
+    model: DiT,
+    options: Options,
+    steps: int,
+) -> Tensor:
+    size = model.config.latent_size
+    noise = sampling.initial_noise(0, range(images), (model.config.latent_channels, size, size)).to(options.device)
+    field = sampling.make_field(denoiser, branches, guidance)
+    return sampling.euler(field, noise, flow.sampling_times(steps).to(noise), (noise,) * len(branches))
+
+
+def _steps(draw: Any, steps: int = _STEPS) -> Work:
+    def work() -> int:
+        draw()
+        return steps
+
+    return work
+
+
+class _InParts:
+    """A model that is asked for equal parts of a batch one after the other, and prepares nothing."""
+
+    def __init__(self, model: DiT, parts: int) -> None:
+        self.model, self.parts = model, parts
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, condition: Any, guidance: Tensor | None = None, *, pools: int = 1
+    ) -> ModelOutput:
+        assert guidance is not None
+        columns = [part.chunk(self.parts) for part in (x_t, t, guidance, *condition)]
+        outputs = [
+            self.model(x, times, type(condition)(*parts), guide)
+            for x, times, guide, *parts in zip(*columns, strict=True)
+        ]
+        return ModelOutput(torch.cat([output.v for output in outputs]), ())
+
+
+if __name__ == "__main__":
+    sys.exit(main(cases, __doc__.splitlines()[0]))

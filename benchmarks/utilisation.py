@@ -1,0 +1,97 @@
+"""Model FLOP utilisation of a training step of DiffMoE-L/2: against the bare products of equal FLOPs and shapes.
+
+    python -m benchmarks.utilisation [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
+
+`backward` is forward, losses and backward of a plain denoising step, `step` a whole one (`benchmarks.train_step`),
+`guided` the same of a model with saliency routers, under a guidance latent. The limit has their model FLOPs
+(`sharpmoe.model.flops`) and nothing else, all in the given precision, also those of the routers, which are float32.
+
+On the CPU the model has L/2's width, heads, tokens and experts, but only `DEPTHS["cpu"]` blocks. The update costs the
+same for any batch; it weighs more here than in a run, whose steps have ten times these forwards and backwards.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.gemms import bare, gemms_of
+from benchmarks.harness import Case, Goals, Options, Work, main
+from benchmarks.train_step import CAPACITY_WEIGHT, Step, make_model
+from sharpmoe.config import ModelConfig
+from sharpmoe.flow import interpolate, velocity_target
+from sharpmoe.losses import capacity, flow_matching
+from sharpmoe.model.flops import Call, backward_flops, forward_flops, moe_layers, products, rows_of_call
+from sharpmoe.moe.routing import Routing
+
+DEPTHS, IMAGES = {"cpu": 2, "cuda": 24}, {"cpu": 8, "cuda": 64}
+OF_LIMIT = {"cpu": 0.80, "cuda": 0.45}
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All cases."""
+    kind = options.device.type
+    fields = {"preset": "l", "depth": DEPTHS[kind], "num_experts": 8, "router": "diffmoe", "conditioning": "class"}
+    for guided in (False, True):
+        config = ModelConfig.model_validate(fields | {"saliency_router": guided})
+        yield from step_cases(config, IMAGES[kind], options)
+
+
+def step_cases(config: ModelConfig, images: int, options: Options) -> Iterator[Case]:
+    """A model's step without and with the update; of a guided model with it."""
+    guided = config.saliency_router
+    step = (GuidedStep if guided else Step)(make_model(config, options), images, options)
+    done = products(config, Call(images, rows_of_call(config, images) * moe_layers(config), guided=guided))
+    forward, backward = forward_flops(done), backward_flops(done)
+    total, gemms = forward.total + backward.total, gemms_of(done, config.num_experts)
+    limit = counting(bare(gemms, options), images)
+
+    def check() -> None:
+        assert sum(gemm.flops for gemm in gemms) == total
+        step.backward()
+        assert all(torch.isfinite(each.grad).all() for each in step.parameters if each.grad is not None)
+
+    shares = {"routed": forward.routed + backward.routed, "router": forward.router + backward.router}
+    facts = {"images": images, "depth": config.depth, "gflop": total / images / 1e9}
+    facts |= {f"{part}_share": flops / total for part, flops in shares.items()}
+    goals = Goals(of_limit=OF_LIMIT[options.device.type] if options.precision == "bf16" else None)
+    rates = {"tflop": total / images / 1e12}
+    works: dict[str, Callable[[], object]] = {"guided": step} if guided else {"backward": step.backward, "step": step}
+    for name, work in works.items():
+        reached = goals if name == "step" else Goals()
+        yield Case(
+            f"utilisation.{name}_{options.precision}",
+            counting(work, images),
+            limit=limit,
+            goals=reached,
+            check=check,
+            facts=facts,
+            rates=rates,
+        )
+
+
+def counting(work: Callable[[], object], images: int) -> Work:
+    """A work whose items are images."""
+
+    def act() -> int:
+        work()
+        return images
+
+    return act
+
+
+class GuidedStep(Step):
+    """A step whose saliency routers read the clean latents."""
+
+    def backward(self) -> tuple[Routing, ...]:
+        """Losses and their gradients."""
+        self.model.zero_grad()
+        output = self.model(interpolate(self.x0, self.x1, self.t), self.t, self.condition, self.x0)
+        loss = flow_matching(output.v, velocity_target(self.x0, self.x1))
+        (loss + CAPACITY_WEIGHT * capacity(output.routing)).backward()
+        routing: tuple[Routing, ...] = output.routing
+        return routing
+
+
+if __name__ == "__main__":
+    sys.exit(main(cases, __doc__.splitlines()[0]))

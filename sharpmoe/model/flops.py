@@ -1,0 +1,182 @@
+"""What one call of the model computes: its matrix products, counted from the configuration and the routing taken.
+
+A product (m, k) x (k, n) is 2 m k n floating point operations. Everything else (norms, activations, softmax, gathers,
+losses, optimizer) is not counted, as is usual where utilisation is told.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+from sharpmoe.config import TOKEN_CHOICE, ModelConfig
+from sharpmoe.model.embed import FREQUENCIES
+from sharpmoe.moe.routing import tokens_per_expert
+
+Part = Literal["dense", "routed", "router"]
+
+
+class Call(NamedTuple):
+    """One call of the model."""
+
+    images: int = 1
+    rows: float = 0  # that the routed experts computed, over all MoE layers; not whole where it is a mean
+    text_tokens: int = 0  # per image, padding included; class-conditional models have none
+    guided: bool = False  # given a guidance latent
+    training: bool = True  # some families have products for their losses only
+
+
+class Product(NamedTuple):
+    """Matrix products (m, k) x (k, n), `batch` at a time, that a forward has `times` times."""
+
+    part: Part
+    times: int
+    m: float
+    k: int
+    n: int
+    batch: int = 1
+    gradients: int = 2  # products of its backward: one less where a factor needs no gradient
+    in_block: bool = True  # done again where blocks are recomputed
+
+    @property
+    def forward(self) -> float:
+        """FLOPs."""
+        return 2 * self.times * self.batch * self.m * self.k * self.n
+
+    @property
+    def backward(self) -> float:
+        """FLOPs of its gradients."""
+        return self.forward * self.gradients
+
+
+class Flops(NamedTuple):
+    """FLOPs by what they are spent on."""
+
+    dense: float  # what every token costs: embedders, attention, dense and shared MLPs, modulation, final layer
+    routed: float  # experts, on the rows that they took
+    router: float  # gates, saliency routers with the guidance they read, capacity predictors, heads for router losses
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+
+def forward_flops(products: Iterable[Product]) -> Flops:
+    """FLOPs of a forward."""
+    return _by_part((product.part, product.forward) for product in products)
+
+
+def backward_flops(products: Iterable[Product]) -> Flops:
+    """FLOPs of a backward: twice the forward, less the gradients of what needs none (patches, times, texts, labels)."""
+    return _by_part((product.part, product.backward) for product in products)
+
+
+def _by_part(booked: Iterable[tuple[Part, float]]) -> Flops:
+    sums: dict[Part, float] = {"dense": 0, "routed": 0, "router": 0}
+    for part, flops in booked:
+        sums[part] += flops
+    return Flops(**sums)
+
+
+def rows_of_call(config: ModelConfig, images: int) -> int:
+    """Rows that the experts of one MoE layer compute in a training call with classes, by the family's rule."""
+    if config.router == "dense":
+        return 0
+    pool = images * config.num_tokens
+    if config.router in TOKEN_CHOICE:
+        return pool * config.top_k
+    if config.router == "race":
+        return max(1, min(int(pool * config.capacity), pool * config.num_experts))
+    pools = 1 if config.router == "diffmoe" else images
+    return pools * config.num_experts * tokens_per_expert(pool // pools, config.num_experts, config.capacity)
+
+
+def moe_layers(config: ModelConfig) -> int:
+    """Number of MoE layers."""
+    return sum(config.is_moe(block) for block in range(config.depth))
+
+
+def products(config: ModelConfig, call: Call) -> list[Product]:
+    """All matrix products of a call's forward."""
+    dense_blocks = config.depth - moe_layers(config)
+    every_block, moe = list(_trunk(config, call)), list(_moe(config, call))
+    mlp = list(_feed_forward(config, call, config.mlp, int(config.width * config.mlp_ratio)))
+    repeated = [(every_block, config.depth), (mlp, dense_blocks), (moe, moe_layers(config))]
+    blocks = [each._replace(times=each.times * depth) for group, depth in repeated for each in group]
+    return [*_outside(config, call), *blocks, *_experts(config, call)]
+
+
+def _outside(config: ModelConfig, call: Call) -> Iterator[Product]:
+    """Embedders and final layer."""
+    width, images, tokens = config.width, call.images, call.images * config.num_tokens
+    patch = config.latent_channels * config.patch_size**2
+    yield Product("dense", 1, tokens, patch, width, gradients=1, in_block=False)
+    if call.guided:
+        read = config.saliency_router and moe_layers(config) > 0
+        yield Product("router", 1, tokens, patch, width, gradients=int(read), in_block=False)
+    embedders = [(images, FREQUENCIES)]
+    if config.conditioning == "text":
+        embedders += [(images * call.text_tokens, config.text_width), (images, config.pooled_width)]
+    for m, k in embedders:
+        yield Product("dense", 1, m, k, width, gradients=1, in_block=False)
+        yield Product("dense", 1, m, width, width, in_block=False)
+    yield Product("dense", 1, images, width, 2 * width, in_block=False)
+    yield Product("dense", 1, tokens, width, patch * (2 if config.learn_sigma else 1), in_block=False)
+
+
+def _trunk(config: ModelConfig, call: Call) -> Iterator[Product]:
+    """What every block has: modulation, attention, attention to text."""
+    width, tokens = config.width, call.images * config.num_tokens
+    yield Product("dense", 1, call.images, width, 6 * width)
+    yield Product("dense", 1, tokens, width, 3 * width)
+    yield from _attention(config, call.images, config.num_tokens)
+    yield Product("dense", 1, tokens, width, width)
+    if config.conditioning == "text":
+        yield Product("dense", 2, tokens, width, width)  # queries, and the way out
+        yield Product("dense", 1, call.images * call.text_tokens, width, 2 * width)
+        yield from _attention(config, call.images, call.text_tokens)
+
+
+def _attention(config: ModelConfig, images: int, keys: int) -> Iterator[Product]:
+    heads, head_width = images * config.num_heads, config.width // config.num_heads
+    yield Product("dense", 1, config.num_tokens, head_width, keys, batch=heads)
+    yield Product("dense", 1, config.num_tokens, keys, head_width, batch=heads)
+
+
+def _feed_forward(config: ModelConfig, call: Call, kind: str, hidden: int) -> Iterator[Product]:
+    """A feed-forward network that every token goes through."""
+    if kind in ("identity", "none"):
+        return
+    tokens = call.images * config.num_tokens
+    yield Product("dense", 2 if kind == "swiglu" else 1, tokens, config.width, hidden)
+    yield Product("dense", 1, tokens, hidden, config.width)
+
+
+def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
+    """What an MoE layer computes for every token."""
+    yield from _gate(config, call)
+    width, experts, tokens = config.width, config.num_experts, call.images * config.num_tokens
+    if call.guided and config.saliency_router:
+        yield Product("router", 1, tokens, width, width)
+        yield Product("router", 1, tokens, width, experts)
+    if config.router == "diffmoe":
+        yield Product("router", 1, tokens, width, width, gradients=1)
+        yield Product("router", 1, tokens, width, experts)
+    yield from _feed_forward(config, call, config.shared, config.shared_width)
+
+
+def _gate(config: ModelConfig, call: Call) -> Iterator[Product]:
+    width, experts, tokens = config.width, config.num_experts, call.images * config.num_tokens
+    if config.gate == "mlp":
+        yield Product("router", 1, tokens, width, width)
+    yield Product("router", 1, tokens, width, experts)
+    if config.gate == "prototypes" and call.training:  # what the contrast compares: choices have no gradient
+        yield Product("router", 1, experts, tokens, width, gradients=1)
+        yield Product("router", 1, experts, tokens, experts, gradients=1)
+    if config.gate == "mlp" and config.layer_heads and call.training:
+        yield Product("router", 1, tokens, width, width)  # the hidden layer again, for the head
+        yield Product("router", 1, tokens, width, config.latent_channels * config.patch_size**2)
+
+
+def _experts(config: ModelConfig, call: Call) -> Iterator[Product]:
+    yield Product("routed", 2 if config.expert == "swiglu" else 1, call.rows, config.width, config.expert_width)
+    yield Product("routed", 1, call.rows, config.expert_width, config.width)

@@ -1,0 +1,159 @@
+"""Products of rows with their experts' weights: rows (P, in) sorted by expert, weights (E, out, in).
+
+One differentiable function over three ways to lie in memory. Written out instead of left to autograd for three reasons:
+the gradient of a weight comes in the weight's own layout (autograd's is transposed, and whoever keeps it copies it);
+what is saved for backward is the parameter itself, which ZeRO-3 may take away in between and bring back, where a saved
+view would hold the gathered weight until backward; and a stacked weight is never indexed, which would write a
+full-size zero gradient per expert.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class Layout(Protocol):
+    """Which rows belong to which expert, and how they are multiplied."""
+
+    def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Rows (P, in) with weight (E, out, in) and bias (E, out): (P, out)."""
+        ...
+
+    def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Gradient (P, out) with weight (E, out, in): (P, in)."""
+        ...
+
+    def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """Per expert gradient' (out, P_e) with rows (P_e, in): (E, out, in)."""
+        ...
+
+    def sums(self, gradient: Tensor) -> Tensor:
+        """Sum of each expert's rows: (E, out)."""
+        ...
+
+
+class Equal(NamedTuple):
+    """Every expert has `each` rows: batched products."""
+
+    num_experts: int
+    each: int
+
+    def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Layout`."""
+        batched, turned = self._batched(rows), weight.transpose(1, 2)
+        out = torch.bmm(batched, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), batched, turned)
+        return out.view(len(rows), weight.shape[1])
+
+    def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Layout`."""
+        return torch.bmm(self._batched(gradient), weight).view(len(gradient), weight.shape[2])
+
+    def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """See `Layout`."""
+        return torch.bmm(self._batched(gradient).transpose(1, 2), self._batched(rows))
+
+    def sums(self, gradient: Tensor) -> Tensor:
+        """See `Layout`."""
+        return self._batched(gradient).sum(1)
+
+    def _batched(self, rows: Tensor) -> Tensor:
+        return rows.view(self.num_experts, self.each, rows.shape[1])
+
+
+class Grouped(NamedTuple):
+    """Counts stay on the device: grouped_mm. Rows follow one another without a gap, which it leaves undefined."""
+
+    offsets: Tensor  # (E,) int32, ends
+    one_hot: Tensor  # (P, E) of the rows' dtype: a bias and its gradient are products with it, without atomics
+
+    def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Layout`."""
+        out = functional.grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets)
+        return out if bias is None else out.addmm_(self.one_hot, bias)
+
+    def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Layout`."""
+        return functional.grouped_mm(gradient, weight, offs=self.offsets)
+
+    def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """See `Layout`."""
+        return functional.grouped_mm(gradient.t(), rows, offs=self.offsets)
+
+    def sums(self, gradient: Tensor) -> Tensor:
+        """See `Layout`."""
+        return self.one_hot.t() @ gradient
+
+
+class Split(NamedTuple):
+    """Counts are known on the host: one product per expert, written where it belongs."""
+
+    sizes: tuple[int, ...]
+
+    def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Layout`."""
+        out = rows.new_empty(len(rows), weight.shape[1])
+        parts = zip(out.split(self.sizes), rows.split(self.sizes), weight, strict=True)
+        for expert, (target, part, matrix) in enumerate(parts):
+            if bias is None:
+                torch.mm(part, matrix.t(), out=target)
+            else:
+                torch.addmm(bias[expert], part, matrix.t(), out=target)
+        return out
+
+    def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Layout`."""
+        out = gradient.new_empty(len(gradient), weight.shape[2])
+        for target, part, matrix in zip(out.split(self.sizes), gradient.split(self.sizes), weight, strict=True):
+            torch.mm(part, matrix, out=target)
+        return out
+
+    def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """See `Layout`."""
+        out = gradient.new_empty(len(self.sizes), gradient.shape[1], rows.shape[1])
+        for target, left, right in zip(out, gradient.split(self.sizes), rows.split(self.sizes), strict=True):
+            torch.mm(left.t(), right, out=target)
+        return out
+
+    def sums(self, gradient: Tensor) -> Tensor:
+        """See `Layout`."""
+        return torch.stack([part.sum(0) for part in gradient.split(self.sizes)])
+
+
+def grouped(counts: Tensor, rows: Tensor) -> Grouped:
+    """The layout of counts (E,) int64 on the rows' device, whose sum is the number of rows. Reads nothing back."""
+    experts = torch.arange(len(counts), device=rows.device)
+    owner = experts.repeat_interleave(counts, output_size=len(rows))
+    return Grouped(counts.cumsum(0, dtype=torch.int32), (owner.unsqueeze(1) == experts).to(rows.dtype))
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """Rows (P, in) times each expert's weight (E, out, in) transposed, plus its bias (E, out): (P, out).
+
+    Differentiable once. Every expert takes part even without rows: its gradient is zero, never missing.
+    """
+    out: Tensor = _Product.apply(rows, weight, bias, layout)
+    return out
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        ctx.save_for_backward(rows, weight)
+        return layout.times(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        rows, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()  # that of a plain sum is one number, expanded
+        needs = ctx.needs_input_grad
+        return (
+            ctx.layout.back(gradient, weight) if needs[0] else None,
+            ctx.layout.outer(gradient, rows) if needs[1] else None,
+            ctx.layout.sums(gradient) if needs[2] else None,
+            None,
+        )

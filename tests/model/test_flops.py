@@ -1,0 +1,128 @@
+"""The analytic count of FLOPs against the operators that really run, as integers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sharpmoe.config import ModelConfig
+from sharpmoe.model.dit import DiT, ModelOutput
+from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.flops import (
+    Call,
+    backward_flops,
+    forward_flops,
+    moe_layers,
+    products,
+    rows_of_call,
+)
+from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_model
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dense": {"mlp": "swiglu", "norm": "rmsnorm"},
+    "tc": {"top_k": 2, "shared": "gelu", "shared_hidden": 40, "conditioning": "class", "class_dropout": False},
+    "ec": {"capacity": 1.5, "expert_hidden": 20, "learn_sigma": True},
+    "diffmoe": {"capacity": 1.25, "patch_size": 1, "latent_size": 4},
+    "promoe_tc": {"conditioning": "class", "num_classes": 5},
+    "promoe_ec": {"conditioning": "class", "num_classes": 5},
+    "dsmoe": {"width": 32, "num_experts": 8, "num_groups": 4, "top_groups": 2, "qk_norm": True},
+    "dit_moe": {"dense_first": 1, "depth": 5},
+    "race": {"moe_every": 3},
+}
+IMAGES = 3
+
+
+def condition(config: ModelConfig) -> Condition:
+    if config.conditioning == "class":
+        return ClassCondition(torch.tensor([0, config.num_classes - int(not config.class_dropout), 2]))
+    mask = torch.ones(IMAGES, TEXT_LENGTH, dtype=torch.bool)
+    return TextCondition(torch.randn(IMAGES, TEXT_LENGTH, TEXT_WIDTH), mask, torch.randn(IMAGES, POOLED_WIDTH))
+
+
+def loss_of(output: ModelOutput) -> Tensor:
+    """Something that every product of the forward matters to."""
+    fields = ("gate_logits", "scores", "gates", "capacity_logits", "similarity", "prediction")
+    values = [getattr(record, name) for record in output.routing for name in fields]
+    return output.v.sum() + sum(value.nan_to_num().sum() for value in values if value is not None)
+
+
+def counted(model: DiT, guided: bool) -> tuple[ModelOutput, int, int]:
+    """FLOPs of a forward and of its backward. Attention is plain products: the counter knows no CPU kernel."""
+    x = torch.randn(IMAGES, 4, model.config.latent_size, model.config.latent_size)
+    inputs = (x, torch.rand(IMAGES), condition(model.config), torch.randn_like(x) if guided else None)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            output = model(*inputs)
+        with FlopCounterMode(display=False) as backward:
+            loss_of(output).backward()
+    return output, forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("router", FAMILIES)
+def test_the_count_is_what_runs(router: str, guided: bool, training: bool) -> None:
+    model = toy_model(router, **FAMILIES[router]).train(training)
+    output, forward, backward = counted(model, guided)
+    rows = sum(int(record.routing_map.sum()) for record in output.routing)
+    text_tokens = TEXT_LENGTH if model.config.conditioning == "text" else 0
+    done = products(model.config, Call(IMAGES, rows, text_tokens, guided, training))
+    assert forward_flops(done).total == forward
+    assert backward_flops(done).total == backward
+
+
+@pytest.mark.parametrize("router", FAMILIES)
+def test_rows_by_the_rule_are_those_of_the_map(router: str) -> None:
+    fields = FAMILIES[router] | ({"unconditional_expert": False} if router.startswith("promoe") else {})
+    model = toy_model(router, **fields).train()
+    output, _, _ = counted(model, guided=True)
+    assert [int(record.routing_map.sum()) for record in output.routing] == [
+        rows_of_call(model.config, IMAGES)
+    ] * moe_layers(model.config)
+
+
+def test_an_image_without_class_costs_a_row_per_token() -> None:
+    model = toy_model("promoe_ec", conditioning="class", num_classes=5, capacity=2.0).train()
+    null = torch.tensor([5, 5, 0])
+    output = model(torch.randn(3, 4, 8, 8), torch.rand(3), ClassCondition(null))
+    assert [int(record.routing_map.sum()) for record in output.routing] == [2 * 16 + 1 * 32] * 2
+
+
+def test_parts_are_booked_apart() -> None:
+    config = toy_model("diffmoe").config
+    plain, guided, routed = (
+        forward_flops(products(config, call)) for call in (Call(2), Call(2, guided=True), Call(2, rows=10))
+    )
+    assert plain.dense == guided.dense == routed.dense
+    assert guided.router > plain.router == routed.router
+    assert (plain.routed, routed.routed) == (0, 10 * 2 * 2 * 24 * 96)
+    blocks = forward_flops(product for product in products(config, Call(2, rows=10)) if product.in_block)
+    assert blocks.routed == routed.routed
+    assert blocks.dense < routed.dense
+
+
+@pytest.mark.parametrize(("preset", "published"), [("s", 6.06), ("b", 23.01), ("l", 80.71), ("xl", 118.64)])
+def test_published_sizes_cost_what_was_published(preset: str, published: float) -> None:
+    """Gflops of DiT (arXiv 2212.09748, Table 4), which are of multiply-adds; its patch convolution counts as ours."""
+    config = ModelConfig(preset=preset, router="dense", conditioning="class", learn_sigma=True)
+    assert forward_flops(products(config, Call())).total / 2e9 == pytest.approx(published, rel=1e-3)
+
+
+@pytest.mark.parametrize("router", ["ec", "diffmoe"])
+def test_a_large_model_without_storage(router: str) -> None:
+    """L/2 at 256 x 256, text-conditional and guided: forward and backward on the meta device."""
+    config = ModelConfig(preset="l", router=router, conditioning="text")
+    images, text_tokens = 4, 32
+    with torch.device("meta"):
+        model = DiT(config).train()
+        x, t = torch.empty(images, 4, 32, 32), torch.empty(images)
+        mask = torch.ones(images, text_tokens, dtype=torch.bool)
+        text = TextCondition(torch.empty(images, text_tokens, 384), mask, torch.empty(images, 384))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss_of(model(x, t, text, x)).backward()
+    rows = rows_of_call(config, images) * moe_layers(config)
+    done = products(config, Call(images, rows, text_tokens, guided=True))
+    assert counter.get_total_flops() == forward_flops(done).total + backward_flops(done).total

@@ -1,0 +1,60 @@
+"""Benchmarks of layer, block and step at toy size: outcomes agree, every way runs, and a difference is noticed."""
+
+import pytest
+import torch
+
+from benchmarks import block, ceilings, moe_layer, train_step
+from benchmarks.harness import Case, Options, measure
+from benchmarks.moe_layer import Size
+from benchmarks.published import assert_close
+from sharpmoe.config import ModelConfig
+
+OPTIONS = [Options(torch.device("cpu"), torch.float32, "fp32"), Options(torch.device("cpu"), torch.bfloat16, "bf16")]
+TOY = Size("tiny", 4, 1)
+
+
+def toy_step(options: Options) -> Case:
+    fields = {"width": 32, "depth": 2, "num_heads": 2, "num_experts": 4, "latent_size": 8, "saliency_router": False}
+    config = ModelConfig.model_validate(fields | {"conditioning": "class", "num_classes": 3})
+    return train_step.train_step(config, 2, "toy", options)
+
+
+CASES = {
+    "diffmoe": lambda options: moe_layer.diffmoe(TOY, options),
+    "ec": lambda options: moe_layer.expert_choice_layer(TOY, options),
+    "dispatch": lambda options: moe_layer.dispatch(TOY, options),
+    "block": lambda options: block.block(TOY, options),
+    "step": toy_step,
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.precision)
+@pytest.mark.parametrize("name", CASES)
+def test_every_way_runs_and_agrees(name: str, options: Options) -> None:
+    result = measure(CASES[name](options), 2)
+    assert result.ratio is not None
+    assert "nan" not in str(result)
+
+
+def test_a_dense_layer_of_equal_flops_has_them() -> None:
+    case = moe_layer.diffmoe(TOY, OPTIONS[0])
+    assert moe_layer.flops(case.limit) == pytest.approx(1e9 * case.facts["gflop"], rel=2e-3)
+    blocks = block.block(TOY, OPTIONS[0])
+    assert moe_layer.flops(blocks.limit) == pytest.approx(1e9 * blocks.facts["gflop"], rel=2e-3)
+
+
+def test_ceilings_tell_rates() -> None:
+    products = list(ceilings.products("tiny", 4, 256, OPTIONS[0]))
+    results = [measure(case, 2) for case in [*products, ceilings.copying(2**20, OPTIONS[0])]]
+    assert [list(result.facts) for result in results] == [["tflop/s"], ["tflop/s"], ["gb/s"]]
+    assert results[0].facts["tflop/s"] * results[0].ours == pytest.approx(1e3 * 2 * 256 * 128 * 512 / 1e12)
+
+
+def test_a_difference_is_noticed() -> None:
+    case = moe_layer.diffmoe(TOY, OPTIONS[0])
+    with torch.no_grad():
+        case.ours.layer.experts.w2[1] *= 1.01
+    with pytest.raises(AssertionError):
+        case.check()
+    with pytest.raises(AssertionError):
+        assert_close({"a": torch.ones(2)}, {"b": torch.ones(2)}, 1.0)
