@@ -53,7 +53,7 @@ class Size(NamedTuple):
 
 
 DIFFMOE = {
-    "cpu": [Size("s", 16, 8), Size("s", 16, 32), Size("b", 16, 8), Size("l", 16, 8)],
+    "cpu": [Size("s", 16, 8), Size("s", 16, 32), Size("b", 16, 8), Size("b", 16, 32), Size("l", 16, 8)],
     "cuda": [Size("s", 16, 32), Size("b", 16, 32), Size("l", 16, 32), Size("l", 16, 64)],
 }
 EXPERT_CHOICE = {"cpu": [Size("s", 8, 8), Size("b", 8, 8)], "cuda": [Size("l", 8, 32)]}

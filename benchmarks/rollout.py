@@ -36,6 +36,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "checkpoint": {"schedule": "checkpoint"},
     "two_pass": {"schedule": "two_pass"},
     "two_pass_merged_5": {"schedule": "two_pass", "merged_steps": 5},
+    "hybrid_1": {"schedule": "hybrid", "kept_steps": 1},
     "hybrid_5": {"schedule": "hybrid", "kept_steps": 5},
     "segments_5": {"schedule": "segments", "segment_steps": SEGMENT},
 }

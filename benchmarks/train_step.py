@@ -3,8 +3,10 @@
     python -m benchmarks.train_step [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
 A plain denoising step in one process: forward, flow and capacity losses, backward, clipping, AdamW (fused), the average
-of the weights, and the thresholds. In bf16 the optimizer holds float32 weights, as the engine does. Both steps differ
-in nothing but the form of the MoE layers. Before timing their losses and gradients are compared.
+of the weights, and the thresholds. In bf16 the optimizer holds float32 weights, as the engine does. Before timing the
+gradients of both are compared. In `train_step.diffmoe` the steps differ in nothing but the form of the MoE layers; in
+`train_step.published` the reference also updates as published DiT code does: AdamW as torch has it by default, and one
+parameter after the other averaged.
 """
 
 import sys
@@ -52,14 +54,18 @@ SIZES = {"cpu": [Size("s", 4, 8), Size("b", 2, 8)], "cuda": [Size("l", 24, 64)]}
 
 def cases(options: Options) -> Iterator[Case]:
     """All cases."""
-    for size in SIZES[options.device.type]:
-        yield train_step(size.config(), size.images, str(size), options)
+    sizes = SIZES[options.device.type]
+    for size in sizes:
+        yield train_step(size.config(), size.images, f"diffmoe_{size}", options)
+    yield train_step(sizes[0].config(), sizes[0].images, f"published_{sizes[0]}", options, PublishedUpdate)
 
 
-def train_step(config: ModelConfig, images: int, name: str, options: Options) -> Case:
-    """Both steps."""
+def train_step(
+    config: ModelConfig, images: int, name: str, options: Options, reference: "type[Step] | None" = None
+) -> Case:
+    """Both steps; `reference` says how the published one updates, otherwise as ours."""
     model = make_model(config, options)
-    ours, theirs = Step(model, images, options), Step(published_model(model), images, options)
+    ours, theirs = Step(model, images, options), (reference or Step)(published_model(model), images, options)
 
     def check() -> None:
         got, expected = (stacked(step.gradients()) for step in (ours, theirs))
@@ -67,7 +73,7 @@ def train_step(config: ModelConfig, images: int, name: str, options: Options) ->
 
     facts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     goals = Goals(RATIO[options.device.type])
-    return Case(f"train_step.diffmoe_{name}", ours, theirs, None, goals, check, facts)
+    return Case(f"train_step.{name}", ours, theirs, None, goals, check, facts)
 
 
 def make_model(config: ModelConfig, options: Options) -> DiT:
@@ -83,6 +89,8 @@ def make_model(config: ModelConfig, options: Options) -> DiT:
 class Step:
     """One model, its optimizer and its average, on a fixed batch."""
 
+    fused: bool | None = True
+
     def __init__(self, model: DiT, images: int, options: Options) -> None:
         config, g = model.config, torch.Generator().manual_seed(1)
         shape = (images, config.latent_channels, config.latent_size, config.latent_size)
@@ -94,7 +102,7 @@ class Step:
         # In float32 they lie in the same memory as the parameters.
         self.masters: list[Tensor] = [Parameter(parameter.detach().float()) for parameter in self.parameters]
         self.average = [master.detach().clone() for master in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, weight_decay=0.0, fused=self.fused)
         self.layers = [block.moe for block in model.blocks if block.moe is not None]
         self.thresholds = [torch.zeros(config.num_experts, device=options.device) for _ in self.layers]
 
@@ -121,15 +129,30 @@ class Step:
         self.optimizer.step()
         if self.masters[0].dtype != self.parameters[0].dtype:
             torch._foreach_copy_(self.parameters, self.masters)
-        torch._foreach_lerp_(self.average, self.masters, 1 - EMA)
+        self.move_average()
         predicted = [record.capacity_logits for record in routing if record.capacity_logits is not None]
         candidates = threshold_candidates(predicted, self.model.config.capacity)
         update_thresholds(self.thresholds, candidates, THRESHOLD_DECAY)
+
+    def move_average(self) -> None:
+        """All parameters at once."""
+        torch._foreach_lerp_(self.average, self.masters, 1 - EMA)
 
     def gradients(self) -> dict[str, Tensor]:
         """Of a step that is not taken."""
         self.backward()
         return gradients(self.model)
+
+
+class PublishedUpdate(Step):
+    """The update of published DiT code."""
+
+    fused = None  # torch's default: one kernel per operation, not per update
+
+    def move_average(self) -> None:
+        """One parameter after the other."""
+        for average, master in zip(self.average, self.masters, strict=True):
+            average.mul_(EMA).add_(master, alpha=1 - EMA)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-source", choices=("own", "guided"), help="velocity behind x0_hat (default: sample.guidance_source)")
     add("--seed", type=int, help="seed of the noise (default: sample.seed)")
     add("--batch-size", type=int, default=16, help="images per model call (default: 16)")
-    add("--pool-per-image", action="store_true", help="diffmoe: one call per image, so that batches do not matter")
+    add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so that batches do not matter")
     add("--out", type=Path, help="folder of the pictures (default: samples/drawn in the run folder)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
     return parser

@@ -6,17 +6,17 @@ import torch
 from benchmarks import block, ceilings, moe_layer, train_step
 from benchmarks.harness import Case, Options, measure
 from benchmarks.moe_layer import Size
-from benchmarks.published import assert_close
+from benchmarks.published import assert_close, stacked
 from sharpmoe.config import ModelConfig
 
 OPTIONS = [Options(torch.device("cpu"), torch.float32, "fp32"), Options(torch.device("cpu"), torch.bfloat16, "bf16")]
 TOY = Size("tiny", 4, 1)
 
 
-def toy_step(options: Options) -> Case:
+def toy_step(options: Options, reference: type[train_step.Step] | None = None) -> Case:
     fields = {"width": 32, "depth": 2, "num_heads": 2, "num_experts": 4, "latent_size": 8, "saliency_router": False}
     config = ModelConfig.model_validate(fields | {"conditioning": "class", "num_classes": 3})
-    return train_step.train_step(config, 2, "toy", options)
+    return train_step.train_step(config, 2, "toy", options, reference)
 
 
 CASES = {
@@ -25,6 +25,7 @@ CASES = {
     "dispatch": lambda options: moe_layer.dispatch(TOY, options),
     "block": lambda options: block.block(TOY, options),
     "step": toy_step,
+    "published step": lambda options: toy_step(options, train_step.PublishedUpdate),
 }
 
 
@@ -58,3 +59,17 @@ def test_a_difference_is_noticed() -> None:
         case.check()
     with pytest.raises(AssertionError):
         assert_close({"a": torch.ones(2)}, {"b": torch.ones(2)}, 1.0)
+
+
+def test_both_updates_do_the_same() -> None:
+    case = toy_step(OPTIONS[0], train_step.PublishedUpdate)
+    for _ in range(3):
+        case.ours(), case.reference()
+    for name in ("masters", "average"):
+        pairs = [dict(zip(names_of(step), getattr(step, name), strict=True)) for step in (case.ours, case.reference)]
+        assert_close(*map(stacked, pairs), 1e-3)
+    assert all(map(torch.equal, case.ours.masters, case.ours.parameters))
+
+
+def names_of(step: train_step.Step) -> list[str]:
+    return [name for name, _ in step.model.named_parameters()]

@@ -142,10 +142,9 @@ class Waiting(NamedTuple):
         return self.largest * self.width
 
     def of(self, step: Step) -> int:
-        """Bytes that wait of one backward. Of the engine's alone, through a graph that uses each parameter once, they
-        leave for their bucket one by one.
-        """
-        return self.whole if step.backwards > 1 or step.graphs[0].calls > 1 else self.one
+        """Bytes that wait of one backward: all where a graph uses each parameter several times, else one by one."""
+        several = any(graph.calls > 1 for graph in step.graphs)
+        return self.whole if several or step.backwards > 1 else self.one
 
     def with_graphs(self, step: Step) -> int:
         """Most bytes of gradients and activations at one time in a step."""
@@ -167,9 +166,13 @@ class Waiting(NamedTuple):
         return graph.most + self.one + (max(0, self.whole - graph.last_call) if graph.calls > 1 else 0)
 
     def _added_up(self, graph: Kept, is_there: bool) -> int:
-        """In a backward of our own: its gradients are whole when the last model call's part of the graph is gone."""
-        during = graph.most + self.one + max(0, self.whole - graph.last_call) + is_there * self.sums
-        return max(during, self.whole + self.sums)
+        """In a backward of our own: a gradient is added to its sum after the last use of its parameter.
+
+        With several model calls in a graph all gradients wait when the last call's part is gone.
+        """
+        wait = max(0, self.whole - graph.last_call) if graph.calls > 1 else 0
+        grow = 0 if is_there else max(0, self.sums - graph.most)
+        return graph.most + self.one + wait + grow + is_there * self.sums
 
 
 def _offloaded(zero: ZeroSettings, weights: int, others: int) -> int:

@@ -94,13 +94,13 @@ def combine(out: Tensor, choices: Choices, gates: Tensor) -> Tensor:
     return y
 
 
-def sum_rows(rows: Tensor, choices: Choices, gates: Tensor | None) -> Tensor:
-    """Sum rows (P, D), each times its gate (P,), per token: (R, D)."""
+def sum_rows(rows: Tensor, order: Tensor, starts: Tensor, gates: Tensor | None) -> Tensor:
+    """Sum rows (P, D), each times its gate (P,), per token: (R, D). `order` and `starts` are those of `Choices`."""
     if not len(rows):
-        return rows.new_zeros(len(choices.starts), rows.shape[1])
-    weights = None if gates is None else gates.index_select(0, choices.rows)
+        return rows.new_zeros(len(starts), rows.shape[1])
+    weights = None if gates is None else gates.index_select(0, order)
     # A bag of an embedding is this sum: no atomics, accumulated in float32 or better.
-    return functional.embedding_bag(choices.rows, rows, choices.starts, mode="sum", per_sample_weights=weights)
+    return functional.embedding_bag(order, rows, starts, mode="sum", per_sample_weights=weights)
 
 
 class _Take(torch.autograd.Function):
@@ -112,8 +112,8 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        rows, starts = ctx.saved_tensors
-        return sum_rows(gradient.contiguous(), Choices(rows, rows, rows, starts), None), None
+        order, starts = ctx.saved_tensors
+        return sum_rows(gradient.contiguous(), order, starts, None), None
 
 
 class _Combine(torch.autograd.Function):
@@ -121,19 +121,17 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, gates: Tensor, choices: Choices) -> Tensor:
         gate = gates[choices.token, choices.expert].to(out.dtype)
         ctx.save_for_backward(out, gate, choices.token, choices.expert)
-        ctx.gates = gates.new_empty(0), gates.shape
-        return sum_rows(out, choices, gate)
+        ctx.gates_shape, ctx.gates_dtype = gates.shape, gates.dtype
+        return sum_rows(out, choices.rows, choices.starts, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         out, gate, token, expert = ctx.saved_tensors
-        like, shape = ctx.gates
-        rows = gradient.index_select(0, token)
-        d_gates = None
+        rows, d_gates = gradient.index_select(0, token), None
         if ctx.needs_input_grad[1]:
-            dots = (rows * out).sum(-1, dtype=like.dtype)
-            d_gates = like.new_zeros(shape).index_put_((token, expert), dots)  # no pair comes twice
+            dots = (rows * out).sum(-1, dtype=ctx.gates_dtype)
+            d_gates = dots.new_zeros(ctx.gates_shape).index_put_((token, expert), dots)  # no pair comes twice
         return rows.mul_(gate.unsqueeze(-1)) if ctx.needs_input_grad[0] else None, d_gates, None
 
 

@@ -51,7 +51,10 @@ class NativeDispatcher:
         rows_per_expert: int | None,
         total: int | None = None,
     ) -> Tensor:
-        """See `Dispatcher`. `experts` holds this rank's part; `total` does not help: ranks take what they take. Communicates on the group, in backward too."""
+        """See `Dispatcher`. `experts` holds this rank's part. Communicates on the group, in backward too.
+
+        `total` is of no use here: what comes from other ranks has no fixed number of rows.
+        """
         assert routing_map.shape[1] == self._num_experts
         if rows_per_expert is None:
             out, choices = self._varying(x, routing_map, experts)

@@ -42,7 +42,10 @@ class MegatronDispatcher:
         rows_per_expert: int | None,
         total: int | None = None,
     ) -> Tensor:
-        """See `Dispatcher`. `experts` holds this rank's part; `total` does not help: ranks take what they take. Communicates on the ep group, in backward too."""
+        """See `Dispatcher`. `experts` holds this rank's part. Communicates on the ep group, in backward too.
+
+        `total` is of no use here: what comes from other ranks has no fixed number of rows.
+        """
         call = copy.copy(self._template)
         if rows_per_expert is not None:
             check_equal_counts(routing_map, rows_per_expert)

@@ -5,7 +5,8 @@ apart from the parameters, and their sum joins the last backward: it is reduced 
 per rank, which a graph of several rollout steps takes too (autograd holds it until a parameter's last use).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,33 @@ from torch import Tensor, nn
 
 
 class LocalGradients:
-    """The sum of the gradients of some losses. Nothing here communicates, and no parameter's hook sees them."""
+    """The sum of the gradients of some losses. Nothing here communicates, and no hook of ZeRO sees them."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._sums: dict[nn.Parameter, Tensor] = {}  # no entry where no graph had the parameter
 
     def add(self, loss: Tensor) -> None:
-        """Differentiate `loss` and free its graph. Sums are float32 or better, whatever the parameters are."""
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        new = {p: gradient for p, gradient in zip(self._parameters, gradients, strict=True) if gradient is not None}
-        for parameter, gradient in new.items():
-            if parameter not in self._sums:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                self._sums[parameter] = torch.zeros_like(gradient, dtype=wide)
-        torch._foreach_add_([self._sums[parameter] for parameter in new], list(new.values()))
+        """Differentiate `loss` and free its graph. Sums are float32 or better, whatever the parameters are.
+
+        A gradient is added as soon as it is there, while the processor still has it at hand, and then let go: two whole
+        sets of gradients never stand side by side.
+        """
+        handles = [parameter.register_hook(partial(self._take, parameter)) for parameter in self._parameters]
+        torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+
+    def _take(self, parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+        """Hook on a parameter: add its gradient, and hand on a nought that takes no memory."""
+        if gradient is None:
+            return None
+        if parameter in self._sums:
+            self._sums[parameter].add_(gradient)
+        else:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            self._sums[parameter] = torch.empty_like(gradient, dtype=wide).copy_(gradient)
+        return gradient.new_zeros(()).expand_as(gradient)
 
     def join(self, loss: Tensor) -> Tensor:
         """Return `loss`, whose backward now yields the sum too. Call it once, with the last loss."""

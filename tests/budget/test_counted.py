@@ -123,4 +123,4 @@ def test_the_peak_of_a_step(name: str, counted: dict[str, Counted], folder: Path
     """All that is allocated in a step, also what no line of the plan names; it may be too high rather than too low."""
     memory = planned(name, folder)[1].memory
     there_before = counted[name].bucket if CASES[name][2]["stage"] == 3 else -memory.gradients
-    assert 0.9 < (memory.backward - there_before) / counted[name].peak < 1.3
+    assert 0.95 < (memory.backward - there_before) / counted[name].peak < 1.3

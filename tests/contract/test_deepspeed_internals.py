@@ -38,6 +38,9 @@ STAGE2 = stage_1_and_2.DeepSpeedZeroOptimizer
         (STAGE3, "checkpoint_event_epilogue"),
         (STAGE3, "_reassign_or_swap_out_partitioned_parameters"),
         (STAGE3, "_gradient_averaging_world_size"),
+        (STAGE3, "get_grad_norm_direct"),
+        (STAGE3, "_prepare_fp32_grad_for_sub_group"),
+        (STAGE3, "unscale_and_clip_grads"),
         (STAGE2, "update_lp_params"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -57,6 +60,8 @@ def test_a_name_is_there(owner: Any, name: str) -> None:
         (partition_parameters.Init._convert_to_deepspeed_param, ("params_by_group",)),  # parts may mix groups
         (STAGE3.__init__, ("fp32_partitioned_groups_flat", "_leaf_module_hooks", "_grad_acc_hooks")),
         (STAGE3, ("grad_position", "get_param_id")),
+        (STAGE3._prepare_fp32_grad_for_sub_group, ("averaged_gradients",)),
+        (STAGE3.step, ("_prepare_sub_group", "unscale_and_clip_grads", "_optimizer_step")),
         (STAGE2, ("single_partition_of_fp32_groups", "real_dp_process_group")),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, tuple) else "",

@@ -41,6 +41,40 @@ def test_the_table_names_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert told.partition("-----\n")[2].startswith("  two_pass ")
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("plain",), "plain"),
+        (("checkpoint",), "checkpoint"),
+        (("two_pass", "--rollout.merged_steps", "2"), "two_pass, merged_steps 2"),
+        (("hybrid", "--kept-steps", "3"), "hybrid, kept_steps 3"),
+        (("segments", "--segment-steps", "2"), "segments, segment_steps 2"),
+        (("segments", "--segment-steps", "5", "--kept-steps", "0"), "segments, segment_steps 5, kept_steps 0"),
+    ],
+)
+def test_every_schedule_can_be_asked_for(words: tuple[str, ...], name: str, plan: Any) -> None:
+    told = plan(*TINY, "--world", "4", "--schedule", *words)
+    assert told["schedules"][0]["schedule"] == name
+    forms = {schedule["schedule"].partition(",")[0] for schedule in told["schedules"]}
+    assert forms == {"plain", "checkpoint", "two_pass", "hybrid", "segments"}
+    sums = {schedule["schedule"]: schedule["memory"]["sums"] for schedule in told["schedules"]}
+    assert sums["plain"] == sums["checkpoint"] == 0  # one micro-batch, one backward
+    assert sums["hybrid, kept_steps 5"] == 4 * told["parameters"]
+    assert {schedule["traffic"]["passes"] for schedule in told["schedules"]} == {1.0}
+    assert len({schedule["traffic"]["reductions"] for schedule in told["schedules"]}) == 1
+
+
+def test_auto_is_settled_and_told(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    told = plan(*TINY, "--world", "4", "--schedule", "auto")
+    assert told["schedules"][0]["schedule"] == "plain"
+    assert told["notes"][0].startswith("rollout.schedule: auto took plain (30 forwards' worth per micro-batch): ")
+    room = next(s["memory"]["peak"] for s in told["schedules"] if s["schedule"].startswith("hybrid"))
+    less = plan(*TINY, "--world", "4", "--schedule", "auto", "--device-memory", str(1.001 * room / 0.9 / 2**30))
+    assert less["schedules"][0]["schedule"] == "hybrid, kept_steps 5"
+    assert main([*TINY, "--world", "4", "--schedule", "auto", "--device-memory", "0.01"]) == 1
+    assert "the least there is, which does not fit" in capsys.readouterr().out
+
+
 def test_experts_over_ranks_and_stages(plan: Any) -> None:
     one, two = (plan(*TINY, "--world", "4", "--ep", ep)["schedules"][0] for ep in ("1", "2"))
     assert one["memory"]["state"] == pytest.approx(two["memory"]["state"], rel=0.01)  # a part is a part

@@ -115,8 +115,6 @@ def test_threshold_update(name: str) -> None:
     thresholds = [layer.expert_threshold for layer in model.moe_layers()]
     for old, new in zip(before, thresholds, strict=True):
         assert torch.equal(old, new), "a forward moved a threshold"
-    update_thresholds(
-        thresholds, threshold_candidates([r.capacity_logits for r in output.routing], 1.0), decay=0.95
-    )
+    update_thresholds(thresholds, threshold_candidates([r.capacity_logits for r in output.routing], 1.0), decay=0.95)
     for block, threshold in zip(range(1, record["config"]["depth"], 2), thresholds, strict=True):
         close(threshold, golden[f"train.after.blocks.{block}.mlp.expert_threshold"])

@@ -113,7 +113,7 @@ def poison(trainer: Trainer, items: list[Item], kind: str) -> list[Item]:
     if kind == "loss":
         return [items[0]._replace(x0=items[0].x0 * torch.nan), *items[1:]]
     backward = trainer.engine.backward
-    trainer.engine.backward = lambda loss, last: backward(Poison.apply(loss), last)  # type: ignore[method-assign]
+    trainer.engine.backward = lambda loss: backward(Poison.apply(loss))  # type: ignore[method-assign]
     return items
 
 

@@ -1,0 +1,149 @@
+"""A checkpoint saved, verified and loaded, beside torch.save and torch.load of the same tensors.
+
+    python -m benchmarks.checkpoint [--wall] [--json FILE]
+
+About 100 MB of one rank: masters, both moments of AdamW and the average as flat partitions, and both weights files.
+Ours is written, flushed, hashed, described by a manifest and published under its name; on the way back every file is
+hashed before a tensor is read. The reference is one file, written and flushed; the limit writes and flushes, or reads,
+as many plain bytes. Without --wall processor time is counted, and what the disk takes is not in it. Ranks, and training
+beside it: benchmarks.saving.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Options, Work, main
+from benchmarks.optimizer import ZERO3, run_for
+from sharpmoe.config import CheckpointConfig
+from sharpmoe.model.dit import DiT
+from sharpmoe.parallel import launch
+from sharpmoe.parallel.ds_config import resolve_ds_config
+from sharpmoe.parallel.engine import Engine, make_states
+from sharpmoe.train import checkpoint, manifest
+from sharpmoe.train.ema import ShardEma
+from sharpmoe.train.manifest import Progress
+from sharpmoe.train.saving import Facts, Saver
+from sharpmoe.train.snapshot import Contents
+
+_MODEL = {"width": 128, "depth": 6, "num_heads": 4, "num_experts": 8}
+
+
+def cases(folder: Path, options: Options, fields: dict[str, object] | None = None) -> Iterator[Case]:
+    """Saving, verifying and loading; files are written below `folder`."""
+    contents = make_contents(fields or dict(_MODEL), options)
+    writer, plain = Ours(folder, contents), Plain(folder, contents)
+    writer.save()
+    plain.save()
+    size = sum(file.stat().st_size for file in writer.saved.rglob("*") if file.is_file())
+    rates = {"bytes": float(size)}
+    write, read = partial(write_bytes, folder / "plain", size), partial(read_bytes, folder / "plain")
+    yield Case("checkpoint.save", once(writer.save), once(plain.save), once(write), rates=rates)
+    yield Case("checkpoint.verify", once(lambda: manifest.verify(writer.saved)), limit=once(read), rates=rates)
+    check = partial(check_round_trip, contents, writer)
+    yield Case("checkpoint.verify_and_load", once(writer.load), once(plain.load), once(read), check=check, rates=rates)
+
+
+def make_contents(fields: dict[str, object], options: Options) -> Contents:
+    """An engine of one rank with filled moments."""
+    world, run = launch.start(), run_for(fields, options)
+    torch.manual_seed(0)
+    model = DiT(run.model)
+    engine = Engine(model, run, resolve_ds_config(ZERO3, run, world.size), world)
+    make_states(engine._optimizer.optimizer, engine.master_partitions())
+    for parts in engine.partitions().values():
+        for part in parts:
+            part.detach().normal_()
+    return Contents(engine, ShardEma(engine, 0.9), model, {})
+
+
+class Ours:
+    """The project's checkpoints, one after the other under one name."""
+
+    def __init__(self, folder: Path, contents: Contents) -> None:
+        self.contents, self.saved = contents, folder
+        run = run_for({}, Options(torch.device("cpu"), torch.float32, "fp32"))
+        facts = Facts(checkpoint.layout_of(run, "none"), {})
+        self.saver = Saver(folder / "ours", facts, contents, CheckpointConfig(asynchronous=False))
+
+    def save(self) -> None:
+        """Write a checkpoint and wait for it."""
+        self.saved = self.saver.save(Progress(1, 0))
+
+    def load(self) -> None:
+        """Verify every file and fill the engine."""
+        checkpoint.load(manifest.verify(self.saved), self.contents)
+
+
+class Plain:
+    """The same tensors in one file of torch's."""
+
+    def __init__(self, folder: Path, contents: Contents) -> None:
+        self.path, self.contents = folder / "plain.pt", contents
+
+    def save(self) -> None:
+        """Write and flush."""
+        engine, ema, model, _ = self.contents
+        weights = {"live": engine.full_weights(model), "ema": ema.full_weights(model)}
+        torch.save({"partitions": self._partitions(), "weights": weights}, self.path)
+        flush(self.path)
+
+    def load(self) -> None:
+        """Read, and fill the engine."""
+        read = torch.load(self.path, weights_only=True, map_location="cpu")["partitions"]
+        for kind, parts in self._partitions().items():
+            for part, value in zip(parts, read[kind], strict=True):
+                part.detach().copy_(value)
+        self.contents.engine.refresh()
+
+    def _partitions(self) -> dict[str, list[Tensor]]:
+        found = {**self.contents.engine.partitions(), "ema": self.contents.ema.shards}
+        return {kind: [part.detach() for part in parts] for kind, parts in found.items()}
+
+
+def check_round_trip(contents: Contents, ours: Ours) -> None:
+    """What is loaded is what was saved, bit for bit."""
+    parts = [part.detach() for own in (*contents.engine.partitions().values(), contents.ema.shards) for part in own]
+    before = [part.clone() for part in parts]
+    for part in parts:
+        part.zero_()
+    ours.load()
+    assert all(torch.equal(part, value) for part, value in zip(parts, before, strict=True))
+
+
+def write_bytes(path: Path, size: int) -> None:
+    """Write and flush."""
+    path.write_bytes(bytes(size))
+    flush(path)
+
+
+def read_bytes(path: Path) -> None:
+    """Read a whole file."""
+    path.read_bytes()
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def once(action: Callable[[], object]) -> Work:
+    """Do it one time."""
+
+    def work() -> int:
+        action()
+        return 1
+
+    return work
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.exit(main(lambda options: cases(Path(scratch), options), __doc__.splitlines()[0]))
