@@ -66,6 +66,7 @@ class StateReader:
     def __init__(self, folder: Path) -> None:
         """Read every header. Raises CheckpointError."""
         self._kept: dict[str, list[Kept]] = {}
+        self._opened: tuple[Path, Any] | None = None  # the last file: a rank's pieces mostly come from one
         self.facts: dict[str, Any] = {}
         paths = sorted(folder.glob(state_file(0).replace("00000", "*")))
         if not paths:
@@ -86,7 +87,7 @@ class StateReader:
             first, last = max(place, kept.place), min(place + count, kept.place + kept.numel)
             if first >= last:
                 continue
-            run = _slice(kept.path, f"{kind}/{name}", first - kept.place, last - kept.place)
+            run = self._slice(kept.path, f"{kind}/{name}", first - kept.place, last - kept.place)
             out = run.new_empty(count) if out is None else out
             out[first - place : last - place] = run
             found += last - first
@@ -106,11 +107,11 @@ class StateReader:
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {_MEND}") from error
 
-
-def _slice(path: Path, key: str, first: int, last: int) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            run: Tensor = file.get_slice(key)[first:last]
-            return run
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {_MEND}") from error
+    def _slice(self, path: Path, key: str, first: int, last: int) -> Tensor:
+        try:
+            if self._opened is None or self._opened[0] != path:
+                self._opened = path, safe_open(path, framework="pt")
+            run: Tensor = self._opened[1].get_slice(key)[first:last]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {_MEND}") from error
+        return run

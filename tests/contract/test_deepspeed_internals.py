@@ -60,8 +60,8 @@ def test_a_name_is_there(owner: Any, name: str) -> None:
         (partition_parameters.Init._convert_to_deepspeed_param, ("params_by_group",)),  # parts may mix groups
         (STAGE3.__init__, ("fp32_partitioned_groups_flat", "_leaf_module_hooks", "_grad_acc_hooks")),
         (STAGE3, ("grad_position", "get_param_id")),
-        (STAGE3._prepare_fp32_grad_for_sub_group, ("averaged_gradients",)),
-        (STAGE3.step, ("_prepare_sub_group", "unscale_and_clip_grads", "_optimizer_step")),
+        (STAGE3, ("self._prepare_fp32_grad_for_sub_group(", "self.unscale_and_clip_grads(", "averaged_gradients")),
+        (STAGE3, ("self.get_grad_norm_direct(", "grad_partitions_flat_buffer.narrow(")),
         (STAGE2, ("single_partition_of_fp32_groups", "real_dp_process_group")),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, tuple) else "",
