@@ -36,8 +36,10 @@ def _sample(arguments: argparse.Namespace) -> Path | str:
     settings = samples.with_overrides(source.run.sample if source.run else SampleConfig(), _given(arguments))
     data = source.run.data if source.run else DataConfig()
     shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
-    model, _ = load_model(source.weights)
+    model = load_model(source.weights)[0].to(arguments.device)
     samples.check_shards(model, shards)
+    if arguments.compile:
+        sampling.compile_blocks(model)
     if arguments.npz:
         return _batch(arguments, settings, model, shards, source.name)
     wish = samples.Wish(_captions(arguments, settings), tuple(arguments.labels))
@@ -46,7 +48,7 @@ def _sample(arguments: argparse.Namespace) -> Path | str:
     if not rows:
         return f"part {part}: nothing to draw; a part is at least one batch (--batch-size {arguments.batch_size})"
     images = samples.draw(
-        model.to(arguments.device),
+        model,
         sampling.take(asked, rows),
         settings,
         shards.codec_object().decode,
@@ -63,7 +65,7 @@ def _batch(arguments: argparse.Namespace, settings: SampleConfig, model: DiT, sh
     batch = adm.Batch(arguments.npz, arguments.num, shards.image_size, arguments.batch_size, name, arguments.part)
     if arguments.join:
         return adm.join_batch(model.config, settings, batch, arguments.join)
-    return adm.draw_batch(model.to(arguments.device), settings, shards.codec_object(arguments.device).decode, batch)
+    return adm.draw_batch(model, settings, shards.codec_object(arguments.device).decode, batch)
 
 
 def _captions(arguments: argparse.Namespace, settings: SampleConfig) -> tuple[str, ...]:
@@ -106,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="seed of the noise (default: sample.seed)")
     add("--batch-size", type=int, default=16, help="images per model call (default: 16)")
     add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so that batches do not matter")
+    add("--compile", action="store_true", help="compile the blocks first, for many images (same pictures to rounding)")
     add("--out", type=Path, help="folder of the pictures (default: samples/drawn in the run folder)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
     return parser

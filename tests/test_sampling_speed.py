@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
+from sharpmoe.errors import ConfigError
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition
 from sharpmoe.sampling import Guidance, generate, make_field
 from tests.test_sampling import Recorder, captions, empty_text, request
-from tests.toys import toy_model
+from tests.toys import toy_config, toy_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -174,3 +175,18 @@ def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:
         layers += alone.reads
     assert operators.reads == 2 * layers
     assert layers == 0 or name not in ("dense", "ec")  # counts that a rule fixes are never read
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_the_same() -> None:
+    settings = SampleConfig(num_steps=3, cfg_scale=2.0)
+    expected = generate(family("diffmoe"), toy_config("diffmoe"), settings, request(2))
+    model = sampling.compile_blocks(family("diffmoe"))
+    drawn = generate(model, model.config, settings, request(2))
+    assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling.shutil, "which", lambda tool: None)
+    with pytest.raises(ConfigError, match="install g\\+\\+"):
+        sampling.compile_blocks(family("ec"))
