@@ -87,7 +87,7 @@ def test_killed_at_ten_moments_the_result_is_that_of_an_uninterrupted_run(
         codes = finished(processes)
         if "index.json" in files(tmp_path):  # this run came to its end: the next one starts from nothing
             assert files(tmp_path) >= whole.keys()
-            for path in tmp_path.glob("*.tar"):
+            for path in (tmp_path / "index.json", *tmp_path.glob("*.tar")):
                 path.unlink()
             continue
         assert set(codes) <= {-signal.SIGKILL, 10}  # 10: it had left the rest to the others a moment before
