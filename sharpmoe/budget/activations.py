@@ -15,12 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from sharpmoe.budget.schedules import Pass, Schedule, with_schedule
-from sharpmoe.config import TOKEN_CHOICE, RunConfig
+from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.flops import rows_of_call
 from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts
-from sharpmoe.moe.routing import tokens_per_expert
 from sharpmoe.rollout import Item, first_guidance, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
 
@@ -162,25 +162,12 @@ def _skeleton(run: RunConfig, micro_batch: int) -> DiT:
     with torch.device("meta"):
         model = DiT(run.model)
     for layer in model.moe_layers():
-        layer.dispatcher = _EvenDispatcher(rows_per_call(run, micro_batch))
+        layer.dispatcher = _EvenDispatcher(rows_of_call(run.model, micro_batch))
     if run.train.precision == "bf16":
         model = model.bfloat16()
     for buffer in model.buffers():  # the engine keeps them in float32
         buffer.data = buffer.data.float()
     return model
-
-
-def rows_per_call(run: RunConfig, micro_batch: int) -> int:
-    """Rows that the experts of one layer compute for a rank's micro-batch: by the selection rule, or its mean."""
-    model = run.model
-    if model.router in TOKEN_CHOICE:
-        return micro_batch * model.num_tokens * model.top_k
-    if model.router == "race":
-        return int(micro_batch * model.num_tokens * model.capacity)
-    pool, pools = model.num_tokens, micro_batch
-    if model.router == "diffmoe":
-        pool, pools = pool * pools, 1
-    return pools * model.num_experts * tokens_per_expert(pool, model.num_experts, model.capacity)
 
 
 def _item(run: RunConfig, micro_batch: int, steps: int, text_tokens: int) -> Item:

@@ -7,12 +7,12 @@ twice that: what rings and direct exchanges both send.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sharpmoe.budget.activations import rows_per_call
 from sharpmoe.budget.gathers import Gathers
 from sharpmoe.budget.layout import Layout, Part
 from sharpmoe.budget.memory import groups_of
 from sharpmoe.budget.schedules import Schedule
 from sharpmoe.config import POOLED, RunConfig
+from sharpmoe.model.flops import rows_of_call
 
 
 class Traffic(NamedTuple):
@@ -86,7 +86,7 @@ def _model_calls(schedule: Schedule, accumulation: int) -> _Calls:
 
 def _exchanges(run: RunConfig, layout: Layout, calls: _Calls) -> int:
     """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
-    rows = rows_per_call(run, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
+    rows = rows_of_call(run.model, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
     layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
     return 2 * sent(rows, layout.ep_size) * layers * (calls.forwards + calls.backwards)
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from sharpmoe.budget.activations import Activations, Kept, Linear, _count, measure, rows_per_call
+from sharpmoe.budget.activations import Activations, Kept, Linear, _count, measure
 from sharpmoe.budget.schedules import schedule_of, schedules_of, with_schedule
 from sharpmoe.config import RunConfig
+from sharpmoe.model.flops import rows_of_call
 from tests.train.setting import make_run
 
 
@@ -61,5 +62,5 @@ def test_without_a_routing_loss_steps_are_trained_one_by_one() -> None:
 
 @pytest.mark.parametrize(("router", "rows"), [("tc", 64), ("ec", 64), ("diffmoe", 64), ("race", 64)])
 def test_rows_of_a_call(router: str, rows: int) -> None:
-    assert rows_per_call(run_with(router), 4) == rows
-    assert rows_per_call(run_with(router, capacity=2.0, top_k=2), 4) == 2 * rows
+    assert rows_of_call(run_with(router).model, 4) == rows
+    assert rows_of_call(run_with(router, capacity=2.0, top_k=2).model, 4) == 2 * rows
