@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
+from sharpmoe.train.ledger import passes
 from sharpmoe.train.terms import has_routing_loss
 
 GIB = 2**30
@@ -50,14 +51,8 @@ def candidates(run: RunConfig) -> list[RunConfig]:
 
 def forwards(run: RunConfig) -> int:
     """Cost of a micro-batch in forwards of the model; a backward counts as two."""
-    rollout = run.rollout
-    steps = 1 if run.stage == "pretrain" else rollout.num_steps
-    if run.stage == "pretrain" or rollout.schedule in ("plain", "checkpoint"):
-        return (4 if rollout.schedule == "checkpoint" else 3) * steps
-    trained = rollout.segment_steps if rollout.schedule == "segments" else steps
-    if rollout.schedule != "segments" and not has_routing_loss(run) and rollout.merged_steps == 1:
-        return 3 * steps
-    return steps + 3 * trained - rollout.steps_kept
+    count = passes(run)
+    return count.forwards + count.trained * (3 if count.recomputed else 2)
 
 
 def cheapest(run: RunConfig, peak: Callable[[RunConfig], float], room: float) -> Choice:
