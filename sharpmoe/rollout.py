@@ -53,11 +53,16 @@ def first_guidance(item: Item, guided: bool) -> Tensor | None:
     return interpolate(item.x0, item.x1, item.times[0]) if guided else None
 
 
-def rollout_step(model: DiT, item: Item, step: int, guidance: Tensor | None, recompute: bool = False) -> StepOutput:
-    """Denoise at the item's times[step] (0-based) under `guidance`; gradients are the caller's choice."""
+def rollout_step(
+    model: DiT, item: Item, step: int, guidance: Tensor | None, recompute: bool = False, for_losses: bool = True
+) -> StepOutput:
+    """Denoise at the item's times[step] (0-based) under `guidance`; gradients are the caller's choice.
+
+    recompute, for_losses: see `DiT.forward`.
+    """
     t = item.times[step]
     x_t = interpolate(item.x0, item.x1, t)
-    output = model(x_t, t, item.condition, guidance, None, recompute)
+    output = model(x_t, t, item.condition, guidance, recompute=recompute, for_losses=for_losses)
     return _step_output(model, item, t, output)
 
 

@@ -81,14 +81,26 @@ SCHEDULES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("mass", ["scores", "counts"])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [*ROUTERS, "race"])
 def test_every_schedule_has_the_gradient_of_plain(router: str, mass: str) -> None:
     plain, record = gradients(make_run(router, mass))
     for name, fields in SCHEDULES.items():
         other, other_record = gradients(make_run(router, mass, **fields))
         assert distance(other, plain) < 1e-10, name
-        for ours, theirs in zip(other_record.terms, record.terms, strict=True):
+        told, expected = ((*each.terms, each.thresholds) for each in (other_record, record))
+        for ours, theirs in zip(told, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("two_pass", STEPS), ("hybrid, merged", 3 + 1), ("checkpoint", 2 * STEPS)])
+def test_a_first_pass_leaves_out_what_only_losses_read(name: str, calls: int) -> None:
+    run = make_run("diffmoe", **SCHEDULES[name])
+    objective, seen = make_objective(run), list[bool]()
+    predictor = objective.model.moe_layers()[0].capacity_predictor
+    assert predictor is not None
+    predictor.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    objective(StepRequest((make_item(),))).loss.backward()
+    assert seen == [True] * calls
 
 
 @pytest.mark.parametrize("mass", ["scores", "counts"])
@@ -203,9 +215,9 @@ def test_guidance_is_the_former_clean_prediction_and_detached() -> None:
     item, seen = make_item(), []
     forward = objective.model.forward
 
-    def spy(x_t: Tensor, t: Tensor, condition: object, guidance: Tensor, *rest: object) -> object:
+    def spy(x_t: Tensor, t: Tensor, condition: object, guidance: Tensor, **rest: object) -> object:
         seen.append((x_t, guidance))
-        return forward(x_t, t, condition, guidance, *rest)
+        return forward(x_t, t, condition, guidance, **rest)
 
     objective.model.forward = spy
     outputs = rollout(objective.model, item, guided=True)

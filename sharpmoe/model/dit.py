@@ -64,6 +64,7 @@ class Context(NamedTuple):
     rope: Tensor | None  # (2, N, D / heads) cosines and sines
     unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
     pools: int = 1  # equal parts of the batch, each a pool of its own: see `MoELayer`
+    for_losses: bool = True  # see `MoELayer`
     read: Tensor | None = None  # (B, L, 2 D) keys and values of the text in this block, where they are at hand
 
 
@@ -138,14 +139,14 @@ class Block(nn.Module):
         self, x: Tensor, context: "Context", guidance_tokens: Tensor | None, routing_map: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         """X (B, N, D); returns the tokens and, from an MoE block, the routing record."""
-        c, text, rope, unconditional, pools, read = context
+        c, text, rope, unconditional, pools, for_losses, read = context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(normalise(x, self.norm1), shift_a, scale_a), rope)
         if self.cross_attn is not None and text is not None:
             x = x + self.cross_attn(layer_norm(x), text.tokens, text.mask, read)
         h = modulate(normalise(x, self.norm2), shift_m, scale_m)
         if self.moe is not None:
-            y, routing = self.moe(h, guidance_tokens, routing_map, unconditional, pools)
+            y, routing = self.moe(h, guidance_tokens, routing_map, unconditional, pools, for_losses)
             return x + gate_m.unsqueeze(1) * y, routing
         assert self.mlp is not None
         return x + gate_m.unsqueeze(1) * self.mlp(h), None
@@ -206,6 +207,7 @@ class DiT(nn.Module):
         routing_maps: tuple[Tensor, ...] | None = None,
         recompute: bool = False,
         pools: int = 1,
+        for_losses: bool = True,
     ) -> ModelOutput:
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
@@ -213,14 +215,15 @@ class DiT(nn.Module):
         condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. guidance (B, C, H, W):
         clean latent predicted by the previous step, detached here; None gives the base routing. routing_maps: per MoE
         layer (B, N, E) bool, choices to replay. recompute: keep only block inputs for backward (non-reentrant; the
-        reentrant form gives wrong gradients under ZeRO-3). pools: see `MoELayer`. Returns float32 or better.
+        reentrant form gives wrong gradients under ZeRO-3). pools, for_losses: see `MoELayer`. v is float32 or better.
         """
+        how = (recompute, pools, for_losses)
         condition = self._embed_condition(condition) if not isinstance(condition, Prepared) else condition
         if self.config.prediction == "ddpm_noise":
             scaled, step = ddpm_input(x_t, t)
-            noise, records = self._network(scaled, step, condition, guidance, routing_maps, recompute, pools)
+            noise, records = self._network(scaled, step, condition, guidance, routing_maps, *how)
             return ModelOutput(ddpm_velocity(scaled, noise, step), records)
-        return ModelOutput(*self._network(x_t, t, condition, guidance, routing_maps, recompute, pools))
+        return ModelOutput(*self._network(x_t, t, condition, guidance, routing_maps, *how))
 
     def _network(
         self,
@@ -231,13 +234,15 @@ class DiT(nn.Module):
         routing_maps: tuple[Tensor, ...] | None,
         recompute: bool,
         pools: int,
+        for_losses: bool,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
         grid = self._grid(x_t)
         tokens = self._embed(x_t, grid)
         guidance_tokens = None if guidance is None else self._embed(guidance.detach(), grid)
         c = functional.silu(self.t_embedder(t) + condition.c)
-        context = Context(c, condition.text, self._rotary(t.device, grid), condition.unconditional, pools)
+        rope = self._rotary(t.device, grid)
+        context = Context(c, condition.text, rope, condition.unconditional, pools, for_losses)
         read = condition.text.read if condition.text is not None else ()
         records: list[Routing] = []
         for index, block in enumerate(self.blocks):

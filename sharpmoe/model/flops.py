@@ -22,6 +22,12 @@ class Call(NamedTuple):
     text_tokens: int = 0  # per image, padding included; class-conditional models have none
     guided: bool = False  # given a guidance latent
     training: bool = True  # some families have products for their losses only
+    for_losses: bool = True  # in training: with those products
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether products that only losses need are made."""
+        return self.training and self.for_losses
 
 
 class Product(NamedTuple):
@@ -158,7 +164,7 @@ def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
     if call.guided and config.saliency_router:
         yield Product("router", 1, tokens, width, width)
         yield Product("router", 1, tokens, width, experts)
-    if config.router == "diffmoe":
+    if config.router == "diffmoe" and (call.has_losses or not call.training):
         yield Product("router", 1, tokens, width, width, gradients=1)
         yield Product("router", 1, tokens, width, experts)
     yield from _feed_forward(config, call, config.shared, config.shared_width)
@@ -169,10 +175,10 @@ def _gate(config: ModelConfig, call: Call) -> Iterator[Product]:
     if config.gate == "mlp":
         yield Product("router", 1, tokens, width, width)
     yield Product("router", 1, tokens, width, experts)
-    if config.gate == "prototypes" and call.training:  # what the contrast compares: choices have no gradient
+    if config.gate == "prototypes" and call.has_losses:  # what the contrast compares: choices have no gradient
         yield Product("router", 1, experts, tokens, width, gradients=1)
         yield Product("router", 1, experts, tokens, experts, gradients=1)
-    if config.gate == "mlp" and config.layer_heads and call.training:
+    if config.gate == "mlp" and config.layer_heads and call.has_losses:
         yield Product("router", 1, tokens, width, width)  # the hidden layer again, for the head
         yield Product("router", 1, tokens, width, config.latent_channels * config.patch_size**2)
 

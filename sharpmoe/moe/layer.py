@@ -104,6 +104,7 @@ class MoELayer(nn.Module):
         routing_map: Tensor | None = None,
         unconditional: Tensor | None = None,
         pools: int = 1,
+        for_losses: bool = True,
     ) -> tuple[Tensor, Routing]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record. No side effects.
 
@@ -111,6 +112,8 @@ class MoELayer(nn.Module):
         replay this choice instead of making one (two-pass training in half precision, where a near-tie can flip).
         unconditional (B,) bool: images without class, where the layer has an expert of their own. pools: equal parts
         of the batch in which DiffMoE counts and ranks its tokens apart in inference; no other choice depends on it.
+        for_losses: in training, make what only losses and thresholds read (capacity logits, similarity of prototypes,
+        the layer's own prediction); for a first pass, whose steps are run again, those fields stay None.
         """
         h32 = at_least_float32(h)  # routers read one copy; in half precision each would keep its own for backward
         gate_logits = self.gate(h32)
@@ -118,7 +121,10 @@ class MoELayer(nn.Module):
         if guidance_tokens is not None and self.saliency_router is not None:
             logits = gate_logits + self.saliency_router(guidance_tokens)
         scores = score_logits(logits, self.config.score)
-        capacity_logits = None if self.capacity_predictor is None else self.capacity_predictor(h32)
+        has_losses = self.training and for_losses
+        capacity_logits = None
+        if self.capacity_predictor is not None and (has_losses or not self.training):
+            capacity_logits = self.capacity_predictor(h32)
         chosen = self.select(scores.detach(), capacity_logits, pools) if routing_map is None else routing_map
         if unconditional is not None:
             scores, chosen = send_unconditional(scores, chosen, unconditional)
@@ -131,8 +137,8 @@ class MoELayer(nn.Module):
             chosen,
             self._cutoff(scores, chosen),
             capacity_logits,
-            self._similarity(h32, chosen, gate_logits),
-            self.gate.predict(h32) if isinstance(self.gate, MlpGate) and self.training else None,
+            self._similarity(h32, chosen, gate_logits) if has_losses else None,
+            self.gate.predict(h32) if isinstance(self.gate, MlpGate) and has_losses else None,
             self.expert_bias.detach().clone() if self.config.bias_balancing else None,
         )
         return self._serve(h, record), record
@@ -157,7 +163,7 @@ class MoELayer(nn.Module):
         return gates if self.config.routed_scale == 1 else gates * self.config.routed_scale
 
     def _similarity(self, h: Tensor, chosen: Tensor, cosine: Tensor) -> Tensor | None:
-        if self.config.gate != "prototypes" or not self.training:
+        if self.config.gate != "prototypes":
             return None
         routed, per_image = chosen[..., : self.config.num_experts], self.config.router not in TOKEN_CHOICE
         return prototype_similarity(h, routed, cosine, per_image)

@@ -30,6 +30,7 @@ class Passes(NamedTuple):
 
     trained: int  # rollout steps with a forward and a backward
     forwards: int  # of the whole model
+    first: int = 0  # of them: forwards of steps that are run again, without what only losses need
     recomputed: bool = False  # the blocks of trained steps run a second time, in backward
 
 
@@ -40,12 +41,14 @@ def passes(run: RunConfig) -> Passes:
         return Passes(1, 1)
     steps = rollout.num_steps
     if rollout.schedule in ("plain", "checkpoint"):
-        return Passes(steps, steps, rollout.schedule == "checkpoint")
+        return Passes(steps, steps, recomputed=rollout.schedule == "checkpoint")
     if rollout.schedule == "segments":
-        return Passes(rollout.segment_steps, steps + rollout.segment_steps - rollout.steps_kept)
+        again = rollout.segment_steps - rollout.steps_kept
+        return Passes(rollout.segment_steps, steps + again, again)
     if not has_routing_loss(run) and rollout.merged_steps == 1:
         return Passes(steps, steps)
-    return Passes(steps, 2 * steps - rollout.steps_kept)
+    again = steps - rollout.steps_kept
+    return Passes(steps, steps + again, again)
 
 
 def ledger(run: RunConfig, text_tokens: int, rows: float) -> Ledger:
@@ -55,10 +58,11 @@ def ledger(run: RunConfig, text_tokens: int, rows: float) -> Ledger:
     layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training looks at the time.
     """
     guided = run.stage == "posttrain" and run.model.saliency_router
-    done = products(run.model, Call(1, rows, text_tokens, guided))
+    call = Call(1, rows, text_tokens, guided)
+    done, first = products(run.model, call), products(run.model, call._replace(for_losses=False))
     forward, backward, count = forward_flops(done), backward_flops(done), passes(run)
     dense, routed, router = (count.trained * (there + back) for there, back in zip(forward, backward, strict=True))
-    wasted = (count.forwards - count.trained) * forward.total
+    wasted = (count.forwards - count.trained - count.first) * forward.total + count.first * forward_flops(first).total
     if count.recomputed:
         wasted += count.trained * forward_flops(product for product in done if product.in_block).total
     return Ledger(dense, routed, router, wasted)

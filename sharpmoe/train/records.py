@@ -24,7 +24,7 @@ class StepRecord(NamedTuple):
 
 
 class Tally:
-    """Adds up the steps of one rollout, each given once."""
+    """Adds up the steps of one rollout, each given once: its mass, and the rest."""
 
     def __init__(self, run: RunConfig, with_routing: bool) -> None:
         self.run, self.with_routing = run, with_routing
@@ -35,14 +35,17 @@ class Tally:
         self._loads: list[Tensor] = []
         self._routing: Tensor | None = None
 
+    def add_mass(self, mass: Tensor | None) -> None:
+        """Take in a step's summand (B, N) of A; None where L_routing does not apply."""
+        if mass is not None:
+            self.mass = mass.detach() if self.mass is None else self.mass + mass.detach()
+
     @torch.no_grad()
     def add(self, output: StepOutput, terms: StepTerms) -> None:
-        """Take in a step; nothing of its graph is kept."""
+        """Take in the rest of a step, in any order of steps; nothing of its graph is kept."""
         terms, model = terms.detach(), self.run.model
         self._totals.append(terms.total)
         self._steps.append(torch.stack([terms.flow, terms.balance, terms.capacity]))
-        if terms.mass is not None:
-            self.mass = terms.mass if self.mass is None else self.mass + terms.mass
         if not output.routing:
             return
         if model.router in POOLED:

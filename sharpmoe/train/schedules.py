@@ -17,7 +17,7 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.moe.routing import tokens_per_expert
 from sharpmoe.rollout import Item, Replay, StepOutput, block_steps, first_guidance, replay, replay_steps, rollout_step
 from sharpmoe.train.records import StepRecord, Tally
-from sharpmoe.train.terms import StepTerms, has_routing_loss, mass_gradient, routing_loss, step_terms
+from sharpmoe.train.terms import StepTerms, has_routing_loss, mass_gradient, routing_loss, step_mass, step_terms
 
 
 class Job(NamedTuple):
@@ -110,7 +110,10 @@ def _one_by_one(job: Job, train: Train) -> Trained:
 
 
 def _two_pass(job: Job, train: Train, trained: range) -> Trained:
-    """Run all steps, keeping the graphs of the last of `trained`; then run again those of `trained` before them."""
+    """Run all steps, keeping the graphs of the last of `trained`; then run again those of `trained` before them.
+
+    Of what is run again the first pass needs the routing and x0_hat only: losses and their heads wait for the second.
+    """
     item, tally = job.item, Tally(job.run, job.with_routing)
     kept = trained[len(trained) - job.run.rollout.steps_kept :]
     again = trained[: len(trained) - len(kept)]
@@ -119,15 +122,17 @@ def _two_pass(job: Job, train: Train, trained: range) -> Trained:
     guidance = first_guidance(item, job.guided)
     for step in range(job.num_steps):
         with torch.set_grad_enabled(step in kept):
-            output = rollout_step(job.model, item, step, guidance)
-            terms = _tallied(tally, output, job.run)
-        if step in kept:
-            parts.append(terms)
-        elif step in again:
-            replays.append(replay(output, guidance))
+            output = rollout_step(job.model, item, step, guidance, for_losses=step not in again)
+            if step in again:
+                tally.add_mass(step_mass(output.routing, job.run))
+                replays.append(replay(output, guidance))
+            elif step in kept:
+                parts.append(_tallied(tally, output, job.run))
+            else:
+                _tallied(tally, output, job.run)
         guidance = output.x0_hat if job.guided else None
-    del output, terms
-    second = _Second(job, mass_gradient(tally.mass, item.saliency, job.run), len(trained))
+    del output
+    second = _Second(job, tally, mass_gradient(tally.mass, item.saliency, job.run), len(trained))
     work = [partial(second.loss, parts)] if parts else []
     size = job.run.rollout.merged_steps
     work += [
@@ -142,13 +147,17 @@ class _Second(NamedTuple):
     """What the steps of a second pass share."""
 
     job: Job
+    tally: Tally
     mass_weight: Tensor | None  # (B, N) w
     num_trained: int  # T, or S of a segment
 
     def replayed(self, steps: Sequence[int], replays: Sequence[Replay]) -> Tensor:
         """The loss of some steps, run again in one batch."""
         outputs = replay_steps(self.job.model, self.job.item, steps, replays)
-        return self.loss([step_terms(output, self.job.run) for output in outputs])
+        parts = [step_terms(output, self.job.run) for output in outputs]
+        for output, terms in zip(outputs, parts, strict=True):
+            self.tally.add(output, terms)
+        return self.loss(parts)
 
     def loss(self, parts: list[StepTerms]) -> Tensor:
         """The loss of some steps whose graphs are there; `parts` is emptied, so that nothing else holds them."""
@@ -162,5 +171,6 @@ class _Second(NamedTuple):
 
 def _tallied(tally: Tally, output: StepOutput, run: RunConfig) -> StepTerms:
     terms = step_terms(output, run)
+    tally.add_mass(terms.mass)
     tally.add(output, terms)
     return terms

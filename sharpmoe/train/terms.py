@@ -47,8 +47,12 @@ def step_terms(output: StepOutput, run: RunConfig) -> StepTerms:
         capacity = output.layer_flow
     heads_weight = run.loss.layer_weight if run.model.layer_heads else run.loss.capacity_weight
     total = output.flow + router_weight(run) * balance + heads_weight * capacity
-    mass = losses.routing_mass(output.routing, run.loss) if has_routing_loss(run) else None
-    return StepTerms(total, output.flow, balance, capacity, mass)
+    return StepTerms(total, output.flow, balance, capacity, step_mass(output.routing, run))
+
+
+def step_mass(records: Sequence[Routing], run: RunConfig) -> Tensor | None:
+    """One step's summand of A (B, N); None where L_routing does not apply."""
+    return losses.routing_mass(records, run.loss) if has_routing_loss(run) else None
 
 
 def has_routing_loss(run: RunConfig) -> bool:

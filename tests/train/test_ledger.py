@@ -82,7 +82,7 @@ def test_what_is_wasted_is_not_told_as_utilisation() -> None:
     assert len({entry.model for name, entry in booked.items() if "segments" not in name}) == 1
     assert booked["segments"].model == booked["plain"].model / 2
     assert booked["two_pass"].wasted > booked["checkpoint"].wasted > booked["hybrid"].wasted > 0
-    assert booked["segments, again"].wasted == booked["two_pass"].wasted
+    assert booked["segments, again"].wasted > booked["two_pass"].wasted  # the step that is not trained has its losses
 
 
 def test_images_without_class_are_expected_as_often_as_they_are_drawn() -> None:
