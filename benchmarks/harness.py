@@ -191,7 +191,7 @@ def _keep_memory() -> None:
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:
         adjust(-4, 0)  # M_MMAP_MAX: no separate mappings
-        adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        adjust(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink, however large it is
 
 
 def _plain(result: Result) -> dict[str, object]:

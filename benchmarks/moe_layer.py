@@ -2,10 +2,11 @@
 
     python -m benchmarks.moe_layer [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
-Both layers choose with the same float32 router and train it, and DiffMoE its capacity predictor. The limit is one MLP
-whose matrix products have as many FLOPs as all of the layer's, router and predictor included, in the given precision.
-`routed` is the experts' share of those FLOPs. Names end in the size (width of DiT-S, B, L), the number of experts and
-the tokens of a call.
+Both layers choose with the same float32 router and train it, and DiffMoE its capacity predictor, whose thresholds
+move. `benchmarks/published.py` says what the published form does, in bf16 too. The limit is one MLP whose matrix
+products have as many FLOPs as all of the layer's, router and predictor included, in the given precision. `routed` is
+the experts' share of those FLOPs. Names end in the size (width of DiT-S, B, L), the number of experts and the tokens of
+a call; published models are S with 16 experts (KwaiVGI/DiffMoE), B and L with 8 (ali-vilab/ProMoE) and with 16.
 """
 
 import sys
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Case, Goals, Options, Work, main
 from benchmarks.published import (
+    THRESHOLD_DECAY,
     OneHotExpertChoice,
     PublishedDiffMoE,
     assert_close,
@@ -26,10 +28,11 @@ from benchmarks.published import (
     stacked,
 )
 from sharpmoe.config import ModelConfig
+from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
 from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts, Mlp
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.routing import expert_choice, tokens_per_expert
+from sharpmoe.moe.routing import Routing, expert_choice, tokens_per_expert
 
 TOKENS = 256  # per image
 TOLERANCE = {"fp32": 2e-5, "bf16": 4e-2}  # of outputs and gradients, against the largest magnitude
@@ -53,8 +56,12 @@ class Size(NamedTuple):
 
 
 DIFFMOE = {
-    "cpu": [Size("s", 16, 8), Size("s", 16, 32), Size("b", 16, 8), Size("b", 16, 32), Size("l", 16, 8)],
-    "cuda": [Size("s", 16, 32), Size("b", 16, 32), Size("l", 16, 32), Size("l", 16, 64)],
+    "cpu": [
+        *(Size("s", 16, images) for images in (8, 32)),
+        *(Size("b", experts, images) for experts in (8, 16) for images in (8, 32)),
+        *(Size("l", experts, 8) for experts in (8, 16)),
+    ],
+    "cuda": [Size("s", 16, 32), Size("b", 8, 32), Size("l", 8, 32), Size("l", 16, 64)],
 }
 EXPERT_CHOICE = {"cpu": [Size("s", 8, 8), Size("b", 8, 8)], "cuda": [Size("l", 8, 32)]}
 RATIO = {"cpu": {"fp32": 1.15, "bf16": 1.4}, "cuda": {"fp32": 1.3, "bf16": 1.3}}
@@ -98,7 +105,10 @@ def make_layer(config: ModelConfig, options: Options) -> MoELayer:
 
 
 class Pass:
-    """Forward and backward of a layer on fixed tokens (B, N, D) and a fixed gradient; a capacity predictor too."""
+    """Forward and backward of a layer on fixed tokens (B, N, D) and a fixed gradient.
+
+    DiffMoE trains its capacity predictor and moves its thresholds, ours after the forward.
+    """
 
     def __init__(self, layer: nn.Module, images: int, config: ModelConfig, options: Options) -> None:
         g = torch.Generator().manual_seed(1)
@@ -118,17 +128,28 @@ class Pass:
         self.h.grad = None
         out = self.layer(self.h)
         y, record = out if isinstance(out, tuple) else (out, None)
-        if record is None or record.capacity_logits is None:
-            y.backward(self.dy)
-        else:
-            torch.autograd.backward([y, record.capacity_logits], [self.dy, self.d_capacity])
+        finish(self.layer, y, record, self.dy, self.d_capacity)
         return y
 
     def outcome(self) -> dict[str, Tensor]:
-        """Output and gradients under our names."""
+        """Output and gradients under our names, and thresholds as they move from nought."""
+        for buffer in self.layer.buffers():
+            buffer.zero_()
         y = self.run()
         assert self.h.grad is not None
-        return {"y": y.detach(), "h": self.h.grad, **stacked(gradients(self.layer))}
+        thresholds = {name: buffer.clone() for name, buffer in self.layer.named_buffers()}
+        return {"y": y.detach(), "h": self.h.grad, **thresholds, **stacked(gradients(self.layer))}
+
+
+def finish(layer: nn.Module, y: Tensor, record: Routing | None, dy: Tensor, d_capacity: Tensor) -> None:
+    """Backward of y, and of the capacity logits where there are some; a layer of ours also moves its thresholds."""
+    if record is None or record.capacity_logits is None:
+        y.backward(dy)
+        return
+    if isinstance(layer, MoELayer):
+        candidates = threshold_candidates([record.capacity_logits], layer.config.capacity)
+        update_thresholds([layer.expert_threshold], candidates, THRESHOLD_DECAY)
+    torch.autograd.backward([y, record.capacity_logits], [dy, d_capacity.to(record.capacity_logits.dtype)])
 
 
 def flops(work: Callable[[], object]) -> int:

@@ -1,6 +1,8 @@
-"""What ours is measured against: MoE layers as the papers write them, on the same weights and with the same router.
+"""What ours is measured against: MoE layers as the papers and their code have them, on the same weights.
 
-Routers are ours (float32), so that both choose alike and only moving, computing and combining differ.
+Gates are ours (float32), so that both choose alike. In bf16 a published layer runs as ali-vilab/ProMoE (train.py) and
+yhlleo/EfficientMoE (train_fsdp.py) train it: weights and tokens in float32, products in bf16 by autocast. So its gates
+and its buffer of answers are float32, and every call casts every weight.
 """
 
 import copy
@@ -13,61 +15,89 @@ from torch.nn import functional
 from sharpmoe.model.dit import DiT
 from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.routing import Routing, lowest_accepted, tokens_per_expert
+from sharpmoe.moe.routing import Routing, tokens_per_expert
 
 Named = dict[str, Tensor]
+THRESHOLD_DECAY = 0.95
 
 
-class PublishedDiffMoE(nn.Module):
-    """DiffMoE (arXiv 2503.14487): every expert is a module and takes its top-k tokens of the flattened batch.
-
-    The gated answers are scattered into a buffer of experts x tokens x width, which is summed over experts.
-    """
+class Published(nn.Module):
+    """A layer in a published form, made of one of ours: float32, its products by autocast in the dtype of ours."""
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
-        assert layer.capacity_predictor is not None
-        self.config = layer.config
-        self.gate, self.capacity_predictor = copy.deepcopy(layer.gate), copy.deepcopy(layer.capacity_predictor)
-        self.experts = nn.ModuleList(single_experts(layer.experts))
+        self.config, self.precision = layer.config, layer.experts.w1.dtype
+        self.gate = copy.deepcopy(layer.gate)
 
-    def forward(self, h: Tensor, *rest: object) -> tuple[Tensor, Routing]:
+    def forward(self, h: Tensor, *rest: object) -> tuple[Tensor, Routing | None]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record; the rest of what our layer takes is ignored."""
-        logits = self.gate(h)
-        scores = logits.softmax(-1)
+        scores = self.gate(h).softmax(-1)
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            y, record = self.serve(h.float(), scores)
+        return y.to(h.dtype), record
+
+    def serve(self, h: Tensor, scores: Tensor) -> tuple[Tensor, Routing | None]:
+        """The same in float32, given the scores (B, N, E) of all tokens."""
+        raise NotImplementedError
+
+
+class PublishedDiffMoE(Published):
+    """DiffMoE (arXiv 2503.14487; KwaiVGI/DiffMoE): every expert is a module and takes its top-k tokens of the batch.
+
+    The gated answers are scattered into a buffer of experts x tokens x width, which is summed over experts. In training
+    a forward also moves the thresholds, expert by expert.
+    """
+
+    expert_threshold: Tensor
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__(layer)
+        assert layer.capacity_predictor is not None
+        self.capacity_predictor = copy.deepcopy(layer.capacity_predictor)
+        self.experts = nn.ModuleList(single_experts(layer.experts))
+        self.register_buffer("expert_threshold", torch.zeros_like(layer.expert_threshold))
+        self.float()
+
+    def serve(self, h: Tensor, scores: Tensor) -> tuple[Tensor, Routing]:
+        """See `Published`."""
+        capacity_logits = self.capacity_predictor(h)
         flat, pool = h.flatten(0, 1), scores.flatten(0, 1)
         tokens, num_experts = pool.shape
         gates, index = pool.t().topk(tokens_per_expert(tokens, num_experts, self.config.capacity), dim=-1)
         taken = flat[index]  # (E, k, D)
         answers = torch.stack([expert(rows) for expert, rows in zip(self.experts, taken, strict=True)])
-        answers = answers * gates.to(h.dtype).unsqueeze(-1)
+        answers = answers * gates.unsqueeze(-1)
         buffer = answers.new_zeros(num_experts, *flat.shape)
         y = buffer.scatter(1, index.unsqueeze(-1).expand_as(answers), answers).sum(0)
+        self._move_thresholds(capacity_logits.detach().flatten(0, 1).sigmoid(), index.shape[1])
         chosen = torch.zeros_like(pool.t(), dtype=torch.bool).scatter(1, index, True).t().view(scores.shape)
-        cutoff = lowest_accepted(scores, chosen, "call")
-        return y.view_as(h), Routing(
-            logits, logits, scores, scores * chosen, chosen, cutoff, self.capacity_predictor(h)
-        )
+        nothing = scores.new_empty(0)  # fields that neither this form nor its losses know
+        return y.view_as(h), Routing(nothing, nothing, scores, nothing, chosen, nothing, capacity_logits)
+
+    def _move_thresholds(self, probabilities: Tensor, count: int) -> None:
+        for expert in range(self.config.num_experts):
+            lowest = probabilities[:, expert].topk(count).values[-1]
+            old = self.expert_threshold[expert]
+            self.expert_threshold[expert] = old * THRESHOLD_DECAY + (1 - THRESHOLD_DECAY) * lowest
 
 
-class OneHotExpertChoice(nn.Module):
+class OneHotExpertChoice(Published):
     """Expert choice (arXiv 2202.09368; EC-DiT, arXiv 2410.02098): dispatch and combine are products with one-hots.
 
     Per image each expert takes its top tokens; P (B, E, C, N) says which token fills which of its C places.
     """
 
     def __init__(self, layer: MoELayer) -> None:
-        super().__init__()
-        self.config = layer.config
-        self.gate, self.experts = copy.deepcopy(layer.gate), copy.deepcopy(layer.experts)
+        super().__init__(layer)
+        self.experts = copy.deepcopy(layer.experts)
+        self.float()
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map tokens h (B, N, D) to y (B, N, D)."""
-        scores = self.gate(h).softmax(-1)
+    def serve(self, h: Tensor, scores: Tensor) -> tuple[Tensor, None]:
+        """See `Published`."""
         gates, places = one_hot_places(scores, self.config.capacity, h.dtype)
         taken = torch.einsum("becn,bnd->ebcd", places, h)
         answers = batched_experts(self.experts, taken.flatten(1, 2)).view_as(taken)
-        return torch.einsum("becn,bec,ebcd->bnd", places, gates, answers)
+        return torch.einsum("becn,bec,ebcd->bnd", places, gates, answers), None
 
 
 def one_hot_places(scores: Tensor, capacity: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

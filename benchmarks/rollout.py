@@ -49,7 +49,7 @@ class Size(NamedTuple):
     images: int
 
 
-SMALL = Size({"width": 256, "depth": 2, "num_heads": 4, "latent_size": 16, "num_experts": 4, "num_classes": 10}, 16)
+SMALL = Size({"width": 256, "depth": 2, "num_heads": 4, "latent_size": 16, "num_experts": 4, "num_classes": 10}, 32)
 LARGE = Size({"preset": "l", "num_experts": 16}, 32)
 SIZES = {"cpu": SMALL, "cuda": LARGE}
 
@@ -99,7 +99,7 @@ def cases(options: Options, size: Size | None = None) -> Iterator[Case]:
         goals = Goals(1 / SEGMENTS if is_part else 1 / SLOWER[name] if name in SLOWER else None)
         facts = counted(ours)
         facts |= {"of_a_step": facts["saved_bytes"] / graph}
-        reference = per_step(plain) if is_part else per_step(step)
+        reference = per_step(plain) if is_part else per_step(step, STEPS)
         check = checking(fields, size, options.device)
         yield Case(f"rollout.{name}", per_step(ours), reference, None, goals, check, facts)
 
@@ -135,12 +135,13 @@ def make_rollout(model: DiT, size: Size, steps: int) -> Rollout:
     return Rollout(Objective(model, run), Item(x0, x1, times, ClassCondition(labels.to(parameter.device)), saliency))
 
 
-def per_step(rollout: Rollout) -> Callable[[], int]:
-    """Once, per sample and step of the trajectory."""
+def per_step(rollout: Rollout, times: int = 1) -> Callable[[], int]:
+    """So many times, per sample and step of the trajectory."""
 
     def work() -> int:
-        rollout()
-        return rollout.num_steps * len(rollout.item.x0)
+        for _ in range(times):
+            rollout()
+        return times * rollout.num_steps * len(rollout.item.x0)
 
     return work
 

@@ -3,14 +3,16 @@
     python -m benchmarks.train_step [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
 A plain denoising step in one process: forward, flow and capacity losses, backward, clipping, AdamW (fused), the average
-of the weights, and the thresholds. In bf16 the optimizer holds float32 weights, as the engine does. Before timing the
-gradients of both are compared. In `train_step.diffmoe` the steps differ in nothing but the form of the MoE layers; in
-`train_step.published` the reference also updates as published DiT code does: AdamW as torch has it by default, and one
-parameter after the other averaged.
+of the weights, and the thresholds. In bf16 the optimizer holds float32 weights, as the engine does. The reference is a
+step of KwaiVGI/DiffMoE's train.py: its MoE layers, AdamW as torch has it by default, and the average one parameter
+after the other (`benchmarks/published.py` says how they run in bf16). Before timing the gradients of both are compared.
+In `train_step.layers` the reference updates as ours does, so that only the MoE layers differ; in `train_step.engine`
+ours is what a run does: the same step of the ZeRO-3 engine, which in one process copies what it would send.
 """
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,16 +20,30 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from benchmarks.harness import Case, Goals, Options, main
-from benchmarks.published import assert_close, gradients, published_model, stacked
-from sharpmoe.config import ModelConfig
+from benchmarks.published import (
+    THRESHOLD_DECAY,
+    assert_close,
+    gradients,
+    published_model,
+    stacked,
+)
+from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.flow import interpolate, velocity_target
 from sharpmoe.losses import capacity, flow_matching
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
 from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
 from sharpmoe.moe.routing import Routing
+from sharpmoe.parallel import launch
+from sharpmoe.parallel.ds_config import resolve_ds_config
+from sharpmoe.parallel.engine import Engine
+from sharpmoe.rollout import Item
+from sharpmoe.train.ema import ShardEma
+from sharpmoe.train.objective import Objective
+from sharpmoe.train.step import train_step
 
-CAPACITY_WEIGHT, CLIP, EMA, THRESHOLD_DECAY = 0.01, 1.0, 0.9999, 0.95
+ZERO3 = Path(__file__).resolve().parents[1] / "configs" / "zero3.json"
+CAPACITY_WEIGHT, LR, CLIP, EMA = 0.01, 1e-4, 1.0, 0.9999
 TOLERANCE = {"fp32": 1e-4, "bf16": 8e-2}  # of gradients, against the largest magnitude of each
 RATIO = {"cpu": 1.05, "cuda": 1.5}
 
@@ -54,25 +70,46 @@ SIZES = {"cpu": [Size("s", 4, 8), Size("b", 2, 8)], "cuda": [Size("l", 24, 64)]}
 
 def cases(options: Options) -> Iterator[Case]:
     """All cases."""
-    sizes = SIZES[options.device.type]
-    for size in sizes:
-        yield train_step(size.config(), size.images, f"diffmoe_{size}", options)
-    yield train_step(sizes[0].config(), sizes[0].images, f"published_{sizes[0]}", options, PublishedUpdate)
+    for build in (published_step, layers, engine_step):
+        for size in SIZES[options.device.type]:
+            yield build(size.config(), size.images, str(size), options)
 
 
-def train_step(
-    config: ModelConfig, images: int, name: str, options: Options, reference: "type[Step] | None" = None
-) -> Case:
-    """Both steps; `reference` says how the published one updates, otherwise as ours."""
+def published_step(config: ModelConfig, images: int, size: str, options: Options) -> Case:
+    """A whole step against a whole published one."""
+    return _against(PublishedStep, f"diffmoe_{size}", config, images, options, Goals(RATIO[options.device.type]))
+
+
+def layers(config: ModelConfig, images: int, size: str, options: Options) -> Case:
+    """Only the MoE layers are in the published form."""
+    return _against(PublishedLayers, f"layers_{size}", config, images, options, Goals())
+
+
+def engine_step(config: ModelConfig, images: int, size: str, options: Options) -> Case:
+    """The engine's step against a whole published one."""
     model = make_model(config, options)
-    ours, theirs = Step(model, images, options), (reference or Step)(published_model(model), images, options)
+    theirs = PublishedStep(published_model(model), images, options)
+    ours = EngineStep(model, theirs, options)
+
+    def check() -> None:
+        expected = torch.stack([gradient.double().norm() for gradient in theirs.gradients().values()]).norm().item()
+        norm = ours.norm()
+        assert abs(norm / expected - 1) < TOLERANCE[options.precision], (norm, expected)
+
+    return Case(f"train_step.engine_{size}", ours, theirs, None, Goals(), check)
+
+
+def _against(
+    published: "type[Step]", name: str, config: ModelConfig, images: int, options: Options, goals: Goals
+) -> Case:
+    model = make_model(config, options)
+    ours, theirs = Step(model, images, options), published(published_model(model), images, options)
 
     def check() -> None:
         got, expected = (stacked(step.gradients()) for step in (ours, theirs))
         assert_close(got, expected, TOLERANCE[options.precision])
 
     facts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    goals = Goals(RATIO[options.device.type])
     return Case(f"train_step.{name}", ours, theirs, None, goals, check, facts)
 
 
@@ -101,8 +138,10 @@ class Step:
         self.parameters: list[Tensor] = list(model.parameters())
         # In float32 they lie in the same memory as the parameters.
         self.masters: list[Tensor] = [Parameter(parameter.detach().float()) for parameter in self.parameters]
+        pairs = zip(self.parameters, self.masters, strict=True)
+        self.rounded = [pair for pair in pairs if pair[0].dtype != pair[1].dtype]
         self.average = [master.detach().clone() for master in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, weight_decay=0.0, fused=self.fused)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=LR, weight_decay=0.0, fused=self.fused)
         self.layers = [block.moe for block in model.blocks if block.moe is not None]
         self.thresholds = [torch.zeros(config.num_experts, device=options.device) for _ in self.layers]
 
@@ -127,9 +166,13 @@ class Step:
             master.grad = None if parameter.grad is None else parameter.grad.float()
         torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
         self.optimizer.step()
-        if self.masters[0].dtype != self.parameters[0].dtype:
-            torch._foreach_copy_(self.parameters, self.masters)
+        if self.rounded:
+            torch._foreach_copy_([pair[0] for pair in self.rounded], [pair[1] for pair in self.rounded])
         self.move_average()
+        self.move_thresholds(routing)
+
+    def move_thresholds(self, routing: tuple[Routing, ...]) -> None:
+        """Of all layers at once."""
         predicted = [record.capacity_logits for record in routing if record.capacity_logits is not None]
         candidates = threshold_candidates(predicted, self.model.config.capacity)
         update_thresholds(self.thresholds, candidates, THRESHOLD_DECAY)
@@ -144,8 +187,15 @@ class Step:
         return gradients(self.model)
 
 
-class PublishedUpdate(Step):
-    """The update of published DiT code."""
+class PublishedLayers(Step):
+    """A step whose MoE layers move their thresholds themselves."""
+
+    def move_thresholds(self, routing: tuple[Routing, ...]) -> None:
+        """Done in the forward."""
+
+
+class PublishedStep(PublishedLayers):
+    """The update of published DiT code, too."""
 
     fused = None  # torch's default: one kernel per operation, not per update
 
@@ -153,6 +203,39 @@ class PublishedUpdate(Step):
         """One parameter after the other."""
         for average, master in zip(self.average, self.masters, strict=True):
             average.mul_(EMA).add_(master, alpha=1 - EMA)
+
+
+class EngineStep:
+    """What a run does at every step, on the batch of another."""
+
+    def __init__(self, model: DiT, given: Step, options: Options) -> None:
+        images, world = len(given.x0), launch.start()
+        run = RunConfig.model_validate(
+            {
+                "output": "none",
+                "stage": "pretrain",
+                "model": model.config.model_dump(),
+                "data": {"shards": "none"},
+                "loss": {"capacity_weight": CAPACITY_WEIGHT},
+                "optim": {"lr": LR, "clip_norm": CLIP, "ema_decay": EMA, "threshold_decay": THRESHOLD_DECAY},
+                "train": {"global_batch": images, "micro_batch": images, "precision": options.precision},
+            }
+        )
+        self.objective = Objective(model, run)
+        self.engine = Engine(self.objective, run, resolve_ds_config(ZERO3, run, world.size), world)
+        self.average = ShardEma(self.engine, EMA)
+        self.item = Item(given.x0, given.x1, given.t.unsqueeze(0), given.condition, torch.zeros(images, 1))
+        self.taken = 0
+
+    def __call__(self) -> int:
+        self.norm()
+        return 1
+
+    def norm(self) -> float:
+        """One step; the norm of its gradient before clipping."""
+        result = train_step(self.engine, self.objective, self.average, [self.item], self.taken, with_routing=False)
+        self.taken += 1
+        return result.grad_norm
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Benchmarks of layer, block and step at toy size: outcomes agree, every way runs, and a difference is noticed."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -13,10 +15,10 @@ OPTIONS = [Options(torch.device("cpu"), torch.float32, "fp32"), Options(torch.de
 TOY = Size("tiny", 4, 1)
 
 
-def toy_step(options: Options, reference: type[train_step.Step] | None = None) -> Case:
+def toy_step(options: Options, build: Callable[..., Case]) -> Case:
     fields = {"width": 32, "depth": 2, "num_heads": 2, "num_experts": 4, "latent_size": 8, "saliency_router": False}
     config = ModelConfig.model_validate(fields | {"conditioning": "class", "num_classes": 3})
-    return train_step.train_step(config, 2, "toy", options, reference)
+    return build(config, 2, "toy", options)
 
 
 CASES = {
@@ -24,8 +26,9 @@ CASES = {
     "ec": lambda options: moe_layer.expert_choice_layer(TOY, options),
     "dispatch": lambda options: moe_layer.dispatch(TOY, options),
     "block": lambda options: block.block(TOY, options),
-    "step": toy_step,
-    "published step": lambda options: toy_step(options, train_step.PublishedUpdate),
+    "step": lambda options: toy_step(options, train_step.published_step),
+    "layers of a step": lambda options: toy_step(options, train_step.layers),
+    "engine's step": lambda options: toy_step(options, train_step.engine_step),
 }
 
 
@@ -62,7 +65,7 @@ def test_a_difference_is_noticed() -> None:
 
 
 def test_both_updates_do_the_same() -> None:
-    case = toy_step(OPTIONS[0], train_step.PublishedUpdate)
+    case = toy_step(OPTIONS[0], train_step.published_step)
     for _ in range(3):
         case.ours(), case.reference()
     for name in ("masters", "average"):
