@@ -6,6 +6,7 @@ and its buffer of answers are float32, and every call casts every weight.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ Named = dict[str, Tensor]
 THRESHOLD_DECAY = 0.95
 
 
-class Published(nn.Module):
+class Published(nn.Module, ABC):
     """A layer in a published form, made of one of ours: float32, its products by autocast in the dtype of ours."""
 
     def __init__(self, layer: MoELayer) -> None:
@@ -36,9 +37,9 @@ class Published(nn.Module):
             y, record = self.serve(h.float(), scores)
         return y.to(h.dtype), record
 
+    @abstractmethod
     def serve(self, h: Tensor, scores: Tensor) -> tuple[Tensor, Routing | None]:
         """The same in float32, given the scores (B, N, E) of all tokens."""
-        raise NotImplementedError
 
 
 class PublishedDiffMoE(Published):
