@@ -7,6 +7,9 @@ move. `benchmarks/published.py` says what the published form does, in bf16 too. 
 products have as many FLOPs as all of the layer's, router and predictor included, in the given precision. `routed` is
 the experts' share of those FLOPs. Names end in the size (width of DiT-S, B, L), the number of experts and the tokens of
 a call; published models are S with 16 experts (KwaiVGI/DiffMoE), B and L with 8 (ali-vilab/ProMoE) and with 16.
+
+`bound` cases put the layer's matrix products and activations alone in the place of ours: by so much at most a layer of
+these products could be faster than the published one, and so near at most it could come to the dense one.
 """
 
 import sys
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gemms import bare, gemms_of
 from benchmarks.harness import Case, Goals, Options, Work, main
 from benchmarks.published import (
     THRESHOLD_DECAY,
@@ -28,9 +32,10 @@ from benchmarks.published import (
     stacked,
 )
 from sharpmoe.config import ModelConfig
+from sharpmoe.model.flops import Product
 from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
 from sharpmoe.moe.dispatch import LocalDispatcher
-from sharpmoe.moe.experts import Experts, Mlp
+from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import Routing, expert_choice, tokens_per_expert
 
@@ -74,6 +79,8 @@ def cases(options: Options) -> Iterator[Case]:
     kind = options.device.type
     for size in DIFFMOE[kind]:
         yield diffmoe(size, options)
+    for size in DIFFMOE[kind]:
+        yield bound(size, options)
     for size in EXPERT_CHOICE[kind]:
         yield expert_choice_layer(size, options)
     for size in EXPERT_CHOICE[kind]:
@@ -93,6 +100,47 @@ def expert_choice_layer(size: Size, options: Options) -> Case:
     layer = make_layer(size.config("ec"), options)
     goals = Goals(None, OF_LIMIT[options.device.type])
     return _against(f"moe_layer.ec_{size}", layer, OneHotExpertChoice(layer), size, options, goals)
+
+
+def bound(size: Size, options: Options) -> Case:
+    """What a layer of DiffMoE cannot do without, in the place of ours."""
+    layer = make_layer(size.config("diffmoe"), options)
+    case = _against(f"moe_layer.bound_{size}", layer, PublishedDiffMoE(layer), size, options, Goals())
+    alone = Bare(layer.config, size, options)
+
+    def check() -> None:
+        assert flops(alone) == round(case.facts["gflop"] * 1e9)
+
+    return case._replace(ours=alone, check=check)
+
+
+class Bare:
+    """Products and activations of a DiffMoE layer, forward and backward, on operands that are there."""
+
+    def __init__(self, config: ModelConfig, size: Size, options: Options) -> None:
+        tokens = size.images * TOKENS
+        width, inner, experts = config.width, config.expert_width, config.num_experts
+        rows = experts * tokens_per_expert(tokens, experts, config.capacity)
+        done = [
+            Product("routed", 1, rows, width, inner),
+            Product("routed", 1, rows, inner, width),
+            Product("router", 1, tokens, width, experts),
+            Product("router", 1, tokens, width, width, gradients=1),
+            Product("router", 1, tokens, width, experts),
+        ]
+        routed, router = ([each for each in done if each.part == part] for part in ("routed", "router"))
+        self.products = bare(gemms_of(routed, experts), options)
+        in_float32 = options._replace(dtype=torch.promote_types(options.dtype, torch.float32))
+        self.router = bare(gemms_of(router, experts), in_float32)
+        self.inner, self.d_inner = torch.randn(2, rows, inner, device=options.device, dtype=options.dtype)
+
+    def __call__(self) -> int:
+        """Run it once."""
+        self.products()
+        self.router()
+        gelu_tanh(self.inner)
+        torch.ops.aten.gelu_backward(self.d_inner, self.inner, approximate="tanh")
+        return 1
 
 
 def make_layer(config: ModelConfig, options: Options) -> MoELayer:

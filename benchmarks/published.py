@@ -45,8 +45,9 @@ class Published(nn.Module, ABC):
 class PublishedDiffMoE(Published):
     """DiffMoE (arXiv 2503.14487; KwaiVGI/DiffMoE): every expert is a module and takes its top-k tokens of the batch.
 
-    The gated answers are scattered into a buffer of experts x tokens x width, which is summed over experts. In training
-    a forward also moves the thresholds, expert by expert.
+    Its rows are picked from the stack of all by index, so that each expert's backward makes a gradient as large as the
+    stack. The gated answers are scattered into a buffer of experts x tokens x width, which is summed over experts. In
+    training a forward also moves the thresholds, expert by expert.
     """
 
     expert_threshold: Tensor
@@ -66,10 +67,12 @@ class PublishedDiffMoE(Published):
         tokens, num_experts = pool.shape
         gates, index = pool.t().topk(tokens_per_expert(tokens, num_experts, self.config.capacity), dim=-1)
         taken = flat[index]  # (E, k, D)
-        answers = torch.stack([expert(rows) for expert, rows in zip(self.experts, taken, strict=True)])
-        answers = answers * gates.unsqueeze(-1)
-        buffer = answers.new_zeros(num_experts, *flat.shape)
-        y = buffer.scatter(1, index.unsqueeze(-1).expand_as(answers), answers).sum(0)
+        answers = torch.stack([expert(taken[number]) for number, expert in enumerate(self.experts)])
+        answers = (answers * gates.unsqueeze(-1)).flatten(0, 1)
+        first = torch.arange(num_experts, device=index.device).unsqueeze(1) * tokens  # row of each expert's first token
+        rows = (index + first).view(-1, 1).expand_as(answers)
+        buffer = answers.new_zeros(num_experts * tokens, flat.shape[1])
+        y = buffer.scatter(0, rows, answers).view(num_experts, *flat.shape).sum(0)
         self._move_thresholds(capacity_logits.detach().flatten(0, 1).sigmoid(), index.shape[1])
         chosen = torch.zeros_like(pool.t(), dtype=torch.bool).scatter(1, index, True).t().view(scores.shape)
         nothing = scores.new_empty(0)  # fields that neither this form nor its losses know

@@ -23,6 +23,7 @@ def toy_step(options: Options, build: Callable[..., Case]) -> Case:
 
 CASES = {
     "diffmoe": lambda options: moe_layer.diffmoe(TOY, options),
+    "bound": lambda options: moe_layer.bound(TOY, options),
     "ec": lambda options: moe_layer.expert_choice_layer(TOY, options),
     "dispatch": lambda options: moe_layer.dispatch(TOY, options),
     "block": lambda options: block.block(TOY, options),

@@ -8,7 +8,7 @@ from benchmarks.harness import Case, Options
 from benchmarks.rollout import STEPS, Size
 
 CPU = torch.device("cpu")
-TOY = Size({"width": 24, "depth": 2, "num_heads": 2, "latent_size": 8, "num_experts": 4, "num_classes": 5}, 4)
+TOY = Size("toy", {"width": 24, "depth": 2, "num_heads": 2, "latent_size": 8, "num_experts": 4, "num_classes": 5}, 4)
 # Model calls with a graph and without one.
 CALLS = {
     "plain": (STEPS, 0),
@@ -24,11 +24,11 @@ CALLS = {
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def cases(request: pytest.FixtureRequest) -> dict[str, Case]:
     dtype = torch.bfloat16 if request.param == "bf16" else torch.float32
-    return {case.name: case for case in rollout.cases(Options(CPU, dtype, request.param), TOY)}
+    return {case.name: case for case in rollout.cases_of(TOY, Options(CPU, dtype, request.param))}
 
 
 def test_forward_calls_and_graphs(cases: dict[str, Case]) -> None:
-    facts = {name.removeprefix("rollout."): case.facts for name, case in cases.items()}
+    facts = {name.removeprefix("rollout.toy_"): case.facts for name, case in cases.items()}
     assert {name: (f["forwards"], f["forwards_without_graph"]) for name, f in facts.items()} == CALLS
     kept = {name: f["of_a_step"] for name, f in facts.items()}
     assert max(kept["two_pass"], kept["hybrid_1"]) <= 1.05

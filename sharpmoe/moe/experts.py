@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharpmoe.moe.products import Equal, Layout, Split, grouped, product
+from sharpmoe.moe.products import Equal, Layout, Split, grouped, product, widens
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -86,12 +86,15 @@ class Experts(nn.Module):
         return product(gelu_tanh(product(rows, self.w1, b1, layout)), self.w2, b2, layout)
 
     def _layout(self, rows: Tensor, counts: Tensor | int) -> Layout:
+        widened = widens(rows)
         if isinstance(counts, int):
-            return Equal(self.num_experts, counts)
+            return Split((counts,) * self.num_experts, widened) if widened else Equal(self.num_experts, counts)
         if self._grouped_applies(rows):
             return grouped(counts, rows)
         sizes = tuple(counts.tolist())
-        return Equal(self.num_experts, sizes[0]) if len(set(sizes)) == 1 else Split(sizes)
+        if widened or len(set(sizes)) > 1:
+            return Split(sizes, widened)
+        return Equal(self.num_experts, sizes[0])
 
     def _grouped_applies(self, rows: Tensor) -> bool:
         """Whether the grouped product is the way: on CUDA in bf16, with row strides of 16 bytes.

@@ -7,12 +7,16 @@ view would hold the gathered weight until backward; and a stacked weight is neve
 full-size zero gradient per expert.
 """
 
+import os
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+# MKL takes up to 1.3 times as long for few rows and a long contraction in one piece (docs/design/0007-moe-compute.md).
+_FEW_ROWS, _PART = 128, 256
 
 
 class Layout(Protocol):
@@ -49,7 +53,13 @@ class Equal(NamedTuple):
 
     def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """See `Layout`."""
-        return torch.bmm(self._batched(gradient), weight).view(len(gradient), weight.shape[2])
+        left, inner = self._batched(gradient), weight.shape[1]
+        in_parts = gradient.device.type == "cpu" and gradient.element_size() >= 4 and self.each <= _FEW_ROWS
+        part = _PART if in_parts else inner
+        out = torch.bmm(left[:, :, :part], weight[:, :part])
+        for at in range(part, inner, part):
+            torch.baddbmm(out, left[:, :, at : at + part], weight[:, at : at + part], out=out)
+        return out.view(len(gradient), weight.shape[2])
 
     def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """See `Layout`."""
@@ -88,38 +98,62 @@ class Grouped(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Counts are known on the host: one product per expert, written where it belongs."""
+    """Counts are known on the host: one product per expert, written where it belongs.
+
+    widened: operands are copied to float32, an expert at a time, and each outcome is rounded once.
+    """
 
     sizes: tuple[int, ...]
+    widened: bool = False
 
     def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Layout`."""
         out = rows.new_empty(len(rows), weight.shape[1])
         parts = zip(out.split(self.sizes), rows.split(self.sizes), weight, strict=True)
         for expert, (target, part, matrix) in enumerate(parts):
-            if bias is None:
-                torch.mm(part, matrix.t(), out=target)
-            else:
-                torch.addmm(bias[expert], part, matrix.t(), out=target)
+            self._multiply(part, matrix.t(), target, None if bias is None else bias[expert])
         return out
 
     def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """See `Layout`."""
         out = gradient.new_empty(len(gradient), weight.shape[2])
         for target, part, matrix in zip(out.split(self.sizes), gradient.split(self.sizes), weight, strict=True):
-            torch.mm(part, matrix, out=target)
+            self._multiply(part, matrix, target)
         return out
 
     def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """See `Layout`."""
         out = gradient.new_empty(len(self.sizes), gradient.shape[1], rows.shape[1])
         for target, left, right in zip(out, gradient.split(self.sizes), rows.split(self.sizes), strict=True):
-            torch.mm(left.t(), right, out=target)
+            self._multiply(left.t(), right, target)
         return out
 
     def sums(self, gradient: Tensor) -> Tensor:
         """See `Layout`."""
         return torch.stack([part.sum(0) for part in gradient.split(self.sizes)])
+
+    def _multiply(self, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+        if self.widened:
+            wide = torch.mm(left.float(), right.float())
+            out.copy_(wide if bias is None else wide.add_(bias))
+        elif bias is None:
+            torch.mm(left, right, out=out)
+        else:
+            torch.addmm(bias, left, right, out=out)
+
+
+def widens(rows: Tensor) -> bool:
+    """Whether products of such rows are better made in float32: in bf16 or fp16 on a CPU, unless it has tiles for them.
+
+    Without AMX oneDNN's bf16 products run at half of the float32 rate where the CPU has instructions for them, at a
+    quarter where it has not, and their outcome is no different: both sum in float32.
+    """
+    return rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16) and not _amx_in_use()
+
+
+def _amx_in_use() -> bool:
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # `sharpmoe.parallel.launch` sets it
+    return torch.cpu._is_amx_tile_supported() and (most in ("", "ALL", "DEFAULT") or "AMX" in most)
 
 
 def grouped(counts: Tensor, rows: Tensor) -> Grouped:

@@ -1,9 +1,15 @@
 """Stacked experts: every way of computing them against a dense reference, values and gradients."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from sharpmoe.moe import products
 from sharpmoe.moe.experts import Experts
 from sharpmoe.moe.products import Equal, Layout, Split, grouped
 from tests.moe.dense import dense_experts, stacked_weights
@@ -19,6 +25,7 @@ COUNTS = {
 }
 # "counts": as forward chooses on this machine; "grouped": what it chooses on CUDA in bf16. grouped_mm knows no float64.
 WAYS = [("counts", dtype) for dtype in TOLERANCE] + [("grouped", torch.float32), ("grouped", torch.bfloat16)]
+WAYS += [("tiles", torch.bfloat16)]  # as forward chooses where a CPU has them
 
 
 def experts_of(kind: str, dtype: torch.dtype) -> Experts:
@@ -48,7 +55,11 @@ def worst(got: list[Tensor], expected: list[Tensor]) -> float:
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize(("way", "dtype"), WAYS, ids=str)
-def test_experts_equal_the_dense_reference(way: str, counts: list[int], dtype: torch.dtype, kind: str) -> None:
+def test_experts_equal_the_dense_reference(
+    way: str, counts: list[int], dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "tiles":
+        monkeypatch.setattr(products, "_amx_in_use", lambda: True)
     rows, weight, one_hot = rows_of(counts)
     weights = [w.requires_grad_() for w in stacked_weights(4, WIDTH, HIDDEN, kind)]
     expected = dense_experts(rows.requires_grad_(), one_hot, weights, kind)
@@ -104,6 +115,85 @@ def test_backward_reads_the_weights_as_they_are_then(layout: Layout | str) -> No
         y.backward(torch.ones_like(y))
         gradients.append(x.grad)
     torch.testing.assert_close(gradients[1], 4 * gradients[0], rtol=1e-6, atol=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtype of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.dtypes.append(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("counts", [3, torch.tensor([5, 1, 0, 6]), torch.tensor([3, 3, 3, 3])], ids=str)
+@pytest.mark.parametrize(("tiles", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_half_precision_is_multiplied_in_float32_on_a_cpu_without_tiles(
+    tiles: bool, expected: torch.dtype, counts: Tensor | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_amx_in_use", lambda: tiles)
+    experts, rows = experts_of("gelu", torch.bfloat16), rows_of([3, 3, 3, 3])[0].bfloat16().requires_grad_()
+    with Products() as noted:
+        experts(rows, counts).sum().backward()
+    assert len(noted.dtypes) >= 6
+    assert set(noted.dtypes) == {expected}
+    assert {p.grad.dtype for p in experts.parameters()} == {rows.grad.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("each", [2, 129])
+@pytest.mark.parametrize("inner", [256, 257, 700])
+def test_rows_gradients_of_a_long_contraction(each: int, inner: int) -> None:
+    """Few rows are multiplied in parts on a CPU."""
+    g = torch.Generator().manual_seed(0)
+    gradient, weight = (torch.randn(*shape, generator=g).double() for shape in ((3 * each, inner), (3, inner, 5)))
+    expected = torch.einsum("epf,efd->epd", gradient.view(3, each, inner), weight).flatten(0, 1)
+    with FlopCounterMode(display=False) as counter:
+        got = Equal(3, each).back(gradient, weight)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert counter.get_total_flops() == 2 * 3 * each * inner * 5
+
+
+def test_a_widened_product_is_rounded_once() -> None:
+    """To the nearest bf16 of the exact outcome, whose mantissa has 8 bits."""
+    experts, rows = experts_of("gelu", torch.bfloat16), rows_of([5, 1, 0, 6])[0].bfloat16()
+    layout, bias = Split((5, 1, 0, 6), widened=True), experts.w3[:, 0, :HIDDEN].detach()
+    weight, gradient = experts.w1.detach(), torch.randn(12, HIDDEN).bfloat16()
+    exact = Split((5, 1, 0, 6))
+    for got, expected in (
+        (layout.times(rows, weight, bias), exact.times(rows.double(), weight.double(), bias.double())),
+        (layout.back(gradient, weight), exact.back(gradient.double(), weight.double())),
+        (layout.outer(gradient, rows), exact.outer(gradient.double(), rows.double())),
+    ):
+        assert ((got.double() - expected).abs() <= expected.abs() / 2**8 + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("supported", "most", "expected"),
+    [
+        (True, None, True),
+        (True, "AVX512_CORE_AMX", True),
+        (True, "default", True),
+        (True, "AVX512_CORE_FP16", False),  # what the launcher sets
+        (False, None, False),
+    ],
+)
+def test_tiles_are_those_that_onednn_may_use(
+    supported: bool, most: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supported)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    rows = torch.ones(2, 3, dtype=torch.bfloat16)
+    assert products.widens(rows) is not expected
+    assert not products.widens(rows.float())
 
 
 @pytest.mark.gpu
