@@ -4,7 +4,8 @@
 
 `backward` is forward, losses and backward of a plain denoising step, `step` a whole one (`benchmarks.train_step`),
 `guided` the same of a model with saliency routers, under a guidance latent. The limit has their model FLOPs
-(`sharpmoe.model.flops`) and nothing else, all in the given precision, also those of the routers, which are float32.
+(`sharpmoe.model.flops`) and nothing else, all in the given precision, also those of the routers, which are float32, and
+of experts, which on a CPU without AMX multiply bf16 in float32, faster than the limit does.
 
 On the CPU the model has L/2's width, heads, tokens and experts, but only `DEPTHS["cpu"]` blocks. The update costs the
 same for any batch; it weighs more here than in a run, whose steps have ten times these forwards and backwards.

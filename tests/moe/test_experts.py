@@ -135,7 +135,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("counts", [3, torch.tensor([5, 1, 0, 6]), torch.tensor([3, 3, 3, 3])], ids=str)
 @pytest.mark.parametrize(("tiles", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_half_precision_is_multiplied_in_float32_on_a_cpu_without_tiles(
+def test_bf16_is_multiplied_in_float32_on_a_cpu_without_tiles(
     tiles: bool, expected: torch.dtype, counts: Tensor | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_amx_in_use", lambda: tiles)
@@ -194,6 +194,7 @@ def test_tiles_are_those_that_onednn_may_use(
     rows = torch.ones(2, 3, dtype=torch.bfloat16)
     assert products.widens(rows) is not expected
     assert not products.widens(rows.float())
+    assert not products.widens(rows.half())
 
 
 @pytest.mark.gpu
