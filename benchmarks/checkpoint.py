@@ -21,16 +21,16 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Options, Work, main
 from benchmarks.optimizer import ZERO3, run_for
+from sharpmoe.checkpoint import load, manifest
+from sharpmoe.checkpoint.manifest import Progress
+from sharpmoe.checkpoint.save import Facts, Saver
+from sharpmoe.checkpoint.snapshot import Contents
 from sharpmoe.config import CheckpointConfig
 from sharpmoe.model.dit import DiT
-from sharpmoe.parallel import launch
-from sharpmoe.parallel.ds_config import resolve_ds_config
-from sharpmoe.parallel.engine import Engine, make_states
-from sharpmoe.train import checkpoint, manifest
-from sharpmoe.train.ema import ShardEma
-from sharpmoe.train.manifest import Progress
-from sharpmoe.train.saving import Facts, Saver
-from sharpmoe.train.snapshot import Contents
+from sharpmoe.parallel.ranks import launch
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.parallel.zero.ema import ShardEma
+from sharpmoe.parallel.zero.engine import Engine, make_states
 
 _MODEL = {"width": 128, "depth": 6, "num_heads": 4, "num_experts": 8}
 
@@ -44,10 +44,10 @@ def cases(folder: Path, options: Options, fields: dict[str, object] | None = Non
     size = sum(file.stat().st_size for file in writer.saved.rglob("*") if file.is_file())
     rates = {"bytes": float(size)}
     write, read = partial(write_bytes, folder / "plain", size), partial(read_bytes, folder / "plain")
-    yield Case("checkpoint.save", once(writer.save), once(plain.save), once(write), rates=rates)
-    yield Case("checkpoint.verify", once(lambda: manifest.verify(writer.saved)), limit=once(read), rates=rates)
+    yield Case("load.save", once(writer.save), once(plain.save), once(write), rates=rates)
+    yield Case("load.verify", once(lambda: manifest.verify(writer.saved)), limit=once(read), rates=rates)
     check = partial(check_round_trip, contents, writer)
-    yield Case("checkpoint.verify_and_load", once(writer.load), once(plain.load), once(read), check=check, rates=rates)
+    yield Case("load.verify_and_load", once(writer.load), once(plain.load), once(read), check=check, rates=rates)
 
 
 def make_contents(fields: dict[str, object], options: Options) -> Contents:
@@ -69,7 +69,7 @@ class Ours:
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.contents, self.saved = contents, folder
         run = run_for({}, Options(torch.device("cpu"), torch.float32, "fp32"))
-        facts = Facts(checkpoint.layout_of(run, "none"), {})
+        facts = Facts(load.layout_of(run, "none"), {})
         self.saver = Saver(folder / "ours", facts, contents, CheckpointConfig(asynchronous=False))
 
     def save(self) -> None:
@@ -78,7 +78,7 @@ class Ours:
 
     def load(self) -> None:
         """Verify every file and fill the engine."""
-        checkpoint.load(manifest.verify(self.saved), self.contents)
+        load.load(manifest.verify(self.saved), self.contents)
 
 
 class Plain:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Goals, Options, main
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
-from sharpmoe.parallel import launch
-from sharpmoe.parallel.ds_config import resolve_ds_config
-from sharpmoe.parallel.engine import Engine
-from sharpmoe.parallel.launch import World
-from sharpmoe.train.ema import ShardEma
+from sharpmoe.parallel.ranks import launch
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.parallel.zero.ema import ShardEma
+from sharpmoe.parallel.zero.engine import Engine
 
 ZERO3 = Path(__file__).resolve().parents[1] / "configs" / "zero3.json"
 _LR, _CLIP, _DECAY, _GRADIENT = 1e-4, 1.0, 0.9999, 1e-2

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from sharpmoe.checkpoint.manifest import Progress
+from sharpmoe.checkpoint.save import Outcome
 from sharpmoe.config_io import load_run_config
-from sharpmoe.parallel import launch
-from sharpmoe.parallel.ds_config import resolve_ds_config
+from sharpmoe.parallel.ranks import launch
+from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.train import loop
-from sharpmoe.train.manifest import Progress
-from sharpmoe.train.plan import initial_model, make_plan
-from sharpmoe.train.saving import Outcome
 from sharpmoe.train.session import Session, open_session
+from sharpmoe.train.setup import initial_model, make_plan
 
 
 class Took(NamedTuple):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sharpmoe.train import manifest
+from sharpmoe.checkpoint import manifest
 from sharpmoe.train.runlog import read_log
 from tests.launcher.ranks import ranks_of
 

@@ -34,11 +34,11 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
 from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
 from sharpmoe.moe.routing import Routing
-from sharpmoe.parallel import launch
-from sharpmoe.parallel.ds_config import resolve_ds_config
-from sharpmoe.parallel.engine import Engine
+from sharpmoe.parallel.ranks import launch
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.parallel.zero.ema import ShardEma
+from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import Item
-from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.step import train_step
 

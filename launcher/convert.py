@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.model.attach import extend_to_text
-from sharpmoe.model.pretrained import load_model, read_pretrained, save_weights
-from sharpmoe.model.published import FAMILIES, NAMES, to_published
+from sharpmoe.model.published.names import FAMILIES, NAMES, to_published
+from sharpmoe.model.weights import load_model, read_pretrained, save_weights
 from sharpmoe.report.runs import find_source
 
 

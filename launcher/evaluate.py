@@ -11,7 +11,7 @@ from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import DataConfig
 from sharpmoe.errors import ConfigError, SharpMoEError
 from sharpmoe.evaluation import allocation
-from sharpmoe.model.pretrained import load_model
+from sharpmoe.model.weights import load_model
 from sharpmoe.report import samples, sheets
 from sharpmoe.report.runs import Source, find_source
 

@@ -9,7 +9,7 @@ import torch
 
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import read_weights, save_weights, stored_as
+from sharpmoe.model.weights import read_weights, save_weights, stored_as
 from sharpmoe.report.runs import find_source
 
 

@@ -1,7 +1,7 @@
 """Run a command with SIGTERM and SIGUSR1 held back: `python launcher/hold_signals.py COMMAND ...`.
 
-They reach those of its processes that ask for them, as the ranks of a run do (sharpmoe.parallel.signals), also where
-they were sent before that; the others, such as torchrun, never see them.
+They reach the processes that listen for them, which the ranks of a run do (sharpmoe/parallel/ranks/signals.py), even
+if they were sent earlier. The other processes, such as torchrun, never see them.
 """
 
 import os

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharpmoe.budget.advice import advise, usable
-from sharpmoe.budget.auto import settle
-from sharpmoe.budget.estimate import Planner
-from sharpmoe.budget.table import as_json, text
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
 from sharpmoe.errors import SharpMoEError
-from sharpmoe.parallel.ds_config import resolve_ds_config
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.planning.advice import advise, usable
+from sharpmoe.planning.auto import settle
+from sharpmoe.planning.estimate import Planner
+from sharpmoe.planning.table import as_json, text
 
 # What --schedule stands for in the run file; keys that go with the schedule that is there are unset.
 _UNSET = ("--rollout.kept_steps=null", "--rollout.segment_steps=1", "--rollout.merged_steps=1")

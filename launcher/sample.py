@@ -16,7 +16,7 @@ from sharpmoe.config import DataConfig, SampleConfig
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.evaluation import adm
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import load_model
+from sharpmoe.model.weights import load_model
 from sharpmoe.report import samples
 from sharpmoe.report.runs import find_source
 

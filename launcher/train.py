@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 
 from launcher.arguments import parse_train_arguments
-from sharpmoe.budget.auto import decide
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import SharpMoEError
-from sharpmoe.parallel import launch, signals
-from sharpmoe.parallel.device_memory import least_memory
-from sharpmoe.parallel.ds_config import resolve_ds_config
+from sharpmoe.parallel.ranks import launch, signals
+from sharpmoe.parallel.ranks.device_memory import least_memory
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.planning.auto import decide
 from sharpmoe.train.loop import train
-from sharpmoe.train.plan import make_plan
 from sharpmoe.train.rehearsal import rehearse
+from sharpmoe.train.setup import make_plan
 
 
 def main(argv: Sequence[str]) -> int:

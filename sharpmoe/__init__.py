@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_DOORS = {"attach": "sharpmoe.model.attach", "load_pretrained": "sharpmoe.model.pretrained"}
+_DOORS = {"attach": "sharpmoe.model.attach", "load_pretrained": "sharpmoe.model.weights"}
 
 
 def __getattr__(name: str) -> Any:

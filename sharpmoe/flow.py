@@ -2,7 +2,7 @@
 
 x_t = (1 - t) x0 + t x1 with x1 ~ N(0, I); the target is v = x1 - x0 and the clean prediction x0_hat = x_t - t v
 (SharpMoE, arXiv 2606.26938, section 3; rectified flow). Checkpoints of other conventions are converted where they are
-loaded (`sharpmoe.model.pretrained`), never here.
+loaded (`sharpmoe.model.weights`), never here.
 A network trained to predict the noise of a DDPM is asked for its velocity here, by equal signal-to-noise ratio.
 """
 

@@ -14,7 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # as the launchers do: AMX is not always there
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # as sharpmoe.parallel.launch, which may come later
+    os.environ.setdefault(
+        "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16"
+    )  # as sharpmoe.parallel.ranks.launch, which may come later
 
 
 def _without_slurm() -> str | None:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from sharpmoe.parallel import launch
+from sharpmoe.parallel.ranks import launch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # What a rank needs takes ten seconds and more to import: DeepSpeed decorates with torch.compile, Megatron-core is big.
 CONTEXT.set_forkserver_preload(
     [
         "sharpmoe.train.loop",
-        "sharpmoe.parallel.megatron",
+        "sharpmoe.parallel.experts.megatron",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "tests.fixtures_data",
     ]

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import checkpoint, optimizer, sampling
 from benchmarks.harness import Case, Options
-from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.ranks.launch import World
 from tests.distributed import run_ranks
 
 ON_CPU = {

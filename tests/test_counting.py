@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import comm
 
-from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.ranks.launch import World
 from tests.counting import Collective, CollectiveCounter
 from tests.distributed import run_ranks
 

@@ -13,7 +13,7 @@ from sharpmoe.model.embed import TextCondition
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import Item, rollout
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.records import StepRecord
+from sharpmoe.train.tally import StepRecord
 
 BATCH, STEPS = 3, 6
 ROUTERS = ("tc", "ec", "diffmoe")

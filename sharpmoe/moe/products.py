@@ -152,7 +152,7 @@ def widens(rows: Tensor) -> bool:
 
 
 def _amx_in_use() -> bool:
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # `sharpmoe.parallel.launch` sets it
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # `sharpmoe.parallel.ranks.launch` sets it
     return torch.cpu._is_amx_tile_supported() and (most in ("", "ALL", "DEFAULT") or "AMX" in most)
 
 

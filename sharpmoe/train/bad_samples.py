@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from data_pipeline.read.damage import Damage, Ledger
-from sharpmoe.parallel.launch import World, gather_objects, sum_over_ranks
-from sharpmoe.train.plan import Plan
+from sharpmoe.parallel.ranks.launch import World, gather_objects, sum_over_ranks
 from sharpmoe.train.runlog import RunLog
+from sharpmoe.train.setup import Plan
 
 LIST_FILE = "damage.jsonl"  # in the run folder: one object per damaged sample or shard
 _SAID = 3  # damaged samples that are printed at a time

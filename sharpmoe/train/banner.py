@@ -5,7 +5,7 @@ import torch
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout
 from sharpmoe.model.dit import DiT, count_parameters
-from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train.provenance import versions
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from data_pipeline.schema import Batch
 from sharpmoe.config import GuardConfig
 from sharpmoe.errors import TrainingError
-from sharpmoe.parallel.launch import World, gather_objects
+from sharpmoe.parallel.ranks.launch import World, gather_objects
 from sharpmoe.rollout import Item
 from sharpmoe.train.runlog import RunLog
 from sharpmoe.train.step import StepResult

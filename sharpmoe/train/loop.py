@@ -8,21 +8,21 @@ from pathlib import Path
 
 from data_pipeline.read.schedule import Start
 from data_pipeline.read.stream import Loaded, stream
+from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.errors import SharpMoEError
-from sharpmoe.parallel import peers
-from sharpmoe.parallel.launch import World, together
-from sharpmoe.parallel.signals import StopAskedError
+from sharpmoe.parallel.ranks import watchdog
+from sharpmoe.parallel.ranks.launch import World, together
+from sharpmoe.parallel.ranks.signals import StopAskedError
 from sharpmoe.train import faults, feed, stopping
 from sharpmoe.train.bad_samples import BadSamples
 from sharpmoe.train.banner import banner
+from sharpmoe.train.flops import ledger, rows_expected
 from sharpmoe.train.guard import Watch
-from sharpmoe.train.ledger import ledger, rows_expected
-from sharpmoe.train.looks import look, look_before
-from sharpmoe.train.manifest import Progress
 from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows_taken
+from sharpmoe.train.monitor import look, look_before
 from sharpmoe.train.peak import peak_tflops
-from sharpmoe.train.plan import Plan, initial_model, settle
 from sharpmoe.train.session import Session, ema_model, open_session, save, tell_saved
+from sharpmoe.train.setup import Plan, initial_model, settle
 from sharpmoe.train.step import StepResult, prepare, train_step
 from sharpmoe.train.stopping import Stopped
 from sharpmoe.train.timetable import Timetable
@@ -33,7 +33,7 @@ def train(plan: Plan, world: World) -> Path:
 
     Communicates. Raises SharpMoEError on every rank; ends the process with exit code 3 where another rank is lost.
     """
-    with peers.watching(world.rank, world.size, plan.run.peers):
+    with watchdog.watching(world.rank, world.size, plan.run.peers):
         return _train(settle(plan, world), world)
 
 
@@ -72,7 +72,7 @@ def _run(session: Session, owed: bool) -> Path:
                 look(session.looks, build, progress.step)
                 looked = True
                 if progress.step < plan.run.train.steps and timetable.due(progress.step):
-                    peers.mark(f"the save of step {progress.step}")
+                    watchdog.mark(f"the save of step {progress.step}")
                     tell_saved(session, session.saver.begin(progress))
                 else:
                     tell_saved(session, session.saver.ended())
@@ -98,7 +98,7 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
     with closing(_batches(session)) as batches:
         for step in range(plan.start.step, run.train.steps):
             began, done = time.monotonic(), step + 1
-            peers.mark(f"step {done}")
+            watchdog.mark(f"step {done}")
             with together(world, heed_signals=True):
                 loaded = next(batches)
                 came = time.monotonic()
@@ -117,7 +117,7 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
 
 def _stop(session: Session, progress: Progress, signal: str, looked: bool) -> Path:
     """Save the state that a signal found, and leave word that the run wants to go on."""
-    peers.mark(f"the save of step {progress.step}")
+    watchdog.mark(f"the save of step {progress.step}")
     folder = save(session, progress)
     if session.log is not None:
         stopping.write(session.plan.folder, Stopped(signal, progress.step, looked))
@@ -127,7 +127,7 @@ def _stop(session: Session, progress: Progress, signal: str, looked: bool) -> Pa
 
 
 def _finish(session: Session, progress: Progress) -> Path:
-    peers.mark(f"the save of step {progress.step}")
+    watchdog.mark(f"the save of step {progress.step}")
     folder = save(session, progress)
     if session.log is not None:
         session.log.say(f"done: {folder}")

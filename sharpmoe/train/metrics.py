@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.routing import Routing, batch_pool, expert_choice, group_limited, race, score_logits, token_choice
-from sharpmoe.train.ledger import Ledger
+from sharpmoe.train.flops import Ledger
 
 TRAINING_SELECTION: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {
     "tc": lambda scores, config: token_choice(scores, config.top_k),

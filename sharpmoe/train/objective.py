@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
-from sharpmoe.parallel.build import Values
+from sharpmoe.parallel.zero.build import Values
 from sharpmoe.rollout import Item
 from sharpmoe.train.local_gradients import LocalGradients
-from sharpmoe.train.records import StepRecord
-from sharpmoe.train.schedules import Job, run_schedule
+from sharpmoe.train.rollout_schedules import Job, run_schedule
+from sharpmoe.train.tally import StepRecord
 
 
 class StepRequest(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT
-from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.ranks.launch import World
 
 _PACKAGES = ("sharpmoe", "torch", "deepspeed", "megatron-core")
 _TO_BE_EXPECTED = ("checkpoint.resume",)  # says where to go on from: never the same twice

@@ -10,11 +10,11 @@ from data_pipeline.safety import scheme_of
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import check_architecture, read_header
-from sharpmoe.parallel.groups import check_ep_size
-from sharpmoe.parallel.launch import World
+from sharpmoe.model.weights import check_architecture, read_header
+from sharpmoe.parallel.experts.groups import check_ep_size
+from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train.banner import banner
-from sharpmoe.train.plan import make_plan
+from sharpmoe.train.setup import make_plan
 
 
 def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> str:

@@ -8,20 +8,21 @@ from typing import NamedTuple
 
 import torch
 
+from sharpmoe.checkpoint import load
+from sharpmoe.checkpoint.manifest import Progress
+from sharpmoe.checkpoint.save import Facts, Outcome, Saver
+from sharpmoe.checkpoint.snapshot import Contents
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.dit import DiT
-from sharpmoe.parallel.engine import Engine
-from sharpmoe.parallel.launch import World, sum_over_ranks, together
-from sharpmoe.train import checkpoint, provenance
-from sharpmoe.train.ema import ShardEma
-from sharpmoe.train.looks import Looks, make_looks
-from sharpmoe.train.manifest import Progress
+from sharpmoe.parallel.ranks.launch import World, sum_over_ranks, together
+from sharpmoe.parallel.zero.ema import ShardEma
+from sharpmoe.parallel.zero.engine import Engine
+from sharpmoe.train import provenance
+from sharpmoe.train.monitor import Looks, make_looks
 from sharpmoe.train.objective import Objective
-from sharpmoe.train.plan import Initial, Plan
 from sharpmoe.train.runlog import RunLog
-from sharpmoe.train.saving import Facts, Outcome, Saver
-from sharpmoe.train.snapshot import Contents
+from sharpmoe.train.setup import Initial, Plan
 
 
 class Session(NamedTuple):
@@ -48,7 +49,7 @@ def open_session(plan: Plan, world: World, initial: Initial) -> Session:
     ema = ShardEma(engine, plan.run.optim.ema_decay)
     contents = Contents(engine, ema, objective.model, plan.data.origin())
     if plan.saved is not None:
-        checkpoint.load(plan.saved, contents)
+        load.load(plan.saved, contents)
     settings = provenance.settings(plan.run, plan.ds_config, world) if world.is_main else {}
     saver = Saver(plan.checkpoints, Facts(plan.layout, settings), contents, plan.run.checkpoint)
     share = Share(world.rank, world.size, lambda table: sum_over_ranks(table, world))

@@ -11,15 +11,15 @@ from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import RunConfig
 from sharpmoe.moe.capacity import update_biases, update_thresholds
-from sharpmoe.parallel.engine import Engine
-from sharpmoe.parallel.launch import sum_over_ranks
+from sharpmoe.parallel.ranks.launch import sum_over_ranks
+from sharpmoe.parallel.zero.ema import ShardEma
+from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import Item
-from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.guard import Verdict, Watch, after, bad_loss, bad_norm
 from sharpmoe.train.items import make_item
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.records import StepRecord
 from sharpmoe.train.schedule import learning_rate
+from sharpmoe.train.tally import StepRecord
 from sharpmoe.train.terms import LossTerms
 
 EmptyText = tuple[Tensor, Tensor, Tensor]

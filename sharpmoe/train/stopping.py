@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from sharpmoe.train import durable
+from sharpmoe import durable
 
 FILE = "stopped.json"
 

@@ -5,7 +5,7 @@ import time
 import torch
 
 from sharpmoe.config import CheckpointConfig
-from sharpmoe.parallel.launch import World, sum_over_ranks
+from sharpmoe.parallel.ranks.launch import World, sum_over_ranks
 
 
 class Timetable:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
-from sharpmoe.parallel.ds_config import OWNED_BY_RUN, REFUSED, REMOVED, SCALARS, SECTIONS
+from sharpmoe.parallel.zero.config import OWNED_BY_RUN, REFUSED, REMOVED, SCALARS, SECTIONS
 
 
 class Recorder(dict):

@@ -1,4 +1,4 @@
-"""What sharpmoe.parallel.megatron leans on inside Megatron-core: an update that moves it fails here, by name."""
+"""What parallel/experts/megatron.py uses of Megatron-core's inner names: an update that moves one fails here."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import pytest
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sharpmoe.parallel.megatron import PortableDispatcher
+from sharpmoe.parallel.experts.megatron import PortableDispatcher
 
 STAGES = {  # in the order of a call -> parameters after self
     "dispatch_preprocess": ["hidden_states", "routing_map", "probs"],

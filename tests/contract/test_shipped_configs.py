@@ -9,8 +9,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import DEFAULT_RUN_CONFIG, dump_run_config, load_run_config
 from sharpmoe.model.dit import DiT, count_parameters
-from sharpmoe.model.pretrained import read_weights
-from sharpmoe.parallel.ds_config import read_ds_json, resolve_ds_config
+from sharpmoe.model.weights import read_weights
+from sharpmoe.parallel.zero.config import read_ds_json, resolve_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))

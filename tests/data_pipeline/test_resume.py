@@ -20,7 +20,7 @@ from data_pipeline.read.mixture import Mixture
 from data_pipeline.read.schedule import Start
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.read.stream import Loaded, stream
-from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.ranks.launch import World
 from tests.distributed import run_ranks
 from tests.memory_shards import Files, make_index, open_files, sha256, write
 

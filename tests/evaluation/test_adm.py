@@ -11,7 +11,7 @@ from launcher.sample import main
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.adm import Batch, balanced_labels, draw_batch, figure_name, to_bytes, write_batch
-from sharpmoe.model.pretrained import save_weights
+from sharpmoe.model.weights import save_weights
 from tests.fixtures_data import make_shards
 from tests.toys import toy_model
 

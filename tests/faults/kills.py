@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from sharpmoe import durable
+from sharpmoe.checkpoint import manifest, retention, save
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import parse_overrides
 from sharpmoe.model.weights_file import WeightsWriter
-from sharpmoe.parallel import launch
-from sharpmoe.train import durable, keeping, loop, manifest, saving
+from sharpmoe.parallel.ranks import launch
+from sharpmoe.train import loop
 from tests.distributed import CONTEXT, free_port
 from tests.fixtures_data import make_shards
 from tests.train.setting import identical, make_run, plan_for
@@ -41,7 +43,7 @@ BOUNDARIES: list[tuple[Any, str]] = [
     (durable, "flush_folder"),
     (durable, "publish_folder"),
     (durable, "remove_folder"),
-    (saving, "write_state"),
+    (save, "write_state"),
     (WeightsWriter, "write"),  # of a tensor: one in _SEVERAL
     (WeightsWriter, "__exit__"),
     (os, "replace"),
@@ -120,7 +122,7 @@ def _rank(rank: int, ranks: int, port: int, run: RunConfig, notes: Path, slow: f
     if slow:
         for owner, name in BOUNDARIES:
             setattr(owner, name, _announced(getattr(owner, name), name, notes / f"saving{rank}", slow))
-        saving.Saver._write = _announced(saving.Saver._write, "save", notes / f"saving{rank}", 0.0)  # type: ignore
+        save.Saver._write = _announced(save.Saver._write, "save", notes / f"saving{rank}", 0.0)  # type: ignore
     _record(notes, rank)
     world = launch.start()
     loop.train(plan_for(run, world), world)
@@ -204,7 +206,7 @@ def _one_run(run: RunConfig, ranks: int, kills: int, reference: Reference, tally
     root = Path(run.output) / run.name / "checkpoints"
     for number in range(4 * kills + 4):
         # A kill between the folder's name and `latest` leaves a whole checkpoint; without a former one, it is taken.
-        saved = next(iter(keeping.newest_first(root)), None)
+        saved = next(iter(retention.newest_first(root)), None)
         expected = str(manifest.read(saved).progress.step) if saved else "0"
         attempt = Attempt(run, ranks, root.parent / "notes" / str(number), SLOW)
         victim = rng.randrange(ranks) if len(tally.kills) < kills else None
@@ -264,7 +266,7 @@ def _inside(lines: Sequence[str]) -> bool:
 
 
 def _unsound(root: Path) -> Iterator[str]:
-    latest = keeping.latest(root)
+    latest = retention.latest(root)
     if latest is None:
         return
     try:
@@ -280,7 +282,7 @@ def _losses(attempt: Attempt) -> dict[str, str]:
 
 def _weights(run: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
     root = Path(run.output) / run.name / "checkpoints"
-    folder = keeping.latest(root)
+    folder = retention.latest(root)
     assert folder is not None
     return {name: load_file(folder / f"{name}.safetensors") for name in ("live", "ema")}
 

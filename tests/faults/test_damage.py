@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from sharpmoe.checkpoint import load, manifest
+from sharpmoe.checkpoint.snapshot import Contents
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError, SharpMoEError
-from sharpmoe.model.pretrained import load_model
-from sharpmoe.parallel.launch import World
-from sharpmoe.train import checkpoint, loop, manifest
-from sharpmoe.train.plan import initial_model, settle
-from sharpmoe.train.snapshot import Contents
+from sharpmoe.model.weights import load_model
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.train import loop
+from sharpmoe.train.setup import initial_model, settle
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, make_run, plan_for
 
@@ -73,10 +74,10 @@ def test_no_flipped_bit_and_no_cut_is_loaded(root: Path) -> None:
         sound = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.choose(checkpoint.find(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
+            load.choose(load.find(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
         assert NEWER in str(caught.value)
         assert "\n" not in str(caught.value)
-        choice = checkpoint.choose(checkpoint.find(root, "auto"), root, "auto", ALONE)
+        choice = load.choose(load.find(root, "auto"), root, "auto", ALONE)
         assert choice.saved is not None
         assert choice.saved.folder.name == OLDER
         assert NEWER in choice.notes[0]
@@ -86,13 +87,13 @@ def test_no_flipped_bit_and_no_cut_is_loaded(root: Path) -> None:
         path.write_bytes(sound)
         (root / "latest").write_text(NEWER)
     assert refused == FLIPS + CUTS
-    assert checkpoint.choose(checkpoint.find(root, "auto"), root, "auto", ALONE).saved == manifest.verify(root / NEWER)
+    assert load.choose(load.find(root, "auto"), root, "auto", ALONE).saved == manifest.verify(root / NEWER)
 
 
 @pytest.mark.parametrize("content", [b"", b"step00000009", b"step0000000", b"\xff\xfe", b"../../etc", b"damaged"])
 def test_a_damaged_pointer_costs_nothing(content: bytes, root: Path) -> None:
     (root / "latest").write_bytes(content)
-    choice = checkpoint.choose(checkpoint.find(root, "auto"), root, "auto", ALONE)
+    choice = load.choose(load.find(root, "auto"), root, "auto", ALONE)
     assert choice.saved is not None
     assert choice.saved.folder.name == NEWER
 
@@ -128,11 +129,11 @@ def test_where_nothing_is_sound_a_run_does_not_begin_again(root: Path) -> None:
     for name in (OLDER, NEWER):
         (root / name / "live.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint is sound; the newest: .*step00000002"):
-        checkpoint.choose(checkpoint.find(root, "auto"), root, "auto", ALONE)
+        load.choose(load.find(root, "auto"), root, "auto", ALONE)
     for name in (OLDER, NEWER):
         (root / name / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is sound"):
-        checkpoint.find(root, "auto")
+        load.find(root, "auto")
 
 
 class Malice:
@@ -178,7 +179,7 @@ def test_no_pickle_in_any_file_is_executed(root: Path, tmp_path: Path) -> None:
         sound = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
-            checkpoint.choose(checkpoint.find(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
+            load.choose(load.find(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
         assert not target.exists()
         path.write_bytes(sound)
 
@@ -196,7 +197,7 @@ def load_forged(world: World, run: RunConfig, stage: int, target: Path) -> list[
         reseal(folder)
         saved = manifest.verify(folder)
         try:
-            checkpoint.load(saved, contents)
+            load.load(saved, contents)
             load_model(path)
             told.append((path.name, "loaded"))
         except SharpMoEError as error:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from launcher.convert import main
 from sharpmoe.config import ModelConfig
-from sharpmoe.model.pretrained import StartingWeights, load_model
-from tests.model.test_published import FOLDER
+from sharpmoe.model.weights import StartingWeights, load_model
+from tests.model.published.test_load import FOLDER
 
 
 def published(name: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ import pytest
 from launcher import export
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import load_model, save_weights
+from sharpmoe.model.weights import load_model, save_weights
 from tests.distributed import free_port
 from tests.fixtures_data import make_shards
 from tests.launcher.ranks import ranks_of

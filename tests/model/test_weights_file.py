@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sharpmoe.model.pretrained import load_model, planned_weights, save_weights, weights_writer
+from sharpmoe.model.weights import load_model, planned_weights, save_weights, weights_writer
 from sharpmoe.model.weights_file import Planned, WeightsWriter
 from tests.toys import toy_model
 

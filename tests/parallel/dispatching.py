@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sharpmoe.moe.dispatch import Dispatcher
 from sharpmoe.moe.experts import Experts
-from sharpmoe.parallel.expert import NativeDispatcher
-from sharpmoe.parallel.groups import ExpertGroups
-from sharpmoe.parallel.megatron import MegatronDispatcher
+from sharpmoe.parallel.experts.dispatch import NativeDispatcher
+from sharpmoe.parallel.experts.groups import ExpertGroups
+from sharpmoe.parallel.experts.megatron import MegatronDispatcher
 from tests.moe.dense import dense_experts, stacked_weights
 
 E, D, F = 8, 64, 32

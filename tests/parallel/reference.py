@@ -12,14 +12,14 @@ from data_pipeline.read.stream import stream
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.moe.capacity import update_thresholds
-from sharpmoe.parallel.engine import Engine
-from sharpmoe.parallel.gradients import Admit, Update
-from sharpmoe.parallel.launch import World
-from sharpmoe.parallel.placement import gather_experts, is_expert
-from sharpmoe.train.ema import ShardEma
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.ema import ShardEma
+from sharpmoe.parallel.zero.engine import Engine
+from sharpmoe.parallel.zero.gradients import Admit, Update
+from sharpmoe.parallel.zero.placement import gather_experts, is_expert
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.plan import Plan
 from sharpmoe.train.schedule import learning_rate
+from sharpmoe.train.setup import Plan
 from sharpmoe.train.step import prepare, train_step, trained_block
 from tests.train.setting import ALONE, plan_for, stirred_model, worst
 

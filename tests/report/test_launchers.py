@@ -15,10 +15,10 @@ from sharpmoe.config_io import dump_run_config
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.evaluation import allocation
 from sharpmoe.evaluation.held_out import ALONE
-from sharpmoe.model.pretrained import load_model, save_weights
+from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.report import samples
 from sharpmoe.report.runs import find_source
-from sharpmoe.train.looks import look, look_before, make_looks
+from sharpmoe.train.monitor import look, look_before, make_looks
 from sharpmoe.train.runlog import RunLog, read_log
 from tests.fixtures_data import make_shards
 from tests.toys import toy_config, toy_model

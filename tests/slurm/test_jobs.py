@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from sharpmoe.checkpoint import manifest
 from sharpmoe.config_io import DEFAULT_RUN_CONFIG, PROJECT_ROOT
-from sharpmoe.model.pretrained import load_model, save_weights
-from sharpmoe.train import manifest
+from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.train.runlog import read_log
 from tests.fixtures_data import make_shards
 from tests.slurm.cluster import NODES, Cluster, asleep, is_untold, running, until

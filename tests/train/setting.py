@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
-from sharpmoe.parallel.ds_config import resolve_ds_config
-from sharpmoe.parallel.launch import World
-from sharpmoe.train.plan import Plan, make_plan
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.train.setup import Plan, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODEL = {"width": 24, "depth": 4, "num_heads": 2, "latent_size": 8, "num_experts": 4}

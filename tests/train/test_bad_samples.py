@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from sharpmoe.checkpoint import manifest
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import SharpMoEError
-from sharpmoe.parallel.launch import World
-from sharpmoe.train import loop, manifest
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.train import loop
 from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards

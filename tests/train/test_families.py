@@ -10,15 +10,15 @@ from data_pipeline.schema import Batch
 from sharpmoe.config import POOLED, VARYING_COMPUTE, RunConfig
 from sharpmoe.model.attach import attach
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.pretrained import load_model, save_weights
+from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.capacity import update_biases, update_thresholds
-from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.rollout import first_guidance, rollout_step
 from sharpmoe.train.items import make_item
 from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.records import StepRecord
+from sharpmoe.train.tally import StepRecord
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.train.setting import make_run, plan_for

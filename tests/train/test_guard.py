@@ -14,15 +14,15 @@ from torch import Tensor
 
 from sharpmoe.config import GuardConfig, RunConfig
 from sharpmoe.errors import SharpMoEError
-from sharpmoe.parallel.engine import Engine
-from sharpmoe.parallel.launch import World
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.ema import ShardEma
+from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import Item
 from sharpmoe.train import loop
-from sharpmoe.train.ema import ShardEma
 from sharpmoe.train.guard import Watch, after, bad_loss, bad_norm, limit
 from sharpmoe.train.objective import Objective
-from sharpmoe.train.plan import Plan
 from sharpmoe.train.runlog import read_log, read_records
+from sharpmoe.train.setup import Plan
 from sharpmoe.train.step import StepResult, train_step
 from tests.distributed import run_ranks
 from tests.parallel.reference import items_of

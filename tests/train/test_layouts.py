@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from sharpmoe.checkpoint import manifest
 from sharpmoe.config import RunConfig
-from sharpmoe.parallel.launch import World
-from sharpmoe.train import loop, manifest
-from sharpmoe.train.plan import initial_model
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.train import loop
 from sharpmoe.train.runlog import read_log
+from sharpmoe.train.setup import initial_model
 from tests.distributed import run_ranks
 from tests.train.setting import identical, make_run, plan_for
 

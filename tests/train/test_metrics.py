@@ -6,7 +6,7 @@ import torch
 from sharpmoe.evaluation.held_out import held_out_item
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import rollout
-from sharpmoe.train.ledger import Ledger
+from sharpmoe.train.flops import Ledger
 from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, routing_sums, rows_taken, step_scalars
 from tests.toys import ToySamples, toy_config, toy_model
 

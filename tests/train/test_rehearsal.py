@@ -7,8 +7,8 @@ import pytest
 from launcher.train import main
 from sharpmoe.errors import CheckpointError, DataError
 from sharpmoe.model.attach import attach
-from sharpmoe.model.pretrained import save_weights
-from sharpmoe.parallel.ds_config import resolve_ds_config
+from sharpmoe.model.weights import save_weights
+from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.train.rehearsal import rehearse
 from tests.fixtures_data import make_shards
 from tests.toys import toy_model

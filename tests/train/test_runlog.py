@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sharpmoe.train.ledger import Ledger
+from sharpmoe.train.flops import Ledger
 from sharpmoe.train.metrics import Effort, StepStats
 from sharpmoe.train.runlog import RunLog, clock, read_log, read_records
 

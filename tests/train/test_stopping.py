@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 
+from sharpmoe.checkpoint import manifest, save
 from sharpmoe.config import RunConfig
 from sharpmoe.evaluation import allocation, validation
-from sharpmoe.parallel import peers, signals
-from sharpmoe.parallel.launch import World, barrier
+from sharpmoe.parallel.ranks import signals, watchdog
+from sharpmoe.parallel.ranks.launch import World, barrier
 from sharpmoe.report import samples, sheets
-from sharpmoe.train import loop, manifest, saving, stopping
+from sharpmoe.train import loop, stopping
 from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks, start_ranks
 from tests.train.setting import identical, make_run, plan_for
@@ -40,7 +41,7 @@ DRAWN, MEASURED = ("sampling", "routing sheet"), ("first look", "last look")
 PLACES = {
     "data": Place(loop, "prepare", 2, 1),
     "step": Place(loop, "train_step", 2, 2, looked=False),  # before the validation that follows
-    "save": Place(saving, "_write_own", 1, 1),
+    "save": Place(save, "_write_own", 1, 1),
     "last save": Place(loop, "save", 1, 3),
     "first look": Place(allocation, "measure", 1, 0, looked=False),
     "validation": Place(validation, "validate", 2, 2, looked=False),
@@ -144,7 +145,7 @@ def test_a_signal_anywhere_costs_nothing(shards: Path, tmp_path: Path) -> None:
         assert identical(same, weights), name
 
 
-KILLED: dict[str, tuple[Any, str]] = {"step": (loop, "train_step"), "save": (saving, "_write_own")}
+KILLED: dict[str, tuple[Any, str]] = {"step": (loop, "train_step"), "save": (save, "_write_own")}
 
 
 def killed_at(world: World, run: RunConfig, place: str) -> None:
@@ -164,6 +165,6 @@ def test_a_killed_rank_is_named(place: str, shards: Path, tmp_path: Path) -> Non
     with start_ranks(killed_at, 2, run, place) as ranks:
         for process in ranks:
             process.join(100)
-        assert [process.exitcode for process in ranks] == [peers.LOST, -signal.SIGKILL]
+        assert [process.exitcode for process in ranks] == [watchdog.LOST, -signal.SIGKILL]
     (line,) = [line for line in (tmp_path / "err0").read_text().splitlines() if line.startswith("error: ")]
     assert re.match(r"error: rank 0: rank 1 \(.*, last seen in (the start|step \d)\): not heard of for 5 s", line), line

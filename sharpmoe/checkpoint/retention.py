@@ -1,0 +1,80 @@
+"""Which checkpoints stay, where the newest is, and whether another one fits on the disk. No communication."""
+
+import shutil
+from pathlib import Path
+
+from sharpmoe import durable
+from sharpmoe.checkpoint.manifest import MANIFEST
+from sharpmoe.config import CheckpointConfig
+from sharpmoe.errors import CheckpointError
+
+LATEST = "latest"
+_SLACK = 1.02  # of the bytes of tensors: headers, manifests, blocks that are not full
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint after so many optimizer steps."""
+    return f"step{step:08d}"
+
+
+def latest(root: Path) -> Path | None:
+    """The checkpoint that `latest` names, whether it is there or not; None where nothing sensible is named."""
+    try:
+        name = (root / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return root / name if _is_name(name) else None
+
+
+def newest_first(root: Path) -> list[Path]:
+    """All checkpoint folders, `latest` first, then by the time of their manifest (a folder without one last)."""
+    first = latest(root)
+    found = [path for path in root.glob("step*") if path.is_dir() and _is_name(path.name)]
+    return sorted(found, key=lambda path: (path == first, _written(path)), reverse=True)
+
+
+def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
+    """Remove all but the `keep` written last and those of every `keep_every` steps, and what cut-off saves left.
+
+    Folders without a manifest are not ours to remove.
+    """
+    ours = [path for path in newest_first(root) if (path / MANIFEST).is_file()]
+    last = [newest, *(path for path in ours if path != newest)][: config.keep]
+    for path in ours:
+        milestone = config.keep_every > 0 and int(path.name.removeprefix("step")) % config.keep_every == 0
+        if path not in last and not milestone:
+            durable.remove_folder(path)
+    for path in root.glob(".step*"):
+        durable.remove_folder(path)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it neither counts as kept nor is tried again. Raises OSError."""
+    place, count = folder.with_name(f"damaged.{folder.name}"), 1
+    while place.exists():
+        count += 1
+        place = folder.with_name(f"damaged.{folder.name}.{count}")
+    folder.rename(place)
+    return place
+
+
+def check_room(root: Path, need: int) -> None:
+    """Raise CheckpointError where the disk of `root` has no room for `need` bytes of tensors."""
+    root.mkdir(parents=True, exist_ok=True)
+    free, need = shutil.disk_usage(root).free, int(need * _SLACK)
+    if free < need:
+        raise CheckpointError(
+            f"{root}: a checkpoint takes {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free space, lower "
+            "checkpoint.keep, or change output"
+        )
+
+
+def _is_name(name: str) -> bool:
+    return name.startswith("step") and name.removeprefix("step").isdigit()
+
+
+def _written(folder: Path) -> int:
+    try:
+        return (folder / MANIFEST).stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,1 @@
+"""Experts spread over ranks: process groups and dispatchers."""

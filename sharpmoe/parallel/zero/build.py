@@ -1,0 +1,76 @@
+"""A model on the meta device made real, part by part, so that no rank ever holds more than it has to.
+
+Under ZeRO-3 each part is partitioned as soon as it is filled: the peak is the shards and one block.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.placement import local_experts
+
+
+class Values(Protocol):
+    """Where the tensors of a module come from."""
+
+    def __call__(self, name: str, shape: torch.Size, experts: range | None) -> Tensor:
+        """Value of a parameter or buffer by its name in the module; of stacked experts only the given ones."""
+        ...
+
+
+def whole_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts that ZeRO-3 handles as one, by name: embedders, blocks, final layer."""
+    parts = []
+    for outer, child in module.named_children():
+        for name, part in child.named_children():
+            inner = part.named_children() if isinstance(part, nn.ModuleList) else [("", part)]
+            parts += [(".".join(filter(None, (outer, name, index))), piece) for index, piece in inner]
+    return parts
+
+
+def materialise(module: nn.Module, values: Values, ds_config: dict[str, Any], world: World) -> None:
+    """Fill a module on the meta device, in place, in the dtype of training; experts must be placed already.
+
+    Under ZeRO-3 communicates: every part is partitioned at once, and rank 0 of each group gives its values to all.
+    """
+    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    for prefix, part in whole_parts(module):
+        for name, tensor, owner in _tensors(part):
+            full = f"{prefix}.{name}"
+            value = values(full, tensor.shape, local_experts(full, module))
+            assert value.shape == tensor.shape
+            _replace(owner, name.rpartition(".")[2], tensor, value, dtype, world.device)
+        if ds_config["zero_optimization"]["stage"] == 3:
+            deepspeed.zero.Init(module=part, config_dict_or_path=ds_config, dtype=dtype)
+    for name, tensor, owner in _tensors(module):
+        if tensor.is_meta:  # a buffer of the model itself
+            value = values(name, tensor.shape, None)
+            _replace(owner, name.rpartition(".")[2], tensor, value, dtype, world.device)
+
+
+def is_planned(module: nn.Module) -> bool:
+    """Whether a module is on the meta device."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """Name, tensor and owner of every parameter and buffer."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        yield name, tensor, module.get_submodule(name.rpartition(".")[0])
+
+
+def _replace(
+    owner: nn.Module, name: str, planned: Tensor, value: Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put a value where the planned tensor is; parameters keep their marks, buffers float32."""
+    if not isinstance(planned, nn.Parameter):
+        setattr(owner, name, value.to(device))
+        return
+    parameter = nn.Parameter(value.to(device, dtype, copy=True))
+    for mark, content in vars(planned).items():
+        setattr(parameter, mark, content)
+    setattr(owner, name, parameter)

@@ -1,0 +1,219 @@
+"""What a rollout keeps until a backward, counted by running the run's own code on tensors without storage.
+
+`Objective` runs under torch's fake tensors: the same operators, shapes, dtypes and views as in training on a host, and
+no memory. Counted are the unique storages that autograd saves or the call returns, without the parameters and the
+call's inputs. Kernels of a device may save a few tensors of another size (statistics of attention and norms).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from sharpmoe.config import RunConfig
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.flops import rows_of_call
+from sharpmoe.moe.dispatch import LocalDispatcher
+from sharpmoe.moe.experts import Experts
+from sharpmoe.planning.schedules import Pass, Schedule, with_schedule
+from sharpmoe.rollout import Item, first_guidance, replay, rollout_step
+from sharpmoe.train.objective import Objective, StepRequest
+
+
+class Linear(NamedTuple):
+    """Bytes as a function of the rollout steps in a graph."""
+
+    base: int
+    per_step: int
+
+    def at(self, steps: int) -> int:
+        """Bytes of so many steps."""
+        return self.base + steps * self.per_step
+
+
+class Activations(NamedTuple):
+    """Bytes that one micro-batch keeps on a rank."""
+
+    kept: Linear  # a graph that keeps everything
+    inputs: Linear  # a graph that keeps the inputs of blocks
+    replay: int  # what one step without a graph leaves for its second run: guidance and routing
+    block: int  # most that one recomputed block adds
+
+    def of(self, schedule: Schedule) -> tuple["Kept", ...]:
+        """What is kept when each graph of a schedule is full; replays stay until the micro-batch is done."""
+        beside = schedule.replayed * self.replay
+        return tuple(self._graph(part, beside) for part in schedule.passes)
+
+    def _graph(self, part: Pass, beside: int) -> "Kept":
+        if part.recompute:
+            return Kept(self.inputs.at(part.steps) + self.block + beside, self.inputs.per_step, part.calls)
+        graph = self.kept.at(part.steps)
+        return Kept(graph + beside, graph if part.calls == 1 else self.kept.per_step, part.calls)
+
+
+class Kept(NamedTuple):
+    """Bytes of activations on a rank when a graph is full."""
+
+    most: int
+    last_call: int  # what of it is gone when the backward of its last model call is done
+    calls: int  # model calls in the graph: how often it uses each parameter
+
+
+class Meter:
+    """Adds up the bytes of unique storages. Holds on to what it has seen, so that no address is seen twice."""
+
+    def __init__(self, without: Iterable[Tensor]) -> None:
+        self.total = 0
+        self._seen = {_key(tensor): tensor for tensor in without}
+
+    def add(self, values: Any) -> None:
+        """Count the tensors of a nested value that have a storage not seen before."""
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and _key(tensor) not in self._seen:
+                self._seen[_key(tensor)] = tensor
+                self.total += tensor.untyped_storage().nbytes()
+
+    @contextmanager
+    def on_saved(self) -> Iterator[None]:
+        """Inside, count what autograd saves."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            self.add(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _EvenDispatcher:
+    """All experts are taken to be here and to take as many rows each: the row counts of real routing are data."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._local = rows, LocalDispatcher()
+
+    def __call__(
+        self,
+        x: Tensor,
+        routing_map: Tensor,
+        gates: Tensor,
+        experts: Experts,
+        rows_per_expert: int | None,
+        total: int | None = None,
+    ) -> Tensor:
+        """See `Dispatcher`. An exchange between ranks keeps nothing but places of rows."""
+        return self._local(x, routing_map, gates, experts, max(1, self._rows // routing_map.shape[1]))
+
+
+def measure(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
+    """Run the objective on tensors without storage and count; `text_tokens` per caption.
+
+    Depth is a pattern of dense and MoE blocks that repeats, and what is kept is linear in it: two shallow models tell.
+    """
+    model = run.model
+    short = model.dense_first + model.moe_every + (model.depth - model.dense_first) % model.moe_every
+    repeats = max(0, (model.depth - short) // model.moe_every)
+    if repeats < 2:
+        return _count(run, micro_batch, text_tokens)
+    one, two = (_count(_with_depth(run, depth), micro_batch, text_tokens) for depth in (short, short + model.moe_every))
+    return Activations(
+        _extend(one.kept, two.kept, repeats),
+        _extend(one.inputs, two.inputs, repeats),
+        one.replay + repeats * (two.replay - one.replay),
+        max(one.block, two.block),
+    )
+
+
+def _with_depth(run: RunConfig, depth: int) -> RunConfig:
+    return run.model_copy(update={"model": run.model.model_copy(update={"depth": depth})})
+
+
+def _extend(one: Linear, two: Linear, repeats: int) -> Linear:
+    return Linear(*(first + repeats * (second - first) for first, second in zip(one, two, strict=True)))
+
+
+def _count(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
+    model = _skeleton(run, micro_batch)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective = Objective(model.to_empty(device="cpu"), run).train()
+        items = {steps: _item(run, micro_batch, steps, text_tokens) for steps in (1, 2)}
+        kept, block = _line([_graph(objective, item, recompute=False) for item in items.values()])
+        inputs, _ = _line([_graph(objective, item, recompute=True) for item in items.values()])
+        replayed = _replay(objective, items[1])
+    return Activations(kept, inputs, replayed, block)
+
+
+def _line(counted: list[tuple[int, int]]) -> tuple[Linear, int]:
+    """Fit graphs of one and of two steps; the second figure is that of one step."""
+    (one, block), (two, _) = counted
+    return Linear(2 * one - two, two - one), block
+
+
+def _skeleton(run: RunConfig, micro_batch: int) -> DiT:
+    """The model without storage, in the dtypes of training. How experts are spread changes weights, not rows."""
+    with torch.device("meta"):
+        model = DiT(run.model)
+    for layer in model.moe_layers():
+        layer.dispatcher = _EvenDispatcher(rows_of_call(run.model, micro_batch))
+    if run.train.precision == "bf16":
+        model = model.bfloat16()
+    for buffer in model.buffers():  # the engine keeps them in float32
+        buffer.data = buffer.data.float()
+    return model
+
+
+def _item(run: RunConfig, micro_batch: int, steps: int, text_tokens: int) -> Item:
+    model = run.model
+    latent = torch.empty(micro_batch, model.latent_channels, model.latent_size, model.latent_size)
+    condition: Condition = ClassCondition(torch.empty(micro_batch, dtype=torch.int64))
+    if model.conditioning == "text":
+        condition = TextCondition(
+            torch.empty(micro_batch, text_tokens, model.text_width),
+            torch.empty(micro_batch, text_tokens, dtype=torch.bool),
+            torch.empty(micro_batch, model.pooled_width),
+        )
+    times, saliency = torch.empty(steps, micro_batch), torch.empty(micro_batch, model.num_tokens)
+    return Item(latent, torch.empty_like(latent), times, condition, saliency)
+
+
+def _graph(objective: Objective, item: Item, recompute: bool) -> tuple[int, int]:
+    """Bytes kept by a call with gradient, and the most that one block of it keeps beside its inputs."""
+    meter, blocks = _meter(objective, item), list[int]()
+    run = objective.run
+    objective.run = with_schedule(run, schedule="checkpoint" if recompute else "plain")
+
+    def before(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        meter.add(inputs)
+        blocks.append(meter.total)
+
+    def after(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        blocks.append(meter.total - blocks.pop())
+
+    handles = [block.register_forward_pre_hook(before) for block in objective.model.blocks]
+    handles += [block.register_forward_hook(after) for block in objective.model.blocks]
+    with meter.on_saved():
+        meter.add(objective(StepRequest((item,))))
+    for handle in handles:
+        handle.remove()
+    objective.run = run
+    return meter.total, max(blocks)
+
+
+def _replay(objective: Objective, item: Item) -> int:
+    meter = _meter(objective, item)
+    with torch.no_grad():
+        guidance = first_guidance(item, objective.guided)
+        meter.add(replay(rollout_step(objective.model, item, 0, guidance), guidance))
+    return meter.total
+
+
+def _meter(objective: Objective, item: Item) -> Meter:
+    return Meter([*objective.parameters(), *objective.buffers(), *(t for t in tree_leaves(item))])

@@ -1,0 +1,92 @@
+"""What is wrong with a layout, and which other one would do."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sharpmoe.parallel.experts.groups import possible_ep_sizes
+from sharpmoe.planning.estimate import Budget, Estimate, Planner
+from sharpmoe.planning.layout import Layout
+from sharpmoe.planning.memory import Memory
+
+GIB = 2**30
+RESERVE = 0.1  # of the device: context, libraries, workspaces, fragments of the allocator
+_MOST_FITS = 4
+_LARGE_BUCKET = 0.25  # share of the peak from which an idle bucket is worth a word
+
+
+class Advice(NamedTuple):
+    """What a person should know before starting."""
+
+    warnings: tuple[str, ...]
+    fits: tuple[Estimate, ...]  # where the run does not fit: what would, the least traffic first
+
+
+def usable(device_memory: float) -> float:
+    """Bytes that a run may take of a device of so many GiB."""
+    return device_memory * GIB * (1 - RESERVE)
+
+
+def advise(planner: Planner, budget: Budget, device_memory: float) -> Advice:
+    """Warnings on the run as configured, and the layouts that fit where it does not."""
+    own = budget.own
+    warnings = [*_memory_warnings(own, device_memory), *_gather_warnings(own, budget), *_bucket_warnings(own, budget)]
+    if own.memory.peak <= usable(device_memory):
+        return Advice(tuple(warnings), ())
+    fitting = [other for other in _neighbours(planner, budget) if other.memory.peak <= usable(device_memory)]
+    return Advice(tuple(warnings), tuple(sorted(fitting, key=lambda other: other.traffic.total)[:_MOST_FITS]))
+
+
+def _memory_warnings(own: Estimate, device_memory: float) -> Iterator[str]:
+    room = usable(device_memory)
+    if own.memory.peak > room:
+        yield (
+            f"does not fit: {own.memory.peak / GIB:.1f} GiB at the peak, {room / GIB:.1f} of {device_memory:g} GiB "
+            f"usable; most of it is {_largest(own.memory)}"
+        )
+
+
+def _largest(memory: Memory) -> str:
+    """The largest item of the peak, in words."""
+    items = {
+        "activations": memory.activations,
+        "weights, masters and optimizer": memory.state,
+        "gathered weights": memory.gathered + memory.arriving,
+        "whole gradients, added up or waiting": memory.sums + memory.whole_gradients,
+        "the whole model of a look (log.*)": memory.look,
+    }
+    return max(items, key=lambda name: items[name])
+
+
+def _gather_warnings(own: Estimate, budget: Budget) -> Iterator[str]:
+    zero = own.layout.zero
+    if zero.stage == 3 and own.traffic.passes > 1.5:
+        lowest = min(zero.max_reuse, zero.max_live)
+        yield (
+            f"the model is gathered {own.traffic.passes:.1f} times per step instead of once: "
+            f"stage3_max_reuse_distance and stage3_max_live_parameters allow {lowest} elements; set both to at least "
+            f"{budget.parameters} if the gathered weights fit"
+        )
+
+
+def _bucket_warnings(own: Estimate, budget: Budget) -> Iterator[str]:
+    idle = own.layout.zero.reduce_bucket - budget.parameters
+    if own.layout.zero.contiguous and idle * own.layout.zero.wire_bytes > _LARGE_BUCKET * own.memory.peak:
+        yield (
+            f"reduce_bucket_size is {own.layout.zero.reduce_bucket}, the model has {budget.parameters} parameters: "
+            "most of the bucket is never used"
+        )
+
+
+def _neighbours(planner: Planner, budget: Budget) -> Iterator[Estimate]:
+    """The same ranks and batch under every schedule, number of ranks per expert group, and both stages."""
+    layout = budget.own.layout
+    for ep_size in possible_ep_sizes(planner.run, layout.world):
+        for stage in (2, 3):
+            other = layout._replace(ep_size=ep_size, zero=layout.zero._replace(stage=stage))
+            yield from (planner.estimate(other, estimate.schedule) for estimate in budget.estimates)
+
+
+def describe(estimate: Estimate) -> str:
+    """A layout and schedule in a few words."""
+    layout: Layout = estimate.layout
+    return f"ZeRO-{layout.zero.stage}, ep {layout.ep_size}, {estimate.schedule.name}"

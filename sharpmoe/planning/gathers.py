@@ -1,0 +1,121 @@
+"""How often ZeRO-3 gathers each parameter in an optimizer step.
+
+A parameter is gathered when a module needs it, or ahead of that by the order recorded in the call before, and stays as
+long as the same order says that it is needed again within `max_reuse` elements. An optimizer step is one engine call
+in which forwards and backwards take turns, in the same order at every step.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sharpmoe.config import RunConfig
+from sharpmoe.planning.coordinator import MODEL, ROOT, Coordinator, Reached, Used
+from sharpmoe.planning.layout import Layout, Part
+from sharpmoe.planning.schedules import Pass, Schedule
+from sharpmoe.train.terms import has_router_loss, has_routing_loss
+
+_BEFORE, _AFTER = 3, 1  # modules beside the blocks: embedders, of which the condition is last, and the final layer
+_FOLLOWED = 4  # most micro-batches that are followed one by one
+_WARM_UP = 2  # optimizer steps until the recorded orders repeat
+
+
+class Gathers(NamedTuple):
+    """What one optimizer step gathers."""
+
+    times: tuple[int, ...]  # per parameter
+    peak: int  # most elements that are gathered at one time
+    arriving: int  # most elements of one gather beside a full graph: they come in one piece and are then copied out
+
+
+def count_gathers(run: RunConfig, parts: Sequence[Part], schedule: Schedule, layout: Layout) -> Gathers:
+    """Follow some optimizer steps module by module and count the last one; middle micro-batches are alike."""
+    if layout.accumulation <= _FOLLOWED:
+        return _count(run, parts, schedule, layout)
+    fewer, more = (_count(run, parts, schedule, layout._replace(accumulation=_FOLLOWED - n)) for n in (1, 0))
+    others = layout.accumulation - _FOLLOWED
+    return more._replace(times=tuple(b + others * (b - a) for a, b in zip(fewer.times, more.times, strict=True)))
+
+
+def _count(run: RunConfig, parts: Sequence[Part], schedule: Schedule, layout: Layout) -> Gathers:
+    coordinator = Coordinator(parts, layout.zero)
+    before = [0] * len(parts)
+    for _ in range(_WARM_UP + 1):
+        before, coordinator.peak, coordinator.arriving = list(coordinator.times), 0, 0
+        _engine_call(coordinator, run, schedule.passes * layout.accumulation)
+        coordinator.optimizer_step()
+    times = tuple(now - then for now, then in zip(coordinator.times, before, strict=True))
+    return Gathers(times, coordinator.peak, coordinator.arriving)
+
+
+def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass]) -> None:
+    """The call and the one backward that is the engine's."""
+    coordinator.start()
+    root = Used(-1, ROOT, has_graph=False, is_late=False)
+    coordinator.forward([root])
+    for number, part in enumerate(passes):
+        forward = forward_order(run, part)
+        coordinator.forward(forward)
+        last = [Reached(-1, ROOT, False)] if number == len(passes) - 1 else []
+        coordinator.backward([*last, *backward_order(run, part, forward)])
+    coordinator.finish()
+
+
+def forward_order(run: RunConfig, part: Pass) -> list[Used]:
+    """Modules in the order in which forwards call them: the first embeds the latent, and the guidance."""
+    step = [MODEL, *([0] * _is_guided(run)), *range(_BEFORE + run.model.depth + _AFTER)]
+    calls = part.before + part.calls
+    quiet = part.before or int(calls > 1)  # model calls at the beginning that meet no full graph
+    return [
+        Used(call * len(step) + place, module, call >= part.before and not part.recompute, call >= quiet)
+        for call in range(calls)
+        for place, module in enumerate(step)
+    ]
+
+
+def backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[Reached]:
+    """Modules as a backward reaches them: what holds others comes before them.
+
+    A module is reached once for each of its outputs that has a gradient, and once more to be recomputed. It is released
+    when all its inputs have their gradients, which DeepSpeed sees only for the last forward of the module.
+    """
+    starts = [used.place for used in forward if used.module == MODEL][part.before :]
+    reached = []
+    for first, end in reversed(list(zip(starts, [*starts[1:], len(forward)], strict=True))):
+        reached.append(Reached(first, MODEL, False))
+        for place in reversed(range(first + 1, end)):
+            module = forward[place].module
+            times = _times_reached(run, module, part.recompute)
+            released = (end == len(forward) or part.recompute) and _has_all_gradients(run, module)
+            reached += [Reached(place, module, False)] * (times - 1)
+            reached.append(Reached(place, module, released))
+    return reached
+
+
+def _has_all_gradients(run: RunConfig, module: int) -> bool:
+    """Whether every input of a module that could have a gradient gets one: embedders have none, and a dense block is
+    handed the guidance without using it.
+    """
+    block = module - _BEFORE
+    return block >= run.model.depth or (block >= 0 and (run.model.is_moe(block) or not _is_guided(run)))
+
+
+def _is_guided(run: RunConfig) -> bool:
+    return run.stage == "posttrain" and run.model.saliency_router
+
+
+def _times_reached(run: RunConfig, module: int, recompute: bool) -> int:
+    block = module - _BEFORE
+    if not 0 <= block < run.model.depth:
+        return 2 if module == _BEFORE - 1 and run.model.conditioning == "text" else 1  # tokens and pooled text
+    outputs = 1 + (len(_routing_with_gradient(run)) if run.model.is_moe(block) else 0)
+    return outputs + int(recompute)
+
+
+def _routing_with_gradient(run: RunConfig) -> set[str]:
+    """Fields of `Routing` that the losses read."""
+    fields = {"diffmoe": {"capacity_logits"}, "race": {"logits", "prediction"}}.get(run.model.router, set())
+    if has_routing_loss(run):
+        fields = fields | {"scores" if run.loss.routing_mass == "counts" else "gates"}
+    if has_router_loss(run) and run.model.router != "race":
+        fields = fields | {"similarity" if run.model.gate == "prototypes" else "scores"}
+    return fields

@@ -1,0 +1,70 @@
+"""A layout, and the parameters of a run as one of its ranks sees them. Pure; nothing is allocated."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from sharpmoe.config import RunConfig
+from sharpmoe.model.dit import DiT
+from sharpmoe.parallel.zero.settings import ZeroSettings
+
+
+class Layout(NamedTuple):
+    """How a run is spread over ranks."""
+
+    world: int  # ranks
+    ep_size: int  # ranks that share the experts of a layer
+    zero: ZeroSettings
+    micro_batch: int  # images per rank and engine call
+    accumulation: int  # micro-batches per optimizer step
+
+
+class Part(NamedTuple):
+    """One parameter on one rank."""
+
+    name: str
+    numel: int  # elements when it is gathered: of stacked experts this rank's only
+    ranks: int  # ranks among which it is partitioned
+    module: int  # index of the module that is gathered as a whole, in the order of use
+    is_expert: bool
+
+    @property
+    def shard(self) -> int:
+        """Elements of a rank's part, padded so that all parts are equal."""
+        return math.ceil(self.numel / self.ranks)
+
+    @property
+    def padded(self) -> int:
+        """Elements that a gather or a reduce-scatter moves."""
+        return self.shard * self.ranks
+
+
+def parts_of(run: RunConfig, world: int, ep_size: int) -> list[Part]:
+    """All parameters in the order of use; `module` counts embedders, blocks and the final layer."""
+    with torch.device("meta"):
+        model = DiT(run.model)
+    owners = _module_names(model)
+    parts = []
+    for name, parameter in model.named_parameters():
+        is_expert = ".experts." in name
+        shared_by = ep_size if is_expert else 1
+        module = next(index for index, owner in enumerate(owners) if name.startswith(owner))
+        parts.append(Part(name, parameter.numel() // shared_by, world // shared_by, module, is_expert))
+    return parts
+
+
+def _module_names(model: DiT) -> list[str]:
+    """Prefixes of the modules that the engine has ZeRO-3 gather whole, in the order of the forward."""
+    condition = "text_embedder." if model.text_embedder is not None else "y_embedder."
+    blocks = [f"blocks.{index}." for index in range(len(model.blocks))]
+    return ["x_embedder.", "t_embedder.", condition, *blocks, "final_layer."]
+
+
+def modules_of(parts: Sequence[Part]) -> list[list[int]]:
+    """Indices of the parameters of each module."""
+    modules: list[list[int]] = [[] for _ in range(1 + max(part.module for part in parts))]
+    for index, part in enumerate(parts):
+        modules[part.module].append(index)
+    return modules

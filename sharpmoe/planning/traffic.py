@@ -1,0 +1,99 @@
+"""Bytes that one rank sends per optimizer step. Pure.
+
+A gather of a tensor of S bytes from g ranks costs each rank (g - 1) / g of S, a reduce-scatter the same, an all-reduce
+twice that: what rings and direct exchanges both send.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sharpmoe.config import POOLED, RunConfig
+from sharpmoe.model.flops import rows_of_call
+from sharpmoe.planning.gathers import Gathers
+from sharpmoe.planning.layout import Layout, Part
+from sharpmoe.planning.memory import groups_of
+from sharpmoe.planning.schedules import Schedule
+
+
+class Traffic(NamedTuple):
+    """Bytes sent by one rank per optimizer step."""
+
+    gathers: int  # weights
+    reductions: int  # gradients
+    exchanges: int  # tokens on their way to experts and back: all-to-all
+    pool: int  # scores of a pool over all ranks (parallel.pool_scope: world)
+    passes: float  # how many times a rank gathers the model
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.gathers + self.reductions + self.exchanges + self.pool
+
+
+def traffic(run: RunConfig, layout: Layout, parts: Sequence[Part], schedule: Schedule, gathers: Gathers) -> Traffic:
+    """Weights, gradients and tokens of one optimizer step."""
+    calls = _model_calls(schedule, layout.accumulation)
+    return Traffic(
+        _gathers(parts, layout, gathers),
+        _reductions(parts, layout),
+        _exchanges(run, layout, calls),
+        _pool(run, layout, calls),
+        _passes(parts, gathers) if layout.zero.stage == 3 else 1.0,
+    )
+
+
+def sent(numel: int, ranks: int) -> int:
+    """Elements that a rank sends when a tensor is gathered or reduce-scattered over `ranks`."""
+    return numel * (ranks - 1) // ranks
+
+
+def _gathers(parts: Sequence[Part], layout: Layout, gathers: Gathers) -> int:
+    if layout.zero.stage == 3:
+        moved = sum(sent(part.padded, part.ranks) * n for part, n in zip(parts, gathers.times, strict=True))
+    else:
+        moved = sum(sent(numel, ranks) for (_, ranks), numel in groups_of(parts).items())
+    return moved * layout.zero.compute_bytes
+
+
+def _reductions(parts: Sequence[Part], layout: Layout) -> int:
+    """Gradients are reduced in the one backward of the engine, whatever the schedule."""
+    zero = layout.zero
+    moved = sum(sent(part.padded if zero.stage == 3 else part.numel, part.ranks) for part in parts)
+    scattered = zero.reduce_scatter if zero.stage == 3 else zero.reduce_scatter and not zero.whole_buckets
+    return moved * (1 if scattered else 2) * zero.wire_bytes
+
+
+def _passes(parts: Sequence[Part], gathers: Gathers) -> float:
+    total = sum(part.numel for part in parts)
+    return sum(part.numel * n for part, n in zip(parts, gathers.times, strict=True)) / total
+
+
+class _Calls(NamedTuple):
+    """Rollout steps that the model computes per optimizer step."""
+
+    forwards: int  # recomputed and repeated ones included
+    backwards: int
+    choosing: int  # forwards that choose experts instead of being told
+
+
+def _model_calls(schedule: Schedule, accumulation: int) -> _Calls:
+    backwards = sum(part.steps for part in schedule.passes)
+    first = sum(part.before + part.steps * (not part.replayed) for part in schedule.passes)
+    recomputed = sum(part.steps for part in schedule.passes if part.recompute)
+    forwards = first + recomputed + schedule.replayed
+    return _Calls(forwards * accumulation, backwards * accumulation, (first + recomputed) * accumulation)
+
+
+def _exchanges(run: RunConfig, layout: Layout, calls: _Calls) -> int:
+    """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
+    rows = rows_of_call(run.model, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
+    layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
+    return 2 * sent(rows, layout.ep_size) * layers * (calls.forwards + calls.backwards)
+
+
+def _pool(run: RunConfig, layout: Layout, calls: _Calls) -> int:
+    if run.parallel.pool_scope != "world" or run.model.router not in POOLED:
+        return 0
+    layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
+    scores = layout.micro_batch * run.model.num_tokens * run.model.num_experts * 4
+    return scores * (layout.world - 1) * layers * calls.choosing

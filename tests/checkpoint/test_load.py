@@ -1,0 +1,251 @@
+"""Going on from a checkpoint is the same run, and a checkpoint that does not fit or is damaged is refused."""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sharpmoe.checkpoint import load, manifest
+from sharpmoe.checkpoint.manifest import Progress
+from sharpmoe.config import RunConfig
+from sharpmoe.errors import CheckpointError, SharpMoEError
+from sharpmoe.model.weights import load_model
+from sharpmoe.parallel.ranks.launch import World, barrier
+from sharpmoe.train import loop
+from sharpmoe.train.runlog import read_log
+from sharpmoe.train.setup import initial_model
+from tests.distributed import run_ranks
+from tests.train.setting import ALONE, identical, make_run, plan_for
+
+HALF, WHOLE = 3, 6
+
+
+class Ended(NamedTuple):
+    """What a finished run left in its folder."""
+
+    live: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    state: dict[str, Tensor]  # every rank's part of masters, optimizer and EMA
+    losses: dict[int, float]
+    samples: int
+
+
+def read(folder: Path) -> Ended:
+    last = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
+    files = sorted(last.glob("state_rank*.safetensors"))
+    return Ended(
+        load_file(last / "live.safetensors"),
+        load_file(last / "ema.safetensors"),
+        {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()},
+        read_log(folder / "log.jsonl")["loss/total"],
+        manifest.verify(last).progress.samples,
+    )
+
+
+def train_each(world: World, runs: list[tuple[RunConfig, int]]) -> None:
+    for run, stage in runs:
+        loop.train(plan_for(run, world, stage), world)
+
+
+def with_steps(run: RunConfig, name: str, steps: int) -> RunConfig:
+    """The same run under another name, stopped at `steps` (the schedule does not depend on the number of steps)."""
+    train = run.train.model_copy(update={"steps": steps})
+    resume = run.checkpoint.model_copy(update={"resume": "auto"})
+    return run.model_copy(update={"name": name, "train": train, "checkpoint": resume})
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (2, 2)])
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(ranks: int, stage: int, shards: Path, tmp_path: Path) -> None:
+    # 20 training images, 8 a step: the order of the second epoch is passed too
+    rollout = {"num_steps": 2, "schedule": "segments", "segment_steps": 1}
+    precision = "bf16" if stage == 2 else "fp32"
+    run = make_run(shards, tmp_path, rollout=rollout, train={"precision": precision})
+    run = run.model_copy(update={"stage": "pretrain"}) if ranks == 1 else run
+    plans = [("once", WHOLE), ("twice", HALF), ("twice", WHOLE)]
+    run_ranks(train_each, ranks, [(with_steps(run, name, steps), stage) for name, steps in plans])
+    once, twice = read(tmp_path / "once"), read(tmp_path / "twice")
+    assert list(once.losses) == list(twice.losses) == list(range(1, WHOLE + 1))
+    assert once.losses == twice.losses
+    assert identical(once.live, twice.live)
+    assert identical(once.ema, twice.ema)
+    assert identical(once.state, twice.state)
+    assert once.samples == twice.samples == WHOLE * 8
+    assert any("expert_threshold" in key and value.any() for key, value in once.live.items())
+    assert not identical(once.live, once.ema)
+
+
+def messages(world: World, runs: list[RunConfig]) -> list[str]:
+    """The error of each run; all stages of a start are passed as by the launcher."""
+    return [message(lambda run=run: loop.train(plan_for(run, world), world)) for run in runs]
+
+
+def message(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except SharpMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.fixture(scope="module")
+def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of two steps on one rank, checkpoints after each."""
+    base = make_run(shards, tmp_path_factory.mktemp("saved"), train={"steps": 2}, checkpoint={"every": 1, "keep": 2})
+    run = with_steps(base, "run", 2)
+    run_ranks(train_each, 1, [(run, 3)])
+    return run
+
+
+def root(run: RunConfig) -> Path:
+    return Path(run.output) / run.name / "checkpoints"
+
+
+def changed(run: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    parts = {name: getattr(run, name).model_copy(update=section) for name, section in sections.items()}
+    return run.model_copy(update=parts)
+
+
+@pytest.mark.dist
+def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(saved: RunConfig) -> None:
+    further = with_steps(saved, "run", 4)
+    answers = run_ranks(
+        messages,
+        2,
+        [
+            changed(further, model={"num_experts": 2}),
+            changed(further, model={"saliency_router": False}),
+            changed(further, optim={"name": "sgd"}),
+            further.model_copy(update={"seed": 1}),
+        ],
+    )
+    assert answers[0] == answers[1]
+    fields = ("model.num_experts is 4", "model.saliency_router is True", "optimizer is 'adamw'", "seed is 0")
+    for text, part in zip(answers[0], fields, strict=True):
+        assert text.startswith("CheckpointError: ")
+        assert f"{part} there" in text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("precision", "bf16", "precision is 'fp32' there"),
+        ("optimizer", "sgd", "optimizer is 'adamw' there"),
+        ("seed", 1, "seed is 0 there, 1 in the run; set seed accordingly"),
+        ("shards", "0", "shards is"),
+    ],
+)
+def test_each_field_of_the_layout_is_compared(field: str, value: object, part: str, saved: RunConfig) -> None:
+    found = manifest.read(root(saved) / "step00000002")
+    load.check_fits(found, saved.model, found.layout)
+    with pytest.raises(CheckpointError, match=part):
+        load.check_fits(found, saved.model, found.layout._replace(**{field: value}))
+
+
+def test_weights_are_readable_without_deepspeed(saved: RunConfig) -> None:
+    for name in ("live", "ema"):
+        model, meta = load_model(root(saved) / "step00000002" / f"{name}.safetensors")
+        assert model.config == saved.model
+        assert (meta["step"], meta["samples"], meta["weights"]) == ("2", "16", name)
+        assert json.loads(meta["codec"])["kind"] == "patch_pca"
+
+
+def test_resume_names_are_understood(saved: RunConfig, tmp_path: Path) -> None:
+    last = root(saved) / "step00000002"
+
+    def first(folder: Path, resume: str) -> Path | None:
+        return next((found.folder for found in load.find(folder, resume).readable), None)
+
+    assert first(tmp_path, "auto") is None
+    assert first(tmp_path, "none") is None
+    assert first(root(saved), "auto") == last
+    assert [found.folder.name for found in load.find(root(saved), "auto").readable][1:] == ["step00000001"]
+    assert first(tmp_path, str(last)) == last
+    assert first(tmp_path, str(root(saved))) == last
+    with pytest.raises(CheckpointError, match="would mix"):
+        load.find(root(saved), "none")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        load.find(tmp_path, str(tmp_path / "nothing"))
+
+
+def test_a_manifest_tells_what_the_checkpoint_is(saved: RunConfig) -> None:
+    found = manifest.verify(root(saved) / "step00000002")
+    assert (found.progress.step, found.progress.samples) == (2, 16)
+    assert (found.settings["world"], found.settings["parallel.ep_size"]) == (1, 1)
+    assert found.model == saved.model
+    assert found.settings["train.steps"] == 2
+    assert found.settings["version.torch"] == torch.__version__
+    assert found.settings["zero.zero_optimization.stage"] == 3
+    names = {"live.safetensors", "ema.safetensors", "state_rank00000.safetensors", "generators_rank00000.json"}
+    assert names == found.files.keys()
+    there = {str(path.relative_to(found.folder)) for path in found.folder.rglob("*") if path.is_file()}
+    assert there == {*found.files, "manifest.json", "manifest.sha256"}
+
+
+def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], list[str]]:
+    """Names kept after some saves; then saves that one rank cannot write; names after that, and the errors."""
+    plan = plan_for(run, world)
+    session = loop.open_session(plan, world, initial_model(plan))
+    folder = root(run)
+    for step in (1, 2, 2, 3):
+        loop.save(session, Progress(step, step * 8))
+    kept = sorted(os.listdir(folder))
+    barrier(world)
+    errors = []
+    for full in range(world.size):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if world.rank == full:  # as if the disk were full after so many bytes of each file
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        errors.append(message(lambda: loop.save(session, Progress(4, 32))))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        barrier(world)
+    latest = (folder / "latest").read_text()
+    manifest.verify(folder / latest)
+    return kept, [latest, *sorted(os.listdir(folder))], errors
+
+
+@pytest.mark.dist
+def test_a_save_that_fails_on_one_rank_leaves_the_last_checkpoint(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, checkpoint={"keep": 2})
+    for kept, after, errors in run_ranks(save_and_fail, 2, run):
+        assert kept == ["latest", "step00000002", "step00000003"]
+        assert after == ["step00000003", "latest", "step00000002", "step00000003"]
+        for rank, error in enumerate(errors):
+            assert error.startswith(f"CheckpointError: rank {rank}: ")
+            assert "cannot be written (" in error
+            assert "\n" not in error
+
+
+def whole_weights(world: World, run: RunConfig, stage: int) -> tuple[bool, bool]:
+    """Whether the weights files of a checkpoint hold what the engine gathers, names in the model's order."""
+    plan = plan_for(run, world, stage)
+    session = loop.open_session(plan, world, initial_model(plan))
+    with torch.no_grad():
+        for part in session.ema.shards:
+            part.add_(0.25)
+    folder = loop.save(session, Progress(1, 8))
+    model = session.objective.model
+    expected = {"live": session.engine.full_weights(model, True), "ema": session.ema.full_weights(model, True)}
+    return tuple(identical(load_file(folder / f"{name}.safetensors"), state) for name, state in expected.items())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (3, 3), (2, 2)])
+def test_weights_put_together_beside_the_training_are_those_it_gathers(
+    ranks: int, stage: int, shards: Path, tmp_path: Path
+) -> None:
+    run = make_run(shards, tmp_path, train={"global_batch": 12, "micro_batch": None})
+    assert run_ranks(whole_weights, ranks, run, stage) == [(True, True)] * ranks
+
+
+def test_a_finished_run_has_nothing_to_do(saved: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert loop.train(plan_for(saved, ALONE), ALONE) == root(saved) / "step00000002"
+    assert "nothing to do" in capsys.readouterr().out

@@ -1,0 +1,260 @@
+"""Saving beside the training: what is written is the state at the time, and a save that fails costs nothing else."""
+
+import os
+import random
+import resource
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sharpmoe import durable
+from sharpmoe.checkpoint import manifest, retention, rng, save
+from sharpmoe.checkpoint.manifest import Entry, Layout, Manifest, Progress
+from sharpmoe.config import CheckpointConfig, RunConfig
+from sharpmoe.errors import CheckpointError
+from sharpmoe.parallel.ranks.host_copies import HostCopies
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.train import loop
+from sharpmoe.train.runlog import read_log, read_records
+from sharpmoe.train.setup import initial_model
+from sharpmoe.train.timetable import Timetable
+from tests.distributed import run_ranks
+from tests.train.setting import ALONE, identical, make_run, plan_for
+
+
+class Beside(NamedTuple):
+    """What happened while a save was held up."""
+
+    pending: bool  # it had not ended when the step after it had
+    written: dict[str, torch.Tensor]
+    at_begin: dict[str, torch.Tensor]
+    after_step: dict[str, torch.Tensor]
+
+
+def train_during_a_save(world: World, run: RunConfig) -> Beside:
+    """Begin a save whose writer waits, change every weight, then let it write."""
+    plan = plan_for(run, world)
+    session = loop.open_session(plan, world, initial_model(plan))
+    go, write = threading.Event(), save.write_state
+
+    def held(*args: Any) -> None:
+        assert go.wait(60)
+        write(*args)
+
+    save.write_state = held
+    before = session.engine.full_weights(session.objective.model, everywhere=True)
+    session.saver.begin(Progress(1, 8))
+    with torch.no_grad():
+        for part in (*session.engine.master_partitions(), *session.ema.shards):
+            part.add_(1.0)
+    after = session.engine.full_weights(session.objective.model, everywhere=True)
+    pending = session.saver.ended() is None
+    go.set()
+    outcome = session.saver.wait()
+    assert outcome is not None
+    assert outcome.error is None
+    manifest.verify(outcome.folder)
+    return Beside(pending, load_file(outcome.folder / "live.safetensors"), before, after)
+
+
+@pytest.mark.dist
+def test_training_goes_on_while_a_save_is_written_and_does_not_reach_it(shards: Path, tmp_path: Path) -> None:
+    for beside in run_ranks(train_during_a_save, 2, make_run(shards, tmp_path)):
+        assert beside.pending
+        assert identical(beside.written, beside.at_begin)
+        assert not identical(beside.written, beside.after_step)
+
+
+FULL_AT, STEPS = 3, 5
+
+
+def train_with_a_full_disk(world: World, run: RunConfig, full: int) -> None:
+    """Train; rank `full` cannot write more than 20 kB a file while it saves step 3."""
+    attempt = save.Saver._attempt
+
+    def limited(saver: save.Saver, taken: Any, final: Path) -> Any:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if world.rank == full and taken.progress.step == FULL_AT:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            return attempt(saver, taken, final)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    save.Saver._attempt = limited  # type: ignore[method-assign]
+    loop.train(plan_for(run, world), world)
+
+
+@pytest.mark.dist
+def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_nothing_else(shards: Path, tmp_path: Path) -> None:
+    base = make_run(shards, tmp_path, train={"steps": STEPS}, checkpoint={"every": 1, "keep": 9})
+    for full, name in ((None, "roomy"), (0, "full0"), (1, "full1")):
+        run_ranks(train_with_a_full_disk, 2, base.model_copy(update={"name": name}), full)
+    losses = read_log(tmp_path / "roomy" / "log.jsonl")["loss/total"]
+    assert list(losses) == list(range(1, STEPS + 1))
+    for full in (0, 1):
+        folder = tmp_path / f"full{full}"
+        saved = [step for step in range(1, STEPS + 1) if step != FULL_AT]
+        names = sorted(os.listdir(folder / "checkpoints"))
+        assert names == ["latest", *(retention.folder_name(step) for step in saved)]
+        for step in saved:
+            manifest.verify(folder / "checkpoints" / retention.folder_name(step))
+        (failed,) = [event for event in read_records(folder / "log.jsonl") if event.get("event") == "save failed"]
+        assert failed["step"] == FULL_AT
+        assert failed["error"].startswith(f"rank {full}: ")
+        assert "cannot be written (" in failed["error"]
+        assert read_log(folder / "log.jsonl")["loss/total"] == losses
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes 0.00102 GB, 1e-05 GB are free; free space, lower"):
+        retention.check_room(tmp_path / "checkpoints", 1_000_000)
+    retention.check_room(tmp_path / "checkpoints", 9_000)
+
+
+def pretend(root: Path, step: int) -> Path:
+    """A checkpoint of one file, published as a save does."""
+    final = root / retention.folder_name(step)
+    draft = root / f".{final.name}.partial"
+    durable.fresh_folder(draft)
+    (draft / "live.safetensors").write_text(str(step))
+    files = {"live.safetensors": manifest.entry(draft / "live.safetensors")}
+    layout = Layout("fp32", "adamw", 0, "")
+    manifest.write(Manifest(draft, Progress(step, step), layout, RunConfig().model, {}, files))
+    durable.publish_folder(draft, final)
+    durable.replace_text(root / "latest", final.name)
+    return final
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"keep": 1}, [9]),
+        ({"keep": 3}, [7, 8, 9]),
+        ({"keep": 2, "keep_every": 4}, [4, 8, 9]),
+        ({"keep": 1, "keep_every": 2}, [2, 4, 6, 8, 9]),
+    ],
+)
+def test_the_last_ones_and_the_milestones_stay(config: dict[str, int], kept: list[int], tmp_path: Path) -> None:
+    (tmp_path / "step00000000").mkdir()  # somebody's: it has no manifest
+    for step in range(1, 10):
+        (tmp_path / f".step{step:08d}.partial").mkdir()
+        final = pretend(tmp_path, step)
+        retention.drop_old(tmp_path, final, CheckpointConfig(**config))
+    names = [retention.folder_name(step) for step in kept]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step00000000", *names]
+
+
+def test_what_was_written_last_counts_not_the_highest_step(tmp_path: Path) -> None:
+    for number, step in enumerate((5, 6, 2)):  # a run that went on from an older checkpoint
+        os.utime(pretend(tmp_path, step) / "manifest.json", ns=(number, number))
+    assert [path.name for path in retention.newest_first(tmp_path)] == ["step00000002", "step00000006", "step00000005"]
+    retention.drop_old(tmp_path, tmp_path / "step00000002", CheckpointConfig(keep=2))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step00000002", "step00000006"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_checkpoint_written_twice_is_the_second(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    pretend(tmp_path, 1)
+    (tmp_path / "step00000001" / "of the first").touch()
+    final = pretend(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step00000001"]
+    assert not (final / "of the first").exists()
+    manifest.verify(final)
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    final = pretend(tmp_path, 3)
+    found = manifest.read(final)
+    assert found.files == {"live.safetensors": Entry(1, manifest.entry(final / "live.safetensors").sha256)}
+    assert (found.folder, found.progress, found.model) == (final, Progress(3, 3), RunConfig().model)
+    manifest.write(found._replace(folder=tmp_path))
+    assert (tmp_path / "manifest.json").read_bytes() == (final / "manifest.json").read_bytes()
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"manifest.json: cannot be read \(No such file"):
+        manifest.read(tmp_path)
+    final = pretend(tmp_path, 1)
+    text = (final / "manifest.json").read_text().replace('"schema": 2', '"schema": 99')
+    for content, words in ((text, "schema 99, expected 2"), ("{}", "not understood"), ("{", "not understood")):
+        durable.write_text(final / "manifest.json", content)
+        durable.write_text(final / "manifest.sha256", manifest._seal(content.encode()))
+        with pytest.raises(CheckpointError, match=words):
+            manifest.read(final)
+
+
+def test_files_are_dealt_out_evenly_and_completely(tmp_path: Path) -> None:
+    files = {f"file{size}": Entry(size, "") for size in (90, 50, 40, 10, 0, 0)}
+    found = manifest.read(pretend(tmp_path, 1))._replace(files=files)
+    dealt = manifest.shares(found, 3)
+    assert sorted(name for part in dealt for name in part) == sorted(files)
+    assert max(sum(files[name].size for name in part) for part in dealt) == 90
+    assert manifest.shares(found, 3) == dealt
+
+
+def test_due_by_steps_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    timetable = Timetable(CheckpointConfig(every=10, minutes=2), ALONE)
+    answers = []
+    for step in range(1, 16):
+        now = 30.0 * step
+        if timetable.due(step):
+            answers.append(step)
+    assert answers == [4, 8, 10, 14]
+    assert not Timetable(CheckpointConfig(every=0), ALONE).due(10)
+
+
+def due_by_the_clock_of_rank_0(world: World) -> bool:
+    timetable = Timetable(CheckpointConfig(every=0, minutes=1), world)
+    timetable._last -= 100.0 if world.is_main else 0.0
+    return timetable.due(1)
+
+
+@pytest.mark.dist
+def test_minutes_are_those_of_rank_0() -> None:
+    assert run_ranks(due_by_the_clock_of_rank_0, 2) == [True, True]
+
+
+def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    draw()
+    rng.write(tmp_path / "rng.json", rng.state())
+    first = draw()
+    assert draw() != first
+    rng.restore(tmp_path / "rng.json")
+    assert draw() == first
+
+
+def test_host_copies_are_made_once_and_their_memory_is_used_again() -> None:
+    copies, source = HostCopies(), torch.arange(6.0)
+    view = source[2:]
+    copies.start()
+    first, again, part = copies.tensor(source), copies.tensor(source), copies.tensor(view)
+    assert copies.finish() == source.nbytes + view.nbytes
+    source += 1
+    assert first is again
+    assert first.tolist() == [0, 1, 2, 3, 4, 5]
+    assert part.tolist() == [2, 3, 4, 5]
+    place = first.data_ptr()
+    copies.start()
+    assert copies.tensor(source).data_ptr() == place
+    assert copies.tensor(torch.ones(9)).tolist() == [1.0] * 9
+    assert copies.finish() == source.nbytes + 36

@@ -1,0 +1,224 @@
+"""Published families against figures recorded from their public code (float32, CPU, seeded random weights)."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sharpmoe
+from sharpmoe.errors import CheckpointError, ConfigError
+from sharpmoe.flow import ddpm_input, ddpm_velocity, interpolate
+from sharpmoe.losses import balance, contrastive, flow_matching
+from sharpmoe.model.attach import attach, extend_to_text
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.embed import TextCondition
+from sharpmoe.model.published.names import CONVENTIONS, ROUTERS, to_published
+from sharpmoe.model.published.sizes import candidates
+from sharpmoe.model.weights import load_pretrained, read_pretrained
+from tests.toys import toy_model
+
+FOLDER = Path(__file__).parent.parent / "data" / "parity"
+NAMES = sorted(path.stem for path in FOLDER.glob("published_*.safetensors"))
+TOLERANCE = 1e-5
+
+
+def load(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str, str, dict[str, Any]]:
+    with safe_open(FOLDER / f"{name}.safetensors", framework="pt") as file:
+        tensors, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    return tensors, weights, meta["family"], meta["router"], json.loads(meta["sizes"])
+
+
+def build(name: str) -> tuple[DiT, dict[str, Tensor]]:
+    tensors, weights, family, router, sizes = load(name)
+    return load_pretrained(weights, family, router, **sizes), tensors
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_velocity(name: str, training: bool) -> None:
+    model, golden = build(name)
+    with torch.no_grad():
+        v = model.train(training)(golden["x_t"], golden["t"], golden["labels"]).v
+    close(v, golden["train.v" if training else "eval.v"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "sit" not in name])
+def test_same_gate_gradients(name: str) -> None:
+    model, golden = build(name)
+    output = model.train()(golden["x_t"], golden["t"], golden["labels"])
+    loss = flow_matching(output.v, golden["x1"] - golden["x0"])
+    if "promoe" in name:
+        loss = loss + contrastive(output.routing, 0.07)
+    elif "dsmoe" not in name:
+        loss = loss + 0.01 * balance(output.routing)
+    loss.backward()
+    _, _, family, _, _ = load(name)
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    ours = to_published(gradients, model.config, family)
+    theirs = {key.removeprefix("grad."): value for key, value in golden.items() if key.startswith("grad.")}
+    assert theirs
+    for key, gradient in theirs.items():
+        close(ours[key], gradient)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_is_bit_equal(name: str) -> None:
+    model, _ = build(name)
+    _, weights, family, router, sizes = load(name)
+    published = to_published(model.state_dict(), model.config, family)
+    assert published.keys() == weights.keys()
+    assert all(torch.equal(published[key], value) for key, value in weights.items())
+    again = load_pretrained(published, family, router, **sizes).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_candidates_hold_the_family(name: str) -> None:
+    _, weights, family, router, _ = load(name)
+    assert (family, router) in candidates(weights)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", [name for name in NAMES if "sit" not in name])
+def test_attach_changes_nothing(name: str, training: bool) -> None:
+    model, golden = build(name)
+    inputs = golden["x_t"], golden["t"], golden["labels"]
+    before = model.train(training)(*inputs).v
+    assert sharpmoe.attach(model) is model
+    assert all(layer.saliency_router is not None for layer in model.moe_layers())
+    assert torch.equal(before, model(*inputs).v)
+    assert torch.equal(before, model(*inputs, golden["x0"]).v)
+
+
+def test_attach_keeps_trained_routers_and_leaves_a_dense_model(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy_model("ec")
+    routers = [layer.saliency_router.out.weight.clone() for layer in model.moe_layers()]
+    attach(model)
+    assert all(
+        torch.equal(old, layer.saliency_router.out.weight)
+        for old, layer in zip(routers, model.moe_layers(), strict=True)
+    )
+    dense = toy_model("dense")
+    assert attach(dense) is dense
+    assert "no MoE layer" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors", "folder", "training checkpoint"])
+def test_sources(kind: str, tmp_path: Path) -> None:
+    tensors, weights, family, router, sizes = load("published_dit_moe")
+    path, options = tmp_path / "weights.pth", {}
+    if kind == "pth":
+        torch.save({f"module.{key}": value for key, value in weights.items()}, path)
+    elif kind == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file(weights, path)
+    elif kind == "folder":
+        path = tmp_path
+        for number, keys in enumerate((list(weights)[:9], list(weights)[9:])):
+            save_file({key: weights[key] for key in keys}, tmp_path / f"part-{number}.safetensors")
+    else:
+        zeros = {key: torch.zeros_like(value) for key, value in weights.items()}
+        held = {"model_state_dict": weights, "ema_model_state_dict": zeros, "args": argparse.Namespace(lr=1), "step": 3}
+        torch.save(held, path)
+        options = {"weights": "model"}
+        assert not load_pretrained(path, family, router, **sizes)(
+            tensors["x_t"], tensors["t"], tensors["labels"]
+        ).v.any()
+    model = load_pretrained(path, family, router, **sizes, **options)
+    close(model(tensors["x_t"], tensors["t"], tensors["labels"]).v, tensors["eval.v"])
+
+
+def test_the_report_says_what_was_assumed(caplog: pytest.LogCaptureFixture) -> None:
+    _, weights, family, router, sizes = load("published_dsmoe")
+    _, report = read_pretrained(weights, family, router, **{**sizes, "latent_size": None, "saliency_router": True})
+    assert report.assumed == {"positions": "rope_2d", "latent_size": 32}
+    assert all("saliency_router" in key for key in report.new)
+    assert len(report.new) == 8
+    with caplog.at_level(logging.INFO, logger="sharpmoe.model.weights"):
+        load_pretrained(weights, family, router, **sizes)
+    assert "0 unmatched" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "names", "message"),
+    [
+        ({}, ("kwai", "dsmoe"), "family 'kwai' has no router 'dsmoe'"),
+        ({"blocks.1.mlp.sinks": torch.zeros(2)}, ("dsmoe", "dsmoe"), "key blocks.1.moe.sinks is unknown"),
+        ({"blocks.0.attn.qkv.bias": None}, ("dsmoe", "dsmoe"), "key blocks.0.attn.qkv.bias is missing"),
+        ({"blocks.1.mlp.experts.blocks.2.up_proj.weight": None}, ("dsmoe", "dsmoe"), "expert 2 of 8 has no up_proj"),
+        ({"x_embedder.proj.weight": None}, ("dsmoe", "dsmoe"), "x_embedder.proj.weight is missing"),
+        ({}, ("promoe", "dense"), "unknown"),
+    ],
+)
+def test_what_does_not_match_is_an_error(change: dict, names: tuple[str, str], message: str) -> None:
+    _, weights, _, _, sizes = load("published_dsmoe")
+    changed = {key: value for key, value in (weights | change).items() if value is not None}
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(changed, *names, **sizes)
+
+
+def test_sizes_that_contradict_the_tensors_are_an_error() -> None:
+    _, weights, family, router, sizes = load("published_dsmoe")
+    with pytest.raises(CheckpointError, match="shape"):
+        load_pretrained(weights, family, router, **{**sizes, "num_experts": 4, "n_group": 2, "width": 32})
+    with pytest.raises(CheckpointError, match="give num_heads"):
+        load_pretrained(weights, family, router, latent_size=8)
+
+
+def test_weights_are_not_written_under_a_foreign_time() -> None:
+    model = toy_model("ec", conditioning="class", num_classes=3)
+    with pytest.raises(CheckpointError, match="family kwai feeds"):
+        to_published(model.state_dict(), model.config, "kwai")
+
+
+def test_every_family_has_a_convention() -> None:
+    assert CONVENTIONS.keys() == ROUTERS.keys()
+
+
+def test_a_noise_predictor_that_knows_the_data_gives_the_velocity() -> None:
+    """A DDPM network that returns the true noise must come out as noise - data at every time of the schedule."""
+    g = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(2, 5, 4, 8, 8, generator=g, dtype=torch.float64)
+    t = torch.tensor([0.02, 0.3, 0.5, 0.9, 0.99], dtype=torch.float64)
+    scaled, step = ddpm_input(interpolate(x0, x1, t), t)
+    assert (step.diff() > 0).all()
+    torch.testing.assert_close(ddpm_velocity(scaled, x1, step), x1 - x0)
+    torch.testing.assert_close(scaled.var(), torch.tensor(1.0, dtype=torch.float64), rtol=0.1, atol=0)
+
+
+def test_a_ddpm_mixture_is_asked_for_its_velocity() -> None:
+    """DiT-MoE's smaller checkpoints are DDPMs: the same network, asked at the step of equal signal-to-noise ratio."""
+    _, weights, _, router, sizes = load("published_dit_moe")
+    flow, ddpm = (load_pretrained(weights, family, router, **sizes) for family in ("dit_moe", "dit"))
+    x_t, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([1, 2])
+    scaled, step = ddpm_input(x_t, t)
+    with torch.no_grad():
+        noise = flow(scaled, step, labels).v
+        close(ddpm(x_t, t, labels).v, ddpm_velocity(scaled, noise, step))
+
+
+@pytest.mark.parametrize("name", ["published_kwai_tc_shared", "published_dsmoe", "published_sit"])
+def test_a_trunk_extended_to_text_is_unchanged(name: str) -> None:
+    _, weights, family, router, sizes = load(name)
+    trunk, golden = build(name)
+    model = load_pretrained(weights, family, router, conditioning="text", text_width=7, pooled_width=5, **sizes)
+    text = TextCondition(torch.randn(4, 3, 7), torch.ones(4, 3, dtype=torch.bool), torch.randn(4, 5))
+    labels = torch.full((4,), trunk.config.num_classes)
+    assert torch.equal(model(golden["x_t"], golden["t"], text).v, trunk(golden["x_t"], golden["t"], labels).v)
+
+
+def test_an_unconditional_expert_is_not_extended() -> None:
+    with pytest.raises(ConfigError, match="extended to text"):
+        extend_to_text(build("published_promoe_ec")[0])

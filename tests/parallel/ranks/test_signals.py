@@ -1,0 +1,71 @@
+"""A first signal is remembered, also while the main thread is busy in C; a second one ends the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from sharpmoe.parallel.ranks import signals
+
+# The main thread waits in one C call that Python's own handlers cannot interrupt.
+BUSY = """
+import ctypes, threading
+from sharpmoe.parallel import signals
+with signals.listening():
+    print("listening", flush=True)
+    def tell():
+        while not signals.asked():
+            threading.Event().wait(0.01)
+        print("asked", signals.asked(), flush=True)
+    threading.Thread(target=tell, daemon=True).start()
+    libc = ctypes.CDLL(None)
+    for _ in range(60):
+        libc.usleep(999_999)
+"""
+
+
+@pytest.fixture
+def busy() -> "Iterator[subprocess.Popen[str]]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_is_remembered_and_the_second_ends(
+    busy: "subprocess.Popen[str]", second: signal.Signals
+) -> None:
+    assert busy.stdout is not None
+    busy.send_signal(signal.SIGUSR1)
+    assert busy.stdout.readline() == f"asked {int(signal.SIGUSR1)}\n"
+    busy.send_signal(signal.SIGTERM)  # the same request by another way
+    time.sleep(signals.SAME_REQUEST + 0.3)
+    assert busy.poll() is None
+    busy.send_signal(second)
+    assert busy.wait(20) == 128 + second
+    _, err = busy.communicate()
+    assert err == f"second signal, {second.name}: leaving at once\n"
+
+
+def test_other_signals_are_not_requests_and_handlers_come_back() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: seen.append(number))
+    handlers = [signal.getsignal(number) for number in signals.STOPPING]
+    try:
+        with signals.listening():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(0.1)
+            assert seen == [signal.SIGUSR2]
+            assert signals.asked() == 0
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert [signal.getsignal(number) for number in signals.STOPPING] == handlers

@@ -1,0 +1,134 @@
+"""ZeRO-3 and ZeRO-2 on two ranks against plain torch on one process: the same global batch, the same numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharpmoe.config import OptimConfig, RunConfig
+from sharpmoe.errors import ConfigError
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.engine import Engine, optimizer_factory, regather_warnings
+from tests.distributed import run_ranks
+from tests.parallel.reference import Case, Trace, assert_same, with_engine, with_plain_torch
+from tests.train.setting import make_run, plan_for
+
+STEPS, FEW = 10, 3
+ROUTERS = ("dense", "tc", "ec", "diffmoe")
+SCHEDULES_OF = dict.fromkeys(ROUTERS, ("plain", "two_pass")) | {"diffmoe": ("plain", "checkpoint", "two_pass")}
+SGD = {"name": "sgd", "lr": 0.05}
+
+
+@pytest.fixture(scope="module")
+def make(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    output = tmp_path_factory.mktemp("runs")
+
+    def make_case(router: str, schedule: str = "plain", **sections: dict[str, object]) -> RunConfig:
+        rollout = {"num_steps": 3, "schedule": schedule}
+        model = {} if router == "diffmoe" else {"depth": 2}
+        return make_run(shards, output, router, optim=SGD, rollout=rollout, model=model, **sections)
+
+    return make_case
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(make: Callable[..., RunConfig]) -> dict[str, Trace]:
+    cases = {
+        f"{router} {schedule}": Case(make(router, schedule), steps=STEPS if schedule == "plain" else FEW)
+        for router in ROUTERS
+        for schedule in SCHEDULES_OF[router]
+    }
+    cases |= {f"zero2 {way}": Case(make("diffmoe", way), 2, FEW) for way in ("plain", "two_pass")}
+    return run_ranks(with_engine, 2, cases)[0]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("router", ROUTERS)
+def test_zero3_on_two_ranks_equals_plain_torch(
+    router: str, on_two_ranks: dict[str, Trace], make: Callable[..., RunConfig]
+) -> None:
+    assert_same(on_two_ranks[f"{router} plain"], with_plain_torch(make(router)))
+    few = with_plain_torch(make(router), FEW)
+    for schedule in SCHEDULES_OF[router][1:]:  # they have equal gradients, see tests/test_rollout.py
+        assert_same(on_two_ranks[f"{router} {schedule}"], few)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("schedule", ["plain", "two_pass"])
+def test_zero2_on_two_ranks_equals_plain_torch(
+    schedule: str, on_two_ranks: dict[str, Trace], make: Callable[..., RunConfig]
+) -> None:
+    assert_same(on_two_ranks[f"zero2 {schedule}"], with_plain_torch(make("diffmoe"), FEW))
+
+
+@pytest.mark.dist
+def test_one_rank_and_half_precision(make: Callable[..., RunConfig]) -> None:
+    half = {"train": {"precision": "bf16"}}
+    cases = {
+        "alone": Case(make("diffmoe"), steps=FEW),
+        "zero3 bf16": Case(make("diffmoe", **half), steps=FEW),
+        "zero2 bf16": Case(make("diffmoe", "two_pass", **half), 2, FEW),
+    }
+    traces = run_ranks(with_engine, 1, cases)[0]
+    reference = with_plain_torch(make("diffmoe"), FEW)
+    assert_same(traces["alone"], reference)
+    for name in ("zero3 bf16", "zero2 bf16"):
+        losses = traces[name].losses
+        assert max(abs(a - b) for a, b in zip(losses, reference.losses, strict=True)) < 0.05
+        assert all(value.dtype == torch.float32 for value in traces[name].weights.values())
+
+
+def refused(world: World, run: RunConfig, stage: int, factor: float) -> tuple[float, float, bool, bool]:
+    """Norms of two steps, whether the first was applied and moved the weights; it is refused where it is finite."""
+    engine = Engine(torch.nn.Linear(4, 4), run, plan_for(run, world, stage).ds_config, world)
+    before = [part.detach().clone() for part in engine.master_partitions()]
+    engine.backward(engine(torch.ones(2, 4)).sum() * (factor if world.rank == 0 else 1.0))
+    first = engine.step(0.1, lambda norm: False)
+    moved = any(not torch.equal(a, b) for a, b in zip(before, engine.master_partitions(), strict=True))
+    engine.backward(engine(torch.ones(2, 4)).sum())
+    return first.norm, engine.step(0.1, lambda norm: True).norm, first.applied, moved
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("factor", [torch.inf, 3.0])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_refused_step_moves_nothing_and_leaves_no_gradient(
+    stage: int, factor: float, make: Callable[..., RunConfig]
+) -> None:
+    norm = 20**0.5 * 2  # of a sum over 2 x 4 outputs: 16 weights and 4 biases, each with gradient 2
+    expected = norm * (factor + 1) / 2
+    for first, second, applied, moved in run_ranks(refused, 2, make("dense"), stage, factor):
+        assert first == pytest.approx(expected)
+        assert second == pytest.approx(norm)
+        assert (applied, moved) == (False, False)
+
+
+def test_limits_below_the_model_size_are_named(make: Callable[..., RunConfig]) -> None:
+    def warned(size: int, run: RunConfig, **limits: int) -> list[str]:
+        zero = {"stage": 3} | {f"stage3_max_{name}": value for name, value in limits.items()}
+        engine = {"zero_optimization": zero, "gradient_accumulation_steps": 2, "bf16": {"enabled": False}}
+        return regather_warnings(engine, size, run)
+
+    run = make("diffmoe", "two_pass")
+    (message,) = warned(2**20, run, live_parameters=2**19, reuse_distance=2**20)
+    assert "stage3_max_live_parameters is 524288" in message
+    assert "gathers 4 MiB up to 18 times" in message  # 2 micro-batches of 3 forwards, 3 forwards and 3 backwards
+    assert len(warned(2**20, run, live_parameters=0, reuse_distance=0)) == 2
+    assert warned(2**20, run, live_parameters=2**20, reuse_distance=2**20) == []
+    assert warned(2**20, run, live_parameters=0, reuse_distance=2**22) == []
+    assert warned(2**20, run) == []
+    assert regather_warnings({"zero_optimization": {"stage": 2}}, 2**20, run) == []
+
+
+def test_apex_that_is_not_there_names_the_trap() -> None:
+    with pytest.raises(ConfigError, match="PyPI's 'apex' is an unrelated package"):
+        optimizer_factory(OptimConfig(impl="apex"), torch.device("cpu"))
+
+
+def test_auto_on_the_host_is_torch_adamw() -> None:
+    optim = OptimConfig(lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+    optimizer = optimizer_factory(optim, torch.device("cpu"))([torch.nn.Parameter(torch.ones(2))])
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["weight_decay"] == 0.1

@@ -1,0 +1,66 @@
+"""What a rollout keeps, on tensors without storage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sharpmoe.config import RunConfig
+from sharpmoe.model.flops import rows_of_call
+from sharpmoe.planning.activations import Activations, Kept, Linear, _count, measure
+from sharpmoe.planning.schedules import schedule_of, schedules_of, with_schedule
+from tests.train.setting import make_run
+
+
+def run_with(router: str = "diffmoe", **model: Any) -> RunConfig:
+    return make_run(Path("shards"), Path("runs"), router, rollout={"num_steps": 6}, model=model)
+
+
+@pytest.mark.parametrize(
+    ("router", "model"),
+    [("diffmoe", {"depth": 8}), ("ec", {"depth": 7}), ("tc", {"depth": 8, "moe_every": 1, "dense_first": 2})],
+)
+def test_two_shallow_models_tell_of_a_deep_one(router: str, model: dict[str, Any]) -> None:
+    run = run_with(router, **model)
+    for told, counted in zip(measure(run, 2, 4), _count(run, 2, 4), strict=True):
+        assert told == (counted if isinstance(counted, Linear) else pytest.approx(counted, rel=0.01))
+
+
+def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
+    one, two = (measure(run_with(), batch, 4) for batch in (2, 4))
+    assert two.kept.per_step == pytest.approx(2 * one.kept.per_step, rel=0.02)
+    half = measure(
+        run_with().model_copy(update={"train": run_with().train.model_copy(update={"precision": "bf16"})}), 2, 4
+    )
+    assert 0.5 < half.kept.per_step / one.kept.per_step < 0.8  # routing stays in float32
+
+
+def test_what_each_schedule_keeps() -> None:
+    """T = 6; a graph of n steps is 10 + 100 n, and a step that is run again leaves 5."""
+    activations = Activations(Linear(10, 100), Linear(10, 20), 5, 80)
+    kept = {schedule.name: [graph.most for graph in activations.of(schedule)] for schedule in schedules_of(run_with())}
+    assert kept == {
+        "plain": [610],
+        "checkpoint": [210],
+        "two_pass": 6 * [110 + 30],
+        "hybrid, kept_steps 3": [310 + 15, *(3 * [110 + 15])],
+        "segments, segment_steps 3": [310],
+    }
+    merged = schedule_of(with_schedule(run_with(), schedule="two_pass", merged_steps=4))
+    assert merged.name == "two_pass, merged_steps 4"
+    assert activations.of(merged) == (Kept(440, 410, 1), Kept(240, 210, 1))
+    again = schedule_of(with_schedule(run_with(), schedule="segments", segment_steps=2, kept_steps=1))
+    assert [graph.most for graph in activations.of(again)] == 2 * [110 + 5]
+
+
+def test_without_a_routing_loss_steps_are_trained_one_by_one() -> None:
+    activations = Activations(Linear(10, 100), Linear(10, 20), 5, 80)
+    for fields in ({"schedule": "two_pass"}, {"schedule": "hybrid", "kept_steps": 3}):
+        schedule = schedule_of(with_schedule(run_with("tc"), **fields))
+        assert [graph.most for graph in activations.of(schedule)] == 6 * [110]
+
+
+@pytest.mark.parametrize(("router", "rows"), [("tc", 64), ("ec", 64), ("diffmoe", 64), ("race", 64)])
+def test_rows_of_a_call(router: str, rows: int) -> None:
+    assert rows_of_call(run_with(router).model, 4) == rows
+    assert rows_of_call(run_with(router, capacity=2.0, top_k=2).model, 4) == 2 * rows

@@ -1,0 +1,108 @@
+"""What a step is said to compute against the operators that run: every schedule, integers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sharpmoe.config import RunConfig
+from sharpmoe.config_io import load_run_config
+from sharpmoe.model.flops import moe_layers
+from sharpmoe.train.flops import ledger, passes, rows_expected
+from sharpmoe.train.items import make_item
+from sharpmoe.train.metrics import rows_taken
+from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.peak import named_peak, peak_tflops
+from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
+from tests.train.setting import CONFIGS, make_run, stirred_model
+
+STEPS, IMAGES = 2, 2
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpoint": {"schedule": "checkpoint"},
+    "two_pass": {"schedule": "two_pass"},
+    "two_pass, merged": {"schedule": "two_pass", "merged_steps": 2},
+    "hybrid": {"schedule": "hybrid", "kept_steps": 1},
+    "segments": {"schedule": "segments", "segment_steps": 1},
+    "segments, again": {"schedule": "segments", "segment_steps": 1, "kept_steps": 0},
+}
+
+
+def run_of(router: str, stage: str = "posttrain", **rollout: Any) -> RunConfig:
+    model = {"depth": 2, "text_width": TEXT_WIDTH, "pooled_width": POOLED_WIDTH}
+    if router.startswith("promoe"):
+        model |= {"unconditional_expert": False}
+    return make_run(
+        Path("shards"), Path("runs"), router, stage=stage, model=model, rollout={"num_steps": STEPS} | rollout
+    )
+
+
+def computed(run: RunConfig) -> tuple[int, float]:
+    """FLOPs of an optimizer step of two micro-batches, and the rows that experts took."""
+    samples = ToySamples()
+    empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
+    items = tuple(make_item(samples.batch([first]), empty, run) for first in range(IMAGES))
+    objective = Objective(stirred_model(run), run).train()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        answer = objective(StepRequest(items, 1, with_routing=True))
+        answer.loss.backward()
+    sums = [record.routing for record in answer.records if record.routing is not None]
+    return counter.get_total_flops(), rows_taken(torch.stack(sums).sum(0)) if sums else 0.0
+
+
+@pytest.mark.parametrize(
+    ("router", "schedule"),
+    [("diffmoe", schedule) for schedule in SCHEDULES]
+    + [(router, schedule) for router in ("tc", "promoe_ec") for schedule in ("checkpoint", "two_pass", "segments")]
+    + [("dense", "plain"), ("ec", "hybrid"), ("dsmoe", "checkpoint")],
+)
+def test_the_ledger_is_what_runs(router: str, schedule: str) -> None:
+    run = run_of(router, **SCHEDULES[schedule])
+    flops, rows = computed(run)
+    rows /= IMAGES * STEPS
+    assert rows == rows_expected(run, 1)
+    booked = ledger(run, TEXT_LENGTH, rows)
+    assert IMAGES * sum(booked) == flops
+    assert (booked.wasted > 0) == (passes(run).forwards > passes(run).trained or schedule == "checkpoint")
+
+
+@pytest.mark.parametrize("router", ["ec", "diffmoe"])
+def test_pretraining_wastes_nothing(router: str) -> None:
+    run = run_of(router, "pretrain")
+    booked = ledger(run, TEXT_LENGTH, rows_expected(run, 1))
+    assert IMAGES * sum(booked) == computed(run)[0]
+    assert booked.wasted == 0
+
+
+def test_what_is_wasted_is_not_told_as_utilisation() -> None:
+    booked = {name: ledger(run_of("diffmoe", **fields), 3, 32.0) for name, fields in SCHEDULES.items()}
+    assert len({entry.model for name, entry in booked.items() if "segments" not in name}) == 1
+    assert booked["segments"].model == booked["plain"].model / 2
+    assert booked["two_pass"].wasted > booked["checkpoint"].wasted > booked["hybrid"].wasted > 0
+    assert booked["segments, again"].wasted > booked["two_pass"].wasted  # the step that is not trained has its losses
+
+
+def test_images_without_class_are_expected_as_often_as_they_are_drawn() -> None:
+    run = make_run(Path("shards"), Path("runs"), "promoe_tc", model={"conditioning": "class"})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"top_k": 3})})
+    assert rows_expected(run, 4) == pytest.approx(moe_layers(run.model) * 16 * (0.9 * 3 + 0.1))
+
+
+def test_the_peak_of_a_device_by_its_name() -> None:
+    assert named_peak("NVIDIA H200", "bf16") == 989.5
+    assert named_peak("NVIDIA H200 NVL", "bf16") == 835.5
+    assert named_peak("NVIDIA H100 80GB HBM3", "bf16") == 989.5
+    assert named_peak("NVIDIA H100 PCIe", "bf16") == 756.5
+    assert named_peak("NVIDIA A100-SXM4-80GB", "fp32") == 19.5
+    assert named_peak("NVIDIA L40S", "bf16") == 362
+    assert named_peak("NVIDIA L4", "bf16") == 121
+    assert named_peak("NVIDIA GeForce RTX 4090", "bf16") is None
+
+
+def test_a_peak_is_told_or_unknown() -> None:
+    quickstart = str(CONFIGS / "runs" / "quickstart.yaml")
+    assert peak_tflops(load_run_config(quickstart), torch.device("cpu")) is None
+    assert peak_tflops(load_run_config(quickstart, ["--log.peak_tflops", "0.2"]), torch.device("cpu")) == 0.2
