@@ -7,7 +7,7 @@ from PIL import Image
 
 from data_pipeline.sources.folders import open_source
 from data_pipeline.sources.items import Listing, listing
-from tests.data_pipeline.test_images import encoded
+from tests.data_pipeline.sources.test_images import encoded
 
 PNG = encoded(Image.new("RGB", (8, 8), "red"))
 JPG = encoded(Image.new("RGB", (8, 8), "blue"), "jpeg")

@@ -182,7 +182,7 @@ def test_prepared_buckets(tmp_path: Path) -> None:
 
 
 def test_folders_of_the_first_schema_are_read() -> None:
-    shards = ShardSet.open(Path(__file__).parents[1] / "data" / "fluent_slice", "train")
+    shards = ShardSet.open(Path(__file__).parents[2] / "data" / "fluent_slice", "train")
     assert json.loads((Path(shards.location) / "index.json").read_text())["schema"] == 1
     assert (shards.num_samples, list(shards.buckets)) == (37, ["64x64"])
     assert shards.batch(range(37)).latent.shape == (37, *shards.latent_shape)

@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.sources.images import UNREADABLE, load_picture, upright_size
 from launcher.prepare import main
-from tests.data_pipeline.test_images import encoded
+from tests.data_pipeline.sources.test_images import encoded
 
 ARGUMENTS = ("--size", "32", "--encoder", "hash", "--pca-channels", "8", "--shard-samples", "4")
 
