@@ -1,53 +1,87 @@
-"""Changes of the disk that outlast a crash, one at a time. Everything that a save does to files goes through here.
+"""Files and folders that survive a crash: written completely or not at all, flushed to the disk, then named.
 
-Names are flushed apart from contents: a file is safe when its folder is flushed too.
+The one home of atomic and durable writes, for `sharpmoe` and `data_pipeline` alike. Contents and names are flushed
+separately: a new file survives a power failure only when its folder has been flushed too. Everything here raises
+OSError, unless it says otherwise; nothing communicates between ranks.
 """
 
 import ctypes
+import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
-from sharpmoe.errors import CheckpointError
+Content = bytes | str | Callable[[Path], object]  # what a file holds, or a function that writes the file at a path
 
-T = TypeVar("T")
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+_DRAFT = ".tmp"  # suffix of files that are being written
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def writing(place: Path, write: Callable[[], T]) -> T:
-    """Call `write`; an error of the operating system becomes a CheckpointError that names `place`."""
+@contextmanager
+def atomic_draft(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft for the body to write; then flush it and rename it to `path`.
+
+    `path` is always absent, old or complete. An exception in the body removes the draft and leaves `path` as it was.
+    The draft's name contains host and process, so several processes may write the same file; the last one wins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft_of(path)
     try:
-        return write()
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise CheckpointError(f"{place}: cannot be written ({reason}); free space or change output") from error
-
-
-def fresh_folder(folder: Path) -> None:
-    """Make an empty folder; what a save that was cut off left under its name goes."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file and flush it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Give a file another content: a crash leaves the old or the new one."""
-    draft = path.with_name(f".{path.name}.partial")
-    write_text(draft, text)
-    os.replace(draft, path)
+        yield draft
+        flush_file(draft)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
+
+
+def write_atomically(path: Path, content: Content) -> None:
+    """Replace a file's content: after a crash the file is absent, old or complete, never partly written."""
+    with atomic_draft(path) as draft:
+        _write(draft, content)
+
+
+def publish_once(path: Path, content: Content) -> None:
+    """Write a file atomically unless it exists: the first of several writers wins, on any host."""
+    if path.exists():
+        return
+    draft = _draft_of(path)
+    try:
+        _write(draft, content)
+        flush_file(draft)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{_DRAFT}")
+
+
+def _write(path: Path, content: Content) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+
+
+def remove_drafts(folder: Path, name: str | None = None) -> None:
+    """Remove the drafts that killed processes left of the file `name`, or of all files; nobody may be writing them."""
+    for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.*{_DRAFT}"):
+        path.unlink(missing_ok=True)
 
 
 def flush_file(path: Path) -> None:
@@ -56,26 +90,33 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk."""
+    """Wait until the names in a folder are on the disk."""
     _flush(folder)
 
 
 def flush_tree(folder: Path) -> None:
-    """Wait until the names in a folder and all below it are on the disk."""
+    """Wait until the names in a folder and in all folders below it are on the disk."""
     for each in {folder, *(path.parent for path in folder.rglob("*"))}:
         flush_folder(each)
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def publish_folder(draft: Path, final: Path) -> None:
-    """Give a finished folder its name. One that has the name is exchanged for it in one instant, then removed.
+def fresh_folder(folder: Path) -> None:
+    """Make an empty folder, removing whatever an interrupted save left under its name."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
-    File systems that cannot exchange (some network ones) have no folder of that name between two renames.
+
+def publish_folder(draft: Path, final: Path) -> None:
+    """Rename a finished folder to `final`, replacing a folder of that name: the two are exchanged in one system call.
+
+    On file systems that cannot exchange (some network ones) there is a moment between two renames without `final`.
     """
     if final.exists():
         if not _exchange(draft, final):
@@ -91,9 +132,9 @@ def publish_folder(draft: Path, final: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; a crash leaves it whole or under a hidden name, never in part under its own.
+    """Remove a folder: after a crash it is complete or has a hidden name, never incomplete under its own name.
 
-    One that cannot be removed stays: that is no error of what has just been written.
+    A folder that cannot be removed stays, without an error: what has just been written is not affected.
     """
     hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.dropped")
     with suppress(OSError):
@@ -111,6 +152,7 @@ def _flush(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one instant (renameat2, Linux); False where that cannot be had."""
+    """Swap two names atomically (renameat2, Linux); return False where the system cannot."""
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return swap is not None and swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+    paths = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+    return swap is not None and swap(*paths, _RENAME_EXCHANGE) == 0

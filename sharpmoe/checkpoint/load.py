@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from, and going on from it. `saving` writes them, `manifest` says what they hold."""
 
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,10 +127,12 @@ def choose(found: Found, root: Path, resume: str, world: World) -> Choice:
 
 
 def _settle(root: Path, damaged: list[Path], taken: Path) -> None:
-    durable.writing(root, lambda: durable.replace_text(root / retention.LATEST, taken.name))
+    with retention.disk_errors(root):
+        durable.write_atomically(root / retention.LATEST, taken.name)
     for folder in damaged:
         if (folder / manifest.MANIFEST).is_file():  # without one it is no checkpoint of ours
-            durable.writing(folder, partial(retention.set_aside, folder))
+            with retention.disk_errors(folder):
+                retention.set_aside(folder)
 
 
 def _none_sound(root: Path, first: CheckpointError) -> CheckpointError:

@@ -71,8 +71,9 @@ def write(manifest: Manifest) -> None:
         "files": {name: entry._asdict() for name, entry in sorted(manifest.files.items())},
     }
     text = json.dumps(content, indent=1)
-    durable.write_text(manifest.folder / MANIFEST, text)
-    durable.write_text(manifest.folder / SEAL, _seal(text.encode()))
+    for name, each in ((MANIFEST, text), (SEAL, _seal(text.encode()))):
+        (manifest.folder / name).write_text(each, encoding="utf-8")
+        durable.flush_file(manifest.folder / name)
 
 
 def read(folder: Path) -> Manifest:
@@ -112,7 +113,7 @@ def _seal(content: bytes) -> str:
 
 def entry(path: Path) -> Entry:
     """Size and hash of a file. Raises OSError."""
-    return Entry(path.stat().st_size, durable.digest(path))
+    return Entry(path.stat().st_size, durable.sha256_of(path))
 
 
 def check_files(manifest: Manifest, names: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
 """Which checkpoints stay, where the newest is, and whether another one fits on the disk. No communication."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sharpmoe import durable
@@ -10,6 +12,16 @@ from sharpmoe.errors import CheckpointError
 
 LATEST = "latest"
 _SLACK = 1.02  # of the bytes of tensors: headers, manifests, blocks that are not full
+
+
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn an error of the operating system in the body into a CheckpointError that names `place`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        raise CheckpointError(f"{place}: cannot be written ({reason}); free space or change output") from error
 
 
 def folder_name(step: int) -> str:
@@ -46,6 +58,7 @@ def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
             durable.remove_folder(path)
     for path in root.glob(".step*"):
         durable.remove_folder(path)
+    durable.remove_drafts(root)
 
 
 def set_aside(folder: Path) -> Path:

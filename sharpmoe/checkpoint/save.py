@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,8 +126,9 @@ class Saver:
         need = sum(peers.gather(taken.num_bytes))
         with peers.agreed():
             if is_main:
-                durable.writing(self._root, lambda: retention.check_room(self._root, need))
-                durable.writing(draft, lambda: durable.fresh_folder(draft))
+                with retention.disk_errors(self._root):
+                    retention.check_room(self._root, need)
+                    durable.fresh_folder(draft)
         mine: list[str] = []
         with peers.agreed():
             mine = _write_own(taken, draft, peers.world.rank)
@@ -136,11 +136,13 @@ class Saver:
         entries: dict[str, Entry] = {}
         with peers.agreed():
             for name in mine:
-                entries[name] = durable.writing(draft / name, partial(_seal_file, draft / name))
+                with retention.disk_errors(draft / name):
+                    entries[name] = _seal_file(draft / name)
         files = {name: entry for part in peers.gather(entries) for name, entry in part.items()}
         with peers.agreed():
             if is_main:
-                durable.writing(final, lambda: self._publish(taken.progress, draft, final, files))
+                with retention.disk_errors(final):
+                    self._publish(taken.progress, draft, final, files)
 
     def _write_weights(self, taken: Snapshot, draft: Path) -> list[str]:
         """Write live.safetensors and ema.safetensors on rank 0; returns the names of this rank's files."""
@@ -160,15 +162,15 @@ class Saver:
         model, is_main = self._contents.model.config, self._peers.world.is_main
         meta = {"step": str(progress.step), "samples": str(progress.samples), "weights": kind, **self._contents.origin}
 
-        def write() -> None:
-            with weights_writer(path, self._planned, model, meta) if is_main else nullcontext() as writer:
-                for name, tensor in tensors:
-                    if writer is not None and tensor is not None:
-                        writer.write(name, tensor)
-
         with self._peers.agreed():
             try:
-                durable.writing(path, write)
+                with (
+                    retention.disk_errors(path),
+                    weights_writer(path, self._planned, model, meta) if is_main else nullcontext() as writer,
+                ):
+                    for name, tensor in tensors:
+                        if writer is not None and tensor is not None:
+                            writer.write(name, tensor)
             finally:
                 for _ in tensors:  # where writing failed: the other ranks still send
                     pass
@@ -179,7 +181,7 @@ class Saver:
         manifest.write(Manifest(draft, progress, layout, self._contents.model.config, dict(settings), files))
         durable.flush_tree(draft)
         durable.publish_folder(draft, final)
-        durable.replace_text(self._root / retention.LATEST, final.name)
+        durable.write_atomically(self._root / retention.LATEST, final.name)
         retention.drop_old(self._root, final, self._config)
 
 
@@ -187,8 +189,10 @@ def _write_own(taken: Snapshot, draft: Path, rank: int) -> list[str]:
     """Write the files that are this rank's alone; returns their names. Raises CheckpointError."""
     names = [state_file(rank), snapshot.generators_file(rank)]
     pieces, partitions, facts = taken.pieces, taken.partitions, taken.facts
-    durable.writing(draft / names[0], lambda: write_state(draft / names[0], pieces, partitions, facts))
-    durable.writing(draft / names[1], lambda: rng.write(draft / names[1], taken.generators))
+    with retention.disk_errors(draft / names[0]):
+        write_state(draft / names[0], pieces, partitions, facts)
+    with retention.disk_errors(draft / names[1]):
+        rng.write(draft / names[1], taken.generators)
     return names
 
 

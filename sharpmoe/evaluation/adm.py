@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpmoe import sampling
+from sharpmoe import durable, sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import evaluating
@@ -68,18 +68,17 @@ def write_batch(path: Path, batches: Iterable[np.ndarray], count: int, image_siz
 
     The file appears under its name when it is complete. Raises ConfigError where the batches hold another number.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, 3)}
     written = 0
-    with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for pixels in batches:
-            written += len(pixels)
-            file.write(pixels.tobytes())
-    if written != count:
-        raise ConfigError(f"{path}: {written} images were drawn, expected {count}")
-    partial.replace(path)
+    durable.remove_drafts(path.parent, path.name)
+    with durable.atomic_draft(path) as draft:
+        with zipfile.ZipFile(draft, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for pixels in batches:
+                written += len(pixels)
+                file.write(pixels.tobytes())
+        if written != count:
+            raise ConfigError(f"{path}: {written} images were drawn, expected {count}")
     return path
 
 

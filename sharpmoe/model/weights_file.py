@@ -5,15 +5,17 @@ then the bytes (https://github.com/huggingface/safetensors#format); tests read w
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sharpmoe.durable import atomic_draft
 
 _NAMES = {
     torch.float64: "F64",
@@ -44,11 +46,12 @@ class WeightsWriter:
     def __init__(self, path: str | Path, planned: Mapping[str, Planned], header: Mapping[str, str]) -> None:
         """Write the header: every tensor's name, shape and dtype, in the order of the file. Raises OSError."""
         assert sys.byteorder == "little"
-        self._path, self._planned, self._left = Path(path), planned, list(planned)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        self._file = self._draft.open("wb")
-        self._file.write(_header(planned, header))
+        self._planned, self._left = planned, list(planned)
+        with ExitStack() as stack:
+            draft = stack.enter_context(atomic_draft(Path(path)))
+            self._file = stack.enter_context(draft.open("wb"))
+            self._file.write(_header(planned, header))
+            self._stack = stack.pop_all()
 
     def write(self, name: str, value: Tensor) -> None:
         """Append the next tensor, converted to its planned dtype. Raises OSError."""
@@ -65,12 +68,8 @@ class WeightsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is not None:
-            self._draft.unlink(missing_ok=True)
-            return
-        assert not self._left, f"{self._left[0]} was not written"
-        os.replace(self._draft, self._path)
+        assert kind is not None or not self._left, f"{self._left[0]} was not written"
+        self._stack.__exit__(kind, error, trace)
 
 
 def _header(planned: Mapping[str, Planned], header: Mapping[str, str]) -> bytes:

@@ -19,7 +19,7 @@ class Stopped(NamedTuple):
 
 def write(folder: Path, stopped: Stopped) -> None:
     """Leave the file in a run folder, durably. Rank 0 calls it, after the checkpoint is on the disk."""
-    durable.replace_text(folder / FILE, json.dumps(stopped._asdict()))
+    durable.write_atomically(folder / FILE, json.dumps(stopped._asdict()))
 
 
 def clear(folder: Path) -> None:

@@ -132,7 +132,7 @@ def pretend(root: Path, step: int) -> Path:
     layout = Layout("fp32", "adamw", 0, "")
     manifest.write(Manifest(draft, Progress(step, step), layout, RunConfig().model, {}, files))
     durable.publish_folder(draft, final)
-    durable.replace_text(root / "latest", final.name)
+    durable.write_atomically(root / "latest", final.name)
     return final
 
 
@@ -192,8 +192,8 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     final = pretend(tmp_path, 1)
     text = (final / "manifest.json").read_text().replace('"schema": 2', '"schema": 99')
     for content, words in ((text, "schema 99, expected 2"), ("{}", "not understood"), ("{", "not understood")):
-        durable.write_text(final / "manifest.json", content)
-        durable.write_text(final / "manifest.sha256", manifest._seal(content.encode()))
+        (final / "manifest.json").write_text(content)
+        (final / "manifest.sha256").write_text(manifest._seal(content.encode()))
         with pytest.raises(CheckpointError, match=words):
             manifest.read(final)
 

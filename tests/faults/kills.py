@@ -38,7 +38,8 @@ _SEVERAL = 25
 # Every call with which a save changes the disk.
 BOUNDARIES: list[tuple[Any, str]] = [
     (durable, "fresh_folder"),
-    (durable, "write_text"),
+    (durable, "write_atomically"),
+    (Path, "write_text"),
     (durable, "flush_file"),
     (durable, "flush_folder"),
     (durable, "publish_folder"),

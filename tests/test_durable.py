@@ -1,0 +1,73 @@
+"""A file is absent, old or complete, whatever ends its writer; nothing is left beside it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sharpmoe import durable
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("content", [b"new", "new", lambda path: path.write_bytes(b"new")])
+def test_a_file_is_replaced_by_bytes_text_or_a_writer(content: durable.Content, tmp_path: Path) -> None:
+    path = tmp_path / "made" / "file"
+    for _ in range(2):
+        durable.write_atomically(path, content)
+        assert path.read_bytes() == b"new"
+        assert names(path.parent) == ["file"]
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(draft: Path) -> None:
+        draft.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        durable.write_atomically(path, fail)
+    with pytest.raises(KeyboardInterrupt):
+        durable.publish_once(tmp_path / "other", fail)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_writer_wins(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+
+    def overtaken(draft: Path) -> None:
+        draft.write_text("second")
+        path.write_text("first")
+
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError("no hard links")
+
+        monkeypatch.setattr(os, "link", refuse)
+        durable.publish_once(path, "first")
+    else:
+        durable.publish_once(path, overtaken)
+    durable.publish_once(path, "third")
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["file"]
+
+
+def test_drafts_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    for name in (".a[1].host-1.tmp", ".b.host-1.tmp", "c.tmp", ".d"):
+        (tmp_path / name).touch()
+    durable.remove_drafts(tmp_path, "a[1]")
+    assert names(tmp_path) == [".b.host-1.tmp", ".d", "c.tmp"]
+    durable.remove_drafts(tmp_path)
+    assert names(tmp_path) == [".d", "c.tmp"]
+
+
+def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_text("abc")
+    assert durable.sha256_of(tmp_path / "abc").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
