@@ -25,7 +25,7 @@ from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 
 STEPS, SEGMENT = 10, 5
@@ -68,7 +68,7 @@ class Rollout(NamedTuple):
     """A model under a schedule, and a micro-batch for it."""
 
     objective: Objective
-    item: Item
+    item: TrajectoryBatch
 
     def __call__(self, block: int = 0) -> Tensor:
         """Forward and backward; the loss."""
@@ -148,7 +148,9 @@ def make_rollout(model: DiT, size: Size, steps: int) -> Rollout:
         for value in (x0, x1, times, saliency)
     )
     run = RunConfig(model=config, rollout=RolloutConfig(num_steps=steps), loss=LossConfig(routing_weight=0.1))
-    return Rollout(Objective(model, run), Item(x0, x1, times, ClassCondition(labels.to(parameter.device)), saliency))
+    return Rollout(
+        Objective(model, run), TrajectoryBatch(x0, x1, times, ClassCondition(labels.to(parameter.device)), saliency)
+    )
 
 
 def per_step(rollout: Rollout, times: int = 1) -> Callable[[], int]:

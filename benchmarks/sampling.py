@@ -19,7 +19,7 @@ from sharpmoe import flow, sampling
 from sharpmoe.config import SIZES, ModelConfig, SampleConfig
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
-from sharpmoe.sampling import Guidance, Request
+from sharpmoe.sampling import CfgSettings, Request
 
 _STEPS = 2
 _CPU_COST, _CUDA_COST = 0.045, 0.04  # of the saliency router, at the most
@@ -114,27 +114,27 @@ def saliency_router(name: str, model: DiT, images: int, options: Options) -> Cas
 
 @torch.no_grad()
 def flops_added(model: DiT, device: torch.device) -> float:
-    """Share that guidance adds to the FLOPs of a call."""
+    """Share that x0_prev adds to the FLOPs of a call."""
     size = model.config.latent_size
     x, t = torch.randn(1, model.config.latent_channels, size, size, device=device), torch.full((1,), 0.5, device=device)
     flops = []
-    for guidance in (x, None):
+    for x0_prev in (x, None):
         with FlopCounterMode(display=False) as counter:
-            model(x, t, torch.zeros(1, dtype=torch.long, device=device), guidance)
+            model(x, t, torch.zeros(1, dtype=torch.long, device=device), x0_prev)
         flops.append(counter.get_total_flops())
     return flops[0] / flops[1] - 1
 
 
 def joined_branches(name: str, model: DiT, images: int, options: Options) -> Case:
     """Both branches of classifier-free guidance in one call of the model, beside a call each."""
-    guidance = sampling.guidance_of(model.config, SampleConfig(cfg_scale=1.5))
-    return _against_parts(name, model, 2, guidance, images, options)
+    settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5))
+    return _against_parts(name, model, 2, settings, images, options)
 
 
 def pool_per_image(name: str, model: DiT, images: int, options: Options) -> Case:
     """All images in one call in which their pools stay apart, beside a call for each image."""
-    guidance = sampling.guidance_of(model.config, SampleConfig(cfg_scale=1.5), pool_per_image=True)
-    return _against_parts(name, model, 2 * images, guidance, images, options)
+    settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5), pool_per_image=True)
+    return _against_parts(name, model, 2 * images, settings, images, options)
 
 
 def prepared_text(name: str, model: DiT, images: int, options: Options) -> Case:
@@ -145,7 +145,7 @@ def prepared_text(name: str, model: DiT, images: int, options: Options) -> Case:
     text = TextCondition(states, mask, torch.randn(images, width, device=options.device))
 
     def draw(denoiser: sampling.Denoiser, steps: int = 2 * _STEPS) -> Tensor:
-        return _euler(denoiser, (text,), Guidance(), images, model, options, steps)
+        return _euler(denoiser, (text,), CfgSettings(), images, model, options, steps)
 
     def check() -> None:
         assert torch.equal(draw(model), draw(_InParts(model, 1)))
@@ -155,12 +155,12 @@ def prepared_text(name: str, model: DiT, images: int, options: Options) -> Case:
     )
 
 
-def _against_parts(name: str, model: DiT, parts: int, guidance: Guidance, images: int, options: Options) -> Case:
+def _against_parts(name: str, model: DiT, parts: int, settings: CfgSettings, images: int, options: Options) -> Case:
     cond = labels(images, options)
     branches = (cond, sampling.empty_condition(cond, model.config, None))
 
     def draw(denoiser: sampling.Denoiser) -> Tensor:
-        return _euler(denoiser, branches, guidance, images, model, options, _STEPS)
+        return _euler(denoiser, branches, settings, images, model, options, _STEPS)
 
     def check() -> None:
         one, many = draw(model), draw(_InParts(model, parts))
@@ -179,7 +179,7 @@ def labels(images: int, options: Options) -> ClassCondition:
 def _euler(
     denoiser: sampling.Denoiser,
     branches: tuple[Condition, ...],
-    guidance: Guidance,
+    settings: CfgSettings,
     images: int,
     model: DiT,
     options: Options,
@@ -187,7 +187,7 @@ def _euler(
 ) -> Tensor:
     size = model.config.latent_size
     noise = sampling.initial_noise(0, range(images), (model.config.latent_channels, size, size)).to(options.device)
-    field = sampling.make_field(denoiser, branches, guidance)
+    field = sampling.make_field(denoiser, branches, settings)
     return sampling.euler(field, noise, flow.sampling_times(steps).to(noise), (noise,) * len(branches))
 
 
@@ -206,13 +206,13 @@ class _InParts:
         self.model, self.parts = model, parts
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Any, guidance: Tensor | None = None, *, pools: int = 1
+        self, x_t: Tensor, t: Tensor, condition: Any, x0_prev: Tensor | None = None, *, pools: int = 1
     ) -> ModelOutput:
-        assert guidance is not None
-        columns = [part.chunk(self.parts) for part in (x_t, t, guidance, *condition)]
+        assert x0_prev is not None
+        columns = [part.chunk(self.parts) for part in (x_t, t, x0_prev, *condition)]
         outputs = [
-            self.model(x, times, type(condition)(*parts), guide)
-            for x, times, guide, *parts in zip(*columns, strict=True)
+            self.model(x, times, type(condition)(*parts), previous)
+            for x, times, previous, *parts in zip(*columns, strict=True)
         ]
         return ModelOutput(torch.cat([output.v for output in outputs]), ())
 

@@ -38,7 +38,7 @@ from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.step import train_step
 
@@ -224,7 +224,7 @@ class EngineStep:
         self.objective = Objective(model, run)
         self.engine = Engine(self.objective, run, resolve_ds_config(ZERO3, run, world.size), world)
         self.average = ShardEma(self.engine, EMA)
-        self.item = Item(given.x0, given.x1, given.t.unsqueeze(0), given.condition, torch.zeros(images, 1))
+        self.item = TrajectoryBatch(given.x0, given.x1, given.t.unsqueeze(0), given.condition, torch.zeros(images, 1))
         self.taken = 0
 
     def __call__(self) -> int:

@@ -3,7 +3,7 @@
     python -m benchmarks.utilisation [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
 `backward` is forward, losses and backward of a plain denoising step, `step` a whole one (`benchmarks.train_step`),
-`guided` the same of a model with saliency routers, under a guidance latent. The limit has their model FLOPs
+`guided` the same of a model with saliency routers, with x0_prev. The limit has their model FLOPs
 (`sharpmoe.model.flops`) and nothing else, all in the given precision, also those of the routers, which are float32, and
 of experts, which on a CPU without AMX multiply bf16 in float32, faster than the limit does.
 
@@ -42,7 +42,7 @@ def step_cases(config: ModelConfig, images: int, options: Options) -> Iterator[C
     """A model's step without and with the update; of a guided model with it."""
     guided = config.saliency_router
     step = (GuidedStep if guided else Step)(make_model(config, options), images, options)
-    done = products(config, Call(images, rows_of_call(config, images) * moe_layers(config), guided=guided))
+    done = products(config, Call(images, rows_of_call(config, images) * moe_layers(config), uses_x0_prev=guided))
     forward, backward = forward_flops(done), backward_flops(done)
     total, gemms = forward.total + backward.total, gemms_of(done, config.num_experts)
     limit = counting(bare(gemms, options), images)

@@ -1,6 +1,6 @@
 """The recursive denoising rollout (SharpMoE section 3.2): x0_hat is handed from step to step, detached.
 
-A trajectory is one pair (x0, x1) at T descending times. Step 1 is guided by x_{t_1} itself, step k by the clean latent
+A trajectory is one pair (x0, x1) at T descending times. Step 1 reads x_{t_1} itself, step k by the clean latent
 that step k - 1 predicted. Nothing here communicates, and nothing is drawn here: all randomness comes in the item.
 """
 
@@ -17,7 +17,7 @@ from sharpmoe.model.embed import Condition
 from sharpmoe.moe.routing import Routing
 
 
-class Item(NamedTuple):
+class TrajectoryBatch(NamedTuple):
     """One micro-batch of trajectories with all randomness drawn."""
 
     x0: Tensor  # (B, C, H, W) clean latents
@@ -31,7 +31,7 @@ class StepOutput(NamedTuple):
     """One denoising step of a trajectory."""
 
     flow: Tensor  # 0-d flow matching loss
-    x0_hat: Tensor  # (B, C, H, W) predicted clean latent, detached: it guides the next step
+    x0_hat: Tensor  # (B, C, H, W) predicted clean latent, detached: the x0_prev of the next step
     routing: tuple[Routing, ...]  # one per MoE layer
     layer_flow: Tensor | None = None  # 0-d flow loss of the MoE layers' own predictions, where they make one
 
@@ -43,54 +43,60 @@ class Replay(NamedTuple):
     tokens is then not asked again: steps may share a batch.
     """
 
-    guidance: Tensor | None  # (B, C, H, W) or None for an unguided model
+    x0_prev: Tensor | None  # (B, C, H, W) or None where the model has no saliency routers
     routing_maps: tuple[Tensor, ...]  # one per MoE layer
     cutoffs: tuple[Tensor, ...]  # one per MoE layer
 
 
-def first_guidance(item: Item, guided: bool) -> Tensor | None:
-    """x_{t_1}, which guides the first step; None where the model is not guided."""
-    return interpolate(item.x0, item.x1, item.times[0]) if guided else None
+def first_x0_prev(item: TrajectoryBatch, uses_x0_prev: bool) -> Tensor | None:
+    """x_{t_1}, what the saliency routers read at the first step; None where the model has none."""
+    return interpolate(item.x0, item.x1, item.times[0]) if uses_x0_prev else None
 
 
 def rollout_step(
-    model: DiT, item: Item, step: int, guidance: Tensor | None, recompute: bool = False, for_losses: bool = True
+    model: DiT,
+    item: TrajectoryBatch,
+    step: int,
+    x0_prev: Tensor | None,
+    recompute: bool = False,
+    for_losses: bool = True,
 ) -> StepOutput:
-    """Denoise at the item's times[step] (0-based) under `guidance`; gradients are the caller's choice.
+    """Denoise at the item's times[step] (0-based) with `x0_prev`; gradients are the caller's choice.
 
     recompute, for_losses: see `DiT.forward`.
     """
     t = item.times[step]
     x_t = interpolate(item.x0, item.x1, t)
-    output = model(x_t, t, item.condition, guidance, recompute=recompute, for_losses=for_losses)
-    return _step_output(model, item, t, output)
+    output = model(x_t, t, item.condition, x0_prev, recompute=recompute, for_losses=for_losses)
+    return _step_output(model, item, x_t, t, output)
 
 
-def replay(output: StepOutput, guidance: Tensor | None) -> Replay:
-    """What a second pass needs of a step that was run under `guidance`."""
+def replay(output: StepOutput, x0_prev: Tensor | None) -> Replay:
+    """What a second pass needs of a step that was run with `x0_prev`."""
     records = output.routing
-    return Replay(guidance, tuple(r.routing_map for r in records), tuple(r.cutoff.detach() for r in records))
+    return Replay(x0_prev, tuple(r.routing_map for r in records), tuple(r.cutoff.detach() for r in records))
 
 
-def replay_steps(model: DiT, item: Item, steps: Sequence[int], replays: Sequence[Replay]) -> list[StepOutput]:
+def replay_steps(
+    model: DiT, item: TrajectoryBatch, steps: Sequence[int], replays: Sequence[Replay]
+) -> list[StepOutput]:
     """Run some steps (0-based) as one batch, each as the first pass had it."""
     times = [item.times[step] for step in steps]
-    x_t = torch.cat([interpolate(item.x0, item.x1, t) for t in times])
-    guidances = [each.guidance for each in replays if each.guidance is not None]
+    x_t = [interpolate(item.x0, item.x1, t) for t in times]
+    x0_prevs = [each.x0_prev for each in replays if each.x0_prev is not None]
     maps = tuple(torch.cat(layer) for layer in zip(*(each.routing_maps for each in replays), strict=True))
     condition = _repeat(item.condition, len(steps))
-    output = model(x_t, torch.cat(times), condition, torch.cat(guidances) if guidances else None, maps)
+    output = model(torch.cat(x_t), torch.cat(times), condition, torch.cat(x0_prevs) if x0_prevs else None, maps)
     return [
-        _step_output(model, item, t, _part(output, index, len(steps), each.cutoffs))
-        for index, (t, each) in enumerate(zip(times, replays, strict=True))
+        _step_output(model, item, x_t[index], times[index], _part(output, index, len(steps), each.cutoffs))
+        for index, each in enumerate(replays)
     ]
 
 
-def _step_output(model: DiT, item: Item, t: Tensor, output: ModelOutput) -> StepOutput:
+def _step_output(model: DiT, item: TrajectoryBatch, x_t: Tensor, t: Tensor, output: ModelOutput) -> StepOutput:
     v_target = velocity_target(item.x0, item.x1)
     flow = flow_matching(output.v, v_target)
     own = layer_predictions(output.routing, v_target, model.config.patch_size)
-    x_t = interpolate(item.x0, item.x1, t)
     return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, own)
 
 
@@ -115,14 +121,14 @@ def _part(output: ModelOutput, index: int, count: int, cutoffs: tuple[Tensor, ..
     return ModelOutput(output.v.chunk(count)[index], tuple(records))
 
 
-def rollout(model: DiT, item: Item, guided: bool, recompute: bool = False) -> list[StepOutput]:
-    """All T steps in order, each graph kept (under grad mode); x0_hat passes on where the model is guided."""
-    guidance = first_guidance(item, guided)
+def rollout(model: DiT, item: TrajectoryBatch, uses_x0_prev: bool, recompute: bool = False) -> list[StepOutput]:
+    """All T steps in order, each graph kept (under grad mode); x0_hat is handed on where the model `uses_x0_prev`."""
+    x0_prev = first_x0_prev(item, uses_x0_prev)
     outputs: list[StepOutput] = []
     for step in range(len(item.times)):
-        output = rollout_step(model, item, step, guidance, recompute)
+        output = rollout_step(model, item, step, x0_prev, recompute)
         outputs.append(output)
-        guidance = output.x0_hat if guided else None
+        x0_prev = output.x0_hat if uses_x0_prev else None
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""Samplers from noise (t = 1) to data (t = 0), carrying the clean prediction that guides the saliency router.
+"""Samplers from noise (t = 1) to data (t = 0), carrying the clean prediction that the saliency router reads.
 
 The model is a callable and knows nothing of steps: latents and one x0_hat per classifier-free branch are the state of
 the loop. One sampler is one short function over a `Field`; all about branches and guidance lives in `make_field`.
@@ -27,7 +27,7 @@ class Denoiser(Protocol):
     """What the samplers need of a model; a `DiT` in eval mode is one."""
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Condition | Prepared, guidance: Tensor | None = None, *, pools: int = 1
+        self, x_t: Tensor, t: Tensor, condition: Condition | Prepared, x0_prev: Tensor | None = None, *, pools: int = 1
     ) -> ModelOutput:
         """Predict the velocity of x_t (B, C, H, W) at t (B,); pools: equal parts of the batch that choose apart."""
         ...
@@ -37,24 +37,24 @@ class Evaluation(NamedTuple):
     """One evaluation of the guided velocity field."""
 
     velocity: Tensor  # (B, C, H, W) float32, after classifier-free guidance
-    guides: tuple[Tensor, ...]  # x0_hat of each branch, (B, C, H, W) float32: the guidance of the next evaluation
+    x0_prev: tuple[Tensor, ...]  # x0_hat of each branch, (B, C, H, W) float32, for the next evaluation
 
 
-Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Evaluation]  # (x_t, t 0-d, guides) -> Evaluation
+Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Evaluation]  # (x_t, t 0-d, x0_prev) -> Evaluation
 
 
-class Guidance(NamedTuple):
+class CfgSettings(NamedTuple):
     """How a model is asked for a velocity."""
 
     cfg_scale: float = 1.0  # v = v_empty + cfg_scale * (v_cond - v_empty); 1 needs no empty branch
     source: Literal["own", "guided"] = "own"  # which velocity makes the x0_hat that a branch is fed next
-    saliency_router: bool = True  # False: the model has no saliency router, so no guidance is passed
+    saliency_router: bool = True  # False: the model has no saliency router, so no x0_prev is passed
     pool: Literal["all", "call", "image"] = (
         "call"  # whose tokens an expert compares: the batch's, a branch's, an image's
     )
 
 
-def guidance_of(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> Guidance:
+def cfg_settings(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> CfgSettings:
     """Read the guidance settings of a run; only where tokens are pooled in inference need the branches be told apart.
 
     That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's own
@@ -62,7 +62,7 @@ def guidance_of(model: ModelConfig, sample: SampleConfig, *, pool_per_image: boo
     """
     is_pooled = model.router == "diffmoe" and model.capacity_selection == "count"
     pool: Literal["all", "call", "image"] = "call" if is_pooled else "all"
-    return Guidance(
+    return CfgSettings(
         sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool
     )
 
@@ -77,7 +77,7 @@ def empty_condition(cond: Condition, model: ModelConfig, empty_text: tuple[Tenso
     return TextCondition(*(part.to(cond.pooled.device).expand(rows, *part.shape) for part in empty_text))
 
 
-def make_field(model: Denoiser, branches: tuple[Condition, ...], guidance: Guidance) -> Field:
+def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSettings) -> Field:
     """Turn a model and one condition per branch, (cond,) or (cond, empty), into a velocity field.
 
     Each branch is fed its own x0_hat, made from its own unguided velocity as in training (`source="own"`), or from the
@@ -87,37 +87,41 @@ def make_field(model: Denoiser, branches: tuple[Condition, ...], guidance: Guida
     condition = _join(branches)
     fixed = model.prepare(condition) if isinstance(model, DiT) else condition
 
-    def field(x: Tensor, t: Tensor, guides: tuple[Tensor, ...]) -> Evaluation:
+    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> Evaluation:
         rows = len(branches) * len(x)
         times = t.to(x).expand(rows)
-        guide = torch.cat(guides) if guidance.saliency_router else None
-        pools = {"all": 1, "call": len(branches), "image": rows}[guidance.pool]
-        own = model(x.repeat(len(branches), 1, 1, 1), times, fixed, guide, pools=pools).v.float().chunk(len(branches))
-        v = own[0] if len(own) == 1 else own[1] + guidance.cfg_scale * (own[0] - own[1])
-        sources = own if guidance.source == "own" else (v,) * len(own)
+        x0_prev_all = torch.cat(x0_prev) if settings.saliency_router else None
+        pools = {"all": 1, "call": len(branches), "image": rows}[settings.pool]
+        own = (
+            model(x.repeat(len(branches), 1, 1, 1), times, fixed, x0_prev_all, pools=pools)
+            .v.float()
+            .chunk(len(branches))
+        )
+        v = own[0] if len(own) == 1 else own[1] + settings.cfg_scale * (own[0] - own[1])
+        sources = own if settings.source == "own" else (v,) * len(own)
         return Evaluation(v, tuple(flow.clean_prediction(x, u, times[: len(x)]) for u in sources))
 
     return field
 
 
-def euler(field: Field, x: Tensor, times: Tensor, guides: tuple[Tensor, ...]) -> Tensor:
+def euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
     """Integrate dx/dt = v by Euler steps along times (S + 1,) from 1 to 0; x (B, C, H, W) float32."""
     for t, t_next in pairwise(times):
-        v, guides = field(x, t, guides)
+        v, x0_prev = field(x, t, x0_prev)
         x = flow.advance(x, v, t, t_next)
     return x
 
 
-def heun(field: Field, x: Tensor, times: Tensor, guides: tuple[Tensor, ...]) -> Tensor:
+def heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
     """Integrate dx/dt = v by Heun's trapezoid rule (2 S - 1 evaluations); the last step, into t = 0, is an Euler step.
 
     Every evaluation is guided by the x0_hat of the evaluation before it, predictor and corrector alike.
     """
     last = len(times) - 2
     for step, (t, t_next) in enumerate(pairwise(times)):
-        v, guides = field(x, t, guides)
+        v, x0_prev = field(x, t, x0_prev)
         if step < last:
-            corrector, guides = field(flow.advance(x, v, t, t_next), t_next, guides)
+            corrector, x0_prev = field(flow.advance(x, v, t, t_next), t_next, x0_prev)
             v = (v + corrector) / 2
         x = flow.advance(x, v, t, t_next)
     return x
@@ -165,7 +169,6 @@ def caption_request(
     return Request(cond, empty_condition(cond, config, empty_text), tuple(range(len(cond.pooled))))
 
 
-@torch.no_grad()
 def compile_blocks(model: DiT) -> DiT:
     """Have torch.compile make every block's kernels, in place; returns the model.
 
@@ -180,6 +183,7 @@ def compile_blocks(model: DiT) -> DiT:
     return model
 
 
+@torch.no_grad()
 def generate(
     model: Denoiser,
     config: ModelConfig,
@@ -198,15 +202,15 @@ def generate(
     a pool of its own. The model must be whole and in eval mode. Nothing is communicated, and the loop reads nothing
     back from the device.
     """
-    guidance = guidance_of(config, sample, pool_per_image=pool_per_image)
+    settings = cfg_settings(config, sample, pool_per_image=pool_per_image)
     shape = (config.latent_channels, *(size or (config.latent_size, config.latent_size)))
     parts = []
     for start in range(0, len(request.indices), batch_size):
         rows = slice(start, start + batch_size)
         cond, empty = _take(request.cond, rows), None if request.empty is None else _take(request.empty, rows)
-        branches = (cond,) if empty is None or guidance.cfg_scale == 1 else (cond, empty)
+        branches = (cond,) if empty is None or settings.cfg_scale == 1 else (cond, empty)
         noise = initial_noise(sample.seed, request.indices[rows], shape).to(cond[0].device)
-        field = make_field(model, branches, guidance)
+        field = make_field(model, branches, settings)
         times = flow.sampling_times(sample.num_steps).to(noise)
         parts.append(SAMPLERS[sample.method](field, noise, times, (noise,) * len(branches)))
     return torch.cat(parts)

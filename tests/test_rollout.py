@@ -11,7 +11,7 @@ from sharpmoe.flow import descending_times
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import TextCondition
 from sharpmoe.moe.routing import Routing
-from sharpmoe.rollout import Item, rollout
+from sharpmoe.rollout import TrajectoryBatch, rollout
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.tally import StepRecord
 
@@ -46,13 +46,13 @@ def make_objective(run: RunConfig) -> Objective:
     return Objective(model, run).train()
 
 
-def make_item(seed: int = 3) -> Item:
+def make_item(seed: int = 3) -> TrajectoryBatch:
     g = torch.Generator().manual_seed(seed)
     x0, x1 = torch.randn(2, BATCH, 4, 8, 8, generator=g)
     times = descending_times(torch.rand(STEPS - 1, BATCH, generator=g), 0.999)
     text = torch.randn(BATCH, 5, 6, generator=g)
     condition = TextCondition(text, torch.ones(BATCH, 5, dtype=torch.bool), torch.randn(BATCH, 4, generator=g))
-    return Item(x0, x1, times, condition, torch.rand(BATCH, 16, generator=g))
+    return TrajectoryBatch(x0, x1, times, condition, torch.rand(BATCH, 16, generator=g))
 
 
 def gradients(run: RunConfig, block: int = 0, items: int = 1) -> tuple[Tensor, StepRecord]:
@@ -210,21 +210,21 @@ def test_half_precision_replays_the_routing_of_the_first_pass(merged: int) -> No
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
 
 
-def test_guidance_is_the_former_clean_prediction_and_detached() -> None:
+def test_x0_prev_is_the_former_clean_prediction_and_detached() -> None:
     objective = make_objective(make_run("ec"))
     item, seen = make_item(), []
     forward = objective.model.forward
 
-    def spy(x_t: Tensor, t: Tensor, condition: object, guidance: Tensor, **rest: object) -> object:
-        seen.append((x_t, guidance))
-        return forward(x_t, t, condition, guidance, **rest)
+    def spy(x_t: Tensor, t: Tensor, condition: object, x0_prev: Tensor, **rest: object) -> object:
+        seen.append((x_t, x0_prev))
+        return forward(x_t, t, condition, x0_prev, **rest)
 
     objective.model.forward = spy
-    outputs = rollout(objective.model, item, guided=True)
+    outputs = rollout(objective.model, item, uses_x0_prev=True)
     assert torch.equal(seen[0][1], seen[0][0])  # step 1 is guided by x_{t_1} itself
-    for (_, guidance), before in zip(seen[1:], outputs[:-1], strict=True):
-        assert torch.equal(guidance, before.x0_hat)
-        assert not guidance.requires_grad
+    for (_, x0_prev), before in zip(seen[1:], outputs[:-1], strict=True):
+        assert torch.equal(x0_prev, before.x0_hat)
+        assert not x0_prev.requires_grad
 
 
 def test_times_descend_from_the_first() -> None:

@@ -9,7 +9,7 @@ from sharpmoe.config import SampleConfig
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.dit import ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
-from sharpmoe.sampling import Guidance, Request, euler, generate, heun, make_field
+from sharpmoe.sampling import CfgSettings, Request, euler, generate, heun, make_field
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model
 
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
@@ -23,9 +23,9 @@ class Recorder:
         self.pools: list[int] = []
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None, *, pools: int = 1
+        self, x_t: Tensor, t: Tensor, condition: Condition, x0_prev: Tensor | None = None, *, pools: int = 1
     ) -> ModelOutput:
-        self.calls.append((x_t, t, condition, guidance))
+        self.calls.append((x_t, t, condition, x0_prev))
         self.pools.append(pools)
         labels = condition.labels if isinstance(condition, ClassCondition) else torch.zeros(len(x_t))
         return ModelOutput(x_t * (1.0 + labels.view(-1, 1, 1, 1)), ())
@@ -48,8 +48,8 @@ def request(count: int) -> Request:
 
 
 def test_euler_and_heun_integrate_to_data_with_their_orders() -> None:
-    def field(x: Tensor, t: Tensor, guides: tuple[Tensor, ...]) -> sampling.Evaluation:
-        return sampling.Evaluation(x * torch.cos(3 * t), guides)
+    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> sampling.Evaluation:
+        return sampling.Evaluation(x * torch.cos(3 * t), x0_prev)
 
     x = torch.ones(1, 1, 1, 1)
     exact = math.exp(-math.sin(3.0) / 3)
@@ -65,7 +65,7 @@ def test_euler_and_heun_integrate_to_data_with_their_orders() -> None:
 
 def test_the_first_step_is_guided_by_the_noise_and_the_next_by_x0_hat() -> None:
     model = Recorder()
-    field = make_field(model, (ClassCondition(torch.zeros(2)),), Guidance())
+    field = make_field(model, (ClassCondition(torch.zeros(2)),), CfgSettings())
     x = torch.randn(2, 1, 2, 2)
     euler(field, x, sampling_times(2), (x,))
     (first_x, first_t, _, first_guide), (second_x, second_t, _, second_guide) = model.calls
@@ -80,15 +80,15 @@ def test_the_first_step_is_guided_by_the_noise_and_the_next_by_x0_hat() -> None:
 def test_each_branch_carries_the_x0_hat_of_its_source(source: str) -> None:
     model, x = Recorder(), torch.full((1, 1, 1, 1), 2.0)
     branches = (ClassCondition(torch.tensor([1.0])), ClassCondition(torch.tensor([0.0])))  # v = 2x and v = x
-    step = make_field(model, branches, Guidance(cfg_scale=3.0, source=source))(x, torch.tensor(0.5), (x, x))
+    step = make_field(model, branches, CfgSettings(cfg_scale=3.0, source=source))(x, torch.tensor(0.5), (x, x))
     assert step.velocity.item() == 2 + 3 * (4 - 2)
     expected = [2 - 0.5 * 4, 2 - 0.5 * 2] if source == "own" else [2 - 0.5 * 8] * 2
-    assert [guide.item() for guide in step.guides] == expected
+    assert [guide.item() for guide in step.x0_prev] == expected
 
 
 def test_only_a_model_with_a_saliency_router_is_guided() -> None:
     model, x = Recorder(), torch.zeros(1, 1, 1, 1)
-    field = make_field(model, (ClassCondition(torch.zeros(1)),), Guidance(saliency_router=False))
+    field = make_field(model, (ClassCondition(torch.zeros(1)),), CfgSettings(saliency_router=False))
     field(x, torch.tensor(1.0), (x,))
     assert model.calls[0][3] is None
 
@@ -97,7 +97,7 @@ def test_only_a_model_with_a_saliency_router_is_guided() -> None:
 def test_branches_share_a_call_in_which_pools_stay_apart(pool: str, pools: int) -> None:
     model, x = Recorder(), torch.randn(3, 1, 1, 1)
     branches = (ClassCondition(torch.ones(3)), ClassCondition(torch.zeros(3)))
-    step = make_field(model, branches, Guidance(2.0, pool=pool))(x, torch.tensor(1.0), (x, x))
+    step = make_field(model, branches, CfgSettings(2.0, pool=pool))(x, torch.tensor(1.0), (x, x))
     assert [len(call[0]) for call in model.calls] == [6]
     assert model.pools == [pools]
     torch.testing.assert_close(step.velocity, x + 2 * (2 * x - x))
@@ -105,11 +105,11 @@ def test_branches_share_a_call_in_which_pools_stay_apart(pool: str, pools: int) 
 
 def test_only_a_predicted_count_tells_branches_apart() -> None:
     settings = SampleConfig()
-    pools = {router: sampling.guidance_of(toy_config(router), settings).pool for router in (*ROUTERS, "race")}
+    pools = {router: sampling.cfg_settings(toy_config(router), settings).pool for router in (*ROUTERS, "race")}
     assert pools == {"dense": "all", "tc": "all", "ec": "all", "diffmoe": "call", "race": "all"}
     by_mask = toy_config("diffmoe", capacity_selection="mask")
-    assert sampling.guidance_of(by_mask, settings).pool == "all"
-    assert sampling.guidance_of(toy_config(), settings, pool_per_image=True).pool == "image"
+    assert sampling.cfg_settings(by_mask, settings).pool == "all"
+    assert sampling.cfg_settings(toy_config(), settings, pool_per_image=True).pool == "image"
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -176,3 +176,18 @@ def test_samples_of_another_aspect() -> None:
     assert drawn.shape == (2, model.config.latent_channels, 4, 16)
     square = generate(model, model.config, SampleConfig(num_steps=2), request(2), size=(8, 8))
     assert torch.equal(square, generate(model, model.config, SampleConfig(num_steps=2), request(2)))
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_generated_latents_keep_no_graph(cfg_scale: float) -> None:
+    """Nothing else would notice: the latents would be the same, and every step's activations would stay alive."""
+    model = toy_model("ec")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+    modes = []
+    hook = model.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    latents = generate(model, model.config, SampleConfig(num_steps=2, cfg_scale=cfg_scale), request(2))
+    hook.remove()
+    assert modes == [False, False]
+    assert not latents.requires_grad
+    assert latents.grad_fn is None

@@ -1,4 +1,4 @@
-"""What a step of sampling costs, counted: model calls, embedded guidance, reads back from the device; and that none of
+"""What a step of sampling costs, counted: model calls, embedded x0_prev, reads back from the device; and that none of
 the savings changes what is drawn.
 """
 
@@ -19,7 +19,7 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition
-from sharpmoe.sampling import Guidance, generate, make_field
+from sharpmoe.sampling import CfgSettings, generate, make_field
 from tests.test_sampling import Recorder, captions, empty_text, request
 from tests.toys import toy_config, toy_model
 
@@ -62,13 +62,13 @@ class Split:
         self.model, self.parts = model, parts
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Any, guidance: Tensor | None = None, *, pools: int = 1
+        self, x_t: Tensor, t: Tensor, condition: Any, x0_prev: Tensor | None = None, *, pools: int = 1
     ) -> ModelOutput:
         rows = [torch.chunk(part, self.parts) for part in (x_t, t, *condition)]
-        guides: Sequence[Tensor | None] = [None] * self.parts if guidance is None else guidance.chunk(self.parts)
+        x0_prevs: Sequence[Tensor | None] = [None] * self.parts if x0_prev is None else x0_prev.chunk(self.parts)
         outputs = [
-            self.model(x, times, type(condition)(*parts), guide)
-            for (x, times, *parts), guide in zip(zip(*rows, strict=True), guides, strict=True)
+            self.model(x, times, type(condition)(*parts), previous)
+            for (x, times, *parts), previous in zip(zip(*rows, strict=True), x0_prevs, strict=True)
         ]
         return ModelOutput(torch.cat([output.v for output in outputs]), ())
 
@@ -106,10 +106,10 @@ def counting(*modules: nn.Module) -> Iterator[Counter[nn.Module]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_call_draws_what_a_call_per_branch_or_image_would(name: str, per_image: bool) -> None:
     model = family(name).double()
-    guidance = sampling.guidance_of(model.config, SampleConfig(cfg_scale=2.0), pool_per_image=per_image)
+    settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=2.0), pool_per_image=per_image)
     x, times = torch.randn(3, 4, 8, 8, dtype=torch.float64), sampling_times(3).double()
-    together = make_field(model, branches(model, 3), guidance)
-    apart = make_field(Split(model, 6 if per_image else 2), branches(model, 3), guidance)
+    together = make_field(model, branches(model, 3), settings)
+    apart = make_field(Split(model, 6 if per_image else 2), branches(model, 3), settings)
     drawn = sampling.euler(together, x, times, (x, x))
     assert (drawn - sampling.euler(apart, x, times, (x, x))).abs().max() < 1e-6
 
@@ -124,25 +124,25 @@ def test_a_prepared_condition_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "calls"), [("euler", 4), ("heun", 7)])
-def test_a_step_is_one_call_and_embeds_guidance_once_and_text_never(method: str, calls: int) -> None:
+def test_a_step_is_one_call_and_embeds_x0_prev_once_and_text_never(method: str, calls: int) -> None:
     model = family("diffmoe")
     texts = [model.text_embedder, *(block.cross_attn.kv for block in model.blocks)]
     with counting(model, model.x_embedder, *texts) as count:
         generate(model, model.config, SampleConfig(num_steps=4, method=method, cfg_scale=2.0), request(3))
     assert count[model] == calls
-    assert count[model.x_embedder] == 2 * calls  # the latent, and the guidance of all layers and both branches
+    assert count[model.x_embedder] == 2 * calls  # x_t, and x0_prev, of all layers and both branches
     assert [count[text] for text in texts] == [1] * len(texts)
 
 
 @torch.no_grad()
-def test_guidance_costs_one_embedding_and_a_router_in_each_layer() -> None:
+def test_x0_prev_costs_one_embedding_and_a_router_in_each_layer() -> None:
     model = family("ec")
     cond, _ = branches(model, 2)
     x, t = torch.randn(2, 4, 8, 8), torch.rand(2)
     flops = []
-    for guidance in (x, None):
+    for x0_prev in (x, None):
         with FlopCounterMode(display=False) as counter:
-            model(x, t, cond, guidance)
+            model(x, t, cond, x0_prev)
         flops.append(counter.get_total_flops())
     width, experts, patch = model.config.width, model.config.num_experts, 4 * model.config.patch_size**2
     layers = len(model.moe_layers())
@@ -152,7 +152,7 @@ def test_guidance_costs_one_embedding_and_a_router_in_each_layer() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_the_loop_reads_nothing_back(method: str) -> None:
-    field = make_field(Recorder(), (captions(2), captions(2)), Guidance(2.0))
+    field = make_field(Recorder(), (captions(2), captions(2)), CfgSettings(2.0))
     x, times = torch.randn(2, 4, 8, 8), sampling_times(4)
     with Operators() as operators:
         sampling.SAMPLERS[method](field, x, times, (x, x))
@@ -163,7 +163,7 @@ def test_the_loop_reads_nothing_back(method: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:
     model = family(name)
-    field = make_field(model, branches(model, 2), Guidance(2.0, pool="image"))
+    field = make_field(model, branches(model, 2), CfgSettings(2.0, pool="image"))
     x, times = torch.randn(2, 4, 8, 8), sampling_times(2)
     with Operators() as operators:
         sampling.euler(field, x, times, (x, x))

@@ -21,7 +21,7 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 from sharpmoe.moe.routing import Routing
-from sharpmoe.rollout import Item, StepOutput, rollout
+from sharpmoe.rollout import StepOutput, TrajectoryBatch, rollout
 
 
 class Samples(Protocol):
@@ -91,7 +91,7 @@ def observe(
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)
             item = held_out_item(batch, picked, times, model.config, seed, device)
-            seen = _observed(batch, item, rollout(model, item, guided=model.config.saliency_router))
+            seen = _observed(batch, item, rollout(model, item, uses_x0_prev=model.config.saliency_router))
             tables = tables or Observed(*(part.new_zeros(len(indices), *part.shape[1:]) for part in seen))
             if counted:
                 for table, part in zip(tables, seen, strict=True):
@@ -133,12 +133,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def held_out_item(
     batch: Batch, indices: Sequence[int], times: Sequence[float], config: ModelConfig, seed: int, device: torch.device
-) -> Item:
+) -> TrajectoryBatch:
     """Trajectories of held-out samples: captions kept, noise keyed by (seed, sample index), the same times for all."""
     x0 = batch.latent.to(device)
     x1 = draws.noise(seed, indices, x0.shape[1:], draws.Purpose.VALIDATION_NOISE).to(device)
     steps = torch.tensor(times, dtype=torch.float32, device=device)[:, None].repeat(1, len(x0))
-    return Item(x0, x1, steps, condition(batch, config, device), batch.saliency.to(device))
+    return TrajectoryBatch(x0, x1, steps, condition(batch, config, device), batch.saliency.to(device))
 
 
 def condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
@@ -148,7 +148,7 @@ def condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condit
     return TextCondition(batch.text.to(device), batch.text_mask.to(device), batch.pooled.to(device))
 
 
-def flow_losses(item: Item, steps: Sequence[StepOutput]) -> Tensor:
+def flow_losses(item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Tensor:
     """Flow loss of every image and time (B, T) float32, read off the predictions: x0_hat - x0 = t (v_target - v)."""
     errors = [(step.x0_hat.float() - item.x0).square().flatten(1).mean(1) for step in steps]
     return (torch.stack(errors) / item.times.square()).T
@@ -159,7 +159,7 @@ def experts_per_token(routing: Sequence[Routing]) -> Tensor:
     return torch.stack([layer.routing_map.sum(-1) for layer in routing]).sum(0).float()
 
 
-def _observed(batch: Batch, item: Item, steps: Sequence[StepOutput]) -> Observed:
+def _observed(batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Observed:
     dense = torch.zeros_like(item.saliency)  # no MoE layer: no token is taken by an expert
     experts = torch.stack([experts_per_token(step.routing) if step.routing else dense for step in steps], 1)
     return Observed(experts.cpu(), flow_losses(item, steps).cpu(), batch.saliency, batch.foreground)

@@ -14,7 +14,7 @@ from sharpmoe.moe.router import SaliencyRouter
 def attach(model: DiT, *, seed: int = 0) -> DiT:
     """Add a zero-initialised saliency router to every MoE layer, in place; returns the model.
 
-    The output stays bit-identical, with and without guidance, until the routers are trained (SharpMoE section 3.1).
+    The output stays bit-identical, with and without x0_prev, until the routers are trained (SharpMoE section 3.1).
     Routers that are there already stay as they are. `seed` draws the hidden layers; the global generator is not
     touched. A model without MoE layers has nothing to route: it is returned as it is, with a warning in the log.
     """

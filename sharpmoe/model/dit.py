@@ -136,7 +136,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.width, 6 * config.width)
 
     def forward(
-        self, x: Tensor, context: "Context", guidance_tokens: Tensor | None, routing_map: Tensor | None
+        self, x: Tensor, context: "Context", x0_prev_tokens: Tensor | None, routing_map: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         """X (B, N, D); returns the tokens and, from an MoE block, the routing record."""
         c, text, rope, unconditional, pools, for_losses, read = context
@@ -146,7 +146,7 @@ class Block(nn.Module):
             x = x + self.cross_attn(layer_norm(x), text.tokens, text.mask, read)
         h = modulate(normalise(x, self.norm2), shift_m, scale_m)
         if self.moe is not None:
-            y, routing = self.moe(h, guidance_tokens, routing_map, unconditional, pools, for_losses)
+            y, routing = self.moe(h, x0_prev_tokens, routing_map, unconditional, pools, for_losses)
             return x + gate_m.unsqueeze(1) * y, routing
         assert self.mlp is not None
         return x + gate_m.unsqueeze(1) * self.mlp(h), None
@@ -203,7 +203,7 @@ class DiT(nn.Module):
         x_t: Tensor,
         t: Tensor,
         condition: Condition | Prepared | Tensor,
-        guidance: Tensor | None = None,
+        x0_prev: Tensor | None = None,
         routing_maps: tuple[Tensor, ...] | None = None,
         recompute: bool = False,
         pools: int = 1,
@@ -212,7 +212,7 @@ class DiT(nn.Module):
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
         x_t need not be square, but has as many tokens as a square one of the configured size; ValueError otherwise.
-        condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. guidance (B, C, H, W):
+        condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. x0_prev (B, C, H, W):
         clean latent predicted by the previous step, detached here; None gives the base routing. routing_maps: per MoE
         layer (B, N, E) bool, choices to replay. recompute: keep only block inputs for backward (non-reentrant; the
         reentrant form gives wrong gradients under ZeRO-3). pools, for_losses: see `MoELayer`. v is float32 or better.
@@ -221,16 +221,16 @@ class DiT(nn.Module):
         condition = self._embed_condition(condition) if not isinstance(condition, Prepared) else condition
         if self.config.prediction == "ddpm_noise":
             scaled, step = ddpm_input(x_t, t)
-            noise, records = self._network(scaled, step, condition, guidance, routing_maps, *how)
+            noise, records = self._network(scaled, step, condition, x0_prev, routing_maps, *how)
             return ModelOutput(ddpm_velocity(scaled, noise, step), records)
-        return ModelOutput(*self._network(x_t, t, condition, guidance, routing_maps, *how))
+        return ModelOutput(*self._network(x_t, t, condition, x0_prev, routing_maps, *how))
 
     def _network(
         self,
         x_t: Tensor,
         t: Tensor,
         condition: Prepared,
-        guidance: Tensor | None,
+        x0_prev: Tensor | None,
         routing_maps: tuple[Tensor, ...] | None,
         recompute: bool,
         pools: int,
@@ -239,7 +239,7 @@ class DiT(nn.Module):
         """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
         grid = self._grid(x_t)
         tokens = self._embed(x_t, grid)
-        guidance_tokens = None if guidance is None else self._embed(guidance.detach(), grid)
+        x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach(), grid)
         c = functional.silu(self.t_embedder(t) + condition.c)
         rope = self._rotary(t.device, grid)
         context = Context(c, condition.text, rope, condition.unconditional, pools, for_losses)
@@ -247,7 +247,7 @@ class DiT(nn.Module):
         records: list[Routing] = []
         for index, block in enumerate(self.blocks):
             replay = routing_maps[len(records)] if routing_maps is not None and block.moe is not None else None
-            inputs = (tokens, context._replace(read=read[index]) if read else context, guidance_tokens, replay)
+            inputs = (tokens, context._replace(read=read[index]) if read else context, x0_prev_tokens, replay)
             tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             if routing is not None:
                 records.append(routing)

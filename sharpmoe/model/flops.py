@@ -20,7 +20,7 @@ class Call(NamedTuple):
     images: int = 1
     rows: float = 0  # that the routed experts computed, over all MoE layers; not whole where it is a mean
     text_tokens: int = 0  # per image, padding included; class-conditional models have none
-    guided: bool = False  # given a guidance latent
+    uses_x0_prev: bool = False  # given x0_prev, the clean latent predicted by the previous step
     training: bool = True  # some families have products for their losses only
     for_losses: bool = True  # in training: with those products
 
@@ -58,7 +58,7 @@ class Flops(NamedTuple):
 
     dense: float  # what every token costs: embedders, attention, dense and shared MLPs, modulation, final layer
     routed: float  # experts, on the rows that they took
-    router: float  # gates, saliency routers with the guidance they read, capacity predictors, heads for router losses
+    router: float  # gates, saliency routers with the x0_prev they read, capacity predictors, heads for router losses
 
     @property
     def total(self) -> float:
@@ -116,7 +116,7 @@ def _outside(config: ModelConfig, call: Call) -> Iterator[Product]:
     width, images, tokens = config.width, call.images, call.images * config.num_tokens
     patch = config.latent_channels * config.patch_size**2
     yield Product("dense", 1, tokens, patch, width, gradients=1, in_block=False)
-    if call.guided:
+    if call.uses_x0_prev:
         read = config.saliency_router and moe_layers(config) > 0
         yield Product("router", 1, tokens, patch, width, gradients=int(read), in_block=False)
     embedders = [(images, FREQUENCIES)]
@@ -161,7 +161,7 @@ def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
     """What an MoE layer computes for every token."""
     yield from _gate(config, call)
     width, experts, tokens = config.width, config.num_experts, call.images * config.num_tokens
-    if call.guided and config.saliency_router:
+    if call.uses_x0_prev and config.saliency_router:
         yield Product("router", 1, tokens, width, width)
         yield Product("router", 1, tokens, width, experts)
     if config.router == "diffmoe" and (call.has_losses or not call.training):

@@ -100,7 +100,7 @@ class MoELayer(nn.Module):
     def forward(
         self,
         h: Tensor,
-        guidance_tokens: Tensor | None = None,
+        x0_prev_tokens: Tensor | None = None,
         routing_map: Tensor | None = None,
         unconditional: Tensor | None = None,
         pools: int = 1,
@@ -108,7 +108,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record. No side effects.
 
-        guidance_tokens (B, N, D): the embedded guidance latent; None leaves the base routing. routing_map (B, N, E):
+        x0_prev_tokens (B, N, D): the embedded x0_prev; None leaves the base routing. routing_map (B, N, E):
         replay this choice instead of making one (two-pass training in half precision, where a near-tie can flip).
         unconditional (B,) bool: images without class, where the layer has an expert of their own. pools: equal parts
         of the batch in which DiffMoE counts and ranks its tokens apart in inference; no other choice depends on it.
@@ -118,8 +118,8 @@ class MoELayer(nn.Module):
         h32 = at_least_float32(h)  # routers read one copy; in half precision each would keep its own for backward
         gate_logits = self.gate(h32)
         logits = gate_logits
-        if guidance_tokens is not None and self.saliency_router is not None:
-            logits = gate_logits + self.saliency_router(guidance_tokens)
+        if x0_prev_tokens is not None and self.saliency_router is not None:
+            logits = gate_logits + self.saliency_router(x0_prev_tokens)
         scores = score_logits(logits, self.config.score)
         has_losses = self.training and for_losses
         capacity_logits = None

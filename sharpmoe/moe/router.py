@@ -68,7 +68,7 @@ def make_gate(kind: str, width: int, num_experts: int, prediction_width: int) ->
 
 
 class SaliencyRouter(nn.Module):
-    """Two-layer MLP D -> D -> E on the embedded guidance latent (SharpMoE section 3.1); its output starts at zero.
+    """Two-layer MLP D -> D -> E on the embedded x0_prev (SharpMoE section 3.1); its output starts at zero.
 
     With the output layer at zero its logits are exactly 0, so a freshly attached router leaves the model bit-identical.
     """
@@ -78,7 +78,7 @@ class SaliencyRouter(nn.Module):
         self.hidden = Linear32(width, width)
         self.out = Linear32(width, num_experts)
 
-    def forward(self, guidance_tokens: Tensor) -> Tensor:
-        """Map guidance tokens (B, N, D) to saliency logits (B, N, E) float32."""
-        logits: Tensor = self.out(functional.silu(self.hidden(guidance_tokens)))
+    def forward(self, x0_prev_tokens: Tensor) -> Tensor:
+        """Map x0_prev tokens (B, N, D) to saliency logits (B, N, E) float32."""
+        logits: Tensor = self.out(functional.silu(self.hidden(x0_prev_tokens)))
         return logits

@@ -109,7 +109,7 @@ def predicted_count(scores: Tensor, capacity_logits: Tensor, threshold: Tensor, 
     """DiffMoE inference as ProMoE's code has it: expert e takes its n_e highest scores of a pool.
 
     n_e is the number of tokens whose predicted probability sigmoid(capacity_logits) exceeds `threshold` (E,).
-    The batch is cut into `pools` equal parts, each a pool of its own: guidance branches, or images.
+    The batch is cut into `pools` equal parts, each a pool of its own: branches of classifier-free guidance, or images.
     """
     pooled = scores.reshape(pools, -1, scores.shape[-1])
     count = (capacity_logits.sigmoid() > threshold).reshape(pooled.shape).sum(1, keepdim=True)  # (pools, 1, E)

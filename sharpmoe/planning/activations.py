@@ -21,7 +21,7 @@ from sharpmoe.model.flops import rows_of_call
 from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts
 from sharpmoe.planning.schedules import Pass, Schedule, with_schedule
-from sharpmoe.rollout import Item, first_guidance, replay, rollout_step
+from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
 
 
@@ -41,7 +41,7 @@ class Activations(NamedTuple):
 
     kept: Linear  # a graph that keeps everything
     inputs: Linear  # a graph that keeps the inputs of blocks
-    replay: int  # what one step without a graph leaves for its second run: guidance and routing
+    replay: int  # what one step without a graph leaves for its second run: x0_prev and routing
     block: int  # most that one recomputed block adds
 
     def of(self, schedule: Schedule) -> tuple["Kept", ...]:
@@ -170,7 +170,7 @@ def _skeleton(run: RunConfig, micro_batch: int) -> DiT:
     return model
 
 
-def _item(run: RunConfig, micro_batch: int, steps: int, text_tokens: int) -> Item:
+def _item(run: RunConfig, micro_batch: int, steps: int, text_tokens: int) -> TrajectoryBatch:
     model = run.model
     latent = torch.empty(micro_batch, model.latent_channels, model.latent_size, model.latent_size)
     condition: Condition = ClassCondition(torch.empty(micro_batch, dtype=torch.int64))
@@ -181,10 +181,10 @@ def _item(run: RunConfig, micro_batch: int, steps: int, text_tokens: int) -> Ite
             torch.empty(micro_batch, model.pooled_width),
         )
     times, saliency = torch.empty(steps, micro_batch), torch.empty(micro_batch, model.num_tokens)
-    return Item(latent, torch.empty_like(latent), times, condition, saliency)
+    return TrajectoryBatch(latent, torch.empty_like(latent), times, condition, saliency)
 
 
-def _graph(objective: Objective, item: Item, recompute: bool) -> tuple[int, int]:
+def _graph(objective: Objective, item: TrajectoryBatch, recompute: bool) -> tuple[int, int]:
     """Bytes kept by a call with gradient, and the most that one block of it keeps beside its inputs."""
     meter, blocks = _meter(objective, item), list[int]()
     run = objective.run
@@ -207,13 +207,13 @@ def _graph(objective: Objective, item: Item, recompute: bool) -> tuple[int, int]
     return meter.total, max(blocks)
 
 
-def _replay(objective: Objective, item: Item) -> int:
+def _replay(objective: Objective, item: TrajectoryBatch) -> int:
     meter = _meter(objective, item)
     with torch.no_grad():
-        guidance = first_guidance(item, objective.guided)
-        meter.add(replay(rollout_step(objective.model, item, 0, guidance), guidance))
+        x0_prev = first_x0_prev(item, objective.uses_x0_prev)
+        meter.add(replay(rollout_step(objective.model, item, 0, x0_prev), x0_prev))
     return meter.total
 
 
-def _meter(objective: Objective, item: Item) -> Meter:
+def _meter(objective: Objective, item: TrajectoryBatch) -> Meter:
     return Meter([*objective.parameters(), *objective.buffers(), *(t for t in tree_leaves(item))])

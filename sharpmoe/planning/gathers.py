@@ -61,8 +61,8 @@ def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass
 
 
 def forward_order(run: RunConfig, part: Pass) -> list[Used]:
-    """Modules in the order in which forwards call them: the first embeds the latent, and the guidance."""
-    step = [MODEL, *([0] * _is_guided(run)), *range(_BEFORE + run.model.depth + _AFTER)]
+    """Modules in the order in which forwards call them: the first embeds x_t, and x0_prev."""
+    step = [MODEL, *([0] * _uses_x0_prev(run)), *range(_BEFORE + run.model.depth + _AFTER)]
     calls = part.before + part.calls
     quiet = part.before or int(calls > 1)  # model calls at the beginning that meet no full graph
     return [
@@ -93,13 +93,13 @@ def backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[
 
 def _has_all_gradients(run: RunConfig, module: int) -> bool:
     """Whether every input of a module that could have a gradient gets one: embedders have none, and a dense block is
-    handed the guidance without using it.
+    handed x0_prev without using it.
     """
     block = module - _BEFORE
-    return block >= run.model.depth or (block >= 0 and (run.model.is_moe(block) or not _is_guided(run)))
+    return block >= run.model.depth or (block >= 0 and (run.model.is_moe(block) or not _uses_x0_prev(run)))
 
 
-def _is_guided(run: RunConfig) -> bool:
+def _uses_x0_prev(run: RunConfig) -> bool:
     return run.stage == "posttrain" and run.model.saliency_router
 
 

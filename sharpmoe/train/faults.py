@@ -11,7 +11,7 @@ from data_pipeline.schema import Batch
 from sharpmoe.config import GuardConfig
 from sharpmoe.errors import TrainingError
 from sharpmoe.parallel.ranks.launch import World, gather_objects
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.runlog import RunLog
 from sharpmoe.train.step import StepResult
 from sharpmoe.train.terms import LossTerms
@@ -23,7 +23,7 @@ class Suspects(NamedTuple):
     """What one rank fed to a step."""
 
     batches: Sequence[Batch]  # micro-batches
-    items: Sequence[Item]  # the same with their draws
+    items: Sequence[TrajectoryBatch]  # the same with their draws
 
 
 def tell(folder: Path, step: int, result: StepResult, suspects: Suspects, world: World, log: RunLog | None) -> None:

@@ -57,8 +57,8 @@ def ledger(run: RunConfig, text_tokens: int, rows: float) -> Ledger:
     text_tokens: per caption, padding included. rows: that experts computed for an image at a rollout step, over all MoE
     layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training looks at the time.
     """
-    guided = run.stage == "posttrain" and run.model.saliency_router
-    call = Call(1, rows, text_tokens, guided)
+    uses_x0_prev = run.stage == "posttrain" and run.model.saliency_router
+    call = Call(1, rows, text_tokens, uses_x0_prev)
     done, first = products(run.model, call), products(run.model, call._replace(for_losses=False))
     forward, backward, count = forward_flops(done), backward_flops(done), passes(run)
     dense, routed, router = (count.trained * (there + back) for there, back in zip(forward, backward, strict=True))

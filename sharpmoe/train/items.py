@@ -8,10 +8,10 @@ from sharpmoe import draws, flow
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import DataError
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 
 
-def make_item(batch: Batch, empty_text: tuple[Tensor, Tensor, Tensor], run: RunConfig) -> Item:
+def make_item(batch: Batch, empty_text: tuple[Tensor, Tensor, Tensor], run: RunConfig) -> TrajectoryBatch:
     """Draw noise, times and caption dropout for a batch, each keyed by (seed, position): the same on any rank layout.
 
     `empty_text`: stored embedding of the empty caption, (L, D_text), (L,), (D_pooled). stage pretrain: one
@@ -25,7 +25,7 @@ def make_item(batch: Batch, empty_text: tuple[Tensor, Tensor, Tensor], run: RunC
         uniform = draws.uniform_times(run.seed, batch.position, run.rollout.num_steps - 1)
         times = flow.descending_times(uniform, run.rollout.first_time)
     dropped = draws.drop_caption(run.seed, batch.position, run.rollout.caption_dropout).to(x0.device)
-    return Item(x0, x1, times.to(x0), make_condition(batch, empty_text, run, dropped), batch.saliency)
+    return TrajectoryBatch(x0, x1, times.to(x0), make_condition(batch, empty_text, run, dropped), batch.saliency)
 
 
 def make_condition(

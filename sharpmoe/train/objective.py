@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.parallel.zero.build import Values
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.local_gradients import LocalGradients
 from sharpmoe.train.rollout_schedules import Job, run_schedule
 from sharpmoe.train.tally import StepRecord
@@ -20,7 +20,7 @@ from sharpmoe.train.tally import StepRecord
 class StepRequest(NamedTuple):
     """An optimizer step on this rank."""
 
-    items: tuple[Item, ...]  # micro-batches
+    items: tuple[TrajectoryBatch, ...]  # micro-batches
     block: int = 0  # which of the T / S segments is trained, the same on every rank; other schedules ignore it
     with_routing: bool = False  # the records tell of the routing
 
@@ -41,7 +41,7 @@ class Objective(nn.Module):
         self.run = run
 
     @property
-    def guided(self) -> bool:
+    def uses_x0_prev(self) -> bool:
         """Whether x0_hat is handed on: post-training of a model with saliency routers."""
         return self.run.stage == "posttrain" and self.model.config.saliency_router
 
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         """Run all micro-batches, with every backward but the last one. No parameter and no buffer is written."""
         local, records = LocalGradients(self.model.parameters()), []
         for item in request.items:
-            job = Job(self.model, item, self.run, self.guided, request.block, request.with_routing)
+            job = Job(self.model, item, self.run, self.uses_x0_prev, request.block, request.with_routing)
             loss, record = run_schedule(job, local.add)
             records.append(record)
             if item is not request.items[-1]:

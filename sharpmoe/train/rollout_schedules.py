@@ -15,7 +15,16 @@ from sharpmoe.config import TOKEN_CHOICE, RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.dit import DiT
 from sharpmoe.moe.routing import tokens_per_expert
-from sharpmoe.rollout import Item, Replay, StepOutput, block_steps, first_guidance, replay, replay_steps, rollout_step
+from sharpmoe.rollout import (
+    Replay,
+    StepOutput,
+    TrajectoryBatch,
+    block_steps,
+    first_x0_prev,
+    replay,
+    replay_steps,
+    rollout_step,
+)
 from sharpmoe.train.tally import StepRecord, Tally
 from sharpmoe.train.terms import StepTerms, has_routing_loss, mass_gradient, routing_loss, step_mass, step_terms
 
@@ -24,9 +33,9 @@ class Job(NamedTuple):
     """One micro-batch to be trained."""
 
     model: DiT
-    item: Item
+    item: TrajectoryBatch
     run: RunConfig
-    guided: bool  # x0_hat is handed on
+    uses_x0_prev: bool  # x0_hat is handed on
     block: int  # which segment, where segments are drawn
     with_routing: bool  # the record tells of the routing
 
@@ -82,11 +91,11 @@ def check_schedule(run: RunConfig, micro_batch: int) -> None:
 def _one_graph(job: Job, recompute: bool) -> Trained:
     """All steps in one graph; `recompute`: it holds the inputs of blocks only."""
     tally, parts = Tally(job.run, job.with_routing), []
-    guidance = first_guidance(job.item, job.guided)
+    x0_prev = first_x0_prev(job.item, job.uses_x0_prev)
     for step in range(job.num_steps):
-        output = rollout_step(job.model, job.item, step, guidance, recompute)
+        output = rollout_step(job.model, job.item, step, x0_prev, recompute)
         parts.append(_tallied(tally, output, job.run))
-        guidance = output.x0_hat if job.guided else None
+        x0_prev = output.x0_hat if job.uses_x0_prev else None
     loss = torch.stack([part.total for part in parts]).mean()
     masses = [part.mass for part in parts if part.mass is not None]
     if masses:
@@ -98,11 +107,11 @@ def _one_graph(job: Job, recompute: bool) -> Trained:
 def _one_by_one(job: Job, train: Train) -> Trained:
     """Without a routing loss nothing is known only at the end: each step is trained as soon as it is run."""
     tally = Tally(job.run, job.with_routing)
-    guidance = first_guidance(job.item, job.guided)
+    x0_prev = first_x0_prev(job.item, job.uses_x0_prev)
     for step in range(job.num_steps):
-        output = rollout_step(job.model, job.item, step, guidance)
+        output = rollout_step(job.model, job.item, step, x0_prev)
         loss = _tallied(tally, output, job.run).total / job.num_steps
-        guidance = output.x0_hat if job.guided else None
+        x0_prev = output.x0_hat if job.uses_x0_prev else None
         del output
         if step < job.num_steps - 1:
             train(loss)
@@ -119,18 +128,18 @@ def _two_pass(job: Job, train: Train, trained: range) -> Trained:
     again = trained[: len(trained) - len(kept)]
     replays: list[Replay] = []
     parts: list[StepTerms] = []
-    guidance = first_guidance(item, job.guided)
+    x0_prev = first_x0_prev(item, job.uses_x0_prev)
     for step in range(job.num_steps):
         with torch.set_grad_enabled(step in kept):
-            output = rollout_step(job.model, item, step, guidance, for_losses=step not in again)
+            output = rollout_step(job.model, item, step, x0_prev, for_losses=step not in again)
             if step in again:
                 tally.add_mass(step_mass(output.routing, job.run))
-                replays.append(replay(output, guidance))
+                replays.append(replay(output, x0_prev))
             elif step in kept:
                 parts.append(_tallied(tally, output, job.run))
             else:
                 _tallied(tally, output, job.run)
-        guidance = output.x0_hat if job.guided else None
+        x0_prev = output.x0_hat if job.uses_x0_prev else None
     del output
     second = _Second(job, tally, mass_gradient(tally.mass, item.saliency, job.run), len(trained))
     work = [partial(second.loss, parts)] if parts else []

@@ -14,7 +14,7 @@ from sharpmoe.moe.capacity import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.guard import Verdict, Watch, after, bad_loss, bad_norm
 from sharpmoe.train.items import make_item
 from sharpmoe.train.objective import Objective, StepRequest
@@ -46,7 +46,9 @@ class _Exchange(NamedTuple):
     routing: Tensor | None  # (MoE layers, 4 + E) float64, summed
 
 
-def prepare(batches: Sequence[Batch], empty_text: EmptyText, run: RunConfig, device: torch.device) -> list[Item]:
+def prepare(
+    batches: Sequence[Batch], empty_text: EmptyText, run: RunConfig, device: torch.device
+) -> list[TrajectoryBatch]:
     """Move a step's micro-batches to the device and draw their randomness. Raises DataError; no communication."""
     return [make_item(to_device(batch, device), empty_text, run) for batch in batches]
 
@@ -68,7 +70,7 @@ def train_step(
     engine: Engine,
     objective: Objective,
     ema: ShardEma,
-    items: Sequence[Item],
+    items: Sequence[TrajectoryBatch],
     step: int,
     with_routing: bool,
     watch: Watch = Watch(),  # noqa: B008 (immutable)

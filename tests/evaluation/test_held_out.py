@@ -50,7 +50,7 @@ def test_flow_losses_are_those_of_the_rollout() -> None:
     model, samples = toy_model("ec"), ToySamples()
     item = held_out_item(samples.batch([0, 3]), [0, 3], TIMES, model.config, 0, torch.device("cpu"))
     with torch.no_grad():
-        losses = torch.stack([step.flow for step in rollout(model, item, guided=True)])
+        losses = torch.stack([step.flow for step in rollout(model, item, uses_x0_prev=True)])
     seen = observe(model, samples, [0, 3], TIMES)
     torch.testing.assert_close(seen.flow.mean(0), losses, rtol=1e-4, atol=1e-5)
 

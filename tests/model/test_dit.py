@@ -58,14 +58,14 @@ def tiny(router: str, conditioning: str = "text", **fields: object) -> DiT:
 
 def inputs(model: DiT, batch: int = 3) -> tuple:
     g = torch.Generator().manual_seed(1)
-    x_t, guidance = torch.randn(2, batch, 4, 8, 8, generator=g)
+    x_t, x0_prev = torch.randn(2, batch, 4, 8, 8, generator=g)
     t = torch.rand(batch, generator=g)
     if model.config.conditioning == "class":
-        return x_t, t, ClassCondition(torch.randint(0, 10, (batch,), generator=g)), guidance
+        return x_t, t, ClassCondition(torch.randint(0, 10, (batch,), generator=g)), x0_prev
     mask = torch.ones(batch, 5, dtype=torch.bool)
     mask[0, 2:] = False
     text = torch.randn(batch, 5, 12, generator=g)
-    return x_t, t, TextCondition(text, mask, torch.randn(batch, 6, generator=g)), guidance
+    return x_t, t, TextCondition(text, mask, torch.randn(batch, 6, generator=g)), x0_prev
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -73,29 +73,29 @@ def inputs(model: DiT, batch: int = 3) -> tuple:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_zero_initialised_saliency_router_is_the_base_bitwise(router: str, conditioning: str, training: bool) -> None:
     model = tiny(router, conditioning).train(training)
-    x_t, t, condition, guidance = inputs(model)
-    base, guided = model(x_t, t, condition), model(x_t, t, condition, guidance)
+    x_t, t, condition, x0_prev = inputs(model)
+    base, guided = model(x_t, t, condition), model(x_t, t, condition, x0_prev)
     assert torch.equal(base.v, guided.v)
     for one, other in zip(base.routing, guided.routing, strict=True):
         assert torch.equal(one.routing_map, other.routing_map)
 
 
 @pytest.mark.parametrize("router", ["tc", "ec", "diffmoe"])
-def test_saliency_router_hears_the_guidance(router: str) -> None:
+def test_saliency_router_reads_x0_prev(router: str) -> None:
     model = tiny(router)
     for layer in model.moe_layers():
         torch.nn.init.normal_(layer.saliency_router.out.weight)
-    x_t, t, condition, guidance = inputs(model)
-    assert not torch.equal(model(x_t, t, condition, guidance).v, model(x_t, t, condition, -guidance).v)
+    x_t, t, condition, x0_prev = inputs(model)
+    assert not torch.equal(model(x_t, t, condition, x0_prev).v, model(x_t, t, condition, -x0_prev).v)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_forward_has_no_side_effects(router: str) -> None:
     model = tiny(router).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    x_t, t, condition, guidance = inputs(model)
-    first = model(x_t, t, condition, guidance).v
-    second = model(x_t, t, condition, guidance).v
+    x_t, t, condition, x0_prev = inputs(model)
+    first = model(x_t, t, condition, x0_prev).v
+    second = model(x_t, t, condition, x0_prev).v
     assert torch.equal(first, second)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -103,11 +103,11 @@ def test_forward_has_no_side_effects(router: str) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_recomputed_blocks_give_the_same_gradients(router: str) -> None:
     model = tiny(router).train()
-    x_t, t, condition, guidance = inputs(model)
+    x_t, t, condition, x0_prev = inputs(model)
     gradients = []
     for recompute in (False, True):
         model.zero_grad(set_to_none=True)
-        model(x_t, t, condition, guidance, recompute=recompute).v.square().mean().backward()
+        model(x_t, t, condition, x0_prev, recompute=recompute).v.square().mean().backward()
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
@@ -116,22 +116,22 @@ def test_recomputed_blocks_give_the_same_gradients(router: str) -> None:
 @pytest.mark.parametrize("router", ["tc", "ec", "diffmoe"])
 def test_replayed_routing_is_the_routing(router: str) -> None:
     model = tiny(router).train()
-    x_t, t, condition, guidance = inputs(model)
-    output = model(x_t, t, condition, guidance)
+    x_t, t, condition, x0_prev = inputs(model)
+    output = model(x_t, t, condition, x0_prev)
     maps = tuple(record.routing_map for record in output.routing)
-    assert torch.equal(output.v, model(x_t, t, condition, guidance, maps).v)
-    other = model(x_t, t, condition, guidance, tuple(m.roll(1, dims=2) for m in maps))
+    assert torch.equal(output.v, model(x_t, t, condition, x0_prev, maps).v)
+    other = model(x_t, t, condition, x0_prev, tuple(m.roll(1, dims=2) for m in maps))
     assert not torch.equal(output.v, other.v)
 
 
-def test_guidance_is_detached() -> None:
+def test_x0_prev_is_detached() -> None:
     model = tiny("diffmoe")
     for layer in model.moe_layers():
         torch.nn.init.normal_(layer.saliency_router.out.weight)
-    x_t, t, condition, guidance = inputs(model)
-    guidance.requires_grad_()
-    model(x_t, t, condition, guidance).v.sum().backward()
-    assert guidance.grad is None
+    x_t, t, condition, x0_prev = inputs(model)
+    x0_prev.requires_grad_()
+    model(x_t, t, condition, x0_prev).v.sum().backward()
+    assert x0_prev.grad is None
     assert model.moe_layers()[0].saliency_router.out.weight.grad.abs().sum() > 0
 
 
@@ -172,8 +172,8 @@ def test_patches_come_back_on_any_grid() -> None:
 @pytest.mark.parametrize("positions", ["sincos", "rope_2d", "rope_1d"])
 def test_latents_of_another_aspect_and_as_many_tokens(router: str, positions: str) -> None:
     model = tiny(router, positions=positions).eval()
-    x_t, t, condition, guidance = inputs(model)
-    wide, guide = x_t.reshape(3, 4, 4, 16), guidance.reshape(3, 4, 4, 16)
+    x_t, t, condition, x0_prev = inputs(model)
+    wide, guide = x_t.reshape(3, 4, 4, 16), x0_prev.reshape(3, 4, 4, 16)
     output = model(wide, t, condition, guide)
     assert output.v.shape == wide.shape
     assert all(record.routing_map.shape[1] == model.num_tokens for record in output.routing)

@@ -49,10 +49,10 @@ def loss_of(output: ModelOutput) -> Tensor:
     return output.v.sum() + sum(value.nan_to_num().sum() for value in values if value is not None)
 
 
-def counted(model: DiT, guided: bool) -> tuple[ModelOutput, int, int]:
+def counted(model: DiT, uses_x0_prev: bool) -> tuple[ModelOutput, int, int]:
     """FLOPs of a forward and of its backward. Attention is plain products: the counter knows no CPU kernel."""
     x = torch.randn(IMAGES, 4, model.config.latent_size, model.config.latent_size)
-    inputs = (x, torch.rand(IMAGES), condition(model.config), torch.randn_like(x) if guided else None)
+    inputs = (x, torch.rand(IMAGES), condition(model.config), torch.randn_like(x) if uses_x0_prev else None)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             output = model(*inputs)
@@ -62,14 +62,14 @@ def counted(model: DiT, guided: bool) -> tuple[ModelOutput, int, int]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("uses_x0_prev", [True, False])
 @pytest.mark.parametrize("router", FAMILIES)
-def test_the_count_is_what_runs(router: str, guided: bool, training: bool) -> None:
+def test_the_count_is_what_runs(router: str, uses_x0_prev: bool, training: bool) -> None:
     model = toy_model(router, **FAMILIES[router]).train(training)
-    output, forward, backward = counted(model, guided)
+    output, forward, backward = counted(model, uses_x0_prev)
     rows = sum(int(record.routing_map.sum()) for record in output.routing)
     text_tokens = TEXT_LENGTH if model.config.conditioning == "text" else 0
-    done = products(model.config, Call(IMAGES, rows, text_tokens, guided, training))
+    done = products(model.config, Call(IMAGES, rows, text_tokens, uses_x0_prev, training))
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
 
@@ -78,7 +78,7 @@ def test_the_count_is_what_runs(router: str, guided: bool, training: bool) -> No
 def test_rows_by_the_rule_are_those_of_the_map(router: str) -> None:
     fields = FAMILIES[router] | ({"unconditional_expert": False} if router.startswith("promoe") else {})
     model = toy_model(router, **fields).train()
-    output, _, _ = counted(model, guided=True)
+    output, _, _ = counted(model, uses_x0_prev=True)
     assert [int(record.routing_map.sum()) for record in output.routing] == [
         rows_of_call(model.config, IMAGES)
     ] * moe_layers(model.config)
@@ -93,11 +93,11 @@ def test_an_image_without_class_costs_a_row_per_token() -> None:
 
 def test_parts_are_booked_apart() -> None:
     config = toy_model("diffmoe").config
-    plain, guided, routed = (
-        forward_flops(products(config, call)) for call in (Call(2), Call(2, guided=True), Call(2, rows=10))
+    plain, recursive, routed = (
+        forward_flops(products(config, call)) for call in (Call(2), Call(2, uses_x0_prev=True), Call(2, rows=10))
     )
-    assert plain.dense == guided.dense == routed.dense
-    assert guided.router > plain.router == routed.router
+    assert plain.dense == recursive.dense == routed.dense
+    assert recursive.router > plain.router == routed.router
     assert (plain.routed, routed.routed) == (0, 10 * 2 * 2 * 24 * 96)
     blocks = forward_flops(product for product in products(config, Call(2, rows=10)) if product.in_block)
     assert blocks.routed == routed.routed
@@ -113,7 +113,7 @@ def test_published_sizes_cost_what_was_published(preset: str, published: float) 
 
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
 def test_a_large_model_without_storage(router: str) -> None:
-    """L/2 at 256 x 256, text-conditional and guided: forward and backward on the meta device."""
+    """L/2 at 256 x 256, text-conditional, with x0_prev: forward and backward on the meta device."""
     config = ModelConfig(preset="l", router=router, conditioning="text")
     images, text_tokens = 4, 32
     with torch.device("meta"):
@@ -124,5 +124,5 @@ def test_a_large_model_without_storage(router: str) -> None:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss_of(model(x, t, text, x)).backward()
     rows = rows_of_call(config, images) * moe_layers(config)
-    done = products(config, Call(images, rows, text_tokens, guided=True))
+    done = products(config, Call(images, rows, text_tokens, uses_x0_prev=True))
     assert counter.get_total_flops() == forward_flops(done).total + backward_flops(done).total

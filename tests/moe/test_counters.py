@@ -36,22 +36,22 @@ class Run:
         g = torch.Generator().manual_seed(1)
         shape = (IMAGES, TOKENS, WIDTH)
         self.layer = layer
-        self.h, self.guidance, self.dy = (torch.randn(shape, generator=g).to(device) for _ in range(3))
+        self.h, self.x0_prev, self.dy = (torch.randn(shape, generator=g).to(device) for _ in range(3))
         self.h.requires_grad_()
-        self.guidance.requires_grad_()
+        self.x0_prev.requires_grad_()
 
     def forward(self, routing_map: Tensor | None = None) -> tuple[Tensor, Routing]:
-        return self.layer(self.h, self.guidance, routing_map)
+        return self.layer(self.h, self.x0_prev, routing_map)
 
     def __call__(self, routing_map: Tensor | None = None) -> list[Tensor]:
         self.layer.zero_grad()
-        self.h.grad = self.guidance.grad = None
+        self.h.grad = self.x0_prev.grad = None
         y, record = self.forward(routing_map)
         loss = (y * self.dy).sum()
         if record.capacity_logits is not None:
             loss = loss + record.capacity_logits.square().sum()
         loss.backward()
-        return [y, self.h.grad, self.guidance.grad, *(p.grad for p in self.layer.parameters())]
+        return [y, self.h.grad, self.x0_prev.grad, *(p.grad for p in self.layer.parameters())]
 
 
 @pytest.mark.parametrize("router", ["ec", "diffmoe", "tc", "race"])
@@ -74,7 +74,7 @@ def test_no_matrix_product_is_wasted(router: str) -> None:
 def test_what_is_kept_for_backward_grows_with_rows_not_with_experts_times_tokens(router: str) -> None:
     run = Run(layer_of(router))
     tokens = IMAGES * TOKENS
-    without = [*run.layer.parameters(), run.h, run.guidance]
+    without = [*run.layer.parameters(), run.h, run.x0_prev]
     with SavedBytes(without).watch() as kept:
         held = run.forward()
     rows = int(held[1].routing_map.sum())

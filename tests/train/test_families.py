@@ -13,7 +13,7 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.capacity import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.rollout import first_guidance, rollout_step
+from sharpmoe.rollout import first_x0_prev, rollout_step
 from sharpmoe.train.items import make_item
 from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars
@@ -96,7 +96,7 @@ def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
     before = rollout_step(model, item, 0, None)
     if run.model.saliency_router:
         attach(model)
-    assert torch.equal(before.x0_hat, rollout_step(model, item, 0, first_guidance(item, guided=True)).x0_hat)
+    assert torch.equal(before.x0_hat, rollout_step(model, item, 0, first_x0_prev(item, uses_x0_prev=True)).x0_hat)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.optim.lr)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     for step in range(3):

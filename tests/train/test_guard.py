@@ -17,7 +17,7 @@ from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train import loop
 from sharpmoe.train.guard import Watch, after, bad_loss, bad_norm, limit
 from sharpmoe.train.objective import Objective
@@ -55,7 +55,7 @@ class Trainer:
         self.engine = Engine(self.objective, run, self.plan.ds_config, world)
         self.ema = ShardEma(self.engine, run.optim.ema_decay)
 
-    def step(self, items: list[Item], step: int) -> StepResult:
+    def step(self, items: list[TrajectoryBatch], step: int) -> StepResult:
         return train_step(self.engine, self.objective, self.ema, items, step, with_routing=False)
 
     def state(self) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def poisoned(world: World, run: RunConfig, stage: int, offload: bool) -> Seen:
     return Seen(verdicts, moved, [name for name in still if "pos_embed" not in name], apart, adam)
 
 
-def poison(trainer: Trainer, items: list[Item], kind: str) -> list[Item]:
+def poison(trainer: Trainer, items: list[TrajectoryBatch], kind: str) -> list[TrajectoryBatch]:
     """Spoil the first micro-batch, or the gradient of a loss that is finite."""
     if kind == "loss":
         return [items[0]._replace(x0=items[0].x0 * torch.nan), *items[1:]]

@@ -8,7 +8,7 @@ from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import TextCondition
-from sharpmoe.rollout import Item
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 from tests.memory import LiveBytes
 
@@ -23,12 +23,12 @@ def a_run(steps: int, router: str = "diffmoe", **fields: object) -> RunConfig:
     return RunConfig(model=model, rollout=rollout, loss=LossConfig(routing_weight=0.5))
 
 
-def an_item(steps: int) -> Item:
+def an_item(steps: int) -> TrajectoryBatch:
     g = torch.Generator().manual_seed(3)
     x0, x1 = torch.randn(2, BATCH, 4, 16, 16, generator=g)
     times = descending_times(torch.rand(steps - 1, BATCH, generator=g), 0.999)
     condition = TextCondition(torch.randn(BATCH, 5, 6), torch.ones(BATCH, 5, dtype=torch.bool), torch.randn(BATCH, 4))
-    return Item(x0, x1, times, condition, torch.rand(BATCH, 64, generator=g))
+    return TrajectoryBatch(x0, x1, times, condition, torch.rand(BATCH, 64, generator=g))
 
 
 def saved(run: RunConfig, micro_batches: int = 1) -> int:
@@ -68,8 +68,8 @@ def test_graphs_kept() -> None:
 
 def test_memory_of_two_pass_hardly_grows_with_the_steps() -> None:
     few, many = (alive(a_run(steps, schedule="two_pass")) for steps in (2, 12))
-    guidance, maps, figures = BATCH * 4 * 16 * 16 * 4, 2 * BATCH * 64 * 4, 256
-    assert many - few <= 10 * (guidance + maps + figures)  # what a second pass is told of ten more steps
+    x0_prev, maps, figures = BATCH * 4 * 16 * 16 * 4, 2 * BATCH * 64 * 4, 256
+    assert many - few <= 10 * (x0_prev + maps + figures)  # what a second pass is told of ten more steps
     sums = 4 * sum(p.numel() for p in DiT(a_run(1).model).parameters())
     assert few <= 1.05 * (alive(a_run(1)) + sums)
     assert alive(a_run(6, schedule="checkpoint")) < 0.25 * alive(a_run(6))

@@ -23,7 +23,7 @@ def records(router: str, untrained: bool) -> tuple[tuple[Routing, ...], ...]:
                 layer.saliency_router.out.weight.zero_()
                 layer.saliency_router.out.bias.zero_()
     item = held_out_item(ToySamples().batch([0, 1, 2]), [0, 1, 2], (0.999, 0.4), model.config, 0, torch.device("cpu"))
-    return tuple(output.routing for output in rollout(model, item, guided=True))
+    return tuple(output.routing for output in rollout(model, item, uses_x0_prev=True))
 
 
 @pytest.mark.parametrize("router", ["tc", "ec", "diffmoe"])
