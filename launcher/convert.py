@@ -6,28 +6,19 @@ under published key names.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from sharpmoe.errors import SharpMoEError
+from launcher.command import Command
 from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.published.names import FAMILIES, NAMES, to_published
 from sharpmoe.model.weights import load_model, read_pretrained, save_weights
 from sharpmoe.report.runs import find_source
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, report; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        print(_to_published(arguments) if arguments.to else _to_ours(arguments))
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def _act(arguments: argparse.Namespace) -> None:
+    print(_to_published(arguments) if arguments.to else _to_ours(arguments))
 
 
 def _to_ours(arguments: argparse.Namespace) -> str:
@@ -50,8 +41,7 @@ def _to_published(arguments: argparse.Namespace) -> str:
     return f"{arguments.out}: {len(state)} tensors under the names of {arguments.to}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, help="published .pth, .pt, .safetensors or folder; with --to a file or run of ours")
     add("out", type=Path, help="the .safetensors file to write")
@@ -64,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="experts per token, where the family does not tell")
     add("--capacity", type=float, help="mean experts per token (default: 1)")
     add("--text-width", type=int, help="extend the class-conditional trunk to text states of this width")
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

@@ -1,33 +1,22 @@
 """Measure where models spend their experts on held-out images: `python launcher/evaluate.py BEFORE [AFTER ...]`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from data_pipeline.read.shards import ShardSet
+from launcher.command import Command
 from sharpmoe.config import DataConfig
-from sharpmoe.errors import ConfigError, SharpMoEError
+from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation import allocation
 from sharpmoe.model.weights import load_model
 from sharpmoe.report import samples, sheets
 from sharpmoe.report.runs import Source, find_source
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print the table, write JSON and figures; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        _evaluate(arguments)
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _act(arguments: argparse.Namespace) -> None:
     sources = [find_source(path, arguments.weights) for path in arguments.models]
     data = next((source.run.data for source in sources if source.run), DataConfig())
     place, split = arguments.shards or data.first_place, arguments.split or data.validation_split
@@ -53,8 +42,7 @@ def _names(arguments: argparse.Namespace, sources: Sequence[Source]) -> list[str
     return names
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", type=Path, help="run folder, checkpoint folder or .safetensors file")
     add("--names", nargs="+", default=None, help="column heads (default: before and after, or the models' names)")
@@ -67,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the results")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

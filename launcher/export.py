@@ -1,45 +1,36 @@
 """Copy a checkpoint's weights to one file: `python launcher/export.py RUN OUT.safetensors [--weights ema|live]`."""
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sharpmoe.errors import SharpMoEError
+from launcher.command import Command
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.weights import read_weights, save_weights, stored_as
 from sharpmoe.report.runs import find_source
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Read, check, write; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        source = find_source(arguments.run, arguments.weights).weights
-        state, config, meta = read_weights(source)
-        with torch.device("meta"):
-            model = DiT(config)
-        save_weights(arguments.out, stored_as(state, model, getattr(torch, arguments.dtype)), config, meta)
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _act(arguments: argparse.Namespace) -> None:
+    source = find_source(arguments.run, arguments.weights).weights
+    state, config, meta = read_weights(source)
+    with torch.device("meta"):
+        model = DiT(config)
+    save_weights(arguments.out, stored_as(state, model, getattr(torch, arguments.dtype)), config, meta)
     size = arguments.out.stat().st_size / 1e6
     print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, from {source} (step {meta.get('step', 'unknown')})")
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder (its latest checkpoint), or one checkpoint folder")
     parser.add_argument("out", type=Path, help="file to write, readable without DeepSpeed")
     parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="averaged or live weights")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the parameters"
     )
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

@@ -6,26 +6,19 @@ convention, so that a wrong one is seen. Exit code 1 where the named family, or 
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.read.shards import ShardSet
-from sharpmoe.errors import SharpMoEError
+from launcher.command import Command
 from sharpmoe.evaluation import identify
 from sharpmoe.model.published.names import FAMILIES
 from sharpmoe.model.published.read import read_state
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, look, print; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        shards = None if arguments.shards is None else ShardSet.open(arguments.shards, arguments.split)
-        given = {name: getattr(arguments, name) for name in ("num_heads", "latent_size", "top_k")}
-        found = identify.inspect(read_state(arguments.file, arguments.weights), shards, arguments.images, given)
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _act(arguments: argparse.Namespace) -> int:
+    shards = None if arguments.shards is None else ShardSet.open(arguments.shards, arguments.split)
+    given = {name: getattr(arguments, name) for name in ("num_heads", "latent_size", "top_k")}
+    found = identify.inspect(read_state(arguments.file, arguments.weights), shards, arguments.images, given)
     print(identify.text(found))
     wrong = identify.verdict(found, arguments.family)
     if wrong is not None:
@@ -33,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if wrong is None else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", type=Path, help=".pth, .pt or .safetensors file, or a folder of shards of a checkpoint")
     add("--family", choices=FAMILIES, help="check that it is of this family")
@@ -45,8 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-heads", type=int, help="where the width does not tell")
     add("--latent-size", type=int, help="where no positions are stored")
     add("--top-k", type=int, help="experts per token, where the family does not tell")
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

@@ -6,12 +6,10 @@ allocated; exit code 1 where the run as configured does not fit the device.
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.command import OVERRIDES_HELP, Command
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
-from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import advise, usable
 from sharpmoe.planning.auto import settle
@@ -26,22 +24,16 @@ SCHEDULES = {name: (f"--rollout.schedule={name}", *_UNSET) for name in ("auto", 
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, estimate, print; returns the exit code."""
-    arguments, overrides = _parser().parse_known_args(argv)
-    try:
-        run = load_run_config(arguments.config, [*_shorthands(arguments), *overrides])
-        file = arguments.deepspeed or PROJECT_ROOT / "configs" / f"zero{arguments.zero or 3}.json"
-        ds_config = resolve_ds_config(file, run, arguments.world)
-        ds_config["zero_optimization"]["stage"] = arguments.zero or ds_config["zero_optimization"]["stage"]
-        planner = Planner(run)
-        layout = planner.layout(arguments.world, ds_config)
-        planner, notes = settle(planner, layout, arguments.device_memory)
-        budget = planner.budget(layout)
-        advice = advise(planner, budget, arguments.device_memory)
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _act(arguments: argparse.Namespace) -> int:
+    run = load_run_config(arguments.config, [*_shorthands(arguments), *arguments.overrides])
+    file = arguments.deepspeed or PROJECT_ROOT / "configs" / f"zero{arguments.zero or 3}.json"
+    ds_config = resolve_ds_config(file, run, arguments.world)
+    ds_config["zero_optimization"]["stage"] = arguments.zero or ds_config["zero_optimization"]["stage"]
+    planner = Planner(run)
+    layout = planner.layout(arguments.world, ds_config)
+    planner, notes = settle(planner, layout, arguments.device_memory)
+    budget = planner.budget(layout)
+    advice = advise(planner, budget, arguments.device_memory)
     told = as_json(budget, advice, arguments.device_memory, notes) if arguments.json else None
     print(text(budget, advice, arguments.device_memory, notes) if told is None else json.dumps(told, indent=1))
     return 0 if budget.own.memory.peak <= usable(arguments.device_memory) else 1
@@ -58,13 +50,7 @@ def _shorthands(arguments: argparse.Namespace) -> list[str]:
     return [*SCHEDULES.get(arguments.schedule, ()), *words]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any key of the run file can be overridden: --section.key VALUE or --section.key=VALUE (YAML values).",
-        allow_abbrev=False,
-    )
+def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="run file (default configs/runs/quickstart.yaml)")
     add("--world", type=int, default=8, help="ranks (default 8)")
@@ -81,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--segment-steps", type=int, help="rollout.segment_steps, for --schedule segments")
     add("--device-memory", type=float, default=80.0, metavar="GIB", help="memory of a device (default 80)")
     add("--json", action="store_true", help="print numbers for a program")
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act, overrides=True, epilog=OVERRIDES_HELP)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

@@ -7,7 +7,6 @@ that was killed goes on where it was when the same command is given again.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.encode.transformer_texts import MINILM
@@ -21,29 +20,23 @@ from data_pipeline.sources.fluent import FluentSource
 from data_pipeline.sources.folders import open_source
 from data_pipeline.sources.imagenet import ClassFolderSource
 from data_pipeline.sources.items import Source
-from sharpmoe.errors import DataError, SharpMoEError
+from launcher.command import Command
+from sharpmoe.errors import DataError
 
 _SHOWN = 50  # skipped pictures that are named
 _ENCODER_OPTIONS = {"layer": int, "pooled": str, "max_length": int, "dtype": str}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, prepare, report; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+def _act(arguments: argparse.Namespace) -> None:
     # Some virtual machines advertise AMX and kill a process that uses it; oneDNN does, for bfloat16 on the host.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
-    try:
-        place = rank_of(os.environ)
-        source, recipe, means = _source(arguments), _recipe(arguments), _means(arguments, place)
-        if arguments.dry_run:
-            lines = dry_run(source, recipe, means) if place.rank == 0 else []
-            print("\n".join(lines), end="\n" if lines else "")
-            return 0
-        _report(prepare(source, arguments.out, recipe, means), place)
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    place = rank_of(os.environ)
+    source, recipe, means = _source(arguments), _recipe(arguments), _means(arguments, place)
+    if arguments.dry_run:
+        lines = dry_run(source, recipe, means) if place.rank == 0 else []
+        print("\n".join(lines), end="\n" if lines else "")
+        return
+    _report(prepare(source, arguments.out, recipe, means), place)
 
 
 def _report(done: Summary, place: Rank) -> None:
@@ -128,8 +121,7 @@ def _one_encoder(text: str, max_length: int) -> Identity:
     return {"kind": "hash", "width": 32, **found} if name == "hash" else {"kind": "transformers", "name": name, **found}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     _content_arguments(parser)
     add = parser.add_argument_group("how it runs").add_argument
@@ -140,7 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-bad-share", type=float, default=Recipe().max_bad_share, help="share of pictures that may be left out")
     add("--allow-missing", action="store_true", help="leave out images that a table names and that are not there")
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed command adds it
-    return parser
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,5 +179,7 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-samples", type=int, default=512, help="pictures per shard")
 
 
+main = Command(text=__doc__, arguments=_arguments, act=_act)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

@@ -4,16 +4,14 @@ For published figures of a class-conditional model: `--npz batch.npz --num 50000
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from data_pipeline.read.shards import ShardSet
+from launcher.command import Command
 from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
-from sharpmoe.errors import SharpMoEError
 from sharpmoe.evaluation import adm
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.weights import load_model
@@ -21,14 +19,8 @@ from sharpmoe.report import samples
 from sharpmoe.report.runs import find_source
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, draw, write PNG files and a grid; returns the exit code."""
-    try:
-        print(_sample(_parser().parse_args(argv)))
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def _act(arguments: argparse.Namespace) -> None:
+    print(_sample(arguments))
 
 
 def _sample(arguments: argparse.Namespace) -> Path | str:
@@ -80,8 +72,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, object]:
     return given | {"guidance_source": arguments.guidance_source}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="run folder, checkpoint folder or .safetensors file")
     wishes = parser.add_mutually_exclusive_group()
@@ -111,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the blocks first, for many images (same pictures to rounding)")
     add("--out", type=Path, help="folder of the pictures (default: samples/drawn in the run folder)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

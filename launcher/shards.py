@@ -10,8 +10,6 @@ FOLDER may be a URL (http, https, s3, gs).
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,18 +20,13 @@ from data_pipeline.read.shards import ShardSet
 from data_pipeline.read.stats import describe, look, some_samples
 from data_pipeline.read.verify import verify
 from data_pipeline.store.store import open_store
-from sharpmoe.errors import SharpMoEError
+from launcher.command import Command
 from sharpmoe.report import contact, figures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, act; returns the exit code: 0, 1 where verify has found something, 2 after an error."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.act(arguments))
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _act(arguments: argparse.Namespace) -> int:
+    """Return 1 where verify has found damage."""
+    return int(arguments.act(arguments))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -77,8 +70,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="verify|stats|show|merge")
     check = commands.add_parser("verify", help="recompute every checksum and decode every sample")
     check.set_defaults(act=_verify)
@@ -102,8 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--link", action="store_true", help="hard links instead of copies, which are not read")
     for command in (check, join):
         command.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

@@ -5,34 +5,24 @@ and sample the options of launcher/prepare.py and launcher/sample.py.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.arguments import DEFAULT_DS_CONFIG
+from launcher.command import Command
 from sharpmoe import slurm
-from sharpmoe.config_io import DEFAULT_RUN_CONFIG
-from sharpmoe.errors import SharpMoEError
+from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG
 from sharpmoe.slurm import Job, Resources
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, make the batch file, hand it in, say how to follow it; returns the exit code."""
-    arguments, words = _parser().parse_known_args(argv)
-    try:
-        batch = slurm.make_batch(_job(arguments, words), _resources(arguments))
-        if arguments.dry_run:
-            print(batch.text, end="")
-        else:
-            print(slurm.follow(batch, slurm.submit(batch)))
-    except SharpMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def _act(arguments: argparse.Namespace) -> None:
+    batch = slurm.make_batch(_job(arguments), _resources(arguments))
+    if arguments.dry_run:
+        print(batch.text, end="")
+    else:
+        print(slurm.follow(batch, slurm.submit(batch)))
 
 
-def _job(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
-    return Job(arguments.job, arguments.config, arguments.deepspeed, tuple(words), arguments.ranks_per_node)
+def _job(arguments: argparse.Namespace) -> Job:
+    return Job(arguments.job, arguments.config, arguments.deepspeed, arguments.overrides, arguments.ranks_per_node)
 
 
 def _resources(arguments: argparse.Namespace) -> Resources:
@@ -48,8 +38,7 @@ def _resources(arguments: argparse.Namespace) -> Resources:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, default=DEFAULT_RUN_CONFIG, help="run file (default: configs/runs/quickstart.yaml)")
     add("--job", choices=tuple(slurm.TEMPLATES), default="posttrain", help="what is done with the run")
@@ -66,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--deepspeed", type=Path, default=DEFAULT_DS_CONFIG, help="DeepSpeed JSON (default: configs/zero3.json)")
     add("--dry-run", action="store_true", help="print the batch file, hand nothing in")
-    return parser
 
+
+main = Command(text=__doc__, arguments=_arguments, act=_act, overrides=True)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

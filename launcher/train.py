@@ -1,14 +1,19 @@
-"""Train a run: `deepspeed launcher/train.py --deepspeed configs/zero3.json [--config FILE] [--section.key value ...]`.
+"""Train a run: pretrain a base, or post-train it with SharpMoE.
 
-`torchrun` and plain `python` start the same run.
+`deepspeed launcher/train.py --deepspeed configs/zero3.json [--config FILE] [--section.key value ...]`; `torchrun` and
+plain `python` start the same run.
+
+Exit codes: 0, also where SIGTERM or SIGUSR1 stopped the run, which has saved itself and continues when it is started
+again; 2 on every rank after an error, which rank 0 prints as one line; 3 where another rank is lost; 128 + the number
+of a second signal.
 """
 
-import sys
-from collections.abc import Sequence
+import argparse
+from pathlib import Path
 
-from launcher.arguments import parse_train_arguments
-from sharpmoe.config_io import load_run_config
-from sharpmoe.errors import SharpMoEError
+from launcher.command import OVERRIDES_HELP, Command
+from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
+from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch, signals
 from sharpmoe.parallel.ranks.device_memory import least_memory
 from sharpmoe.parallel.zero.config import resolve_ds_config
@@ -18,40 +23,54 @@ from sharpmoe.train.rehearsal import rehearse
 from sharpmoe.train.setup import make_plan
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run; returns the exit code: 0, or 2 on every rank after an error, which rank 0 prints as one line.
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    """Accept `--deepspeed FILE`, `--deepspeed --deepspeed_config FILE` and neither: all start the same run.
 
-    0 also where SIGTERM or SIGUSR1 stopped the run: it has saved itself and goes on when it is started again. Without
-    coming back: 3 where another rank is lost, 128 + its number after a second signal.
+    DeepSpeed's own `add_config_arguments` is not used, because it makes `--deepspeed` a flag. `--local_rank`, which
+    the `deepspeed` command appends, is accepted and unused: the rank comes from the environment.
     """
-    try:
-        with signals.listening():
-            return _run(argv)
-    except SharpMoEError as error:
-        if launch.is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        launch.stop()
+    add = parser.add_argument
+    add("--deepspeed", nargs="?", type=Path, metavar="FILE", help="DeepSpeed JSON (default: configs/zero3.json)")
+    add("--deepspeed_config", type=Path, metavar="FILE", help="the same, in DeepSpeed's spelling of two words")
+    add("--config", type=Path, metavar="FILE", help="run file (default: configs/runs/quickstart.yaml)")
+    add("--dry-run", action="store_true", help="check everything, print the banner, stop")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def _run(argv: Sequence[str]) -> int:
-    world = launch.start()
-    with launch.together(world):
-        arguments = parse_train_arguments(argv)
-        asked = load_run_config(arguments.config, arguments.overrides)
-        ds_config = resolve_ds_config(arguments.ds_config, asked, world.size)
-    memory = least_memory(world)
-    with launch.together(world):
-        run, notes = decide(asked, ds_config, world.size, memory)
-        plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
-        told = rehearse(run, ds_config, world, notes) if plan is None else ""
-    if plan is not None:
-        train(plan, world)
-    elif world.is_main:
-        print(told, flush=True)
-    return 0
+def _ds_file(arguments: argparse.Namespace) -> Path:
+    first, second = arguments.deepspeed, arguments.deepspeed_config
+    if first and second and first != second:
+        raise ConfigError(f"--deepspeed names {first} and --deepspeed_config names {second}; give one DeepSpeed file")
+    return first or second or DEFAULT_DS_CONFIG
 
+
+def _act(arguments: argparse.Namespace) -> None:
+    with signals.listening():
+        world = launch.start()
+        with launch.together(world):
+            asked = load_run_config(arguments.config, arguments.overrides)
+            ds_config = resolve_ds_config(_ds_file(arguments), asked, world.size)
+        memory = least_memory(world)
+        with launch.together(world):
+            run, notes = decide(asked, ds_config, world.size, memory)
+            plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
+            told = rehearse(run, ds_config, world, notes) if plan is None else ""
+        if plan is not None:
+            train(plan, world)
+        elif world.is_main:
+            print(told, flush=True)
+
+
+main = Command(
+    text=__doc__,
+    arguments=_arguments,
+    act=_act,
+    overrides=True,
+    epilog=OVERRIDES_HELP,
+    reports=launch.is_main,
+    cleanup=launch.stop,
+    leave=launch.leave,
+)
 
 if __name__ == "__main__":
-    launch.leave(main(sys.argv[1:]))
+    main.run()

@@ -19,6 +19,7 @@ from sharpmoe.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RUN_CONFIG = PROJECT_ROOT / "configs" / "runs" / "quickstart.yaml"
+DEFAULT_DS_CONFIG = PROJECT_ROOT / "configs" / "zero3.json"
 
 _TYPE_WORDS = {
     int: "a whole number",

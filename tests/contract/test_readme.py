@@ -56,7 +56,7 @@ def test_overrides_named_exist(path):
 def test_launcher_options_named_exist(path):
     text = re.sub(r"\\\n\s*#?", " ", commands(path))
     for launcher, words in re.findall(r"launcher/(\w+)\.py([^\n`#]*)", text):
-        names = (launcher, "arguments", *HANDS_ON.get(launcher, ()))
+        names = (launcher, *HANDS_ON.get(launcher, ()))
         sources = [ROOT / "launcher" / f"{name}.py" for name in names]
         known = "".join(source.read_text(encoding="utf-8") for source in sources)
         options = re.findall(r"(--[a-z][a-z_-]*)(?![\w.-])", words)

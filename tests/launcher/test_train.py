@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from launcher import export
-from sharpmoe.config_io import dump_run_config
+from launcher.train import _ds_file, main
+from sharpmoe.config_io import DEFAULT_DS_CONFIG, dump_run_config
+from sharpmoe.errors import ConfigError
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.weights import load_model, save_weights
 from tests.distributed import free_port
@@ -107,3 +109,41 @@ def test_export_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "step 3" in capsys.readouterr().out
     assert export.main([str(tmp_path / "nothing"), str(out)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+FILE = Path("configs/zero2.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], DEFAULT_DS_CONFIG),
+        (["--deepspeed"], DEFAULT_DS_CONFIG),
+        (["--deepspeed", str(FILE)], FILE),
+        ([f"--deepspeed={FILE}"], FILE),
+        (["--deepspeed", "--deepspeed_config", str(FILE)], FILE),
+        (["--deepspeed_config", str(FILE)], FILE),
+        (["--deepspeed", str(FILE), "--deepspeed_config", str(FILE)], FILE),
+    ],
+)
+@pytest.mark.parametrize("rank", [[], ["--local_rank=1"], ["--local-rank", "1"]])
+def test_every_way_to_name_the_deepspeed_file(words: list[str], expected: Path, rank: list[str]) -> None:
+    arguments = main.parse([*rank, *words])
+    assert _ds_file(arguments) == expected
+    assert (arguments.config, arguments.overrides, arguments.dry_run) == (None, (), False)
+
+
+def test_overrides_keep_their_order_among_the_options() -> None:
+    words = ["--local_rank=0", "--optim.lr", "-1e-3", "--deepspeed", "--seed=1", "--config", "x.yaml", "--seed", "2"]
+    arguments = main.parse([*words, "--dry-run"])
+    assert arguments.overrides == ("--optim.lr", "-1e-3", "--seed=1", "--seed", "2")
+    assert (arguments.config, arguments.dry_run) == (Path("x.yaml"), True)
+
+
+def test_an_override_is_never_taken_for_an_abbreviated_option() -> None:
+    assert main.parse(["--dry", "1"]).overrides == ("--dry", "1")
+
+
+def test_two_different_files_are_refused() -> None:
+    with pytest.raises(ConfigError, match="give one DeepSpeed file"):
+        _ds_file(main.parse(["--deepspeed", "a.json", "--deepspeed_config", "b.json"]))

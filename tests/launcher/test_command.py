@@ -1,0 +1,97 @@
+"""The form of a launcher: errors are one line, exit codes are kept, a closed pipe is no error, bugs stay visible."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.command import Command
+from sharpmoe.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(act: Any, **fields: Any) -> Command:
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--count", type=int, default=3, help="how many")
+        parser.add_argument("--none", help="nothing")
+        parser.add_argument("--told", default=4, help="told (default: four)")
+
+    return Command(text="A test:\n    two lines", arguments=arguments, act=act, **fields)
+
+
+def fail(arguments: argparse.Namespace) -> None:
+    raise DataError("no such folder")
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_the_exit_code_is_what_act_returns(returned: int | None, code: int) -> None:
+    assert command(lambda arguments: returned)([]) == code
+
+
+def test_an_error_is_one_line_and_cleaned_up_after(capsys: pytest.CaptureFixture[str]) -> None:
+    ended: list[str] = []
+    assert command(fail, cleanup=lambda: ended.append(capsys.readouterr().err))([]) == 2
+    assert ended == ["error: no such folder\n"]  # printed before the clean-up, which may hang
+
+
+def test_a_rank_that_does_not_report_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(fail, reports=lambda: False)([]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def bug(arguments: argparse.Namespace) -> None:
+        raise KeyError("x")
+
+    ended: list[int] = []
+    with pytest.raises(KeyError):
+        command(bug, cleanup=lambda: ended.append(1))([])
+    assert ended == [1]
+
+
+def test_words_that_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(fail)(["--section.key", "1"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --section.key 1" in capsys.readouterr().err
+    assert command(fail).parse(["--cou", "5"]).count == 5  # argparse's abbreviations
+    known = command(fail, overrides=True).parse(["--section.key", "1", "--cou", "5", "--count=7"])
+    assert (known.overrides, known.count) == (("--section.key", "1", "--cou", "5"), 7)
+
+
+def test_help_shows_the_lines_of_the_docstring_and_each_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command(fail)(["--help"], "sharpmoe toy")
+    said = capsys.readouterr().out
+    assert "usage: sharpmoe toy " in said
+    assert "A test:\n    two lines\n" in said
+    assert said.count("(default: 3)") == said.count("(default: four)") == 1
+    assert said.count("default") == 2
+
+
+WRITER = """
+from launcher.command import Command
+def act(arguments):
+    for line in range(100_000):
+        print(line)
+Command(text="", arguments=lambda parser: None, act=act).run()
+"""
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    words = ["bash", "-c", '"$0" -c "$1" | head -n 1; echo "${PIPESTATUS[0]}"', sys.executable, WRITER]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["0", "141"]
+    assert done.stderr == ""
+
+
+def test_a_broken_connection_is_no_closed_pipe(capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(arguments: argparse.Namespace) -> None:
+        raise BrokenPipeError("a server hung up")
+
+    with pytest.raises(BrokenPipeError):
+        command(broken)([])

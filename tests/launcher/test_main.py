@@ -1,0 +1,67 @@
+"""Both ways of starting every launcher: `sharpmoe NAME ...` and `python launcher/NAME.py ...`."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from launcher.main import _LAUNCHERS, main, run
+from sharpmoe.config_io import PROJECT_ROOT
+
+# Modules of launcher/ that are no launchers; hold_signals wraps any command inside a batch file.
+INNER = {"__init__", "__main__", "command", "main", "hold_signals"}
+
+
+def test_every_launcher_is_a_command() -> None:
+    files = {path.stem for path in (PROJECT_ROOT / "launcher").glob("*.py")}
+    assert files - INNER == set(_LAUNCHERS)
+
+
+def test_the_console_command_is_installed_under_its_name() -> None:
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"sharpmoe": f"{run.__module__}:{run.__name__}"}
+
+
+@pytest.mark.parametrize("name", _LAUNCHERS)
+def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: sharpmoe {name} ")
+    assert f"launcher/{name}.py" in said  # the docstring names the other way
+
+
+def test_the_list_of_commands_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')")
+    environment = {"PYTHONPATH": f"{tmp_path}:{PROJECT_ROOT}"}
+    words = [sys.executable, "-m", "launcher", "--help"]
+    said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("  ")] == list(_LAUNCHERS)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "no command given; expected one of prepare, train,"),
+        (["prepair"], "unknown command 'prepair'; did you mean prepare?"),
+        (["--config", "x"], "unknown command '--config'; expected one of prepare, train,"),
+    ],
+)
+def test_no_or_a_wrong_command_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: sharpmoe: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_both_ways_give_the_same_error_and_exit_code(tmp_path: Path) -> None:
+    for first in (["-m", "launcher", "report"], [str(PROJECT_ROOT / "launcher" / "report.py")]):
+        words = [sys.executable, *first, str(tmp_path)]
+        done = subprocess.run(words, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
