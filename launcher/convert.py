@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from launcher.command import Command
 from sharpmoe.model.attach import extend_to_text
+from sharpmoe.model.published.load import read_pretrained
 from sharpmoe.model.published.names import FAMILIES, NAMES, to_published
-from sharpmoe.model.weights import load_model, read_pretrained, save_weights
+from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.report.runs import find_source
 
 

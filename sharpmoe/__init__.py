@@ -3,13 +3,13 @@
 import importlib
 from typing import Any
 
-_DOORS = {"attach": "sharpmoe.model.attach", "load_pretrained": "sharpmoe.model.weights"}
+_DOORS = {"attach": "sharpmoe.model.attach", "load_pretrained": "sharpmoe.model.published.load"}
 
 
 def __getattr__(name: str) -> Any:
-    """Open the two doors for users, `sharpmoe.attach` and `sharpmoe.load_pretrained`, when they are first asked for.
+    """Import `sharpmoe.attach` or `sharpmoe.load_pretrained` when it is first used.
 
-    They need torch, which reading a configuration must not import.
+    Both need torch, which reading a configuration must not import.
     """
     if name in _DOORS:
         return getattr(importlib.import_module(_DOORS[name]), name)

@@ -87,12 +87,7 @@ def _named(folder: Path) -> Path:
 
 def check_fits(saved: Manifest, model: ModelConfig, layout: Layout) -> None:
     """Raise CheckpointError on the first difference between a checkpoint and the run. No communication."""
-    check_architecture(saved.model, model, str(saved.folder))
-    if saved.model.saliency_router != model.saliency_router:
-        raise CheckpointError(
-            f"{saved.folder}: model.saliency_router is {saved.model.saliency_router} there, {model.saliency_router} in "
-            f"the run; {_AGAIN}"
-        )
+    check_architecture(saved.model, model, str(saved.folder), may_attach=False)
     for field, there, here in zip(Layout._fields, saved.layout, layout, strict=True):
         if there != here:
             raise CheckpointError(f"{saved.folder}: {field} is {there!r} there, {here!r} in the run; {_MEND[field]}")

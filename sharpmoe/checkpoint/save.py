@@ -24,7 +24,7 @@ from sharpmoe.checkpoint.snapshot import Contents, Snapshot
 from sharpmoe.checkpoint.state import state_file, write_state
 from sharpmoe.config import CheckpointConfig
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.weights import planned_weights, weights_writer
+from sharpmoe.model.weights import weight_specs, weights_writer
 from sharpmoe.parallel.ranks.background import SideGroup
 from sharpmoe.parallel.ranks.host_copies import HostCopies
 
@@ -55,7 +55,7 @@ class Saver:
         """Make the process group of the thread. Communicates."""
         self._root, self._facts, self._contents, self._config = root, facts, contents, config
         self._peers = SideGroup(contents.engine.world)
-        self._planned = planned_weights(contents.model.config)
+        self._specs = weight_specs(contents.model.config)
         self._copies = HostCopies()
         self._running: Future[Outcome] | None = None
 
@@ -151,7 +151,7 @@ class Saver:
         for name, kind in snapshot.WEIGHTS.items():
             names.append(f"{name}.safetensors")
             parts = taken.partitions[kind]
-            tensors = weights.whole_tensors(self._planned, table, parts, taken.buffers, self._peers)
+            tensors = weights.whole_tensors(self._specs, table, parts, taken.buffers, self._peers)
             self._write_whole(draft / names[-1], name, taken.progress, tensors)
         return names if self._peers.world.is_main else []
 
@@ -166,7 +166,7 @@ class Saver:
             try:
                 with (
                     retention.disk_errors(path),
-                    weights_writer(path, self._planned, model, meta) if is_main else nullcontext() as writer,
+                    weights_writer(path, self._specs, model, meta) if is_main else nullcontext() as writer,
                 ):
                     for name, tensor in tensors:
                         if writer is not None and tensor is not None:

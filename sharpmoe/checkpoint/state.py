@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.weights_file import Planned, WeightsWriter
+from sharpmoe.model.weights import SafetensorsWriter, TensorSpec
 from sharpmoe.parallel.zero.partitions import Piece
 
 _MEND = "resume from another checkpoint"
@@ -46,8 +46,8 @@ def write_state(
         for piece in pieces
     }
     header = {"places": json.dumps({piece.name: piece.place for piece in pieces}), "facts": json.dumps(facts)}
-    planned = {name: Planned(part.shape, part.dtype) for name, part in parts.items()}
-    with WeightsWriter(path, planned, header) as writer:
+    planned = {name: TensorSpec(part.shape, part.dtype) for name, part in parts.items()}
+    with SafetensorsWriter(path, planned, header) as writer:
         for name, part in parts.items():
             writer.write(name, part)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sharpmoe.model.weights_file import Planned
+from sharpmoe.model.weights import TensorSpec
 from sharpmoe.parallel.ranks.background import SideGroup
 from sharpmoe.parallel.zero.partitions import Piece
 
@@ -24,7 +24,7 @@ def gather_table(pieces: Sequence[Piece], peers: SideGroup) -> Table:
 
 
 def whole_tensors(
-    planned: Mapping[str, Planned],
+    planned: Mapping[str, TensorSpec],
     table: Table,
     parts: Sequence[Tensor],
     buffers: Mapping[str, Tensor],
@@ -59,7 +59,7 @@ def _by_name(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
     return found
 
 
-def _batches(planned: Mapping[str, Planned]) -> Iterator[list[str]]:
+def _batches(planned: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, plan in planned.items():

@@ -18,9 +18,9 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.evaluation.held_out import Samples
 from sharpmoe.evaluation.validation import validate
+from sharpmoe.model.published.load import build_published
 from sharpmoe.model.published.names import CONVENTIONS, Convention
-from sharpmoe.model.published.sizes import Sizes, candidates, read_sizes
-from sharpmoe.model.weights import build_published
+from sharpmoe.model.published.sizes import PublishedSizes, matching_families, read_sizes
 
 PLAUSIBLE = 0.9  # a trained model has less than this share of the loss of predicting nothing
 
@@ -39,7 +39,7 @@ class Inspection(NamedTuple):
     """What is known of a checkpoint."""
 
     candidates: tuple[tuple[str, str], ...]  # (family, router) whose key names it has
-    sizes: Sizes
+    sizes: PublishedSizes
     parameters: int
     findings: tuple[Finding, ...]  # lowest loss first; empty without samples
     nothing: float  # loss of predicting zero velocity; NaN without samples
@@ -71,7 +71,7 @@ def inspect(
     `sizes` are fields that its tensors cannot tell, as `load_pretrained` takes them. Raises CheckpointError where no
     family has these key names.
     """
-    known = tuple(candidates(state))
+    known = tuple(matching_families(state))
     if not known:
         raise CheckpointError("no published family has these key names; expected blocks.N.mlp... or blocks.N.moe...")
     routers = tuple(dict.fromkeys(router for _, router in known))

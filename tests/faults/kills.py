@@ -25,7 +25,7 @@ from sharpmoe import durable
 from sharpmoe.checkpoint import manifest, retention, save
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import parse_overrides
-from sharpmoe.model.weights_file import WeightsWriter
+from sharpmoe.model.weights import SafetensorsWriter
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.train import loop
 from tests.distributed import CONTEXT, free_port
@@ -45,8 +45,8 @@ BOUNDARIES: list[tuple[Any, str]] = [
     (durable, "publish_folder"),
     (durable, "remove_folder"),
     (save, "write_state"),
-    (WeightsWriter, "write"),  # of a tensor: one in _SEVERAL
-    (WeightsWriter, "__exit__"),
+    (SafetensorsWriter, "write"),  # of a tensor: one in _SEVERAL
+    (SafetensorsWriter, "__exit__"),
     (os, "replace"),
     (Path, "rename"),
     (Path, "mkdir"),

@@ -1,7 +1,7 @@
-"""Published checkpoints: key names and time conventions. They live here and nowhere else.
+"""Key names and time conventions of published checkpoints, and the conversion to and from ours. Defined only here.
 
-The key names of the families coincide while their conventions differ, so a family must be named; nothing here guesses
-one. Names follow the public code of ProMoE, DiffMoE (Kwai), DSMoE, DiT-MoE (feizc), SiT and DiT.
+The key names of the families coincide while their conventions differ, so the caller must name the family; nothing here
+guesses it. Names follow the public code of ProMoE, DiffMoE (Kwai), DSMoE, DiT-MoE (feizc), SiT and DiT.
 """
 
 import re
@@ -43,7 +43,7 @@ ROUTERS: dict[str, tuple[str, ...]] = {
     "sit": ("dense",),
     "dit": ("dense", "dit_moe"),  # DiT-MoE S and B were trained as DDPMs, XL and G by rectified flow
 }
-SPELLINGS = {  # published names of fields that are called otherwise here
+SPELLINGS = {  # published names of fields that have another name here
     "hidden_size": "width",
     "input_size": "latent_size",
     "in_channels": "latent_channels",
@@ -60,7 +60,7 @@ SPELLINGS = {  # published names of fields that are called otherwise here
 }
 
 
-class Names(NamedTuple):
+class _LayerNames(NamedTuple):
     """How one router family spells the parts of an MoE layer."""
 
     gate: str
@@ -71,17 +71,17 @@ class Names(NamedTuple):
     outer: str = "fc2"
 
 
-_PROMOE = Names("cluster_centers", shared="shared_expert", inner="up_proj", outer="down_proj")
-NAMES: dict[str, Names] = {
-    "dense": Names("gate.weight"),
-    "tc": Names("gate.weight"),
-    "ec": Names("gate_weight"),
-    "diffmoe": Names("gate_weight"),
-    "race": Names("gate_weight"),
+_PROMOE = _LayerNames("cluster_centers", shared="shared_expert", inner="up_proj", outer="down_proj")
+NAMES: dict[str, _LayerNames] = {
+    "dense": _LayerNames("gate.weight"),
+    "tc": _LayerNames("gate.weight"),
+    "ec": _LayerNames("gate_weight"),
+    "diffmoe": _LayerNames("gate_weight"),
+    "race": _LayerNames("gate_weight"),
     "promoe_tc": _PROMOE,
     "promoe_ec": _PROMOE,
-    "dsmoe": Names("gate.weight", experts="experts.blocks"),
-    "dit_moe": Names("gate.weight", layer="moe"),
+    "dsmoe": _LayerNames("gate.weight", experts="experts.blocks"),
+    "dit_moe": _LayerNames("gate.weight", layer="moe"),
 }
 _RENAMED = {
     "adaLN_modulation.1": "modulation",
@@ -105,10 +105,10 @@ _DENSE_PARTS = ("fc1.", "fc2.", "gate_proj.", "up_proj.", "down_proj.")
 
 
 def convert_published(state: Mapping[str, Tensor], convention: Convention) -> dict[str, Tensor]:
-    """Rename a published state dict to our keys and our sign of the velocity; its time goes into the architecture.
+    """Convert a published state dict to our keys and our sign of the velocity.
 
-    Under a convention that predicts data - noise the final layer is negated. Constants of their training (the decay of
-    DiffMoE's thresholds) are left behind.
+    Under a convention that predicts data - noise the final layer is negated; the convention of time is a matter of the
+    architecture (`ModelConfig.time_scale`). Constants of training (the decay of DiffMoE's thresholds) are dropped.
     """
     converted: dict[str, Tensor] = {}
     experts: dict[str, dict[tuple[int, str], Tensor]] = {}
@@ -152,7 +152,7 @@ def _stack_experts(prefix: str, parts: Mapping[tuple[int, str], Tensor]) -> dict
         missing = [expert for expert in range(count) if (expert, name) not in parts]
         if missing:
             raise CheckpointError(
-                f"{prefix}: expert {missing[0]} of {count} has no {name}; the checkpoint is not whole"
+                f"{prefix}: expert {missing[0]} of {count} has no {name}; the checkpoint is incomplete"
             )
         return torch.stack([parts[expert, name] for expert in range(count)])
 
@@ -169,16 +169,16 @@ def _stack_experts(prefix: str, parts: Mapping[tuple[int, str], Tensor]) -> dict
 
 
 def to_published(state: Mapping[str, Tensor], config: ModelConfig, family: Family) -> dict[str, Tensor]:
-    """Invert `convert_published`: our state dict (or gradients by our keys) under a family's key names.
+    """Invert `convert_published`: return our state dict (or gradients under our keys) with a family's key names.
 
-    Raises CheckpointError where the model's time convention is not the family's: the weights would compute another
-    function there.
+    Raises CheckpointError where the model's time convention differs from the family's: the weights would compute
+    another function there.
     """
     convention = CONVENTIONS[family]
     if (config.time_scale, config.time_shift, config.prediction) != (*convention[:2], convention.prediction):
         raise CheckpointError(
-            f"family {family} feeds its time embedder {_fed(convention)}, this model {_fed_by(config)}: "
-            "its weights would compute another function there; name the family of its convention"
+            f"family {family} feeds its time embedder {_time_input(convention)}, this model {_time_input_of(config)}: "
+            "its weights would compute another function there; name a family with the convention of this model"
         )
     names = NAMES[config.router]
     published: dict[str, Tensor] = {}
@@ -223,11 +223,11 @@ def _unstack_experts(prefix: str, name: str, value: Tensor, config: ModelConfig)
     return parts
 
 
-def _fed(convention: Convention) -> str:
+def _time_input(convention: Convention) -> str:
     if convention.prediction == "ddpm_noise":
         return "DDPM steps"
     return f"{convention.time_scale:g} t + {convention.time_shift:g}"
 
 
-def _fed_by(config: ModelConfig) -> str:
-    return _fed(Convention(config.time_scale, config.time_shift, 1, config.prediction))
+def _time_input_of(config: ModelConfig) -> str:
+    return _time_input(Convention(config.time_scale, config.time_shift, 1, config.prediction))

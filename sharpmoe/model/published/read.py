@@ -1,4 +1,4 @@
-"""State dicts out of checkpoint files of any publisher: .pth, .pt, .safetensors, folders of shards, nested dicts."""
+"""Read state dicts from published checkpoint files: .pth, .pt, .safetensors, folders of shards, nested dicts."""
 
 import argparse
 import pickle
@@ -21,9 +21,10 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> dict[str, Tensor]:
-    """Read a state dict from a .pth/.pt, a .safetensors, a folder of either, or a (nested) dict. CheckpointError.
+    """Read a state dict from a .pth/.pt, a .safetensors, a folder of either, or a (nested) dict.
 
-    weights: "ema" or "model", of a training checkpoint that holds both; a bare state dict is taken as it is.
+    weights: "ema" or "model", for a training checkpoint that holds both; a plain state dict is returned as it is.
+    Files are read as tensors only: nothing in them is executed. Raises CheckpointError.
     """
     if isinstance(source, Mapping):
         return _pick(source, weights, "the state dict")
@@ -39,7 +40,9 @@ def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> 
             return _pick(torch.load(path, map_location="cpu", weights_only=True), weights, str(path))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read as tensors only ({reason}); save its state dict anew") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as tensors only ({reason}); save its state dict again, with safetensors"
+        ) from error
 
 
 def _read_folder(path: Path, weights: str) -> dict[str, Tensor]:
@@ -54,13 +57,13 @@ def _read_folder(path: Path, weights: str) -> dict[str, Tensor]:
         part = read_state(file, weights)
         twice = [key for key in part if key in state]
         if twice:
-            raise CheckpointError(f"{path}: key {twice[0]} stands in two files; a folder holds the shards of one model")
+            raise CheckpointError(f"{path}: key {twice[0]} is in two files; a folder must hold the shards of one model")
         state |= part
     return state
 
 
 def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
-    """Find the tensors of one model in what a file holds."""
+    """Find the tensors of one model in the (nested) content of a file."""
     if weights not in _PLACES:
         raise CheckpointError(f"weights is {weights!r}, expected ema or model")
     if not isinstance(found, Mapping) or not found:
@@ -72,7 +75,7 @@ def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
     state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not state:
         held = ", ".join(map(str, found))
-        raise CheckpointError(f"{where}: no {weights} weights among {held}; ask for the other kind of weights")
+        raise CheckpointError(f"{where}: no {weights} weights among {held}; set weights to the other of ema and model")
     while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
         state = {key.split(".", 1)[1]: value for key, value in state.items()}
     return state

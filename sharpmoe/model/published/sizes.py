@@ -1,4 +1,4 @@
-"""What the tensors of a published checkpoint tell: sizes, parts, and the families whose key names it has."""
+"""Read the architecture of a published checkpoint from its tensors, and find the families whose key names it has."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,18 +8,18 @@ from torch import Tensor
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.published.names import CONVENTIONS, Family, convert_published
 
-NUM_HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16, 1408: 16}  # by width, of every published size
+_NUM_HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16, 1408: 16}  # by width, of every published size
 
 
-class Sizes(NamedTuple):
-    """Fields of an architecture as a checkpoint tells them."""
+class PublishedSizes(NamedTuple):
+    """Fields of `ModelConfig` for a published checkpoint."""
 
     read: dict[str, Any]  # from the tensors
-    assumed: dict[str, Any]  # what tensors cannot tell: the published value for this width or family
+    assumed: dict[str, Any]  # that tensors do not determine: the published value for this width or family
 
 
-def read_sizes(state: Mapping[str, Tensor], router: str) -> Sizes:
-    """Read width, depth, experts and the rest off a published state dict. CheckpointError where a key is missing."""
+def read_sizes(state: Mapping[str, Tensor], router: str) -> PublishedSizes:
+    """Read width, depth, experts and other fields from a published state dict. CheckpointError on a missing key."""
     ours = convert_published(state, CONVENTIONS["promoe"])  # the sign of a velocity has no size
     for key in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"):
         if key not in ours:
@@ -41,7 +41,7 @@ def read_sizes(state: Mapping[str, Tensor], router: str) -> Sizes:
         **(_read_experts(ours, router, depth) if router != "dense" else {}),
     }
     if router in ("promoe_tc", "promoe_ec") and read["unconditional_expert"] and read.get("num_classes") != 1000:
-        read["unconditional_label"] = 1000  # their code compares with 1000, however long the label table is
+        read["unconditional_label"] = 1000  # their code compares with 1000, whatever the length of the label table
     assumed: dict[str, Any] = {}
     if "pos_embed" in ours:
         read |= {"positions": "sincos", "latent_size": round(ours["pos_embed"].shape[1] ** 0.5) * patch}
@@ -50,11 +50,11 @@ def read_sizes(state: Mapping[str, Tensor], router: str) -> Sizes:
     if "blocks.0.attn.q_norm.weight" in ours:
         read |= {"qk_norm": True, "num_heads": width // ours["blocks.0.attn.q_norm.weight"].shape[0]}
         read["qk_norm_eps"] = 1e-6 if "blocks.0.attn.Wqkv.weight" in state else 1e-5
-    elif width in NUM_HEADS:
-        assumed["num_heads"] = NUM_HEADS[width]
+    elif width in _NUM_HEADS:
+        assumed["num_heads"] = _NUM_HEADS[width]
     if router == "dsmoe" and read.get("num_experts") == 48:  # the published runs with 48 experts
         assumed |= {"top_k": 5, "routed_scale": 2.5}
-    return Sizes(read, assumed)
+    return PublishedSizes(read, assumed)
 
 
 def _read_condition(ours: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -106,12 +106,12 @@ def _read_places(layers: Sequence[int], depth: int) -> dict[str, int]:
             if [block for block in in_turn if block >= first] == list(layers):
                 return {"moe_every": every, "dense_first": first}
     raise CheckpointError(
-        f"MoE layers stand in blocks {', '.join(map(str, layers))}: not a pattern of a published family"
+        f"MoE layers are in blocks {', '.join(map(str, layers))}: not a pattern of a published family"
     )
 
 
-def candidates(state: Mapping[str, Tensor]) -> list[tuple[Family, str]]:
-    """Families and routers whose key names a state dict has; more than one, because the names coincide."""
+def matching_families(state: Mapping[str, Tensor]) -> list[tuple[Family, str]]:
+    """Return the (family, router) pairs whose key names a state dict has; often several, as key names coincide."""
     keys = "\n".join(state)
     if ".moe.experts." in keys:
         return [("dit_moe", "dit_moe"), ("dit", "dit_moe")]

@@ -19,13 +19,14 @@ from sharpmoe.losses import balance, contrastive, flow_matching
 from sharpmoe.model.attach import attach, extend_to_text
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import TextCondition
+from sharpmoe.model.published.load import load_pretrained, read_pretrained
 from sharpmoe.model.published.names import CONVENTIONS, ROUTERS, to_published
-from sharpmoe.model.published.sizes import candidates
-from sharpmoe.model.weights import load_pretrained, read_pretrained
+from sharpmoe.model.published.sizes import matching_families
 from tests.toys import toy_model
 
-FOLDER = Path(__file__).parent.parent / "data" / "parity"
+FOLDER = Path(__file__).parents[2] / "data" / "parity"
 NAMES = sorted(path.stem for path in FOLDER.glob("published_*.safetensors"))
+assert NAMES, f"{FOLDER} holds no published weights"
 TOLERANCE = 1e-5
 
 
@@ -87,7 +88,7 @@ def test_round_trip_is_bit_equal(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_candidates_hold_the_family(name: str) -> None:
     _, weights, family, router, _ = load(name)
-    assert (family, router) in candidates(weights)
+    assert (family, router) in matching_families(weights)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -146,7 +147,7 @@ def test_the_report_says_what_was_assumed(caplog: pytest.LogCaptureFixture) -> N
     assert report.assumed == {"positions": "rope_2d", "latent_size": 32}
     assert all("saliency_router" in key for key in report.new)
     assert len(report.new) == 8
-    with caplog.at_level(logging.INFO, logger="sharpmoe.model.weights"):
+    with caplog.at_level(logging.INFO, logger="sharpmoe.model.published.load"):
         load_pretrained(weights, family, router, **sizes)
     assert "0 unmatched" in caplog.text
 

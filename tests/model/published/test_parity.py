@@ -16,11 +16,11 @@ from sharpmoe.flow import interpolate
 from sharpmoe.losses import balance, capacity, contrastive, flow_matching
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
+from sharpmoe.model.published.load import load_pretrained
 from sharpmoe.model.published.names import to_published
-from sharpmoe.model.weights import load_pretrained
 from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
 
-FOLDER = Path(__file__).parent.parent / "data" / "parity"
+FOLDER = Path(__file__).parents[2] / "data" / "parity"
 NAMES = ("promoe_dit", "promoe_tc", "promoe_ec", "promoe_diffmoe", "promoe_promoe_tc", "kwai_diffmoe")
 TOLERANCE = 1e-5
 CONTRASTIVE_TEMPERATURE = 0.07

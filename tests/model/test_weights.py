@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sharpmoe.model.weights import load_model, planned_weights, save_weights, weights_writer
-from sharpmoe.model.weights_file import Planned, WeightsWriter
+from sharpmoe.model.weights import (
+    SafetensorsWriter,
+    TensorSpec,
+    load_model,
+    save_weights,
+    weight_specs,
+    weights_writer,
+)
 from tests.toys import toy_model
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
@@ -30,7 +36,7 @@ def test_the_library_reads_what_is_written(
 ) -> None:
     path = tmp_path_factory.mktemp("weights") / "file.safetensors"
     values = {name: (torch.randn(shape) * 9).to(dtype) for name, (shape, dtype) in tensors.items()}
-    with WeightsWriter(path, {k: Planned(v.shape, v.dtype) for k, v in values.items()}, header) as writer:
+    with SafetensorsWriter(path, {k: TensorSpec(v.shape, v.dtype) for k, v in values.items()}, header) as writer:
         for name, value in values.items():
             writer.write(name, value)
     read = load_file(path)
@@ -43,7 +49,10 @@ def test_the_library_reads_what_is_written(
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     path.write_text("before")
-    with pytest.raises(OSError, match="disk"), WeightsWriter(path, {"a": Planned(torch.Size([1]), torch.float32)}, {}):
+    with (
+        pytest.raises(OSError, match="disk"),
+        SafetensorsWriter(path, {"a": TensorSpec(torch.Size([1]), torch.float32)}, {}),
+    ):
         raise OSError("disk full")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
@@ -52,7 +61,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 def test_one_by_one_equals_at_once(tmp_path: Path) -> None:
     model = toy_model()
     save_weights(tmp_path / "whole.safetensors", model.state_dict(), model.config, {"step": "3"})
-    planned = planned_weights(model.config)
+    planned = weight_specs(model.config)
     with weights_writer(tmp_path / "parts.safetensors", planned, model.config, {"step": "3"}) as writer:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             writer.write(name, tensor)
