@@ -32,12 +32,14 @@ from benchmarks.published import (
     stacked,
 )
 from sharpmoe.config import ModelConfig
+from sharpmoe.families import tokens_per_expert
 from sharpmoe.model.flops import Product
-from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
 from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.routing import Routing, expert_choice, tokens_per_expert
+from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.selection import RULES, Choice
+from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
 
 TOKENS = 256  # per image
 TOLERANCE = {"fp32": 2e-5, "bf16": 4e-2}  # of outputs and gradients, against the largest magnitude
@@ -195,7 +197,7 @@ def finish(layer: nn.Module, y: Tensor, record: Routing | None, dy: Tensor, d_ca
         y.backward(dy)
         return
     if isinstance(layer, MoELayer):
-        candidates = threshold_candidates([record.capacity_logits], layer.config.capacity)
+        candidates = threshold_candidates([record], layer.config)
         update_thresholds([layer.expert_threshold], candidates, THRESHOLD_DECAY)
     torch.autograd.backward([y, record.capacity_logits], [dy, d_capacity.to(record.capacity_logits.dtype)])
 
@@ -240,7 +242,7 @@ def dispatch(size: Size, options: Options) -> Case:
     echo = cast(Experts, _echo)
 
     def ours() -> tuple[Tensor, ...]:
-        chosen = expert_choice(scores.detach(), config.capacity).flatten(0, 1)
+        chosen = RULES["ec"].train(Choice(scores.detach()), config).flatten(0, 1)
         y = LocalDispatcher()(x.flatten(0, 1), chosen, scores.flatten(0, 1), echo, count).view_as(x)
         return y, *torch.autograd.grad(y, leaves, dy)
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sharpmoe.families import tokens_per_expert
 from sharpmoe.model.dit import DiT
 from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.routing import Routing, tokens_per_expert
+from sharpmoe.moe.routing import Routing
 
 Named = dict[str, Tensor]
 THRESHOLD_DECAY = 0.95

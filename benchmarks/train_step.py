@@ -32,8 +32,8 @@ from sharpmoe.flow import interpolate, velocity_target
 from sharpmoe.losses import capacity, flow_matching
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
-from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
 from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.parallel.zero.ema import ShardEma
@@ -173,8 +173,7 @@ class Step:
 
     def move_thresholds(self, routing: tuple[Routing, ...]) -> None:
         """Of all layers at once."""
-        predicted = [record.capacity_logits for record in routing if record.capacity_logits is not None]
-        candidates = threshold_candidates(predicted, self.model.config.capacity)
+        candidates = threshold_candidates(routing, self.model.config)
         update_thresholds(self.thresholds, candidates, THRESHOLD_DECAY)
 
     def move_average(self) -> None:

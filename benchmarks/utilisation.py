@@ -20,9 +20,10 @@ from benchmarks.gemms import bare, gemms_of
 from benchmarks.harness import Case, Goals, Options, Work, main
 from benchmarks.train_step import CAPACITY_WEIGHT, Step, make_model
 from sharpmoe.config import ModelConfig
+from sharpmoe.families import rows_of_call
 from sharpmoe.flow import interpolate, velocity_target
 from sharpmoe.losses import capacity, flow_matching
-from sharpmoe.model.flops import Call, backward_flops, forward_flops, moe_layers, products, rows_of_call
+from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 from sharpmoe.moe.routing import Routing
 
 DEPTHS, IMAGES = {"cpu": 2, "cuda": 24}, {"cpu": 8, "cuda": 64}
@@ -42,7 +43,7 @@ def step_cases(config: ModelConfig, images: int, options: Options) -> Iterator[C
     """A model's step without and with the update; of a guided model with it."""
     guided = config.saliency_router
     step = (GuidedStep if guided else Step)(make_model(config, options), images, options)
-    done = products(config, Call(images, rows_of_call(config, images) * moe_layers(config), uses_x0_prev=guided))
+    done = products(config, Call(images, rows_of_call(config, images) * config.num_moe_layers, uses_x0_prev=guided))
     forward, backward = forward_flops(done), backward_flops(done)
     total, gemms = forward.total + backward.total, gemms_of(done, config.num_experts)
     limit = counting(bare(gemms, options), images)

@@ -6,19 +6,17 @@ and are owned by `sharpmoe.parallel.zero.config`; no key stands in both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, core_schema
 
 from data_pipeline.safety import has_secret
 from data_pipeline.store.remote import RemoteOptions
-
-RouterKind = Literal["dense", "tc", "ec", "diffmoe", "promoe_tc", "promoe_ec", "dsmoe", "dit_moe", "race"]
-
-TOKEN_CHOICE = ("tc", "promoe_tc", "dsmoe", "dit_moe")  # every token is served by top_k experts
-POOLED = ("diffmoe", "race")  # experts choose from the tokens of a whole call, by thresholds in inference
-VARYING_COMPUTE = ("ec", "diffmoe", "promoe_ec", "race")  # a token may be served by more or fewer experts
+from sharpmoe.families import FAMILIES, Family
 
 # width, depth, num_heads of the published sizes (method.md section 2 of the DiT family) and of the shipped toy.
 SIZES: dict[str, dict[str, int]] = {
@@ -30,28 +28,22 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def family_fields(router: str, width: int) -> dict[str, Any]:
-    """Fields that a router family sets where the run does not: gate, scores, experts, positions of its publication."""
-    half = {"expert_hidden": 2 * width, "shared_hidden": 2 * width}
-    promoe = {"gate": "prototypes", "score": "identity", "unconditional_expert": True, "shared": "gelu", **half}
-    return {
-        "promoe_tc": promoe,
-        "promoe_ec": promoe,
-        "dit_moe": {"top_k": 2, "expert": "swiglu", "shared": "swiglu", "shared_hidden": 2 * width, "moe_every": 1},
-        "dsmoe": {
-            "score": "sigmoid",
-            "top_k": 2,
-            "renormalise": True,
-            "routed_scale": 2.0,
-            "bias_balancing": True,
-            "expert": "swiglu",
-            "shared": "swiglu",
-            "mlp": "silu",
-            "positions": "rope_2d",
-            **half,
-        },
-        "race": {"gate": "mlp", "score": "identity", "layer_heads": True},
-    }.get(router, {})
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Annotation of a text field: one of the keys that a table has when the value is read, not when this is written."""
+
+    table: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __str__(self) -> str:
+        return " | ".join(self.table)
+
+    def _check(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.table:
+            raise PydanticCustomError("one_of", "Input should be one of {choices}", {"choices": str(self)})
+        return value
 
 
 class Section(BaseModel):
@@ -72,7 +64,7 @@ class ModelConfig(Section):
     latent_channels: int = Field(4, ge=1)
     latent_size: int = Field(32, ge=1)  # height = width of the latent
     learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
-    router: RouterKind = "diffmoe"
+    router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(1, ge=1)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
     capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race)
@@ -115,8 +107,9 @@ class ModelConfig(Section):
             return data
         if isinstance(data.get("preset"), str):
             data = {**SIZES.get(data["preset"], {}), **data}
-        width = data.get("width", cls.model_fields["width"].default)
-        return {**family_fields(str(data.get("router")), width), **data} if isinstance(width, int) else data
+        router, width = (data.get(key, cls.model_fields[key].default) for key in ("router", "width"))
+        family = FAMILIES.get(str(router))
+        return {**family.model_fields(width), **data} if family and isinstance(width, int) else data
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -126,9 +119,9 @@ class ModelConfig(Section):
             raise ValueError(f"width ({self.width}) must be a multiple of 4 for 2-D sin-cos positions")
         if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size ({self.latent_size})")
-        if self.router in TOKEN_CHOICE and self.top_k > self.num_experts:
+        if self.family.competition == "token" and self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts})")
-        if self.router in VARYING_COMPUTE and self.capacity > self.num_experts:
+        if self.family.varies_compute and self.capacity > self.num_experts:
             raise ValueError(f"capacity ({self.capacity}) must be at most num_experts ({self.num_experts})")
         if self.num_groups > 1 and (self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups):
             raise ValueError(
@@ -143,6 +136,48 @@ class ModelConfig(Section):
         if self.positions == "rope_2d" and (self.width // self.num_heads) % 4:
             raise ValueError(f"rope_2d needs a head width ({self.width // self.num_heads}) that is a multiple of 4")
         return self
+
+    @property
+    def family(self) -> Family:
+        """The record of the router family."""
+        return FAMILIES[self.router]
+
+    @property
+    def router_loss(self) -> str | None:
+        """Key in `losses.ROUTER_LOSSES` of the loss on the router, or None.
+
+        A bias that balances the loads replaces the balance loss. The contrast is one between prototypes: a gate of
+        prototypes is trained by it in place of balance, and a gate without them by balance.
+        """
+        loss = self.family.router_loss
+        if loss == "balance" and self.bias_balancing:
+            return None
+        if loss in ("balance", "contrastive"):
+            return "contrastive" if self.gate == "prototypes" else "balance"
+        return loss
+
+    @property
+    def head_loss(self) -> str | None:
+        """Key in `losses.HEAD_LOSSES` of the loss on heads beside the router, or None."""
+        return self.family.head_loss or ("layers" if self.layer_heads else None)
+
+    @property
+    def counts_calls(self) -> bool:
+        """Whether inference ranks the tokens of a call against each other: results then depend on how a batch is cut.
+
+        That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's
+        own scores, expert choice the tokens of an image.
+        """
+        return self.family.thresholds == "predicted" and self.capacity_selection == "count"
+
+    @property
+    def contrasts_calls(self) -> bool:
+        """Whether the loss on the router compares the tokens of a whole call: the contrast with token choice."""
+        return self.gate == "prototypes" and self.family.competition == "token"
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.is_moe(block) for block in range(self.depth))
 
     @property
     def num_tokens(self) -> int:
@@ -167,7 +202,7 @@ class ModelConfig(Section):
     def is_moe(self, block: int) -> bool:
         """Whether block `block` (0-based) holds an MoE layer."""
         in_turn = block % self.moe_every == self.moe_every - 1
-        return self.router != "dense" and in_turn and block >= self.dense_first
+        return self.family.has_experts and in_turn and block >= self.dense_first
 
 
 class ShardSource(Section):

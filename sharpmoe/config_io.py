@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sharpmoe.config import VARYING_COMPUTE, RunConfig
+from sharpmoe.config import ModelConfig, OneOf, RunConfig
 from sharpmoe.errors import ConfigError
+from sharpmoe.families import FAMILIES
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RUN_CONFIG = PROJECT_ROOT / "configs" / "runs" / "quickstart.yaml"
@@ -227,7 +228,8 @@ def _describe(item: dict[str, Any], path: str, given: Mapping[str, Any]) -> str:
     if item["type"] == "value_error":  # a check across keys; its message names the keys and the rule
         return f"{place}: {item['ctx']['error']}"
     allowed = _allowed(field) or item["msg"]
-    return f"{place}: got {item['input']!r}, allowed: {allowed}; change {field}"
+    near = nearest(item["input"], allowed.split(" | ")) if isinstance(item["input"], str) else ""
+    return f"{place}: got {item['input']!r}, allowed: {allowed}{near}; change {field}"
 
 
 def _field_path(loc: Sequence[int | str]) -> str:
@@ -250,6 +252,8 @@ def _allowed(dotted: str) -> str:
     field = model.model_fields[name]
     if _sections(model)[name]:
         return f"a section with the keys {', '.join(_sections(_sections(model)[name]))}"  # type: ignore[arg-type]
+    if choices := [str(item) for item in field.metadata if isinstance(item, OneOf)]:
+        return choices[0]
     bounds = [_bound(item) for item in field.metadata]
     return " ".join([_type_words(field.annotation), " and ".join(bound for bound in bounds if bound)]).strip()
 
@@ -277,14 +281,16 @@ def _type_words(kind: Any) -> str:
 def _fill_routing_weight(data: dict[str, Any]) -> None:
     """Token choice and dense give every token the same compute: the routing loss is off unless it was asked for."""
     model, loss = data.get("model") or {}, data.setdefault("loss", {})
-    same_compute = isinstance(model, dict) and model.get("router", "diffmoe") not in VARYING_COMPUTE
-    if same_compute and isinstance(loss, dict):
+    if not isinstance(model, dict) or not isinstance(loss, dict):
+        return
+    family = FAMILIES.get(str(model.get("router", ModelConfig.model_fields["router"].default)))
+    if family is None or not family.varies_compute:
         loss.setdefault("routing_weight", 0.0)
 
 
 def _check_across_sections(run: RunConfig, path: str) -> None:
     """Rules between keys of different sections."""
-    if run.model.router not in VARYING_COMPUTE and run.loss.routing_weight > 0:
+    if not run.model.family.varies_compute and run.loss.routing_weight > 0:
         raise ConfigError(
             f"{path}: loss.routing_weight is {run.loss.routing_weight}, but with model.router {run.model.router} every "
             "token gets the same compute and the loss has nothing to move; set loss.routing_weight to 0"

@@ -1,6 +1,11 @@
-"""The losses. Pure functions of records; nothing here communicates."""
+"""The losses. Pure functions of records; nothing here communicates.
 
-from collections.abc import Sequence
+What a family's record names (`Family.router_loss`, `Family.head_loss`) is found in two tables, with the weight of each
+loss and the fields of `Routing` through which its gradient reaches the network.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,16 +17,26 @@ from sharpmoe.moe.routing import Routing
 
 
 def flow_matching(v: Tensor, v_target: Tensor) -> Tensor:
-    """Mean squared error of the velocity, 0-d; both (B, C, H, W). SharpMoE section 3, L_FM."""
+    """Return the mean squared error of the velocity, 0-d; both (B, C, H, W). SharpMoE section 3, L_FM."""
     return functional.mse_loss(v, v_target)
 
 
-def score_mass(records: Sequence[Routing]) -> Tensor:
-    """Routing mass of one step as the paper has it: sum over MoE layers and chosen experts of the score, (B, N)."""
+def routing_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
+    """Return A of one step, (B, N) float32: what the trajectory routing loss sums over the rollout."""
+    return _MASSES[config.routing_mass][0](records, config)
+
+
+def mass_reads(config: LossConfig) -> frozenset[str]:
+    """Return the fields of `Routing` through which a gradient of A reaches the network."""
+    return _MASSES[config.routing_mass][1]
+
+
+def _score_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
+    """The paper's: sum over MoE layers and chosen experts of the score, (B, N)."""
     return torch.stack([record.gates.sum(-1) for record in records]).sum(0)
 
 
-def count_mass(records: Sequence[Routing], temperature: float) -> Tensor:
+def _count_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
     """Straight-through counts: experts that took each token, summed over MoE layers, (B, N).
 
     The value is the exact count. The gradient is that of sum_e sigmoid((score - cutoff) / temperature): the indicator
@@ -29,20 +44,19 @@ def count_mass(records: Sequence[Routing], temperature: float) -> Tensor:
     """
     masses = []
     for record in records:
-        soft = ((record.scores - record.cutoff) / temperature).sigmoid().sum(-1)
+        soft = ((record.scores - record.cutoff) / config.count_temperature).sigmoid().sum(-1)
         masses.append(record.routing_map.sum(-1) + (soft - soft.detach()))
     return torch.stack(masses).sum(0)
 
 
-def routing_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
-    """A of one step, (B, N) float32: what the trajectory routing loss sums over the rollout."""
-    if config.routing_mass == "counts":
-        return count_mass(records, config.count_temperature)
-    return score_mass(records)
+_MASSES: dict[str, tuple[Callable[[Sequence[Routing], LossConfig], Tensor], frozenset[str]]] = {
+    "scores": (_score_mass, frozenset({"gates"})),
+    "counts": (_count_mass, frozenset({"scores"})),
+}
 
 
 def trajectory_routing(mass: Tensor, saliency: Tensor, config: LossConfig, num_terms: int) -> Tensor:
-    """KL(softmax(mass_scale * A) || softmax(saliency_scale * M)) over the tokens of an image, mean over images.
+    """Return KL(softmax(mass_scale * A) || softmax(saliency_scale * M)) over the tokens of an image, mean over images.
 
     SharpMoE's trajectory routing loss. mass A (B, N) is the sum of `num_terms` = steps x MoE layers terms; with
     mass_reduction "mean" it is divided by their number, so that a scale means the same at any depth and T.
@@ -55,7 +69,7 @@ def trajectory_routing(mass: Tensor, saliency: Tensor, config: LossConfig, num_t
 
 
 def balance(records: Sequence[Routing]) -> Tensor:
-    """Switch balance loss E * sum_e f_e P_e (arXiv 2101.03961, Eq. 4), summed over MoE layers; token choice only. 0-d.
+    """Return the Switch balance loss E * sum_e f_e P_e (arXiv 2101.03961, Eq. 4), summed over MoE layers. 0-d.
 
     The sum over layers and the weight of 0.01 are what ProMoE's TC applies (its recorded gradients agree to 4e-9).
     """
@@ -68,7 +82,7 @@ def balance(records: Sequence[Routing]) -> Tensor:
 
 
 def contrastive(records: Sequence[Routing], temperature: float) -> Tensor:
-    """ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3), summed over MoE layers. 0-d.
+    """Return ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3), summed over MoE layers. 0-d.
 
     Each centre is pulled to the mean of its own tokens and pushed from the means of the other experts' tokens: cross
     entropy of cosine / temperature, mean over the experts that took tokens.
@@ -86,10 +100,10 @@ def _contrast(similarity: Tensor, temperature: float) -> Tensor:
 
 
 def router_similarity(records: Sequence[Routing]) -> Tensor:
-    """Expert Race's router similarity loss (arXiv 2503.16057, Eq. 9 to 11), mean over MoE layers; 0-d, 1 if balanced.
+    """Return Expert Race's router similarity loss (arXiv 2503.16057, Eq. 9 to 11), mean over MoE layers.
 
-    With M the choices and P the softmax of the logits over experts, M'M counts how often two experts took the same
-    token and weighs P'P: loads (the diagonal) and pairs (the rest) that are frequent cost most.
+    0-d, 1 if balanced. With M the choices and P the softmax of the logits over experts, M'M counts how often two
+    experts took the same token and weighs P'P: loads (the diagonal) and pairs (the rest) that are frequent cost most.
     """
     losses = []
     for record in records:
@@ -104,23 +118,59 @@ def router_similarity(records: Sequence[Routing]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def layer_predictions(records: Sequence[Routing], v_target: Tensor, patch_size: int) -> Tensor | None:
+def _layer_predictions(records: Sequence[Routing], v_target: Tensor, patch_size: int) -> Tensor:
     """Expert Race's per-layer regularisation (arXiv 2503.16057, section 6): flow loss of each layer's own head. 0-d.
 
-    v_target (B, C, H, W); the mean over MoE layers, None where they predict nothing.
+    v_target (B, C, H, W); the mean over MoE layers.
     """
     predictions = [record.prediction for record in records if record.prediction is not None]
-    if not predictions:
-        return None
     target = patchify(v_target, patch_size)
     return torch.stack([functional.mse_loss(prediction, target) for prediction in predictions]).mean()
 
 
 def capacity(records: Sequence[Routing]) -> Tensor:
-    """DiffMoE capacity loss: BCE of the predictor against what each expert took, summed over MoE layers. 0-d."""
+    """Return DiffMoE's capacity loss, 0-d: BCE of the predictor with what experts took, summed over MoE layers."""
     losses = [
         functional.binary_cross_entropy_with_logits(record.capacity_logits, record.routing_map.to(record.scores.dtype))
         for record in records
         if record.capacity_logits is not None
     ]
     return torch.stack(losses).sum()
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """A loss on the router, of the records of one step."""
+
+    function: Callable[[Sequence[Routing], LossConfig], Tensor]  # 0-d, unweighted
+    weight_key: str  # the key of `LossConfig` that weights it
+    reads: frozenset[str]  # fields of `Routing` through which its gradient reaches the network
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """A loss on heads beside the router, of the records of one step, v_target (B, C, H, W) and the patch size."""
+
+    function: Callable[[Sequence[Routing], Tensor, int], Tensor]  # 0-d, unweighted
+    weight_key: str  # as in `RouterLoss`
+    reads: frozenset[str]  # as in `RouterLoss`
+
+
+ROUTER_LOSSES: dict[str, RouterLoss] = {
+    "balance": RouterLoss(lambda records, config: balance(records), "balance_weight", frozenset({"scores"})),
+    "contrastive": RouterLoss(
+        lambda records, config: contrastive(records, config.contrastive_temperature),
+        "contrastive_weight",
+        frozenset({"similarity"}),
+    ),
+    "similarity": RouterLoss(
+        lambda records, config: router_similarity(records), "similarity_weight", frozenset({"logits"})
+    ),
+}
+
+HEAD_LOSSES: dict[str, HeadLoss] = {
+    "capacity": HeadLoss(
+        lambda records, v_target, patch_size: capacity(records), "capacity_weight", frozenset({"capacity_logits"})
+    ),
+    "layers": HeadLoss(_layer_predictions, "layer_weight", frozenset({"prediction"})),
+}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.flow import clean_prediction, interpolate, velocity_target
-from sharpmoe.losses import flow_matching, layer_predictions
+from sharpmoe.losses import flow_matching
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import Condition
 from sharpmoe.moe.routing import Routing
@@ -33,7 +33,7 @@ class StepOutput(NamedTuple):
     flow: Tensor  # 0-d flow matching loss
     x0_hat: Tensor  # (B, C, H, W) predicted clean latent, detached: the x0_prev of the next step
     routing: tuple[Routing, ...]  # one per MoE layer
-    layer_flow: Tensor | None = None  # 0-d flow loss of the MoE layers' own predictions, where they make one
+    v_target: Tensor  # (B, C, H, W) velocity from data to noise
 
 
 class Replay(NamedTuple):
@@ -68,7 +68,7 @@ def rollout_step(
     t = item.times[step]
     x_t = interpolate(item.x0, item.x1, t)
     output = model(x_t, t, item.condition, x0_prev, recompute=recompute, for_losses=for_losses)
-    return _step_output(model, item, x_t, t, output)
+    return _step_output(item, x_t, t, output)
 
 
 def replay(output: StepOutput, x0_prev: Tensor | None) -> Replay:
@@ -88,16 +88,15 @@ def replay_steps(
     condition = _repeat(item.condition, len(steps))
     output = model(torch.cat(x_t), torch.cat(times), condition, torch.cat(x0_prevs) if x0_prevs else None, maps)
     return [
-        _step_output(model, item, x_t[index], times[index], _part(output, index, len(steps), each.cutoffs))
+        _step_output(item, x_t[index], times[index], _part(output, index, len(steps), each.cutoffs))
         for index, each in enumerate(replays)
     ]
 
 
-def _step_output(model: DiT, item: TrajectoryBatch, x_t: Tensor, t: Tensor, output: ModelOutput) -> StepOutput:
+def _step_output(item: TrajectoryBatch, x_t: Tensor, t: Tensor, output: ModelOutput) -> StepOutput:
     v_target = velocity_target(item.x0, item.x1)
     flow = flow_matching(output.v, v_target)
-    own = layer_predictions(output.routing, v_target, model.config.patch_size)
-    return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, own)
+    return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, v_target)
 
 
 def _repeat(condition: Condition, times: int) -> Condition:

@@ -60,8 +60,7 @@ def cfg_settings(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bo
     That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's own
     scores, expert choice the tokens of an image.
     """
-    is_pooled = model.router == "diffmoe" and model.capacity_selection == "count"
-    pool: Literal["all", "call", "image"] = "call" if is_pooled else "all"
+    pool: Literal["all", "call", "image"] = "call" if model.counts_calls else "all"
     return CfgSettings(
         sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool
     )

@@ -3,14 +3,18 @@
 import pytest
 import torch
 
-from sharpmoe.config import LossConfig
-from sharpmoe.losses import balance, contrastive, count_mass, router_similarity, score_mass, trajectory_routing
-from sharpmoe.moe.routing import Routing, expert_choice, lowest_accepted, token_choice
+from sharpmoe.config import LossConfig, ModelConfig
+from sharpmoe.losses import balance, contrastive, router_similarity, routing_mass, trajectory_routing
+from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.selection import RULES, Choice, lowest_accepted
+
+COUNTS = LossConfig(routing_mass="counts", count_temperature=0.05)
+EC, TC = ModelConfig(router="ec"), ModelConfig(router="tc")
 
 
 def record(scores: torch.Tensor, chosen: torch.Tensor) -> Routing:
     logits = scores.log()
-    return Routing(logits, logits, scores, scores * chosen, chosen, lowest_accepted(scores, chosen, "image"))
+    return Routing(logits, logits, scores, scores * chosen, chosen, lowest_accepted(scores, chosen, EC))
 
 
 def test_kl_is_the_definition_and_zero_at_equality() -> None:
@@ -27,10 +31,10 @@ def test_kl_is_the_definition_and_zero_at_equality() -> None:
 
 def test_masses_sum_what_the_paper_says() -> None:
     scores = torch.rand(2, 8, 4).softmax(-1).requires_grad_()
-    chosen = expert_choice(scores.detach(), 1.0)
+    chosen = RULES["ec"].train(Choice(scores.detach()), EC)
     records = [record(scores, chosen), record(scores, chosen)]
-    torch.testing.assert_close(score_mass(records), 2 * (scores * chosen).sum(-1))
-    counts = count_mass(records, 0.05)
+    torch.testing.assert_close(routing_mass(records, LossConfig(routing_mass="scores")), 2 * (scores * chosen).sum(-1))
+    counts = routing_mass(records, COUNTS)
     assert torch.equal(counts.detach(), 2.0 * chosen.sum(-1))
     counts[0, 0].backward()
     assert (scores.grad[0, 0] > 0).all()  # a higher score brings a token nearer to every expert
@@ -40,7 +44,7 @@ def test_masses_sum_what_the_paper_says() -> None:
 def test_an_expert_without_tokens_gives_no_count_gradient() -> None:
     scores = torch.rand(1, 8, 4).softmax(-1).requires_grad_()
     chosen = torch.zeros(1, 8, 4, dtype=torch.bool)
-    count_mass([record(scores, chosen)], 0.05).sum().backward()
+    routing_mass([record(scores, chosen)], COUNTS).sum().backward()
     assert torch.isfinite(scores.grad).all()
     assert scores.grad.abs().sum() == 0
 
@@ -52,7 +56,9 @@ def test_balance_is_one_when_even_and_e_when_collapsed(top_k: int) -> None:
     torch.testing.assert_close(balance([record(even, chosen)]), torch.tensor(1.0))
     collapsed = torch.zeros(1, 4, 4)
     collapsed[..., 0] = 1.0
-    torch.testing.assert_close(balance([record(collapsed, token_choice(collapsed, 1))]), torch.tensor(4.0))
+    torch.testing.assert_close(
+        balance([record(collapsed, RULES["tc"].train(Choice(collapsed), TC))]), torch.tensor(4.0)
+    )
 
 
 def test_router_similarity_is_one_where_balanced_and_grows_with_collapse() -> None:

@@ -154,7 +154,7 @@ def test_routing_loss_moves_the_gradient(router: str, mass: str) -> None:
 def test_token_choice_trains_with_the_flow_loss_only() -> None:
     _, record = gradients(make_run("tc"))
     assert record.terms.routing == 0
-    assert record.terms.balance > 0
+    assert record.terms.router > 0
 
 
 FORWARDS = {  # schedule -> calls with gradient, calls without, images in all of them; T = 6, 3 images

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sharpmoe.config import TOKEN_CHOICE, ModelConfig
+from sharpmoe.config import ModelConfig
 from sharpmoe.flow import ddpm_input, ddpm_velocity
 from sharpmoe.model.embed import (
     ClassCondition,
@@ -320,6 +320,6 @@ def count_parameters(model: DiT) -> tuple[int, int]:
     idle = 0.0
     for moe in model.moe_layers():
         expert_parameters = sum(p.numel() for p in moe.experts.parameters())
-        per_token = moe.config.top_k if moe.config.router in TOKEN_CHOICE else moe.config.capacity
+        per_token = moe.config.top_k if moe.config.family.competition == "token" else moe.config.capacity
         idle += expert_parameters * (1 - per_token / moe.config.total_experts)
     return total, round(total - idle)

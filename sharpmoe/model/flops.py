@@ -7,9 +7,8 @@ losses, optimizer) is not counted, as is usual where utilisation is told.
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from sharpmoe.config import TOKEN_CHOICE, ModelConfig
+from sharpmoe.config import ModelConfig
 from sharpmoe.model.embed import FREQUENCIES
-from sharpmoe.moe.routing import tokens_per_expert
 
 Part = Literal["dense", "routed", "router"]
 
@@ -83,30 +82,12 @@ def _by_part(booked: Iterable[tuple[Part, float]]) -> Flops:
     return Flops(**sums)
 
 
-def rows_of_call(config: ModelConfig, images: int) -> int:
-    """Rows that the experts of one MoE layer compute in a training call with classes, by the family's rule."""
-    if config.router == "dense":
-        return 0
-    pool = images * config.num_tokens
-    if config.router in TOKEN_CHOICE:
-        return pool * config.top_k
-    if config.router == "race":
-        return max(1, min(int(pool * config.capacity), pool * config.num_experts))
-    pools = 1 if config.router == "diffmoe" else images
-    return pools * config.num_experts * tokens_per_expert(pool // pools, config.num_experts, config.capacity)
-
-
-def moe_layers(config: ModelConfig) -> int:
-    """Number of MoE layers."""
-    return sum(config.is_moe(block) for block in range(config.depth))
-
-
 def products(config: ModelConfig, call: Call) -> list[Product]:
     """All matrix products of a call's forward."""
-    dense_blocks = config.depth - moe_layers(config)
+    dense_blocks = config.depth - config.num_moe_layers
     every_block, moe = list(_trunk(config, call)), list(_moe(config, call))
     mlp = list(_feed_forward(config, call, config.mlp, int(config.width * config.mlp_ratio)))
-    repeated = [(every_block, config.depth), (mlp, dense_blocks), (moe, moe_layers(config))]
+    repeated = [(every_block, config.depth), (mlp, dense_blocks), (moe, config.num_moe_layers)]
     blocks = [each._replace(times=each.times * depth) for group, depth in repeated for each in group]
     return [*_outside(config, call), *blocks, *_experts(config, call)]
 
@@ -117,7 +98,7 @@ def _outside(config: ModelConfig, call: Call) -> Iterator[Product]:
     patch = config.latent_channels * config.patch_size**2
     yield Product("dense", 1, tokens, patch, width, gradients=1, in_block=False)
     if call.uses_x0_prev:
-        read = config.saliency_router and moe_layers(config) > 0
+        read = config.saliency_router and config.num_moe_layers > 0
         yield Product("router", 1, tokens, patch, width, gradients=int(read), in_block=False)
     embedders = [(images, FREQUENCIES)]
     if config.conditioning == "text":
@@ -164,7 +145,7 @@ def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
     if call.uses_x0_prev and config.saliency_router:
         yield Product("router", 1, tokens, width, width)
         yield Product("router", 1, tokens, width, experts)
-    if config.router == "diffmoe" and (call.has_losses or not call.training):
+    if config.family.thresholds == "predicted" and (call.has_losses or not call.training):
         yield Product("router", 1, tokens, width, width, gradients=1)
         yield Product("router", 1, tokens, width, experts)
     yield from _feed_forward(config, call, config.shared, config.shared_width)

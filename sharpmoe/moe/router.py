@@ -1,8 +1,119 @@
-"""Logits of one MoE layer: the pretrained gate plus SharpMoE's saliency router. Computed in float32 or better."""
+"""The router of one MoE layer: gate, saliency router, capacity predictor and selection rule, in float32 or better."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from sharpmoe.config import ModelConfig
+from sharpmoe.moe.pool import CallPool, Pool
+from sharpmoe.moe.routing import Routing, score_logits
+from sharpmoe.moe.selection import RULES, Choice, lowest_accepted
+
+
+class Router(nn.Module):
+    """What decides which experts serve which tokens, and with which gates.
+
+    It chooses by the rule of its family (`selection.RULES`); what else a family has (thresholds, a capacity predictor,
+    what is a pool) is said by its record (`families.FAMILIES`).
+    """
+
+    expert_threshold: Tensor
+    expert_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pool: Pool = CallPool()  # replaced where the tokens of several ranks compete
+        width, num_experts = config.width, config.num_experts
+        self.gate = _make_gate(config)
+        self.saliency_router = SaliencyRouter(width, num_experts) if config.saliency_router else None
+        predicts = config.family.thresholds == "predicted"
+        self.capacity_predictor = _CapacityPredictor(width, num_experts) if predicts else None
+        if config.family.thresholds is not None:
+            self.register_buffer("expert_threshold", torch.zeros(num_experts))
+        if config.bias_balancing:
+            self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def route(
+        self,
+        features: Tensor,
+        x0_prev_tokens: Tensor | None = None,
+        *,
+        routing_map: Tensor | None = None,
+        unconditional: Tensor | None = None,
+        pools: int = 1,
+        for_losses: bool = True,
+    ) -> Routing:
+        """Choose experts for B x N tokens. No side effects; communicates where the pool does.
+
+        features (B, N, F): what gate, capacity predictor and heads read. They need not be what the experts are given:
+        a gate may read the state before modulation beside the time. x0_prev_tokens (B, N, D): the embedded clean
+        latent of the step before, which the saliency router reads; None leaves the base routing. routing_map
+        (B, N, E): replay this choice instead of making one (in half precision a near-tie can flip in a second pass).
+        unconditional (B,) bool: images without class, where the layer has an expert of their own. pools: equal parts
+        of the batch, each a pool of its own in inference that ranks tokens of a call; no other choice depends on it.
+        for_losses: in training, make what only losses and thresholds read (capacity logits, similarity of prototypes,
+        the layer's own prediction); for a first pass, whose steps are run again, those fields stay None.
+        """
+        config = self.config
+        read = at_least_float32(features)  # one copy; in half precision each reader would keep its own for backward
+        gate_logits = self.gate(read)
+        logits = gate_logits
+        if x0_prev_tokens is not None and self.saliency_router is not None:
+            logits = gate_logits + self.saliency_router(x0_prev_tokens)
+        scores = score_logits(logits, config.score)
+        has_losses = self.training and for_losses
+        capacity_logits = None
+        if self.capacity_predictor is not None and (has_losses or not self.training):
+            capacity_logits = self.capacity_predictor(read)
+        chosen = self._choose(scores.detach(), capacity_logits, pools) if routing_map is None else routing_map
+        if unconditional is not None:
+            scores, chosen = _send_unconditional(scores, chosen, unconditional)
+        return Routing(
+            gate_logits=gate_logits,
+            logits=logits,
+            scores=scores,
+            gates=self._gates(scores, chosen),
+            routing_map=chosen,
+            cutoff=self._cutoff(scores, chosen),
+            capacity_logits=capacity_logits,
+            similarity=self._similarity(read, chosen, gate_logits) if has_losses else None,
+            prediction=self.gate.predict(read) if isinstance(self.gate, _MlpGate) and has_losses else None,
+            bias=self.expert_bias.detach().clone() if self._has_bias else None,
+        )
+
+    def _choose(self, scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
+        """Apply the family's rule to scores (B, N, E): (B, N, E) bool."""
+        config, rule = self.config, RULES[self.config.router]
+        if self._has_bias:
+            scores = scores + self.expert_bias  # for the choice only (arXiv 2408.15664)
+        if not self.training:
+            thresholds = None if config.family.thresholds is None else self.expert_threshold
+            return rule.infer(Choice(scores, capacity_logits, thresholds, pools), config)
+        if config.family.pools_calls:
+            return self.pool.choose(scores, lambda pooled: rule.train(Choice(pooled), config))
+        return rule.train(Choice(scores), config)
+
+    @property
+    def _has_bias(self) -> bool:
+        """Whether a bias changes the choice: only token choice has loads that are not even by construction."""
+        return self.config.bias_balancing and self.config.family.competition == "token"
+
+    def _cutoff(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        lowest = lowest_accepted(scores, chosen, self.config)
+        return self.pool.lowest(lowest) if self.training and self.config.family.pools_calls else lowest
+
+    def _gates(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        gates = scores * chosen
+        if self.config.renormalise and self.config.top_k > 1:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return gates if self.config.routed_scale == 1 else gates * self.config.routed_scale
+
+    def _similarity(self, read: Tensor, chosen: Tensor, cosine: Tensor) -> Tensor | None:
+        if self.config.gate != "prototypes":
+            return None
+        routed = chosen[..., : self.config.num_experts]
+        return _prototype_similarity(read, routed, cosine, per_image=not self.config.contrasts_calls)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -10,21 +121,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def linear32(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply `layer` to x with input and parameters in float32 or better: routing flips on half-precision ties."""
-    bias = None if layer.bias is None else at_least_float32(layer.bias)
-    return functional.linear(at_least_float32(x), at_least_float32(layer.weight), bias)
+class _Linear32(nn.Linear):
+    """A linear layer that computes in float32 or better, whatever the dtype of input and parameters.
 
-
-class Linear32(nn.Linear):
-    """A linear layer that computes in float32 whatever its stored dtype."""
+    Routing flips on half-precision ties.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out) float32 (float64 in, float64 out)."""
-        return linear32(input, self)
+        bias = None if self.bias is None else at_least_float32(self.bias)
+        return functional.linear(at_least_float32(input), at_least_float32(self.weight), bias)
 
 
-class PrototypeGate(Linear32):
+class _PrototypeGate(_Linear32):
     """Cosine of a token to one learned centre per expert (ProMoE's prototypical routing, arXiv 2510.24711)."""
 
     def __init__(self, width: int, num_experts: int) -> None:
@@ -36,7 +145,7 @@ class PrototypeGate(Linear32):
         return functional.linear(functional.normalize(tokens, dim=-1), functional.normalize(centres, dim=-1))
 
 
-class MlpGate(nn.Module):
+class _MlpGate(nn.Module):
     """Two-layer GELU gate D -> D -> E, whose hidden layer may also feed the layer's own prediction of the target.
 
     Expert Race (arXiv 2503.16057), section 6: the head shares the first layer with the router.
@@ -44,9 +153,9 @@ class MlpGate(nn.Module):
 
     def __init__(self, width: int, num_experts: int, prediction_width: int) -> None:
         super().__init__()
-        self.hidden = Linear32(width, width)
-        self.out = Linear32(width, num_experts)
-        self.head = Linear32(width, prediction_width) if prediction_width else None
+        self.hidden = _Linear32(width, width)
+        self.out = _Linear32(width, num_experts)
+        self.head = _Linear32(width, prediction_width) if prediction_width else None
 
     def forward(self, h: Tensor) -> Tensor:
         """Map tokens (B, N, D) to logits (B, N, E) float32."""
@@ -58,15 +167,6 @@ class MlpGate(nn.Module):
         return None if self.head is None else self.head(functional.gelu(self.hidden(h)))
 
 
-def make_gate(kind: str, width: int, num_experts: int, prediction_width: int) -> nn.Module:
-    """Build the pretrained part of a router: linear, prototypes or mlp."""
-    if kind == "prototypes":
-        return PrototypeGate(width, num_experts)
-    if kind == "mlp":
-        return MlpGate(width, num_experts, prediction_width)
-    return Linear32(width, num_experts, bias=False)
-
-
 class SaliencyRouter(nn.Module):
     """Two-layer MLP D -> D -> E on the embedded x0_prev (SharpMoE section 3.1); its output starts at zero.
 
@@ -75,10 +175,65 @@ class SaliencyRouter(nn.Module):
 
     def __init__(self, width: int, num_experts: int) -> None:
         super().__init__()
-        self.hidden = Linear32(width, width)
-        self.out = Linear32(width, num_experts)
+        self.hidden = _Linear32(width, width)
+        self.out = _Linear32(width, num_experts)
 
     def forward(self, x0_prev_tokens: Tensor) -> Tensor:
         """Map x0_prev tokens (B, N, D) to saliency logits (B, N, E) float32."""
         logits: Tensor = self.out(functional.silu(self.hidden(x0_prev_tokens)))
         return logits
+
+
+class _CapacityPredictor(nn.Module):
+    """Two-layer SiLU MLP on detached tokens: how likely each expert is to take each token of a training pool.
+
+    DiffMoE (arXiv 2503.14487), section 3.3.
+    """
+
+    def __init__(self, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.hidden = _Linear32(width, width)
+        self.out = _Linear32(width, num_experts)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map tokens (B, N, D) to logits (B, N, E) float32. The input is detached: the trunk does not learn from it."""
+        logits: Tensor = self.out(functional.silu(self.hidden(h.detach())))
+        return logits
+
+
+def _make_gate(config: ModelConfig) -> nn.Module:
+    """Build the pretrained part of a router."""
+    if config.gate == "prototypes":
+        return _PrototypeGate(config.width, config.num_experts)
+    if config.gate == "mlp":
+        prediction_width = config.latent_channels * config.patch_size**2 if config.layer_heads else 0
+        return _MlpGate(config.width, config.num_experts, prediction_width)
+    return _Linear32(config.width, config.num_experts, bias=False)
+
+
+def _prototype_similarity(h: Tensor, routing_map: Tensor, cosine: Tensor, per_image: bool) -> Tensor:
+    """Cosine of every expert's centre with the mean of every expert's tokens: (1, E, E), or (B, E, E) per image.
+
+    h (B, N, D) tokens, routing_map (B, N, E) bool, cosine (B, N, E) of token to centre. Columns of experts without
+    tokens are NaN. Feeds ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3); gradients reach tokens and
+    centres. The centres themselves are not read: outside of their module ZeRO-3 may have partitioned them.
+    """
+    tokens, taken = h.to(cosine.dtype), routing_map.to(cosine.dtype)
+    along = cosine * tokens.norm(dim=-1, keepdim=True)  # length of the token along each centre
+    if not per_image:
+        tokens, taken, along = (x.flatten(0, 1).unsqueeze(0) for x in (tokens, taken, along))
+    is_idle = (taken.sum(1) == 0).unsqueeze(1)  # (G, 1, E)
+    sums = taken.transpose(1, 2) @ tokens  # (G, E, D): the direction of the sum is that of the mean
+    length = torch.where(is_idle.transpose(1, 2), 1, sums).norm(dim=-1)
+    return (along.transpose(1, 2) @ taken / length.unsqueeze(1)).masked_fill(is_idle, torch.nan)
+
+
+def _send_unconditional(scores: Tensor, chosen: Tensor, unconditional: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the unconditional expert as the last: all tokens of images without class, and only those, with gate one.
+
+    ProMoE's conditional routing (arXiv 2510.24711, section 4.1). scores (B, N, E), chosen (B, N, E) or, replayed,
+    (B, N, E + 1); unconditional (B,) bool; returns scores and choices (B, N, E + 1).
+    """
+    alone = unconditional[:, None, None].expand(*scores.shape[:2], 1)
+    routed = chosen[..., : scores.shape[-1]] & ~alone
+    return torch.cat([scores.masked_fill(alone, 0), alone.to(scores.dtype)], -1), torch.cat([routed, alone], -1)

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from sharpmoe.config import RunConfig
+from sharpmoe.families import rows_of_call
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
-from sharpmoe.model.flops import rows_of_call
 from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts
 from sharpmoe.planning.schedules import Pass, Schedule, with_schedule

@@ -12,7 +12,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.planning.coordinator import MODEL, ROOT, Coordinator, Reached, Used
 from sharpmoe.planning.layout import Layout, Part
 from sharpmoe.planning.schedules import Pass, Schedule
-from sharpmoe.train.terms import has_router_loss, has_routing_loss
+from sharpmoe.train.terms import fields_with_gradient
 
 _BEFORE, _AFTER = 3, 1  # modules beside the blocks: embedders, of which the condition is last, and the final layer
 _FOLLOWED = 4  # most micro-batches that are followed one by one
@@ -107,15 +107,5 @@ def _times_reached(run: RunConfig, module: int, recompute: bool) -> int:
     block = module - _BEFORE
     if not 0 <= block < run.model.depth:
         return 2 if module == _BEFORE - 1 and run.model.conditioning == "text" else 1  # tokens and pooled text
-    outputs = 1 + (len(_routing_with_gradient(run)) if run.model.is_moe(block) else 0)
+    outputs = 1 + (len(fields_with_gradient(run)) if run.model.is_moe(block) else 0)
     return outputs + int(recompute)
-
-
-def _routing_with_gradient(run: RunConfig) -> set[str]:
-    """Fields of `Routing` that the losses read."""
-    fields = {"diffmoe": {"capacity_logits"}, "race": {"logits", "prediction"}}.get(run.model.router, set())
-    if has_routing_loss(run):
-        fields = fields | {"scores" if run.loss.routing_mass == "counts" else "gates"}
-    if has_router_loss(run) and run.model.router != "race":
-        fields = fields | {"similarity" if run.model.gate == "prototypes" else "scores"}
-    return fields

@@ -7,8 +7,8 @@ twice that: what rings and direct exchanges both send.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sharpmoe.config import POOLED, RunConfig
-from sharpmoe.model.flops import rows_of_call
+from sharpmoe.config import RunConfig
+from sharpmoe.families import rows_of_call
 from sharpmoe.planning.gathers import Gathers
 from sharpmoe.planning.layout import Layout, Part
 from sharpmoe.planning.memory import groups_of
@@ -87,13 +87,11 @@ def _model_calls(schedule: Schedule, accumulation: int) -> _Calls:
 def _exchanges(run: RunConfig, layout: Layout, calls: _Calls) -> int:
     """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
     rows = rows_of_call(run.model, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
-    layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
-    return 2 * sent(rows, layout.ep_size) * layers * (calls.forwards + calls.backwards)
+    return 2 * sent(rows, layout.ep_size) * run.model.num_moe_layers * (calls.forwards + calls.backwards)
 
 
 def _pool(run: RunConfig, layout: Layout, calls: _Calls) -> int:
-    if run.parallel.pool_scope != "world" or run.model.router not in POOLED:
+    if run.parallel.pool_scope != "world" or not run.model.family.pools_calls:
         return 0
-    layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
     scores = layout.micro_batch * run.model.num_tokens * run.model.num_experts * 4
-    return scores * (layout.world - 1) * layers * calls.choosing
+    return scores * (layout.world - 1) * run.model.num_moe_layers * calls.choosing

@@ -13,7 +13,7 @@ def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: W
     """Lay out model size, world, batch arithmetic and versions, a line each. `stage` is ZeRO's."""
     total, active = count_parameters(model)
     config = run.model
-    moe = "" if config.router == "dense" else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
+    moe = "" if not config.family.has_experts else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
     rollout = "1 time" if run.stage == "pretrain" else f"T = {run.rollout.num_steps}, {run.rollout.schedule}"
     rows = {
         "run": f"{run.name}: {run.stage}, {run.train.steps} steps, seed {run.seed}",

@@ -7,7 +7,8 @@ Everything else a schedule computes is booked as wasted: first passes, recompute
 from typing import NamedTuple
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.flops import Call, backward_flops, forward_flops, moe_layers, products, rows_of_call
+from sharpmoe.families import rows_of_call
+from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 from sharpmoe.train.terms import has_routing_loss
 
 
@@ -78,4 +79,4 @@ def rows_expected(run: RunConfig, pool: int) -> float:
     if config.unconditional_expert and config.class_dropout:
         dropped = run.rollout.caption_dropout
         rows = (1 - dropped) * rows + dropped * config.num_tokens
-    return rows * moe_layers(config)
+    return rows * config.num_moe_layers

@@ -5,7 +5,7 @@ before they are named (`routing_scalars`, `step_scalars`); `runlog` writes them.
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,19 +13,10 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import ModelConfig
-from sharpmoe.moe.routing import Routing, batch_pool, expert_choice, group_limited, race, score_logits, token_choice
+from sharpmoe.moe.routing import Routing, score_logits
+from sharpmoe.moe.selection import RULES, Choice
 from sharpmoe.train.flops import Ledger
 
-TRAINING_SELECTION: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {
-    "tc": lambda scores, config: token_choice(scores, config.top_k),
-    "ec": lambda scores, config: expert_choice(scores, config.capacity),
-    "diffmoe": lambda scores, config: batch_pool(scores, config.capacity),
-    "promoe_tc": lambda scores, config: token_choice(scores, config.top_k),
-    "promoe_ec": lambda scores, config: expert_choice(scores, config.capacity),
-    "dit_moe": lambda scores, config: token_choice(scores, config.top_k),
-    "dsmoe": lambda scores, config: group_limited(scores, config.top_k, config.num_groups, config.top_groups),
-    "race": lambda scores, config: race(scores, config.capacity),
-}
 SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
 
 
@@ -91,7 +82,8 @@ def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig) -> T
 def _layer_sums(record: Routing, config: ModelConfig) -> Tensor:
     chosen = record.routing_map
     by_scores = score_logits(record.gate_logits, config.score)
-    by_gate = TRAINING_SELECTION[config.router](by_scores if record.bias is None else by_scores + record.bias, config)
+    by_scores = by_scores if record.bias is None else by_scores + record.bias
+    by_gate = RULES[config.router].train(Choice(by_scores), config)
     shares = record.logits.softmax(-1)
     entropy = -torch.special.xlogy(shares, shares).sum()
     flipped = (chosen[..., : config.num_experts] & ~by_gate).sum()

@@ -62,7 +62,7 @@ def _measured(run: RunConfig, num_samples: int) -> list[int]:
 def look_before(looks: Looks, build: Callable[[], DiT]) -> None:
     """Measure and draw the model that a run starts from (not one that it resumes): step 0, allocation/before.json."""
     log = looks.run.log
-    measured = log.allocation and looks.run.model.router != "dense"
+    measured = log.allocation and looks.run.model.family.has_experts
     if not (measured or log.sample_every):
         return
     model = build()
@@ -77,7 +77,7 @@ def look(looks: Looks, build: Callable[[], DiT], step: int) -> None:
     log, last = looks.run.log, step == looks.run.train.steps
     validated = log.validate_every > 0 and (last or due(step, log.validate_every))
     drawn = log.sample_every > 0 and (last or step % log.sample_every == 0)
-    measured = last and log.allocation and looks.run.model.router != "dense"
+    measured = last and log.allocation and looks.run.model.family.has_experts
     if not (validated or drawn or measured):
         return
     model = build()

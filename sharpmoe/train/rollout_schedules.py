@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharpmoe.config import TOKEN_CHOICE, RunConfig
+from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
+from sharpmoe.families import tokens_per_expert
 from sharpmoe.model.dit import DiT
-from sharpmoe.moe.routing import tokens_per_expert
 from sharpmoe.rollout import (
     Replay,
     StepOutput,
@@ -75,13 +75,13 @@ def check_schedule(run: RunConfig, micro_batch: int) -> None:
         raise ConfigError("rollout.schedule is auto, which launcher/train.py settles; set it to what is wanted here")
     if merged == 1:
         return
-    if model.gate == "prototypes" and model.router in TOKEN_CHOICE:
+    if model.contrasts_calls:
         raise ConfigError(
             f"rollout.merged_steps is {merged}, but {model.router} compares the tokens of a whole call; set it to 1"
         )
     pool = micro_batch * model.num_tokens
     one, together = (tokens_per_expert(n * pool, model.num_experts, model.capacity) for n in (1, merged))
-    if model.router == "diffmoe" and together != merged * one:
+    if model.family.competition == "call" and together != merged * one:
         raise ConfigError(
             f"rollout.merged_steps is {merged}, but {pool} tokens * capacity {model.capacity} do not split evenly over "
             f"{model.num_experts} experts; set it to 1, or change train.micro_batch"

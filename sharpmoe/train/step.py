@@ -10,7 +10,7 @@ from torch import Tensor
 from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import RunConfig
-from sharpmoe.moe.capacity import update_biases, update_thresholds
+from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine

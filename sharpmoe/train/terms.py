@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe import losses
-from sharpmoe.config import VARYING_COMPUTE, RunConfig
+from sharpmoe.config import RunConfig
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import StepOutput
 
@@ -18,8 +18,8 @@ class LossTerms(NamedTuple):
     total: Tensor
     flow: Tensor
     routing: Tensor
-    balance: Tensor  # the family's own loss on its router: Switch balance, ProMoE's contrast, Expert Race's similarity
-    capacity: Tensor  # heads beside the router: DiffMoE's capacity predictor, Expert Race's per-layer predictions
+    router: Tensor  # the family's own loss on its router: one of `losses.ROUTER_LOSSES`, or zero
+    heads: Tensor  # heads beside the router: one of `losses.HEAD_LOSSES`, or zero
 
 
 class StepTerms(NamedTuple):
@@ -27,8 +27,8 @@ class StepTerms(NamedTuple):
 
     total: Tensor  # weighted, without L_routing
     flow: Tensor
-    balance: Tensor
-    capacity: Tensor
+    router: Tensor
+    heads: Tensor
     mass: Tensor | None  # (B, N) the step's summand of A; None where L_routing does not apply
 
     def detach(self) -> "StepTerms":
@@ -37,56 +37,43 @@ class StepTerms(NamedTuple):
 
 
 def step_terms(output: StepOutput, run: RunConfig) -> StepTerms:
-    """Losses of one step."""
-    zero = torch.zeros_like(output.flow)
-    balance = router_loss(output.routing, run) if has_router_loss(run) else zero
-    capacity = zero
-    if run.model.router == "diffmoe":
-        capacity = losses.capacity(output.routing)
-    elif run.model.layer_heads and output.layer_flow is not None:
-        capacity = output.layer_flow
-    heads_weight = run.loss.layer_weight if run.model.layer_heads else run.loss.capacity_weight
-    total = output.flow + router_weight(run) * balance + heads_weight * capacity
-    return StepTerms(total, output.flow, balance, capacity, step_mass(output.routing, run))
+    """Return the losses of one step of a rollout in training."""
+    zero, records, weights = torch.zeros_like(output.flow), output.routing, run.loss
+    router, heads, total = zero, zero, output.flow
+    if records and run.model.router_loss is not None:
+        router_loss = losses.ROUTER_LOSSES[run.model.router_loss]
+        router = router_loss.function(records, weights)
+        total = total + getattr(weights, router_loss.weight_key) * router
+    if records and run.model.head_loss is not None:
+        head_loss = losses.HEAD_LOSSES[run.model.head_loss]
+        heads = head_loss.function(records, output.v_target, run.model.patch_size)
+        total = total + getattr(weights, head_loss.weight_key) * heads
+    return StepTerms(total=total, flow=output.flow, router=router, heads=heads, mass=step_mass(records, run))
 
 
 def step_mass(records: Sequence[Routing], run: RunConfig) -> Tensor | None:
-    """One step's summand of A (B, N); None where L_routing does not apply."""
+    """Return one step's summand of A (B, N); None where L_routing does not apply."""
     return losses.routing_mass(records, run.loss) if has_routing_loss(run) else None
 
 
 def has_routing_loss(run: RunConfig) -> bool:
-    """Whether the trajectory routing loss applies: not for token choice, where all tokens get the same compute."""
-    return run.stage == "posttrain" and run.model.router in VARYING_COMPUTE and run.loss.routing_weight > 0
+    """Whether the trajectory routing loss applies: not where all tokens get the same compute."""
+    return run.stage == "posttrain" and run.model.family.varies_compute and run.loss.routing_weight > 0
 
 
-def has_router_loss(run: RunConfig) -> bool:
-    """Whether the family has a loss on its router; loads balanced by a bias need none, and expert choice neither."""
-    return run.model.router in ("promoe_tc", "promoe_ec", "race") or (
-        run.model.router in ("tc", "dit_moe") and not run.model.bias_balancing
-    )
-
-
-def router_loss(records: Sequence[Routing], run: RunConfig) -> Tensor:
-    """The family's own loss on its router at one step, 0-d, unweighted."""
-    if run.model.router == "race":
-        return losses.router_similarity(records)
-    if run.model.gate == "prototypes":
-        return losses.contrastive(records, run.loss.contrastive_temperature)
-    return losses.balance(records)
-
-
-def router_weight(run: RunConfig) -> float:
-    """Weight of `router_loss`."""
-    if run.model.router == "race":
-        return run.loss.similarity_weight
-    return run.loss.contrastive_weight if run.model.gate == "prototypes" else run.loss.balance_weight
+def fields_with_gradient(run: RunConfig) -> frozenset[str]:
+    """Return the fields of `Routing` through which the losses of a step send gradients into the network."""
+    reads = losses.mass_reads(run.loss) if has_routing_loss(run) else frozenset()
+    if run.model.router_loss is not None:
+        reads |= losses.ROUTER_LOSSES[run.model.router_loss].reads
+    if run.model.head_loss is not None:
+        reads |= losses.HEAD_LOSSES[run.model.head_loss].reads
+    return reads
 
 
 def routing_loss(mass: Tensor, saliency: Tensor, run: RunConfig) -> Tensor:
-    """L_routing of a trajectory (0-d, unweighted): A (B, N) summed over all steps, against the map M (B, N)."""
-    layers = sum(run.model.is_moe(block) for block in range(run.model.depth))
-    return losses.trajectory_routing(mass, saliency, run.loss, run.rollout.num_steps * layers)
+    """Return L_routing of a trajectory (0-d, unweighted): A (B, N) summed over all steps, against the map M (B, N)."""
+    return losses.trajectory_routing(mass, saliency, run.loss, run.rollout.num_steps * run.model.num_moe_layers)
 
 
 def mass_gradient(mass: Tensor | None, saliency: Tensor, run: RunConfig) -> Tensor | None:

@@ -9,15 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe.config import ModelConfig
+from sharpmoe.families import rows_of_call
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 from sharpmoe.model.flops import (
     Call,
     backward_flops,
     forward_flops,
-    moe_layers,
     products,
-    rows_of_call,
 )
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_model
 
@@ -81,7 +80,7 @@ def test_rows_by_the_rule_are_those_of_the_map(router: str) -> None:
     output, _, _ = counted(model, uses_x0_prev=True)
     assert [int(record.routing_map.sum()) for record in output.routing] == [
         rows_of_call(model.config, IMAGES)
-    ] * moe_layers(model.config)
+    ] * model.config.num_moe_layers
 
 
 def test_an_image_without_class_costs_a_row_per_token() -> None:
@@ -123,6 +122,6 @@ def test_a_large_model_without_storage(router: str) -> None:
         text = TextCondition(torch.empty(images, text_tokens, 384), mask, torch.empty(images, 384))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss_of(model(x, t, text, x)).backward()
-    rows = rows_of_call(config, images) * moe_layers(config)
+    rows = rows_of_call(config, images) * config.num_moe_layers
     done = products(config, Call(images, rows, text_tokens, uses_x0_prev=True))
     assert counter.get_total_flops() == forward_flops(done).total + backward_flops(done).total

@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.read.stream import stream
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
-from sharpmoe.moe.capacity import update_thresholds
+from sharpmoe.moe.thresholds import update_thresholds
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.flops import rows_of_call
+from sharpmoe.families import rows_of_call
 from sharpmoe.planning.activations import Activations, Kept, Linear, _count, measure
 from sharpmoe.planning.schedules import schedule_of, schedules_of, with_schedule
 from tests.train.setting import make_run

@@ -7,11 +7,12 @@ import torch
 
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
-from sharpmoe.config import POOLED, VARYING_COMPUTE, RunConfig
+from sharpmoe.config import RunConfig
+from sharpmoe.families import FAMILIES as RECORDS
 from sharpmoe.model.attach import attach
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.weights import load_model, save_weights
-from sharpmoe.moe.capacity import update_biases, update_thresholds
+from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.rollout import first_x0_prev, rollout_step
 from sharpmoe.train.items import make_item
@@ -57,13 +58,12 @@ def run_of(name: str, shards: Path, schedule: str) -> RunConfig:
     router = name.split(",", maxsplit=1)[0]
     conditioning = "class" if router.startswith("promoe") else "text"  # ProMoE has an expert for images without class
     model = sizes | {"num_classes": 4, "conditioning": conditioning, "router": router} | FAMILIES[name]
-    varies = model["router"] in VARYING_COMPUTE
     return RunConfig.model_validate(
         {
             "model": model,
             "data": {"shards": str(shards)},
             "rollout": {"num_steps": 3, "schedule": schedule, "caption_dropout": 0.3},
-            "loss": {"routing_weight": 0.1 if varies else 0.0},
+            "loss": {"routing_weight": 0.1 if RECORDS[router].varies_compute else 0.0},
             "optim": {"lr": 1e-3, "bias_rate": 0.01},
             "train": {"steps": 3, "global_batch": 8},
             "checkpoint": {"init": "base.safetensors"},
@@ -113,7 +113,7 @@ def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
         assert all(torch.tensor(value).isfinite() for value in named.values())
         assert step > 0 or all(value == 0 for key, value in named.items() if "flipped" in key)
     moved = {key for key, value in model.state_dict().items() if not torch.equal(start[key], value)}
-    assert (record.thresholds is not None) == (run.model.router in POOLED)
+    assert (record.thresholds is not None) == (run.model.family.thresholds is not None)
     for part in ("saliency_router.out", "expert_threshold", "expert_bias", "gate.", "shared."):
         assert any(part in key for key in moved) == any(part in key for key in start), part
 
@@ -137,13 +137,6 @@ def test_two_passes_give_the_gradient_of_one(name: str, shards: ShardSet) -> Non
         torch.testing.assert_close(gradient, found[1][key], rtol=1e-9, atol=1e-11)
 
 
-def test_biases_pull_loads_together() -> None:
-    biases = [torch.zeros(3), torch.ones(3)]
-    update_biases(biases, torch.tensor([[0.5, 0.3, 0.1], [0.2, 0.2, 0.2]]), 0.01)
-    torch.testing.assert_close(biases[0], torch.tensor([-0.01, 0.0, 0.01]))
-    assert torch.equal(biases[1], torch.ones(3))
-
-
 def train_all(world: World, runs: list[RunConfig]) -> list[str]:
     return [str(train(plan_for(run, world), world)) for run in runs]
 
@@ -157,7 +150,7 @@ def test_families_run_through_the_engine(tmp_path: Path) -> None:
         model = {"router": router, "conditioning": "class", "num_classes": 4}
         run = make_run(
             drawn, tmp_path, router, name=router, stage="posttrain", model=model, train={"steps": 3},
-            loss={"routing_weight": 0.1 if router in VARYING_COMPUTE else 0.0},
+            loss={"routing_weight": 0.1 if RECORDS[router].varies_compute else 0.0},
             checkpoint={"init": str(tmp_path / f"{router}.safetensors")},
         )  # fmt: skip
         bare = base(run)

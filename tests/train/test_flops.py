@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
-from sharpmoe.model.flops import moe_layers
 from sharpmoe.train.flops import ledger, passes, rows_expected
 from sharpmoe.train.items import make_item
 from sharpmoe.train.metrics import rows_taken
@@ -88,7 +87,7 @@ def test_what_is_wasted_is_not_told_as_utilisation() -> None:
 def test_images_without_class_are_expected_as_often_as_they_are_drawn() -> None:
     run = make_run(Path("shards"), Path("runs"), "promoe_tc", model={"conditioning": "class"})
     run = run.model_copy(update={"model": run.model.model_copy(update={"top_k": 3})})
-    assert rows_expected(run, 4) == pytest.approx(moe_layers(run.model) * 16 * (0.9 * 3 + 0.1))
+    assert rows_expected(run, 4) == pytest.approx(run.model.num_moe_layers * 16 * (0.9 * 3 + 0.1))
 
 
 def test_the_peak_of_a_device_by_its_name() -> None:

@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 from torch import Tensor
 
-from sharpmoe.config import TOKEN_CHOICE, ModelConfig
+from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
+from sharpmoe.families import FAMILIES
 from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.published.names import (
@@ -95,9 +96,9 @@ def _published_config(
     if "rope_type" in given:
         kind = str(given.pop("rope_type"))
         given["positions"] = "sincos" if kind == "none" else f"rope_{kind}"
-    if router == "dense":
+    if not FAMILIES[router].has_experts:
         given = {key: value for key, value in given.items() if key not in ("num_experts", "capacity", "top_k")}
-    elif router in TOKEN_CHOICE and "capacity" in given:
+    elif FAMILIES[router].competition == "token" and "capacity" in given:
         capacity = int(given.pop("capacity"))
         given = {"top_k": capacity, **given}
     elif router == "promoe_ec" and "top_k" in given:  # as its publication calls the capacity

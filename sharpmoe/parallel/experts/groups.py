@@ -34,7 +34,7 @@ class ExpertGroups(NamedTuple):
 
 def possible_ep_sizes(run: RunConfig, world_size: int) -> list[int]:
     """Numbers of ranks that can share the experts of a layer: they divide the ranks and the experts."""
-    experts = 1 if run.model.router == "dense" else run.model.total_experts
+    experts = run.model.total_experts if run.model.family.has_experts else 1
     return [size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0]
 
 
@@ -42,7 +42,7 @@ def check_ep_size(run: RunConfig, world_size: int) -> None:
     """Raise a ConfigError naming the possible values where parallel.ep_size does not fit; no communication."""
     ep_size, experts, possible = run.parallel.ep_size, run.model.total_experts, possible_ep_sizes(run, world_size)
     if ep_size not in possible:
-        what = "a dense model has no experts" if run.model.router == "dense" else f"{experts} experts per layer"
+        what = f"{experts} experts per layer" if run.model.family.has_experts else "a dense model has no experts"
         raise ConfigError(
             f"parallel.ep_size is {ep_size}, allowed: {' | '.join(map(str, possible))} (it must divide {world_size} "
             f"ranks and the experts; {what}); change it or the number of ranks"

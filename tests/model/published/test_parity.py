@@ -18,7 +18,7 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
 from sharpmoe.model.published.load import load_pretrained
 from sharpmoe.model.published.names import to_published
-from sharpmoe.moe.capacity import threshold_candidates, update_thresholds
+from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
 
 FOLDER = Path(__file__).parents[2] / "data" / "parity"
 NAMES = ("promoe_dit", "promoe_tc", "promoe_ec", "promoe_diffmoe", "promoe_promoe_tc", "kwai_diffmoe")
@@ -115,6 +115,6 @@ def test_threshold_update(name: str) -> None:
     thresholds = [layer.expert_threshold for layer in model.moe_layers()]
     for old, new in zip(before, thresholds, strict=True):
         assert torch.equal(old, new), "a forward moved a threshold"
-    update_thresholds(thresholds, threshold_candidates([r.capacity_logits for r in output.routing], 1.0), decay=0.95)
+    update_thresholds(thresholds, threshold_candidates(output.routing, model.config), decay=0.95)
     for block, threshold in zip(range(1, record["config"]["depth"], 2), thresholds, strict=True):
         close(threshold, golden[f"train.after.blocks.{block}.mlp.expert_threshold"])

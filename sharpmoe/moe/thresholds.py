@@ -1,37 +1,30 @@
-"""DiffMoE's capacity predictor, and what moves once per optimizer step: thresholds and load-balancing biases."""
+"""What moves once per optimizer step: thresholds for inference, and biases that balance loads."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from sharpmoe.moe.router import Linear32
-from sharpmoe.moe.routing import tokens_per_expert
+from sharpmoe.config import ModelConfig
+from sharpmoe.families import tokens_per_expert
+from sharpmoe.moe.routing import Routing
 
 
-class CapacityPredictor(nn.Module):
-    """Two-layer SiLU MLP on detached tokens: how likely each expert is to take each token of a training pool.
+def threshold_candidates(records: Sequence[Routing], config: ModelConfig) -> Tensor:
+    """Return what one call moves the thresholds towards, (layers, E), detached; the family has thresholds.
 
-    DiffMoE (arXiv 2503.14487), section 3.3.
+    records: one per MoE layer, of a training call. "predicted": the k-th largest predicted probability of each expert
+    over the call, k being what an expert takes; "accepted": the lowest score that was accepted.
     """
-
-    def __init__(self, width: int, num_experts: int) -> None:
-        super().__init__()
-        self.hidden = Linear32(width, width)
-        self.out = Linear32(width, num_experts)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map tokens (B, N, D) to logits (B, N, E) float32. The input is detached: the trunk does not learn from it."""
-        logits: Tensor = self.out(functional.silu(self.hidden(h.detach())))
-        return logits
+    if config.family.thresholds == "predicted":
+        return _kth_probabilities(
+            [record.capacity_logits for record in records if record.capacity_logits is not None], config.capacity
+        )
+    return torch.stack([record.cutoff.flatten() for record in records])
 
 
-def threshold_candidates(capacity_logits: Sequence[Tensor], capacity: float) -> Tensor:
-    """k-th largest predicted probability of each expert over one training pool, for all layers in one selection.
-
-    Layers x (B, N, E) -> (layers, E). Detached.
-    """
+def _kth_probabilities(capacity_logits: Sequence[Tensor], capacity: float) -> Tensor:
+    """Return k-th largest probabilities (layers, E) of layers x (B, N, E), for all layers in one selection."""
     stacked = torch.stack([logits.detach().flatten(0, 1).t() for logits in capacity_logits])  # (layers, E, B N)
     pool = stacked.shape[-1]
     count = tokens_per_expert(pool, stacked.shape[1], capacity)

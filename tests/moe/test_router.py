@@ -1,0 +1,39 @@
+"""The router: what it decides in training and inference, and what learns from what."""
+
+import torch
+
+from sharpmoe.config import ModelConfig
+from sharpmoe.moe.layer import MoELayer
+
+
+def test_diffmoe_infers_from_thresholds_and_trains_from_the_pool() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(ModelConfig(width=16, num_heads=2, num_experts=4, router="diffmoe"))
+    h = torch.randn(2, 8, 16)
+    for parameter in layer.experts.parameters():
+        torch.nn.init.normal_(parameter)
+    _, trained = layer.train()(h)
+    assert (trained.routing_map.sum((0, 1)) == 4).all()
+    layer.eval().expert_threshold.fill_(1.1)  # no probability is above it: nobody takes anything
+    y, inferred = layer(h)
+    assert not inferred.routing_map.any()
+    assert (y == 0).all()
+    layer.expert_threshold.fill_(-0.1)
+    assert layer(h)[1].routing_map.all()
+
+
+def test_capacity_predictor_does_not_teach_the_trunk() -> None:
+    layer = MoELayer(ModelConfig(width=16, num_heads=2, num_experts=4, router="diffmoe"))
+    h = torch.randn(2, 8, 16, requires_grad=True)
+    layer.capacity_predictor(h).sum().backward()
+    assert h.grad is None
+
+
+def test_a_balancing_bias_moves_the_choice_and_not_the_gates() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(ModelConfig(width=16, num_heads=2, num_experts=4, router="tc", bias_balancing=True))
+    layer.expert_bias[2] = 2.0
+    record = layer.route(torch.randn(2, 8, 16))
+    assert record.routing_map[..., 2].all()
+    assert torch.equal(record.gates, record.scores * record.routing_map)
+    assert torch.equal(record.bias, layer.expert_bias)
