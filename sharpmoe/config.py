@@ -18,7 +18,7 @@ from data_pipeline.safety import has_secret
 from data_pipeline.store.remote import RemoteOptions
 from sharpmoe.families import FAMILIES, Family
 
-# width, depth, num_heads of the published sizes (method.md section 2 of the DiT family) and of the shipped toy.
+# width, depth, num_heads of the published DiT sizes (arXiv 2212.09748) and of the shipped toy.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 128, "depth": 6, "num_heads": 4},
     "s": {"width": 384, "depth": 12, "num_heads": 6},
@@ -261,7 +261,7 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    """The recursive denoising rollout (SharpMoE section 3; method.md section 4)."""
+    """The recursive denoising rollout (SharpMoE section 3)."""
 
     num_steps: int = Field(10, ge=1)  # T
     first_time: float = Field(0.999, gt=0, le=1)  # t_1

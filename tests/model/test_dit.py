@@ -7,7 +7,7 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.model.dit import DiT, count_parameters
 from sharpmoe.model.embed import ClassCondition, TextCondition, patchify, rotary_positions, sincos_positions, unpatchify
 
-PUBLISHED = {  # millions, method.md section 2: class-conditional, 1000 classes, learn_sigma, positions counted
+PUBLISHED = {  # millions, as published: class-conditional, 1000 classes, learn_sigma, positions counted
     ("s", "dense", 8): 32.963,
     ("b", "dense", 8): 130.512,
     ("l", "dense", 8): 458.103,
