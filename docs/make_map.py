@@ -1,4 +1,4 @@
-"""Write docs/map.md, one line per module, from the first sentence of each module's docstring: `python docs/make_map.py`."""
+"""Write docs/map.md, the first sentence of every module's docstring: `python docs/make_map.py`."""
 
 import ast
 import re

@@ -1,0 +1,87 @@
+"""The pages are complete and consistent: every page is listed, every link resolves, the map is that of the tree."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"```.*?```", re.DOTALL)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def links(path: Path) -> list[str]:
+    """Return the relative link targets of a page, without code blocks."""
+    return [target for target in LINK.findall(FENCE.sub("", text_of(path))) if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, in GitHub's form."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(path)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_in_the_index():
+    listed = {(DOCS / target.split("#")[0]).resolve() for target in links(DOCS / "index.md")}
+    assert sorted(str(page.relative_to(DOCS)) for page in PAGES if page.name != "index.md" and page not in listed) == []
+
+
+def test_the_index_has_one_line_per_page():
+    lines = [line for line in text_of(DOCS / "index.md").splitlines() if line.startswith("* ")]
+    targets = [LINK.findall(line)[0] for line in lines]
+    assert sorted(set(targets)) == sorted(targets)
+    assert [line for line in lines if not re.match(r"\* \[[^\]]+\]\([^)]+\): \S", line)] == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "assets" / "README.md", *PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_relative_links_resolve(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert ROOT in found.parents, f"{target} leaves the repository"
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_no_text_names_a_page_that_does_not_exist():
+    """Comments and docs may name pages of this repository only."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.splitlines()]
+    texts = [path for path in files if path.suffix in (".py", ".md", ".yaml", ".toml") or path.name == "Makefile"]
+    known = {path.name for path in [*files, *PAGES]} | {"NAME.md"}
+    named = {
+        (path.relative_to(ROOT).as_posix(), page)
+        for path in texts
+        if path.is_file() and path != Path(__file__)
+        for page in re.findall(r"[\w-]+\.md\b", text_of(path))
+    }
+    assert sorted(each for each in named if each[1] not in known) == []
+
+
+def test_the_map_is_that_of_the_tree():
+    spec = importlib.util.spec_from_file_location("make_map", DOCS / "make_map.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_map = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_map)
+    assert text_of(DOCS / "map.md") == make_map.page(), "run `python docs/make_map.py`"
+
+
+def test_every_module_says_what_it_is():
+    lines = re.findall(r"^\* `(\w+\.py)`: *(.*)$", text_of(DOCS / "map.md"), re.MULTILINE)
+    assert lines
+    assert [name for name, sentence in lines if not sentence] == []
