@@ -1,0 +1,41 @@
+"""The worked pages for contributors: their code runs from top to bottom, and what they add is found by the rest."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharpmoe.families import FAMILIES
+from sharpmoe.moe.selection import RULES
+
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "contributing"
+TABLES = (FAMILIES, RULES)  # what the pages add a row to
+
+
+@pytest.fixture(autouse=True)
+def _same_tables_afterwards():
+    before = [dict(table) for table in TABLES]
+    yield
+    for table, rows in zip(TABLES, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+def blocks(page: Path) -> str:
+    """Return the Python blocks of a page as one program; its line numbers are those of the page."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line == "```python" or (inside and not fence)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    program = blocks(page)
+    assert re.search(r"^assert ", program, re.MULTILINE)
+    exec(compile(program, str(page), "exec"), {"__name__": page.stem})  # noqa: S102
