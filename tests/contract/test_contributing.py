@@ -39,3 +39,23 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     program = blocks(page)
     assert re.search(r"^assert ", program, re.MULTILINE)
     exec(compile(program, str(page), "exec"), {"__name__": page.stem})  # noqa: S102
+
+
+def walks() -> dict[str, list[str]]:
+    """Return the files of every walk in docs/contributing.md, in order."""
+    text = (PAGES.parent / "contributing.md").read_text(encoding="utf-8")
+    sections = text.split("\n## Five walks\n")[1].split("\n## ")[0].split("\n### ")[1:]
+    return {section.split("\n")[0]: re.findall(r"^\d+\. `([\w/.]+)`: ", section, re.MULTILINE) for section in sections}
+
+
+@pytest.mark.parametrize("walk", walks())
+def test_a_walk_enters_each_file_once(walk):
+    files = walks()[walk]
+    assert len(files) >= 5
+    assert sorted(set(files)) == sorted(files)
+    assert [file for file in files if not (PAGES.parents[1] / file).is_file()] == []
+
+
+def test_there_are_five_walks_and_a_checkpoint_crosses_seven_files_at_most():
+    assert len(walks()) == 5
+    assert len(walks()["A piece of a checkpoint, out and back"]) <= 7
