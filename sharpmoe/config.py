@@ -168,6 +168,8 @@ class ModelConfig(Section):
         That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's
         own scores, expert choice the tokens of an image.
         """
+        if self.family.thresholds is None:
+            return self.family.competition_in(training=False) in ("call", "all")
         return self.family.thresholds == "predicted" and self.capacity_selection == "count"
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 # How many rows each competition fixes by itself, where no threshold decides: see `Family.fixed_rows`.
+_OVER_CALLS = ("call", "all")
 _FIXED: dict[str, Literal["each", "total"]] = {"token": "total", "image": "each", "call": "each", "all": "total"}
 
 
@@ -25,6 +26,8 @@ class Family:
     """
 
     competition: Literal["token", "image", "call", "all"] | None
+    # What competes in inference, where that differs from training and no threshold decides.
+    inference: Literal["token", "image"] | None = None
     # Key of `losses.ROUTER_LOSSES`; see `ModelConfig.router_loss`, which knows what replaces it.
     router_loss: Literal["balance", "contrastive", "similarity"] | None = None
     # Key of `losses.HEAD_LOSSES` of a head that comes with the family; see `ModelConfig.head_loss`.
@@ -47,13 +50,23 @@ class Family:
     @property
     def pools_calls(self) -> bool:
         """Whether tokens of different images compete in training: `parallel.pool_scope` then has a meaning."""
-        return self.competition in ("call", "all")
+        return self.competition in _OVER_CALLS
+
+    def competition_in(self, training: bool) -> Literal["token", "image", "call", "all"] | None:
+        """Return `competition` in training or in inference; None where thresholds decide instead."""
+        if training:
+            return self.competition
+        return None if self.thresholds is not None else (self.inference or self.competition)
 
     def fixed_rows(self, training: bool) -> Literal["each", "total"] | None:
-        """Which row counts the rule fixes whatever the scores: of each expert, of all together, or none."""
-        if self.competition is None or (self.thresholds is not None and not training):
+        """Return which row counts the rule fixes whatever the scores: of each expert, of all together, or none.
+
+        In inference a call may be cut into pools, so that a competition over calls fixes nothing.
+        """
+        competition = self.competition_in(training)
+        if competition is None or (competition in _OVER_CALLS and not training):
             return None
-        return _FIXED[self.competition]
+        return _FIXED[competition]
 
     def model_fields(self, width: int) -> dict[str, Any]:
         """Return the fields of `ModelConfig` in which the published models of this family differ from the defaults."""
@@ -160,7 +173,7 @@ def rows_per_expert(
     family, experts = model.family, model.num_experts
     if family.fixed_rows(training) != "each" or model.unconditional_expert:
         return None
-    if family.competition == "image":
+    if family.competition_in(training) == "image":
         return images * tokens_per_expert(tokens, experts, model.capacity)
     return tokens_per_expert(images * tokens, experts, model.capacity) if pool_is_call else None
 
@@ -179,7 +192,7 @@ def total_rows(
         return each * model.num_experts
     if model.family.fixed_rows(training) != "total":
         return None
-    if model.family.competition == "token":
+    if model.family.competition_in(training) == "token":
         return None if model.unconditional_expert and model.top_k > 1 else images * tokens * model.top_k
     is_fixed = pool_is_call and not is_replay and not model.unconditional_expert
     return pairs_of_pool(images * tokens, model.num_experts, model.capacity) if is_fixed else None

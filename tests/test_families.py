@@ -147,6 +147,17 @@ def test_declared_rows_are_those_of_the_rule(
             assert taken.sum() == rows_of_call(config, images)
 
 
+def test_what_competes_in_inference_fixes_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "by_image", Family(competition="call", inference="image"))
+    monkeypatch.setitem(FAMILIES, "by_call", Family(competition="call"))
+    by_image, by_call = (ModelConfig(router=name, num_experts=3) for name in ("by_image", "by_call"))
+    for config in (by_image, by_call):
+        assert rows_per_expert(config, 2, 16, training=True) == 10  # of 32 tokens
+    assert rows_per_expert(by_image, 2, 16, training=False) == 2 * 5  # of 16 tokens each
+    assert rows_per_expert(by_call, 3, 16, training=False) is None  # the call may be cut into pools
+    assert (by_image.counts_calls, by_call.counts_calls) == (False, True)
+
+
 def test_what_undoes_fixed_rows() -> None:
     def fixed(router: str, pool_is_call: bool = True, **fields: Any) -> tuple[int | None, int | None]:
         config = ModelConfig(router=router, num_experts=4, conditioning="class", **fields)
