@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sharpmoe.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -85,3 +87,8 @@ def test_every_module_says_what_it_is():
     lines = re.findall(r"^\* `(\w+\.py)`: *(.*)$", text_of(DOCS / "map.md"), re.MULTILINE)
     assert lines
     assert [name for name, sentence in lines if not sentence] == []
+
+
+def test_the_readme_lists_every_router_family():
+    row = next(line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("| `model.router` |"))
+    assert re.findall(r"`(\w+)`", row.split("|")[2]) == list(FAMILIES)
