@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sharpmoe.checkpoint import manifest
-from sharpmoe.train.runlog import read_log
+from sharpmoe.log_file import read_log
 from tests.launcher.ranks import ranks_of
 
 # What makes each kind of work long, so that a signal right after a step's figures meets it.

@@ -37,9 +37,8 @@ class Command:
 
     def __call__(self, words: Sequence[str], name: str | None = None) -> int:
         """Run with these command-line words and return the exit code; `name` is the program's name in its help."""
-        arguments = self.parse(words, name)
         try:
-            code = self.act(arguments) or 0
+            code = self.act(self.parse(words, name)) or 0
             sys.stdout.flush()
             return code
         except SharpMoEError as error:

@@ -15,7 +15,7 @@ from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.published.load import read_pretrained
 from sharpmoe.model.published.names import FAMILIES, NAMES, to_published
 from sharpmoe.model.weights import load_model, save_weights
-from sharpmoe.report.runs import find_source
+from sharpmoe.report.runs import find_saved_model
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -35,7 +35,7 @@ def _to_ours(arguments: argparse.Namespace) -> str:
 
 
 def _to_published(arguments: argparse.Namespace) -> str:
-    model, _ = load_model(find_source(arguments.source).weights)
+    model, _ = load_model(find_saved_model(arguments.source).weights)
     state = to_published(model.state_dict(), model.config, arguments.to)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in state.items()}, arguments.out)

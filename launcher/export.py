@@ -8,11 +8,11 @@ import torch
 from launcher.command import Command
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.weights import read_weights, save_weights, stored_as
-from sharpmoe.report.runs import find_source
+from sharpmoe.report.runs import find_saved_model
 
 
 def _act(arguments: argparse.Namespace) -> None:
-    source = find_source(arguments.run, arguments.weights).weights
+    source = find_saved_model(arguments.run, arguments.weights).weights
     state, config, meta = read_weights(source)
     with torch.device("meta"):
         model = DiT(config)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from launcher.command import Command
-from sharpmoe.report import page
+from sharpmoe.report.page import write_page
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _act(arguments: argparse.Namespace) -> None:
-    print(page.build(arguments.run))
+    print(write_page(arguments.run))
 
 
 main = Command(text=__doc__, arguments=_arguments, act=_act)

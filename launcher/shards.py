@@ -21,7 +21,8 @@ from data_pipeline.read.stats import describe, look, some_samples
 from data_pipeline.read.verify import verify
 from data_pipeline.store.store import open_store
 from launcher.command import Command
-from sharpmoe.report import contact, figures
+from sharpmoe.report.contact import contact_sheet, sample_cards
+from sharpmoe.report.figures import save_png
 
 
 def _act(arguments: argparse.Namespace) -> int:
@@ -55,8 +56,8 @@ def _show(arguments: argparse.Namespace) -> int:
     index, _ = read_index(open_store(arguments.folder))
     shards = ShardSet.open(arguments.folder, arguments.split or next(iter(index.splits)))
     title = f"{Path(shards.location).name} · {shards.split} · {shards.num_samples} samples"
-    sheet = contact.contact_sheet(contact.cards(shards, arguments.count), title)
-    print(figures.save(sheet, arguments.out))
+    sheet = contact_sheet(sample_cards(shards, arguments.count), title)
+    print(save_png(sheet, arguments.out))
     return 0
 
 

@@ -1,16 +1,15 @@
-"""Held-out flow loss at eight fixed times with fixed noise: the curve that says whether a run still learns."""
+"""Held-out flow loss at eight fixed times with fixed noise: the curve that shows whether a run still learns."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from torch import Tensor
-
 from sharpmoe.evaluation.held_out import ALONE, Samples, Share, observe, spread
 from sharpmoe.model.dit import DiT
 
-# Descending from the first time of training's rollout, so that a guided model is asked only what it was trained for.
+# Descending from the first time of training's rollout, so that a model with saliency routers gets only inputs that it
+# was trained on.
 VALIDATION_TIMES = (0.999, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
 
@@ -28,24 +27,20 @@ def validate(
 ) -> Validation:
     """Measure the flow loss of `images` held-out samples, spread over the split, in eval mode.
 
-    A guided model rolls out along the eight times, each step guided by its own x0_hat of the one before, as in
-    training; an unguided model does not see the order of the times. Communicates by `share.reduce` alone; every rank
-    makes the same number of model calls, and the result does not depend on the number of ranks.
+    A model with saliency routers rolls out along the eight times, and each step reads the x0_hat of the step before, as
+    in training; for other models the order of the times has no effect. Communicates only through `share.reduce`; every
+    rank makes the same number of model calls, and the result does not depend on the number of ranks.
     """
     indices = spread(samples.num_samples, images)
     observed = observe(model, samples, indices, VALIDATION_TIMES, seed=seed, chunk=chunk, share=share)
-    return summarise(observed.flow)
-
-
-def summarise(losses: Tensor) -> Validation:
-    """Average losses (I, 8) over images; the error is that of the mean over times of each image."""
-    per_image = losses.double().mean(1)
+    losses = observed.flow.double()
+    per_image = losses.mean(1)
     error = (per_image.std() / len(per_image) ** 0.5).item() if len(per_image) > 1 else math.nan
-    by_time = dict(zip(VALIDATION_TIMES, losses.double().mean(0).tolist(), strict=True))
+    by_time = dict(zip(VALIDATION_TIMES, losses.mean(0).tolist(), strict=True))
     return Validation(by_time, per_image.mean().item(), error, len(per_image))
 
 
-def scalars(result: Validation) -> dict[str, float]:
-    """Name the figures for the log: validation/flow and validation/flow_t<time>."""
+def validation_scalars(result: Validation) -> dict[str, float]:
+    """Return the figures under the tags of the log: validation/flow and validation/flow_t<time>."""
     by_time = {f"validation/flow_t{time:g}": loss for time, loss in result.by_time.items()}
     return {"validation/flow": result.mean, **by_time}

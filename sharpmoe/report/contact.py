@@ -1,4 +1,4 @@
-"""A contact sheet of prepared samples: what a model will be shown, decoded from the latents, beside its saliency."""
+"""A contact sheet of prepared samples: images decoded from the latents that a model is trained on, with saliency."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BETWEEN = 4  # pixels
 _LINES = 3  # of a caption
 
 
-class Card(NamedTuple):
+class SampleCard(NamedTuple):
     """One sample of the sheet."""
 
     picture: Pixels
@@ -29,8 +29,8 @@ class Card(NamedTuple):
     note: str  # largest saliency, class, key
 
 
-def cards(shards: ShardSet, count: int) -> list[Card]:
-    """Samples evenly spread over a split, decoded. Raises DataError where one is damaged."""
+def sample_cards(shards: ShardSet, count: int) -> list[SampleCard]:
+    """Return decoded samples, evenly spread over a split. Raises DataError where one is damaged."""
     codec = shards.codec_object()
     found = []
     for index in spread(shards.num_samples, count):
@@ -39,14 +39,14 @@ def cards(shards: ShardSet, count: int) -> list[Card]:
         saliency = batch.saliency[0].reshape(bucket.grid).numpy()
         known = [] if label < 0 else [f"class {label}"]
         note = " · ".join([f"M to {saliency.max():.2f}", *known, batch.keys[0]])
-        found.append(Card(to_pixels(codec.decode(batch.latent))[0], saliency, batch.captions[0], note))
+        found.append(SampleCard(to_pixels(codec.decode(batch.latent))[0], saliency, batch.captions[0], note))
     return found
 
 
-def contact_sheet(samples: Sequence[Card], title: str, columns: int | None = None) -> Pixels:
-    """Lay out the samples (H, W, 3) uint8: picture and saliency M side by side, caption and note below.
+def contact_sheet(samples: Sequence[SampleCard], title: str, columns: int | None = None) -> Pixels:
+    """Draw the samples (H, W, 3) uint8: image and saliency M side by side, caption and note below.
 
-    M is drawn over the grey picture, up to the largest value of its image, which the note tells.
+    M is drawn over the grey image, scaled to the largest value of the image, which the note gives.
     """
     columns = min(columns or max(2, round(math.sqrt(len(samples) * 0.8))), len(samples))
     font, small = load_font(_TEXT), load_font(_SMALL)
@@ -70,13 +70,13 @@ def contact_sheet(samples: Sequence[Card], title: str, columns: int | None = Non
 def _draw(
     sheet: Image.Image,
     pen: ImageDraw.ImageDraw,
-    card: Card,
+    card: SampleCard,
     caption: Sequence[str],
     at: tuple[int, int],
     fonts: tuple[ImageFont.FreeTypeFont, ImageFont.FreeTypeFont],
 ) -> None:
     left, top = at
-    for number, pixels in enumerate((card.picture, overlay(card.picture, card.saliency))):
+    for number, pixels in enumerate((card.picture, _overlay(card.picture, card.saliency))):
         picture = _fitted(pixels)
         x = left + number * (_SIDE + _BETWEEN)
         pen.rectangle((x, top, x + _SIDE - 1, top + _SIDE - 1), fill="#f2f2f2")
@@ -89,8 +89,8 @@ def _draw(
     pen.text((left, y), note, fill="#888888", font=fonts[1])
 
 
-def overlay(picture: Pixels, saliency: np.ndarray) -> Pixels:
-    """The saliency map over the grey picture: every token in the colour of its value, the largest in the brightest."""
+def _overlay(picture: Pixels, saliency: np.ndarray) -> Pixels:
+    """Draw the saliency map over the grey picture: every token in the colour of its value, the largest brightest."""
     height, width = picture.shape[:2]
     heat = matplotlib.colormaps["magma"](saliency / max(float(saliency.max()), 1e-6))[..., :3]
     large = np.asarray(Image.fromarray((heat * 255).astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
@@ -99,7 +99,7 @@ def overlay(picture: Pixels, saliency: np.ndarray) -> Pixels:
 
 
 def _fitted(pixels: Pixels) -> Image.Image:
-    """The picture with its longer side filling its place; small ones keep sharp edges."""
+    """Scale a picture so that its longer side has _SIDE pixels."""
     image = Image.fromarray(pixels)
     scale = _SIDE / max(image.size)
     how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
@@ -107,5 +107,5 @@ def _fitted(pixels: Pixels) -> Image.Image:
 
 
 def _drawable(text: str) -> str:
-    """One line, without what no font can draw."""
+    """Return the text on one line, without characters that no font can draw."""
     return " ".join("".join(c if c.isprintable() or c.isspace() else "" for c in text).split())

@@ -1,4 +1,4 @@
-"""One static HTML page of a run folder: curves of log.jsonl, allocation tables, sample grids, routing sheets."""
+"""One static HTML page for a run folder: curves of log.jsonl, allocation tables, sample grids, routing sheets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
-from sharpmoe.evaluation import allocation
+from sharpmoe.evaluation.allocation import allocation_table, load_allocation
+from sharpmoe.log_file import LOG_FILE, read_log
 from sharpmoe.report import figures
-from sharpmoe.train.runlog import read_log
 
-STYLE = """
+_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
 img { max-width: 100%; vertical-align: top } figure { margin: 1em 0 } figcaption { color: #666 }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; line-height: 1.35 }
@@ -23,12 +24,12 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; line-height: 1.35 }
 """
 
 
-def build(folder: Path | str) -> Path:
-    """Write <run folder>/report.html and return its path. DataError where the folder holds no log."""
+def write_page(folder: Path | str) -> Path:
+    """Write <run folder>/report.html and return its path. Raises DataError where the folder holds no log."""
     folder = Path(folder)
-    log = folder / "log.jsonl"
+    log = folder / LOG_FILE
     if not log.is_file():
-        raise DataError(f"{folder}: no log.jsonl; expected the folder of a run (runs/<name>)")
+        raise DataError(f"{folder}: no {LOG_FILE}; expected the folder of a run (runs/<name>)")
     parts = [
         f"<h1>{html.escape(folder.resolve().name)}</h1>",
         _section("Allocation", _allocation(folder / "allocation")),
@@ -37,9 +38,9 @@ def build(folder: Path | str) -> Path:
         _section("Curves", _curves(read_log(log))),
         _section("Configuration", _configuration(folder / "config.yaml")),
     ]
-    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(folder.name)}</title><style>{STYLE}</style>'
+    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(folder.name)}</title><style>{_STYLE}</style>'
     path = folder / "report.html"
-    path.write_text(page + "\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_atomically(path, page + "\n".join(part for part in parts if part) + "\n")
     return path
 
 
@@ -48,16 +49,16 @@ def _section(title: str, body: str) -> str:
 
 
 def _allocation(folder: Path) -> str:
-    """Tables and curves of allocation/*.json, in the order in which they were written."""
+    """Return table and curves of allocation/*.json, in the order in which the files were written."""
     files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    results = {path.stem: allocation.load(path) for path in files}
+    results = {path.stem: load_allocation(path) for path in files}
     if not results:
         return ""
-    return f"<pre>{html.escape(allocation.table(results))}</pre>\n{_embedded(figures.allocation_curves(results))}"
+    return f"<pre>{html.escape(allocation_table(results))}</pre>\n{_embedded(figures.allocation_curves(results))}"
 
 
 def _pictures(folder: Path, kind: str) -> str:
-    """Link the pictures of samples/ or routing/, newest first; single samples in folders below are left out."""
+    """Return links to the pictures of samples/ or routing/, newest first, without those in folders below."""
     files = sorted((folder / kind).glob("*.png"), reverse=True)
     return "\n".join(
         f'<figure><img loading="lazy" src="{html.escape(f"{kind}/{path.name}")}">'
@@ -67,14 +68,14 @@ def _pictures(folder: Path, kind: str) -> str:
 
 
 def _curves(log: Mapping[str, Mapping[int, float]]) -> str:
-    """One plot per group of tags (the part before the slash), together in one block."""
+    """Return one plot per group of tags (the part before the slash), together in one block."""
     groups: dict[str, dict[str, Mapping[int, float]]] = {}
     for tag, points in log.items():
         group, _, name = tag.partition("/")
         key = group if group in ("loss", "validation") or group.startswith(("routing", "allocation")) else tag
-        if any(points.values()) or group != "loss":  # losses that a run does not have stay 0
+        if any(points.values()) or group != "loss":  # losses that the run does not use are always 0
             groups.setdefault(key, {})[name or tag] = points
-    plots = [_embedded(figures.curves(lines, group)) for group, lines in groups.items()]
+    plots = [_embedded(figures.step_curves(lines, group)) for group, lines in groups.items()]
     return f'<div class="curves">{"".join(plots)}</div>' if plots else ""
 
 
@@ -83,7 +84,7 @@ def _configuration(path: Path) -> str:
 
 
 def _embedded(pixels: figures.Pixels) -> str:
-    """Put a picture into the page itself, so that the curves travel with it."""
+    """Return a picture embedded in the page, so that a copied page keeps its curves."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,10 +1,10 @@
-"""From captions to picture files."""
+"""Draw images for captions or class labels and write them to files."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,36 +22,36 @@ from sharpmoe.model.embed import ClassCondition
 from sharpmoe.report import figures
 
 
-class Wish(NamedTuple):
-    """What is to be drawn: captions for a text-conditional model, or class labels."""
+class Prompts(NamedTuple):
+    """What to draw: captions for a text-conditional model, or class labels; one image each."""
 
     captions: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
 
     def titles(self) -> tuple[str, ...]:
-        """What stands under each picture."""
+        """Return the text below each image."""
         return self.captions or tuple(f"class {label}" for label in self.labels)
 
 
 def read_captions(path: Path | str) -> tuple[str, ...]:
-    """Captions of a text file, one a line; blank lines are skipped."""
+    """Read the captions of a text file, one per line; skip blank lines. Raises DataError."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a caption file ({error}); expected UTF-8 text") from None
     captions = tuple(line.strip() for line in lines if line.strip())
     if not captions:
-        raise DataError(f"{path}: holds no captions; expected one a line")
+        raise DataError(f"{path}: holds no captions; expected one per line")
     return captions
 
 
-def check_shards(model: DiT, shards: ShardSet) -> DiT:
-    """Return the model, or raise DataError where it does not fit the codec or the text encoder of the shards."""
+def check_shards(model: DiT, shards: ShardSet) -> None:
+    """Raise DataError where a model does not fit the codec or the text encoder of the shards."""
     config = model.config
     wanted: dict[str, tuple[int, ...]] = {
         "latent shape": (config.latent_channels, config.latent_size, config.latent_size)
     }
-    alike = math.prod(shards.latent_shape[1:]) == config.latent_size**2  # any aspect will do
+    alike = math.prod(shards.latent_shape[1:]) == config.latent_size**2  # any aspect ratio is accepted
     square = (shards.latent_shape[0], config.latent_size, config.latent_size)
     found: dict[str, tuple[int, ...]] = {"latent shape": square if alike else shards.latent_shape}
     if config.conditioning == "text":
@@ -63,20 +63,10 @@ def check_shards(model: DiT, shards: ShardSet) -> DiT:
                 f"{shards.location}: {what} {found[what]}, the model has {expected}; name the shards the model was "
                 "trained on (--shards)"
             )
-    return model
 
 
-def latent_size(shards: ShardSet, bucket: str | None) -> tuple[int, int] | None:
-    """Latent (h, w) of a resolution of the shards, None for None. ConfigError where they have no such resolution."""
-    if bucket is None:
-        return None
-    if bucket not in shards.buckets:
-        raise ConfigError(f"--bucket {bucket}: {shards.location} has {', '.join(shards.buckets)} (H x W pixels)")
-    return shards.buckets[bucket].latent[1:]
-
-
-def with_overrides(settings: SampleConfig, given: Mapping[str, object]) -> SampleConfig:
-    """Replace fields of a sample section by those `given` that are not None; ConfigError where one is out of range."""
+def override_sampling(settings: SampleConfig, given: Mapping[str, object]) -> SampleConfig:
+    """Replace fields of a sample section by those `given` that are not None. Raises ConfigError for a bad value."""
     changed = {field: value for field, value in given.items() if value is not None}
     try:
         return SampleConfig(**{**settings.model_dump(), **changed})
@@ -85,53 +75,92 @@ def with_overrides(settings: SampleConfig, given: Mapping[str, object]) -> Sampl
         raise ConfigError(f"sample.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
 
 
-def request(config: ModelConfig, shards: ShardSet, wish: Wish, device: torch.device | str = "cpu") -> sampling.Request:
-    """Encode a wish with the text encoder of the shards, to `device`. Raises ConfigError where it is empty."""
+def encode_prompts(
+    config: ModelConfig, shards: ShardSet, prompts: Prompts, device: torch.device | str = "cpu"
+) -> sampling.Request:
+    """Encode prompts with the text encoder of the shards, to `device`. Raises ConfigError where there are none."""
     if config.conditioning == "class":
-        if not wish.labels:
+        if not prompts.labels:
             raise ConfigError("the model is class-conditional: give --labels, not captions")
-        cond = ClassCondition(torch.tensor(wish.labels, device=device))
+        cond = ClassCondition(torch.tensor(prompts.labels, device=device))
         empty = sampling.empty_condition(cond, config, None) if config.class_dropout else None
-        return sampling.Request(cond, empty, tuple(range(len(wish.labels))))
-    if not wish.captions:
+        return sampling.Request(cond, empty, tuple(range(len(prompts.labels))))
+    if not prompts.captions:
         raise ConfigError("no captions to draw: give --captions, --captions-file, or sample.captions in the run file")
-    states, mask, pooled = shards.text_encoder().encode(list(wish.captions))
+    states, mask, pooled = shards.text_encoder().encode(list(prompts.captions))
     text = (states.to(device), mask.to(device), pooled.to(device))
     return sampling.caption_request(text, shards.empty_text(), config)
 
 
-def draw(
+def draw_images(
     model: DiT,
-    asked: sampling.Request,
+    request: sampling.Request,
     settings: SampleConfig,
     decode: Callable[[Tensor], Tensor],
     batch_size: int = 16,
     pool_per_image: bool = False,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; the model's mode is restored.
+    """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the model's mode.
 
-    `size` (h, w) of the latents; square where it is not given.
+    `size` is (h, w) of the latents, by default square.
     """
     with evaluating(model):
         latents = sampling.generate(
-            model, model.config, settings, asked, batch_size=batch_size, pool_per_image=pool_per_image, size=size
+            model, model.config, settings, request, batch_size=batch_size, pool_per_image=pool_per_image, size=size
         )
     return decode(latents.cpu())
 
 
-def write(folder: Path | str, images: Tensor, titles: Sequence[str], first: int = 0, grid: str = "grid") -> list[Path]:
-    """Write one PNG per image, numbered from `first`, and a grid; returns the paths, the grid last."""
-    folder = Path(folder)
-    paths = [
-        figures.save(pixels, folder / f"{i:03}_{slug(title)}.png")
-        for i, (pixels, title) in enumerate(zip(figures.to_pixels(images), titles, strict=True), first)
-    ]
-    return [*paths, figures.save(figures.sample_grid(images, titles), folder / f"{grid}.png")]
+class DrawOptions(NamedTuple):
+    """How images are drawn to files."""
+
+    part: sampling.Part = sampling.Part()  # which of the images
+    batch_size: int = 16  # images per model call
+    pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
+    bucket: str | None = None  # resolution of the shards, H x W pixels; None: a square
+
+
+def draw_to_files(
+    model: DiT, shards: ShardSet, prompts: Prompts, settings: SampleConfig, folder: Path | str, options: DrawOptions
+) -> Path | None:
+    """Draw one PNG per prompt and a grid, which have the same numbers and names whatever the part.
+
+    The model is on its device already. Returns the grid, or None where the part has no images. Raises ConfigError where
+    there are no prompts or the shards do not have the bucket.
+    """
+    part, device = options.part, next(model.parameters()).device
+    request = encode_prompts(model.config, shards, prompts, device)
+    rows = part.rows(len(request.indices), options.batch_size)
+    if not rows:
+        return None
+    images = draw_images(
+        model,
+        sampling.take(request, rows),
+        settings,
+        shards.codec_object().decode,
+        options.batch_size,
+        options.pool_per_image,
+        _latent_size(shards, options.bucket),
+    )
+    folder, titles = Path(folder), prompts.titles()[rows.start : rows.stop]
+    for i, pixels, title in zip(rows, figures.to_pixels(images), titles, strict=True):
+        figures.save_png(pixels, folder / f"{i:03}_{slug(title)}.png")
+    grid = "grid" if part.of == 1 else f"grid_part{part.number}of{part.of}"
+    return figures.save_png(figures.sample_grid(images, titles), folder / f"{grid}.png")
+
+
+def _latent_size(shards: ShardSet, bucket: str | None) -> tuple[int, int] | None:
+    """Return the latent (h, w) of a resolution of the shards, None for None."""
+    if bucket is None:
+        return None
+    if bucket not in shards.buckets:
+        raise ConfigError(f"--bucket {bucket}: {shards.location} has {', '.join(shards.buckets)} (H x W pixels)")
+    return shards.buckets[bucket].latent[1:]
 
 
 def parse_part(text: str) -> sampling.Part:
-    """Read `3/8`, the third of eight parts. Raises ConfigError."""
+    """Parse `3/8`, the third of eight parts. Raises ConfigError."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--part {text}: expected NUMBER/PARTS, such as 1/8 for the first of eight")
@@ -139,5 +168,5 @@ def parse_part(text: str) -> sampling.Part:
 
 
 def slug(text: str, length: int = 48) -> str:
-    """Turn a caption into part of a file name."""
+    """Convert a caption to a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "image"

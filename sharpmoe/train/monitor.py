@@ -16,10 +16,20 @@ from data_pipeline.encode.codecs import Codec
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import RunConfig
-from sharpmoe.evaluation import allocation, validation
+from sharpmoe.evaluation.allocation import (
+    Allocation,
+    allocation_scalars,
+    allocation_table,
+    load_allocation,
+    measure_allocation,
+    save_allocation,
+)
 from sharpmoe.evaluation.held_out import Share, spread
+from sharpmoe.evaluation.validation import validate, validation_scalars
 from sharpmoe.model.dit import DiT
-from sharpmoe.report import figures, samples, sheets
+from sharpmoe.report.figures import Pixels, allocation_curves, sample_grid, save_png
+from sharpmoe.report.routing_sheet import draw_routing_sheet, observe_routing
+from sharpmoe.report.samples import Prompts, draw_images, encode_prompts
 from sharpmoe.train.metrics import due
 from sharpmoe.train.runlog import RunLog
 
@@ -48,7 +58,7 @@ def make_looks(
     for index in _measured(run, held_out.num_samples):
         held_out.batch([index])
     wanted = run.log.sample_every > 0 and run.sample.captions and run.model.conditioning == "text"
-    request = samples.request(run.model, held_out, samples.Wish(run.sample.captions), device) if wanted else None
+    request = encode_prompts(run.model, held_out, Prompts(run.sample.captions), device) if wanted else None
     return Looks(run, folder, held_out, held_out.codec_object(), request, share, log)
 
 
@@ -82,9 +92,9 @@ def look(looks: Looks, build: Callable[[], DiT], step: int) -> None:
         return
     model = build()
     if validated:
-        result = validation.validate(model, looks.held_out, images=log.validation_images, share=looks.share)
+        result = validate(model, looks.held_out, images=log.validation_images, share=looks.share)
         if looks.log is not None:
-            looks.log.scalars(step, validation.scalars(result))
+            looks.log.scalars(step, validation_scalars(result))
     if drawn:
         _draw(looks, model, step)
     if measured:
@@ -94,9 +104,9 @@ def look(looks: Looks, build: Callable[[], DiT], step: int) -> None:
 def _allocation_before(looks: Looks, model: DiT) -> None:
     result = _measure(looks, model)
     if looks.log is not None:
-        allocation.save(result, looks.folder / "allocation" / "before.json")
-        looks.log.scalars(0, allocation.scalars(result))
-        looks.log.say(allocation.table({"before": result}))
+        save_allocation(result, looks.folder / "allocation" / "before.json")
+        looks.log.scalars(0, allocation_scalars(result))
+        looks.log.say(allocation_table({"before": result}))
 
 
 def _allocation_after(looks: Looks, model: DiT) -> None:
@@ -105,35 +115,35 @@ def _allocation_after(looks: Looks, model: DiT) -> None:
     if looks.log is None:
         return
     folder = looks.folder / "allocation"
-    allocation.save(result, folder / "after.json")
-    before = {"before": allocation.load(folder / "before.json")} if (folder / "before.json").is_file() else {}
+    save_allocation(result, folder / "after.json")
+    before = {"before": load_allocation(folder / "before.json")} if (folder / "before.json").is_file() else {}
     results = {**before, "after": result}
-    pixels = figures.allocation_curves(results)
-    figures.save(pixels, folder / "allocation.png")
-    (folder / "table.txt").write_text(allocation.table(results) + "\n", encoding="utf-8")
+    pixels = allocation_curves(results)
+    save_png(pixels, folder / "allocation.png")
+    (folder / "table.txt").write_text(allocation_table(results) + "\n", encoding="utf-8")
     step = looks.run.train.steps
-    looks.log.scalars(step, allocation.scalars(result))
+    looks.log.scalars(step, allocation_scalars(result))
     looks.log.image(step, "allocation", pixels)
-    looks.log.text(step, "allocation", allocation.table(results))
-    looks.log.say(allocation.table(results))
+    looks.log.text(step, "allocation", allocation_table(results))
+    looks.log.say(allocation_table(results))
 
 
-def _measure(looks: Looks, model: DiT) -> allocation.Allocation:
-    return allocation.measure(model, looks.held_out, images=looks.run.log.allocation_images, share=looks.share)
+def _measure(looks: Looks, model: DiT) -> Allocation:
+    return measure_allocation(model, looks.held_out, images=looks.run.log.allocation_images, share=looks.share)
 
 
 def _draw(looks: Looks, model: DiT, step: int) -> None:
     """Sample grid of the fixed captions and routing sheet of held-out images, to files and TensorBoard."""
-    pictures: dict[str, figures.Pixels] = {}
+    pictures: dict[str, Pixels] = {}
     if looks.request is not None:
-        images = samples.draw(model, looks.request, looks.run.sample, looks.codec.decode)
+        images = draw_images(model, looks.request, looks.run.sample, looks.codec.decode)
         if looks.log is not None:
-            pictures["samples"] = figures.sample_grid(images, looks.run.sample.captions)
+            pictures["samples"] = sample_grid(images, looks.run.sample.captions)
     if model.moe_layers():
-        sheet = sheets.routing_sheet(model, looks.held_out, looks.codec, SHEET_IMAGES, share=looks.share)
+        sheet = observe_routing(model, looks.held_out, looks.codec, SHEET_IMAGES, share=looks.share)
         if looks.log is not None:
-            pictures["routing"] = figures.routing_sheet(sheet, f"{looks.run.name}, step {step}")
+            pictures["routing"] = draw_routing_sheet(sheet, f"{looks.run.name}, step {step}")
     if looks.log is not None:
         for kind, pixels in pictures.items():
-            figures.save(pixels, looks.folder / kind / f"step{step:08}.png")
+            save_png(pixels, looks.folder / kind / f"step{step:08}.png")
             looks.log.image(step, kind, pixels)

@@ -1,14 +1,10 @@
 """What a run tells: TensorBoard from step 1, log.jsonl, one progress line. Written on rank 0 only.
 
-log.jsonl is only ever appended to, one JSON object a line. `{"run": id, "step": n, "<tag>": value, ...}` are figures;
-`{"event": name, "run": id, "step": n, ...}` tell what happened: "start" (with all settings) where a process begins to
-write, "resume", "fault". The id is one per process, so that what each of them did can be told apart for ever; where
-steps were done twice, `read_log` gives those that the run went on from, as TensorBoard shows them.
+`sharpmoe.log_file` has the format of log.jsonl.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 import sys
@@ -20,6 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from sharpmoe.log_file import open_log, write_event, write_figures
 from sharpmoe.train.metrics import StepStats, due, step_scalars
 
 
@@ -44,7 +41,7 @@ class RunLog:
         self.total_steps, self.first_step, self.every = total_steps, first_step, every
         self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
-        self.lines = open_log(self.folder / "log.jsonl")
+        self.lines = open_log(self.folder)
         self.progress = Progress(total_steps, first_step, sys.stdout if stream is None else stream)
         self._complained = False
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -69,11 +66,11 @@ class RunLog:
                 writer.add_scalar(tag, value, step)
 
         self._events(write)
-        self._line({"run": self.run, "step": step, **finite})
+        self._attempt(lambda: write_figures(self.lines, self.run, step, finite))
 
     def event(self, name: str, step: int, **about: Any) -> None:
         """Write what happened after `step` steps as one line of log.jsonl; values of `about` are JSON values."""
-        self._line({"event": name, "run": self.run, "step": step, **about})
+        self._attempt(lambda: write_event(self.lines, self.run, step, name, about))
 
     def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
         """Write a picture (H, W, 3) uint8 to TensorBoard."""
@@ -95,13 +92,6 @@ class RunLog:
         self.progress.close()
         self._attempt(self.writer.close)
         self._attempt(self.lines.close)
-
-    def _line(self, record: Mapping[str, Any]) -> None:
-        def write() -> None:
-            self.lines.write(json.dumps(record) + "\n")
-            self.lines.flush()
-
-        self._attempt(write)
 
     def _events(self, write: Callable[[SummaryWriter], object]) -> None:
         """Write to TensorBoard's file and flush it: a run that is killed keeps its curves."""
@@ -170,36 +160,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def open_log(path: Path) -> TextIO:
-    """Open log.jsonl for appending; a line cut short by a killed run is ended first, so that the next one is whole."""
-    torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    stream = path.open("a", encoding="utf-8")
-    if torn:
-        stream.write("\n")
-    return stream
-
-
-def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """Read the figures of log.jsonl as {tag: {step: value}}, each step as the run went on from it."""
-    curves: dict[str, dict[int, float]] = {}
-    for record in read_records(path):
-        step, event, _ = record.pop("step"), record.pop("event", ""), record.pop("run", "")
-        if event == "start":
-            curves = {tag: {at: value for at, value in points.items() if at <= step} for tag, points in curves.items()}
-        elif not event:
-            for tag, value in record.items():
-                curves.setdefault(tag, {})[step] = value
-    return {tag: dict(sorted(points.items())) for tag, points in curves.items() if points}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of log.jsonl, in the order of writing; lines cut short by a killed run are left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records

@@ -16,10 +16,10 @@ from sharpmoe.checkpoint import load, manifest
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError, SharpMoEError
+from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
 from sharpmoe.parallel.ranks.launch import World, barrier
 from sharpmoe.train import loop
-from sharpmoe.train.runlog import read_log
 from sharpmoe.train.setup import initial_model
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, identical, make_run, plan_for

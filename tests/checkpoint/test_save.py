@@ -18,10 +18,10 @@ from sharpmoe.checkpoint import manifest, retention, rng, save
 from sharpmoe.checkpoint.manifest import Entry, Layout, Manifest, Progress
 from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import CheckpointError
+from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.parallel.ranks.host_copies import HostCopies
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
-from sharpmoe.train.runlog import read_log, read_records
 from sharpmoe.train.setup import initial_model
 from sharpmoe.train.timetable import Timetable
 from tests.distributed import run_ranks
@@ -105,7 +105,7 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_nothing_else(shards: P
         assert names == ["latest", *(retention.folder_name(step) for step in saved)]
         for step in saved:
             manifest.verify(folder / "checkpoints" / retention.folder_name(step))
-        (failed,) = [event for event in read_records(folder / "log.jsonl") if event.get("event") == "save failed"]
+        (failed,) = [event for event in read_log_lines(folder / "log.jsonl") if event.get("event") == "save failed"]
         assert failed["step"] == FULL_AT
         assert failed["error"].startswith(f"rank {full}: ")
         assert "cannot be written (" in failed["error"]

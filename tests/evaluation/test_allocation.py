@@ -7,8 +7,21 @@ import torch
 from scipy.stats import rankdata, spearmanr
 
 from sharpmoe.errors import DataError
-from sharpmoe.evaluation import allocation
-from sharpmoe.evaluation.allocation import ALLOCATION_TIMES, RANGES, average_ranks, estimate, spearman, summarise
+from sharpmoe.evaluation.allocation import (
+    _RANGES,
+    ALLOCATION_TIMES,
+    ImageMean,
+    _average_ranks,
+    _image_mean,
+    _paired_change,
+    _spearman,
+    _summarise,
+    allocation_scalars,
+    allocation_table,
+    load_allocation,
+    measure_allocation,
+    save_allocation,
+)
 from sharpmoe.evaluation.held_out import Observed
 from tests.toys import ToySamples, toy_model
 
@@ -22,28 +35,28 @@ def test_ranks_and_correlations_equal_those_of_scipy_with_ties() -> None:
     g = torch.Generator().manual_seed(0)
     a = torch.randint(0, 4, (6, 30), generator=g).float()
     b = torch.randint(0, 9, (6, 30), generator=g).float()
-    assert average_ranks(a).numpy().tolist() == rankdata(a.numpy(), axis=1).tolist()
+    assert _average_ranks(a).numpy().tolist() == rankdata(a.numpy(), axis=1).tolist()
     expected = [spearmanr(x, y).statistic for x, y in zip(a.numpy(), b.numpy(), strict=True)]
-    torch.testing.assert_close(spearman(a, b), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(_spearman(a, b), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_constant_and_unknown_vectors_have_no_correlation_and_are_counted() -> None:
     rising = torch.arange(4.0)
     a = torch.stack([rising, torch.ones(4), rising, rising])
     b = torch.stack([rising, rising, torch.full((4,), torch.nan), -rising])
-    values = spearman(a, b)
+    values = _spearman(a, b)
     assert values[0] == pytest.approx(1)
     assert values[1:3].isnan().all()
     assert values[3] == pytest.approx(-1)
-    assert estimate(values) == allocation.Estimate(pytest.approx(0), pytest.approx(1), 2)
-    assert estimate(values[1:3]).images == 0
+    assert _image_mean(values) == ImageMean(pytest.approx(0), pytest.approx(1), 2)
+    assert _image_mean(values[1:3]).images == 0
 
 
 def test_experts_that_follow_saliency_correlate_in_their_range_of_t_only() -> None:
     saliency = torch.rand(3, 20, generator=torch.Generator().manual_seed(1))
-    ranks = average_ranks(saliency).float()
+    ranks = _average_ranks(saliency).float()
     experts = torch.stack([ranks if t > 0.65 else torch.full_like(ranks, 2.0) for t in ALLOCATION_TIMES], 1)
-    result = summarise(observed(experts, saliency), ALLOCATION_TIMES, num_layers=2)
+    result = _summarise(observed(experts, saliency), ALLOCATION_TIMES, num_layers=2)
     assert result.saliency["t > 0.65"].mean == pytest.approx(1)
     assert result.saliency["t < 0.35"].images == 0
     assert result.constant == {"t > 0.65": 0, "t 0.35-0.65": 3, "t < 0.35": 3, "all t": 0}
@@ -58,7 +71,7 @@ def test_tied_saliency_shares_a_fifth() -> None:
     saliency = torch.zeros(1, 10)
     saliency[0, -1] = 1  # nine ties in the middle of ranks 1..9, then one salient token
     experts = torch.arange(10.0).reshape(1, 1, 10)
-    result = summarise(observed(experts, saliency), (0.5,), num_layers=1)
+    result = _summarise(observed(experts, saliency), (0.5,), num_layers=1)
     fifths = result.experts_by_saliency["all t"]
     assert [e.images for e in fifths] == [0, 0, 1, 0, 1]
     assert fifths[2].mean == pytest.approx(4)
@@ -66,44 +79,44 @@ def test_tied_saliency_shares_a_fifth() -> None:
 
 
 def test_every_time_is_in_one_range() -> None:
-    parts = [name for name in RANGES if name != "all t"]
+    parts = [name for name in _RANGES if name != "all t"]
     for t in ALLOCATION_TIMES:
-        assert sum(RANGES[name][0] < t <= RANGES[name][1] for name in parts) == 1
+        assert sum(_RANGES[name][0] < t <= _RANGES[name][1] for name in parts) == 1
 
 
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
 def test_measuring_a_model_reports_compute_and_survives_a_file(router: str, tmp_path: Path) -> None:
-    result = allocation.measure(toy_model(router), ToySamples(), images=6)
+    result = measure_allocation(toy_model(router), ToySamples(), images=6)
     assert result.foreground["all t"].images == 4  # samples 0 and 5 have no mask
     if router == "ec":
         assert result.experts["all t"].mean == pytest.approx(1.0)  # capacity 1
-    path = allocation.save(result, tmp_path / "deep" / "before.json")
+    path = save_allocation(result, tmp_path / "deep" / "before.json")
     json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN in the file
-    again = allocation.load(path)
+    again = load_allocation(path)
     assert str(again) == str(result)
 
 
 def test_token_choice_spends_the_same_everywhere() -> None:
-    result = allocation.measure(toy_model("tc"), ToySamples(), images=3)
+    result = measure_allocation(toy_model("tc"), ToySamples(), images=3)
     assert result.constant["all t"] == 3
-    text = allocation.table({"before": result})
+    text = allocation_table({"before": result})
     assert "Spearman" not in text
-    assert "every token alike" in text
+    assert "all tokens equal" in text
 
 
 def test_the_table_pairs_before_and_after() -> None:
-    before = allocation.measure(toy_model(), ToySamples(), images=4)
-    after = allocation.measure(toy_model("ec"), ToySamples(), images=4)
-    change = allocation.change(before, after, "flow", "all t")
+    before = measure_allocation(toy_model(), ToySamples(), images=4)
+    after = measure_allocation(toy_model("ec"), ToySamples(), images=4)
+    change = _paired_change(before, after, "flow", "all t")
     assert change.mean == pytest.approx(after.flow["all t"].mean - before.flow["all t"].mean)
-    text = allocation.table({"before": before, "after": after})
+    text = allocation_table({"before": before, "after": after})
     assert "change (paired)" in text
     assert f"{change.mean:+.4f}" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_scalars_leave_out_what_is_undefined() -> None:
-    named = allocation.scalars(allocation.measure(toy_model("tc"), ToySamples(), images=3))
+    named = allocation_scalars(measure_allocation(toy_model("tc"), ToySamples(), images=3))
     assert "allocation_flow/allt" in named
     assert "allocation_saliency/allt" not in named
     assert not any(math.isnan(value) for value in named.values())
@@ -113,4 +126,4 @@ def test_a_foreign_file_is_a_one_line_error(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("{}")
     with pytest.raises(DataError, match="not an allocation result"):
-        allocation.load(path)
+        load_allocation(path)

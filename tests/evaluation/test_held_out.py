@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from sharpmoe.evaluation.held_out import ALONE, Observed, Share, chunks_of_rank, held_out_item, observe, spread
-from sharpmoe.evaluation.validation import VALIDATION_TIMES, scalars, validate
+from sharpmoe.evaluation.held_out import Observed, Share, chunks_of_rank, held_out_item, observe, spread
 from sharpmoe.rollout import rollout
 from tests.toys import ToySamples, toy_model
 
@@ -83,14 +82,3 @@ def test_a_dense_model_has_losses_and_no_experts() -> None:
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no held-out samples"):
         observe(toy_model(), ToySamples(), [], TIMES)
-
-
-def test_validation_is_repeatable_and_named_by_time() -> None:
-    first, second = (validate(toy_model(), ToySamples(), images=6, chunk=4, share=ALONE) for _ in range(2))
-    assert first == second
-    assert first.images == 6
-    assert first.error > 0
-    assert first.mean == pytest.approx(sum(first.by_time.values()) / 8)
-    named = scalars(first)
-    assert list(named) == ["validation/flow", *(f"validation/flow_t{t:g}" for t in VALIDATION_TIMES)]
-    assert validate(toy_model(), ToySamples(), images=6, chunk=4, seed=1).mean != first.mean

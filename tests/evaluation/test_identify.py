@@ -10,7 +10,7 @@ from data_pipeline.read.shards import ShardSet
 from launcher.identify import main
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
-from sharpmoe.evaluation.identify import inspect, verdict
+from sharpmoe.evaluation.identify import identify
 from sharpmoe.flow import interpolate, velocity_target
 from sharpmoe.losses import flow_matching
 from sharpmoe.model.dit import DiT
@@ -68,9 +68,9 @@ def test_a_wrong_time_convention_is_caught(
 def test_an_untrained_checkpoint_and_a_foreign_name_are_said(folder: Path) -> None:
     shards = ShardSet.open(folder, "unseen")
     model = trained(shards, "promoe", router="dense", steps=0)
-    found = inspect(to_published(model.state_dict(), model.config, "promoe"), shards, 4, {"num_heads": 2})
-    assert "predicting nothing" in (verdict(found) or "")
-    assert "has not the key names" in (verdict(found, "dit_moe") or "")
+    found = identify(to_published(model.state_dict(), model.config, "promoe"), shards, 4, {"num_heads": 2})
+    assert "predicting zero" in (found.problem() or "")
+    assert "does not have the key names" in (found.problem("dit_moe") or "")
 
 
 @pytest.mark.parametrize("arguments", [["/no/such/file.pth"], ["FILE", "--shards", "/no/such/folder"]])

@@ -10,6 +10,7 @@ import yaml
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import ConfigError
+from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks import device_memory
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
@@ -19,7 +20,6 @@ from sharpmoe.planning.estimate import Planner
 from sharpmoe.planning.schedules import schedule_of, with_schedule
 from sharpmoe.train import loop
 from sharpmoe.train.rehearsal import rehearse
-from sharpmoe.train.runlog import read_log
 from sharpmoe.train.setup import make_plan
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, CONFIGS, make_run

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from sharpmoe.checkpoint import manifest
 from sharpmoe.config_io import DEFAULT_RUN_CONFIG, PROJECT_ROOT
+from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model, save_weights
-from sharpmoe.train.runlog import read_log
 from tests.fixtures_data import make_shards
 from tests.slurm.cluster import NODES, Cluster, asleep, is_untold, running, until
 from tests.train.setting import identical

@@ -9,9 +9,9 @@ import pytest
 from sharpmoe.checkpoint import manifest
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import SharpMoEError
+from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
-from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.train.setting import make_run, plan_for

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sharpmoe.config import GuardConfig, RunConfig
 from sharpmoe.errors import SharpMoEError
+from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
@@ -21,7 +22,6 @@ from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train import loop
 from sharpmoe.train.guard import Watch, after, bad_loss, bad_norm, limit
 from sharpmoe.train.objective import Objective
-from sharpmoe.train.runlog import read_log, read_records
 from sharpmoe.train.setup import Plan
 from sharpmoe.train.step import StepResult, train_step
 from tests.distributed import run_ranks
@@ -180,7 +180,7 @@ def test_a_run_goes_on_after_a_bad_batch_and_keeps_its_samples(shards: Path, tmp
     assert micro["losses"]["flow"] in ("nan", "inf")
     log = read_log(folder / "log.jsonl")
     assert list(log["loss/total"]) == [1, 3, 4]
-    (event,) = [line for line in read_records(folder / "log.jsonl") if line.get("event") == "fault"]
+    (event,) = [line for line in read_log_lines(folder / "log.jsonl") if line.get("event") == "fault"]
     assert (event["step"], event["applied"], event["skipped"]) == (2, False, 1)
 
 
@@ -208,11 +208,11 @@ def test_spikes_are_skipped_alike_by_a_run_that_was_interrupted(shards: Path, tm
     run_ranks(stopping_at, 1, [make_run(shards, tmp_path, name=n, train={"steps": s}, **sections) for n, s in stops])
     once, twice = (tmp_path / name / "log.jsonl" for name in ("once", "twice"))
     assert read_log(once)["loss/total"] == read_log(twice)["loss/total"]
-    faults = [line for line in read_records(once) if line.get("event") == "fault"]
+    faults = [line for line in read_log_lines(once) if line.get("event") == "fault"]
     assert any(fault["step"] > 3 for fault in faults)
     assert not any(fault["applied"] for fault in faults)
     assert all("times its moving average" in fault["fault"] for fault in faults)
-    resume = next(line for line in read_records(twice) if line.get("event") == "resume")
+    resume = next(line for line in read_log_lines(twice) if line.get("event") == "resume")
     assert resume["step"] == 3
     assert resume["changed"] == {"train.steps": [3, 6]}
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from sharpmoe.checkpoint import manifest
 from sharpmoe.config import RunConfig
+from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
-from sharpmoe.train.runlog import read_log
 from sharpmoe.train.setup import initial_model
 from tests.distributed import run_ranks
 from tests.train.setting import identical, make_run, plan_for

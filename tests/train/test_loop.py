@@ -9,10 +9,10 @@ from data_pipeline.read.damage import Damage
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
+from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks.launch import World, together
 from sharpmoe.train import loop
 from sharpmoe.train.flops import ledger, rows_expected
-from sharpmoe.train.runlog import read_log
 from sharpmoe.train.setup import Plan
 from tests.distributed import run_ranks
 from tests.train.setting import make_run, plan_for

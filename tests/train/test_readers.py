@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from sharpmoe.config_io import dump_run_config
-from sharpmoe.train.runlog import read_log
+from sharpmoe.log_file import read_log
 from tests.fixtures_data import make_shards
 from tests.launcher.ranks import ranks_of
 from tests.train.setting import make_run

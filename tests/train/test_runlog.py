@@ -10,9 +10,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.train.flops import Ledger
 from sharpmoe.train.metrics import Effort, StepStats
-from sharpmoe.train.runlog import RunLog, clock, read_log, read_records
+from sharpmoe.train.runlog import RunLog, clock
 
 
 class Terminal(io.StringIO):
@@ -135,7 +136,7 @@ def test_every_process_leaves_its_lines_and_its_settings(tmp_path: Path) -> None
         log.close()
         assert path.read_bytes().startswith(written)  # only ever appended to
         written = path.read_bytes()
-    starts = [record for record in read_records(path) if record.get("event") == "start"]
+    starts = [record for record in read_log_lines(path) if record.get("event") == "start"]
     assert [record["settings"]["seed"] for record in starts] == [7, 8, 9]
     assert len({record["run"] for record in starts}) == 3
     assert read_log(path)["loss/total"] == {step: 7.0 if step < 4 else 9.0 for step in range(1, 9)}

@@ -15,12 +15,10 @@ from safetensors.torch import load_file
 
 from sharpmoe.checkpoint import manifest, save
 from sharpmoe.config import RunConfig
-from sharpmoe.evaluation import allocation, validation
+from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks import signals, watchdog
 from sharpmoe.parallel.ranks.launch import World, barrier
-from sharpmoe.report import samples, sheets
-from sharpmoe.train import loop, stopping
-from sharpmoe.train.runlog import read_log
+from sharpmoe.train import loop, monitor, stopping
 from tests.distributed import run_ranks, start_ranks
 from tests.train.setting import identical, make_run, plan_for
 
@@ -43,11 +41,11 @@ PLACES = {
     "step": Place(loop, "train_step", 2, 2, looked=False),  # before the validation that follows
     "save": Place(save, "_write_own", 1, 1),
     "last save": Place(loop, "save", 1, 3),
-    "first look": Place(allocation, "measure", 1, 0, looked=False),
-    "validation": Place(validation, "validate", 2, 2, looked=False),
-    "sampling": Place(samples, "draw", 2, 1, looked=False),
-    "routing sheet": Place(sheets, "routing_sheet", 3, 2, looked=False),
-    "last look": Place(allocation, "measure", 2, 3, looked=False),
+    "first look": Place(monitor, "measure_allocation", 1, 0, looked=False),
+    "validation": Place(monitor, "validate", 2, 2, looked=False),
+    "sampling": Place(monitor, "draw_images", 2, 1, looked=False),
+    "routing sheet": Place(monitor, "observe_routing", 3, 2, looked=False),
+    "last look": Place(monitor, "measure_allocation", 2, 3, looked=False),
 }
 
 

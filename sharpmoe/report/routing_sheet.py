@@ -1,0 +1,100 @@
+"""The routing sheet of a model: experts per token at each denoising step, on held-out images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from data_pipeline.encode.codecs import Codec
+from data_pipeline.read.shards import ShardSet
+from sharpmoe.evaluation.allocation import ALLOCATION_TIMES
+from sharpmoe.evaluation.held_out import ALONE, Share, observe, spread
+from sharpmoe.model.dit import DiT
+from sharpmoe.report.figures import Pixels, render_figure, to_pixels
+
+_HEAT = "magma"  # dark: no experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSheet:
+    """Content of a routing sheet: I images, T denoising steps, N tokens."""
+
+    images: Tensor  # (I, 3, H, W) in [-1, 1]
+    saliency: Tensor  # (I, N)
+    foreground: Tensor  # (I, N), NaN where the image has no mask
+    experts: Tensor  # (I, T, N) experts that took each token, summed over MoE layers
+    times: tuple[float, ...]  # (T), descending
+    captions: tuple[str, ...]  # (I)
+
+
+def observe_routing(
+    model: DiT, shards: ShardSet, codec: Codec, images: int = 8, seed: int = 0, share: Share = ALONE
+) -> RoutingSheet:
+    """Roll the model out over `images` held-out samples, spread over the main bucket, and return their routing.
+
+    Eval mode, fixed noise, one call per time for all images. Communicates only through `share.reduce`.
+    """
+    rows = shards.indices_of(shards.main_bucket)
+    indices = [rows[i] for i in spread(len(rows), images)]
+    seen = observe(model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share)
+    batch = shards.batch(indices)
+    return RoutingSheet(
+        images=codec.decode(batch.latent),
+        saliency=seen.saliency,
+        foreground=seen.foreground,
+        experts=seen.experts,
+        times=ALLOCATION_TIMES,
+        captions=batch.captions,
+    )
+
+
+def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None = None) -> Pixels:
+    """Draw one row per image: image, M, foreground mask, then experts per token of every denoising step.
+
+    All steps share one colour scale from 0 to `most` (default: the largest count), so rows and steps can be compared.
+    M is scaled to the largest value of its image.
+    """
+    num_images, num_steps, num_tokens = sheet.experts.shape
+    height, width = sheet.images.shape[2:]
+    rows = round(math.sqrt(num_tokens * height / width))  # tokens are square in the picture, whatever its aspect
+    most = most or max(float(sheet.experts.max()), 1.0)
+    columns = 3 + num_steps
+    figure = Figure(figsize=(1.02 * columns + 0.9, 1.2 * num_images + 0.55 + 0.3 * bool(title)), dpi=110)
+    axes = figure.subplots(num_images, columns, squeeze=False)
+    heads = ["image", "saliency M", "mask", *(f"t = {t:.3g}" for t in sheet.times)]
+    for row, pixels in zip(range(num_images), to_pixels(sheet.images), strict=True):
+        maps = [sheet.saliency[row], sheet.foreground[row], *sheet.experts[row]]
+        grids = [values.reshape(rows, -1).float().cpu().numpy() for values in maps]
+        axes[row, 0].imshow(pixels)
+        for column, grid in enumerate(grids, start=1):
+            top = (float(grid.max()), 1.0, most)[min(column - 1, 2)]
+            heat = _HEAT if column > 2 else "gray"
+            drawn = axes[row, column].imshow(grid, interpolation="nearest", cmap=heat, vmin=0, vmax=top)
+        if np.isnan(grids[1]).any():
+            axes[row, 2].text(0.5, 0.5, "none", ha="center", va="center", transform=axes[row, 2].transAxes, fontsize=8)
+        axes[row, 0].set_xlabel(_short(sheet.captions[row], 48), fontsize=7.5, labelpad=3, loc="left")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, head in zip(axes[0], heads, strict=True):
+        axis.set_title(head, fontsize=8.5)
+    figure.subplots_adjust(
+        left=0.01, right=0.93, top=_top(figure, title), bottom=0.2 / figure.get_figheight(), wspace=0.06
+    )
+    if title:
+        figure.suptitle(title, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
+    bar = figure.add_axes((0.942, 0.3, 0.009, 0.4))
+    figure.colorbar(drawn, cax=bar).set_label("experts per token, all MoE layers", fontsize=8)
+    bar.tick_params(labelsize=7)
+    return render_figure(figure)
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _top(figure: Figure, title: str) -> float:
+    return 1 - (0.3 + 0.3 * bool(title)) / figure.get_figheight()

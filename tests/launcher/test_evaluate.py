@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+
+from launcher.evaluate import main
+from sharpmoe.evaluation.allocation import load_allocation
+from tests.report.run_folder import make_run_folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run_folder(tmp_path_factory.mktemp("work"))
+
+
+def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    live = run_folder / "checkpoints" / "step00000002" / "live.safetensors"
+    argv = [str(run_folder), str(live), "--images", "3", "--sheet-images", "2", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert "change (paired)" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "after.json",
+        "allocation.png",
+        "before.json",
+        "routing_after.png",
+        "routing_before.png",
+    ]
+    assert load_allocation(tmp_path / "after.json").flow != load_allocation(tmp_path / "before.json").flow
+
+
+def test_names_must_differ(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(run_folder), str(run_folder), "--names", "a", "a", "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "error: --names: 2 models need as many different names, got a, a\n"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,57 @@
+"""The page of a run, from the command line."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.read.shards import ShardSet
+from launcher.report import main
+from sharpmoe.evaluation.held_out import ALONE
+from sharpmoe.log_file import read_log
+from sharpmoe.model.weights import load_model
+from sharpmoe.report.runs import find_saved_model
+from sharpmoe.train.monitor import look, look_before, make_looks
+from sharpmoe.train.runlog import RunLog
+from tests.report.run_folder import make_run_folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run_folder(tmp_path_factory.mktemp("work"))
+
+
+def look_at(run_folder: Path) -> RunLog:
+    """Do everything a run of two steps is looked at with."""
+    source = find_saved_model(run_folder)
+    run, (model, _) = source.run, load_model(source.weights)
+    log = RunLog(run_folder, 2, stream=io.StringIO())
+    held_out = ShardSet.open(run.data.shards, "unseen")
+    looks = make_looks(run, held_out, run_folder, torch.device("cpu"), ALONE, log)
+    look_before(looks, lambda: model)
+    look(looks, lambda: model, 1)
+    look(looks, lambda: model, 2)
+    log.close()
+    return log
+
+
+def test_looking_at_a_run_leaves_pictures_figures_and_a_page(run_folder: Path) -> None:
+    log = look_at(run_folder)
+    names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*.png")}
+    expected = {f"{kind}/step{step:08}.png" for kind in ("samples", "routing") for step in (0, 1, 2)}
+    assert expected | {"allocation/allocation.png"} <= names
+    assert "change (paired)" in log.progress.stream.getvalue()
+    assert list(read_log(run_folder / "log.jsonl")["validation/flow"]) == [1, 2]
+    assert main([str(run_folder)]) == 0
+    page = (run_folder / "report.html").read_text()
+    linked = re.findall(r'src="([^"]+\.png)"', page)
+    assert set(linked) == expected
+    assert all((run_folder / path).is_file() for path in linked)
+    assert "change (paired)" in page
+
+
+def test_a_report_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "no log.jsonl" in capsys.readouterr().err

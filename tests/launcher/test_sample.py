@@ -1,0 +1,106 @@
+"""Images for captions and labels, from the command line."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from launcher.sample import main
+from sharpmoe.model.weights import save_weights
+from sharpmoe.report.runs import find_saved_model
+from tests.fixtures_data import make_shards
+from tests.report.run_folder import make_run_folder
+from tests.toys import toy_model
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run_folder(tmp_path_factory.mktemp("work"))
+
+
+def test_captions_become_pictures(run_folder: Path, tmp_path: Path) -> None:
+    argv = [str(run_folder), "--captions", "a green circle", "a Red / cross!", "--steps", "2", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000_a-green-circle.png",
+        "001_a-red-cross.png",
+        "grid.png",
+    ]
+    with Image.open(tmp_path / "000_a-green-circle.png") as image:
+        assert image.size == (32, 32)
+
+
+def test_parts_draw_what_one_process_draws(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = ["a green circle", "a red cross", "a blue square, large", "a circle", "a cross"]
+    words = [str(run_folder), "--captions", *captions, "--steps", "2", "--batch-size", "2", "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    for part in ("1/4", "2/4", "3/4", "4/4"):
+        assert main([*words, str(tmp_path / "parts"), "--part", part]) == 0
+    assert "part 1 of 4: nothing to draw" in capsys.readouterr().out
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.name != "grid.png"}
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
+    assert len(whole) == 5
+    assert {name: parts[name] for name in whole} == whole
+    assert parts.keys() - whole.keys() == {"grid_part2of4.png", "grid_part3of4.png", "grid_part4of4.png"}
+    assert main([*words, str(tmp_path), "--part", "5/4"]) == 2
+
+
+def test_pictures_in_a_resolution_of_the_shards(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = make_shards(tmp_path / "shards", buckets="16x64")
+    argv = [str(run_folder), "--shards", str(shards), "--captions", "a red circle", "--steps", "2"]
+    assert main([*argv, "--bucket", "16x64", "--out", str(tmp_path / "out")]) == 0
+    assert {Image.open(path).size for path in (tmp_path / "out").glob("000*.png")} == {(64, 16)}
+    assert main([*argv, "--bucket", "32x32"]) == 2
+    assert "--bucket 32x32: " in capsys.readouterr().err
+
+
+def test_the_run_says_what_is_not_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_folder / "samples" / "drawn" / "grid.png")
+    assert (run_folder / "samples" / "drawn" / "001_a-blue-square.png").is_file()
+
+
+def test_captions_from_a_file_and_weights_by_kind_and_path(run_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "captions.txt"
+    file.write_text("a red circle\n\n  a blue square \n")
+    latest = run_folder / "checkpoints" / "step00000002"
+    drawn = {}
+    for name, model in {"ema": [str(run_folder)], "live": [str(run_folder), "--weights", "live"]}.items():
+        out = tmp_path / name
+        assert main([*model, "--captions-file", str(file), "--out", str(out)]) == 0
+        drawn[name] = (out / "grid.png").read_bytes()
+    assert drawn["ema"] != drawn["live"]
+    for model in (latest, latest / "ema.safetensors"):
+        assert main([str(model), "--captions-file", str(file), "--out", str(tmp_path / "again")]) == 0
+        assert (tmp_path / "again" / "grid.png").read_bytes() == drawn["ema"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "nowhere: neither a run folder with checkpoints/latest nor a .safetensors file"),
+        (["RUN", "--captions-file", "nowhere.txt"], "nowhere.txt: cannot be read as a caption file"),
+        (["RUN", "--steps", "0"], "sample.num_steps: Input should be greater than or equal to 1, got 0"),
+        (["RUN", "--shards", "nowhere"], "nowhere: no index.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(
+    run_folder: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_folder) if word == "RUN" else word for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_a_class_conditional_model_is_drawn_by_label(run_folder: Path, tmp_path: Path) -> None:
+    model = toy_model("tc", conditioning="class", num_classes=4)
+    save_weights(tmp_path / "class.safetensors", model.state_dict(), model.config)
+    shards = find_saved_model(run_folder).run.data.shards
+    argv = [str(tmp_path / "class.safetensors"), "--labels", "0", "3", "--shards", shards, "--steps", "2"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "001_class-3.png").is_file()

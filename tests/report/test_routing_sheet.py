@@ -1,0 +1,39 @@
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet
+
+
+def sheet(images: int = 2, most: int = 5) -> RoutingSheet:
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(images, 16, generator=g)
+    mask[0] = torch.nan
+    return RoutingSheet(
+        images=torch.rand(images, 3, 8, 8, generator=g) * 2 - 1,
+        saliency=torch.rand(images, 16, generator=g),
+        foreground=mask,
+        experts=torch.randint(0, most, (images, 3, 16), generator=g).float(),
+        times=(0.999, 0.5, 0.05),
+        captions=tuple(f"caption {i}" for i in range(images)),
+    )
+
+
+def test_a_sheet_has_one_row_per_image_and_ignores_missing_masks() -> None:
+    one, two = (draw_routing_sheet(sheet(n)) for n in (1, 2))
+    assert one.dtype == np.uint8
+    assert one.shape[1] == two.shape[1]
+    assert two.shape[0] > 1.4 * one.shape[0]
+
+
+def test_sheets_on_one_scale_can_be_compared() -> None:
+    counts = sheet()
+    doubled = replace(counts, experts=counts.experts * 2)
+    assert np.array_equal(draw_routing_sheet(counts, most=8), draw_routing_sheet(counts, most=8))
+    assert not np.array_equal(draw_routing_sheet(counts, most=8), draw_routing_sheet(doubled, most=8))
+
+
+def test_images_of_another_aspect_are_drawn() -> None:
+    wide = replace(sheet(), images=torch.zeros(2, 3, 4, 16))
+    assert draw_routing_sheet(wide).shape[2] == 3

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.read.shards import ShardSet
+from sharpmoe.errors import CheckpointError, ConfigError, DataError
+from sharpmoe.report.runs import find_saved_model
+from sharpmoe.report.samples import Prompts, check_shards, encode_prompts, read_captions
+from tests.report.run_folder import make_run_folder
+from tests.toys import toy_config, toy_model
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run_folder(tmp_path_factory.mktemp("work"))
+
+
+def test_weights_that_are_gone_and_models_of_other_shards(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such weights file"):
+        find_saved_model(tmp_path / "gone.safetensors")
+    shards = ShardSet.open(find_saved_model(run_folder).run.data.shards, "train")
+    with pytest.raises(DataError, match="text widths"):
+        check_shards(toy_model(), shards)
+    with pytest.raises(ConfigError, match="class-conditional"):
+        encode_prompts(toy_config(conditioning="class"), shards, Prompts(("a cat",)))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    with pytest.raises(DataError, match="holds no captions"):
+        read_captions(empty)
