@@ -15,7 +15,6 @@ from launcher.command import OVERRIDES_HELP, Command
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch, signals
-from sharpmoe.parallel.ranks.device_memory import least_memory
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.auto import decide
 from sharpmoe.train.loop import train
@@ -47,11 +46,11 @@ def _ds_file(arguments: argparse.Namespace) -> Path:
 def _act(arguments: argparse.Namespace) -> None:
     with signals.listening():
         world = launch.start()
-        with launch.together(world):
+        with launch.raise_on_all_ranks(world):
             asked = load_run_config(arguments.config, arguments.overrides)
             ds_config = resolve_ds_config(_ds_file(arguments), asked, world.size)
-        memory = least_memory(world)
-        with launch.together(world):
+        memory = launch.least_memory(world)
+        with launch.raise_on_all_ranks(world):
             run, notes = decide(asked, ds_config, world.size, memory)
             plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
             told = rehearse(run, ds_config, world, notes) if plan is None else ""

@@ -15,7 +15,7 @@ from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.weights import check_architecture
-from sharpmoe.parallel.ranks.launch import World, together
+from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.parallel.zero.engine import EMA
 
 _AGAIN = "begin a run from its live.safetensors with checkpoint.init"
@@ -102,7 +102,7 @@ def choose(found: Found, root: Path, resume: str, world: World) -> Choice:
     damaged = list(found.refused)
     for saved in found.readable:
         try:
-            with together(world):
+            with raise_on_all_ranks(world):
                 manifest.check_strangers(saved)
                 manifest.check_files(saved, manifest.shares(saved, world.size)[world.rank])
         except CheckpointError as error:
@@ -112,7 +112,7 @@ def choose(found: Found, root: Path, resume: str, world: World) -> Choice:
             continue
         notes = tuple(f"{error}; passed over" for _, error in damaged)
         if damaged:
-            with together(world):
+            with raise_on_all_ranks(world):
                 if world.is_main:
                     _settle(root, [folder for folder, _ in damaged], saved.folder)
         return Choice(saved, notes)
@@ -141,7 +141,7 @@ def load(saved: Manifest, contents: Contents) -> None:
     every rank where a part is missing; nothing in a file is executed.
     """
     engine, ema, model, _ = contents
-    with together(engine.world):
+    with raise_on_all_ranks(engine.world):
         reader = StateReader(saved.folder)
         engine.restore(model, reader)
         fill_partitions({EMA: ema.shards}, engine.owned_pieces(model), reader)

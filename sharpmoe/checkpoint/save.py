@@ -25,8 +25,7 @@ from sharpmoe.checkpoint.state import state_file, write_state
 from sharpmoe.config import CheckpointConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.weights import weight_specs, weights_writer
-from sharpmoe.parallel.ranks.background import SideGroup
-from sharpmoe.parallel.ranks.host_copies import HostCopies
+from sharpmoe.parallel.ranks.background import HostCopies, SideGroup
 
 _NICENESS = 10  # of the thread that writes: on a host without cores to spare, training comes first
 
@@ -124,22 +123,22 @@ class Saver:
         """Write everything to `draft` and publish it. Communicates; CheckpointError on every rank."""
         peers, is_main = self._peers, self._peers.world.is_main
         need = sum(peers.gather(taken.num_bytes))
-        with peers.agreed():
+        with peers.raise_on_all_ranks():
             if is_main:
                 with retention.disk_errors(self._root):
                     retention.check_room(self._root, need)
                     durable.fresh_folder(draft)
         mine: list[str] = []
-        with peers.agreed():
+        with peers.raise_on_all_ranks():
             mine = _write_own(taken, draft, peers.world.rank)
         mine += self._write_weights(taken, draft)
         entries: dict[str, Entry] = {}
-        with peers.agreed():
+        with peers.raise_on_all_ranks():
             for name in mine:
                 with retention.disk_errors(draft / name):
                     entries[name] = _seal_file(draft / name)
         files = {name: entry for part in peers.gather(entries) for name, entry in part.items()}
-        with peers.agreed():
+        with peers.raise_on_all_ranks():
             if is_main:
                 with retention.disk_errors(final):
                     self._publish(taken.progress, draft, final, files)
@@ -162,7 +161,7 @@ class Saver:
         model, is_main = self._contents.model.config, self._peers.world.is_main
         meta = {"step": str(progress.step), "samples": str(progress.samples), "weights": kind, **self._contents.origin}
 
-        with self._peers.agreed():
+        with self._peers.raise_on_all_ranks():
             try:
                 with (
                     retention.disk_errors(path),

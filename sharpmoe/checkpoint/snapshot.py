@@ -8,7 +8,7 @@ from torch import Tensor
 from sharpmoe.checkpoint import rng
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.model.dit import DiT
-from sharpmoe.parallel.ranks.host_copies import HostCopies
+from sharpmoe.parallel.ranks.background import HostCopies
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import EMA, MASTER, Engine
 from sharpmoe.parallel.zero.partitions import Piece

@@ -11,7 +11,7 @@ from data_pipeline.read.stream import Loaded, stream
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.ranks import watchdog
-from sharpmoe.parallel.ranks.launch import World, together
+from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.parallel.ranks.signals import StopAskedError
 from sharpmoe.train import faults, feed, stopping
 from sharpmoe.train.bad_samples import BadSamples
@@ -38,7 +38,7 @@ def train(plan: Plan, world: World) -> Path:
 
 
 def _train(plan: Plan, world: World) -> Path:
-    with together(world):
+    with raise_on_all_ranks(world):
         initial = initial_model(plan)
         owed = stopping.unfinished_look(plan.folder, plan.start.step)
     if world.is_main:
@@ -99,7 +99,7 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
         for step in range(plan.start.step, run.train.steps):
             began, done = time.monotonic(), step + 1
             watchdog.mark(f"step {done}")
-            with together(world, heed_signals=True):
+            with raise_on_all_ranks(world, stop_on_signal=True):
                 loaded = next(batches)
                 came = time.monotonic()
                 items = prepare(loaded.batches, plan.data.empty_text, run, world.device)

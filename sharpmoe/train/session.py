@@ -15,7 +15,7 @@ from sharpmoe.checkpoint.snapshot import Contents
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.dit import DiT
-from sharpmoe.parallel.ranks.launch import World, sum_over_ranks, together
+from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.train import provenance
@@ -53,7 +53,7 @@ def open_session(plan: Plan, world: World, initial: Initial) -> Session:
     settings = provenance.settings(plan.run, plan.ds_config, world) if world.is_main else {}
     saver = Saver(plan.checkpoints, Facts(plan.layout, settings), contents, plan.run.checkpoint)
     share = Share(world.rank, world.size, lambda table: sum_over_ranks(table, world))
-    with together(world):
+    with raise_on_all_ranks(world):
         log = _open_log(plan, [*plan.notes, *initial.notes, *engine.notes], settings) if world.is_main else None
         looks = make_looks(plan.run, plan.data.held_out, plan.folder, world.device, share, log)
     return Session(plan, world, objective, engine, ema, looks, saver)
@@ -88,7 +88,7 @@ def ema_model(session: Session) -> DiT:
 
 
 def _heed_signals(world: World, *_: object) -> None:
-    with together(world, heed_signals=True):
+    with raise_on_all_ranks(world, stop_on_signal=True):
         pass
 
 

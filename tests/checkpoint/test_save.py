@@ -19,7 +19,6 @@ from sharpmoe.checkpoint.manifest import Entry, Layout, Manifest, Progress
 from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.log_file import read_log, read_log_lines
-from sharpmoe.parallel.ranks.host_copies import HostCopies
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
 from sharpmoe.train.setup import initial_model
@@ -241,20 +240,3 @@ def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
     assert draw() != first
     rng.restore(tmp_path / "rng.json")
     assert draw() == first
-
-
-def test_host_copies_are_made_once_and_their_memory_is_used_again() -> None:
-    copies, source = HostCopies(), torch.arange(6.0)
-    view = source[2:]
-    copies.start()
-    first, again, part = copies.tensor(source), copies.tensor(source), copies.tensor(view)
-    assert copies.finish() == source.nbytes + view.nbytes
-    source += 1
-    assert first is again
-    assert first.tolist() == [0, 1, 2, 3, 4, 5]
-    assert part.tolist() == [2, 3, 4, 5]
-    place = first.data_ptr()
-    copies.start()
-    assert copies.tensor(source).data_ptr() == place
-    assert copies.tensor(torch.ones(9)).tolist() == [1.0] * 9
-    assert copies.finish() == source.nbytes + 36

@@ -11,7 +11,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import ConfigError
 from sharpmoe.log_file import read_log
-from sharpmoe.parallel.ranks import device_memory
+from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import RESERVE, usable
@@ -95,9 +95,9 @@ def test_a_dry_run_shows_the_choice(shards: Path, tmp_path: Path) -> None:
 
 def start(world: World, run: RunConfig, memories: list[float]) -> tuple[str, ...]:
     """A run as the launcher starts it, on devices of so many GiB each; the notes."""
-    device_memory.own_memory = lambda world: memories[world.rank]
+    launch._own_memory = lambda world: memories[world.rank]
     ds_config = resolve_ds_config(ZERO3, run, world.size)
-    found, notes = decide(run, ds_config, world.size, device_memory.least_memory(world))
+    found, notes = decide(run, ds_config, world.size, launch.least_memory(world))
     loop.train(make_plan(found, ds_config, world, notes), world)
     return notes
 

@@ -10,7 +10,7 @@ from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.log_file import read_log
-from sharpmoe.parallel.ranks.launch import World, together
+from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.train import loop
 from sharpmoe.train.flops import ledger, rows_expected
 from sharpmoe.train.setup import Plan
@@ -76,7 +76,7 @@ def disagree(world: World) -> list[str]:
     answers = []
     for failing in ({0}, {1}, {0, 1}, set()):
         try:
-            with together(world):
+            with raise_on_all_ranks(world):
                 if world.rank in failing:
                     raise DataError("shard is missing")
             answers.append("fine")

@@ -165,4 +165,4 @@ def test_a_killed_rank_is_named(place: str, shards: Path, tmp_path: Path) -> Non
             process.join(100)
         assert [process.exitcode for process in ranks] == [watchdog.LOST, -signal.SIGKILL]
     (line,) = [line for line in (tmp_path / "err0").read_text().splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: rank 0: rank 1 \(.*, last seen in (the start|step \d)\): not heard of for 5 s", line), line
+    assert re.match(r"error: rank 0: rank 1 \(.*, last seen in (the start|step \d)\): no heartbeat for 5 s", line), line

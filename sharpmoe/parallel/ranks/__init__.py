@@ -1,1 +1,1 @@
-"""The process's place among all ranks, and what ranks do for each other."""
+"""Processes: joining the world of ranks, errors and signals that all ranks act on alike, lost ranks, side threads."""

@@ -1,7 +1,8 @@
-"""Process set-up: the same world for every way of starting a run.
+"""Set up the process group, and the small exchanges between ranks that everything else uses.
 
 `deepspeed`, `torchrun` and `srun torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; plain `python` sets
-nothing and becomes a world of one that needs no port.
+nothing and becomes a world of one that needs no port. Beside `parallel.zero` and `parallel.experts.groups` this is the
+only module that imports DeepSpeed, and it uses public names only.
 """
 
 import os
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,11 +30,14 @@ if not torch.cuda.is_available():
 import deepspeed  # reads DS_ACCELERATOR
 from deepspeed.utils import logger
 
+GIB = 2**30
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RANKS_ON_HOST = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # as torchrun and deepspeed name them
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or "max"
 
 
 class World(NamedTuple):
-    """Where this process stands: one data-parallel rank per device."""
+    """The place of this process among all: one data-parallel rank per device."""
 
     rank: int
     size: int
@@ -41,15 +46,15 @@ class World(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that writes and prints."""
+        """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the process group (nccl on CUDA, gloo on CPU) and return this process's place in it.
 
-    Raises ConfigError where a launcher set only a part of its variables. Compiles nothing: DeepSpeed's shared-memory
-    operator, which its CPU accelerator would build with g++ for minutes, serves inference only and is turned off.
+    Raises ConfigError where a launcher set only some of its variables. Compiles nothing: DeepSpeed's shared-memory
+    operator, which its CPU accelerator would build with g++ for minutes, is used for inference only and is disabled.
     """
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, a line of noise each.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -71,20 +76,20 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def is_main() -> bool:
-    """Whether this process prints; answered without a process group, for errors before there is one."""
+    """Whether this process prints; needs no process group, so that errors before there is one can be printed."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def stop() -> None:
-    """Leave the process group. For a clean end only: after an error, peers may still wait in a collective."""
+    """Leave the process group. Only for a clean end: after an error, other ranks may still wait in a collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with an exit code, output flushed, without the interpreter's teardown.
+    """End the process with an exit code, after flushing its output, without the interpreter's teardown.
 
-    Threads of the process group may still run then and abort a rank that has finished its work (seen under gloo).
+    During the teardown, threads of the process group may abort a rank that has finished its work (seen under gloo).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,7 +97,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _place() -> tuple[int, int, int]:
-    """(rank, size, local rank) from the launcher's variables, or a world of one."""
+    """Return (rank, size, local rank) from the launcher's variables, or a world of one."""
     given = [key for key in _LAUNCHER_KEYS if key in os.environ]
     if "RANK" not in given and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
@@ -105,7 +110,7 @@ def _place() -> tuple[int, int, int]:
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:
-    """Sum of a tensor over all ranks, on its own device; one all-reduce, none in a world of one."""
+    """Return the sum of a tensor over all ranks, on its own device. One all-reduce, none in a world of one."""
     if world.size == 1:
         return values
     total = values.to(world.device, copy=True)
@@ -120,7 +125,7 @@ def barrier(world: World) -> None:
 
 
 def gather_objects(value: object, world: World) -> list[Any]:
-    """Collect every rank's picklable value, in rank order, on every rank."""
+    """Return every rank's picklable value, in rank order, on every rank. One all-gather, none in a world of one."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -129,12 +134,12 @@ def gather_objects(value: object, world: World) -> list[Any]:
 
 
 @contextmanager
-def together(world: World, heed_signals: bool = False) -> Iterator[None]:
-    """Turn an error of one rank into an error of all: nobody is left waiting in a later collective.
+def raise_on_all_ranks(world: World, stop_on_signal: bool = False) -> Iterator[None]:
+    """Turn a SharpMoEError of one rank into an error on all, so that none is left waiting in a later collective.
 
-    The body must not communicate. One all-reduce of two numbers when all is well. Every rank raises the first
-    failing rank's error, which names the rank where not all failed alike; else, with `heed_signals`, StopAskedError
-    where a signal has asked any rank to stop (see `signals`).
+    The body must not communicate. Costs one all-reduce of two numbers when no rank fails. Every rank raises the first
+    failing rank's error, with the rank's number unless all ranks failed alike; otherwise, with `stop_on_signal`, every
+    rank raises StopAskedError where a signal has asked any of them to stop (see `signals`).
     """
     error: SharpMoEError | None = None
     try:
@@ -142,15 +147,15 @@ def together(world: World, heed_signals: bool = False) -> Iterator[None]:
     except SharpMoEError as caught:
         error = caught
     watchdog.mark()
-    failed, signal = _worst([int(error is not None), signals.asked() if heed_signals else 0], world)
+    failed, signal = _maxima([int(error is not None), signals.asked() if stop_on_signal else 0], world)
     if failed:
         raise common_error(gather_objects(error, world))
     if signal:
         raise signals.StopAskedError(Signals(signal).name)
 
 
-def _worst(numbers: list[int], world: World) -> list[int]:
-    """Maximum of each number over all ranks."""
+def _maxima(numbers: list[int], world: World) -> list[int]:
+    """Return the maximum of each number over all ranks."""
     if world.size == 1:
         return numbers
     flags = torch.tensor(numbers, device=world.device)
@@ -159,9 +164,27 @@ def _worst(numbers: list[int], world: World) -> list[int]:
 
 
 def common_error(errors: list[SharpMoEError | None]) -> SharpMoEError:
-    """The first error; it names its rank unless every rank met the same one."""
+    """Return the first of all ranks' errors, with its rank's number unless every rank has the same error."""
     failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     rank, first = failed[0]
     if len(failed) == len(errors) and len({str(error) for _, error in failed}) == 1:
         return first
     return type(first)(f"rank {rank}: {first}")
+
+
+def least_memory(world: World) -> float:
+    """Return the memory of the smallest device of all ranks in GiB. One all-reduce, none in a world of one."""
+    least = torch.tensor(_own_memory(world), dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return float(least)
+
+
+def _own_memory(world: World) -> float:
+    """Return GiB of this rank's accelerator; without one, its share of the memory of the host or its container."""
+    if world.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(world.device).total_memory) / GIB
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _MEMORY_LIMIT.read_text(encoding="ascii").strip() if _MEMORY_LIMIT.is_file() else "max"
+    ranks = next((int(os.environ[name]) for name in _RANKS_ON_HOST if name in os.environ), world.size)
+    return min(total, total if limit == "max" else int(limit)) / GIB / ranks

@@ -14,7 +14,7 @@ from sharpmoe.parallel.ranks import signals
 # The main thread waits in one C call that Python's own handlers cannot interrupt.
 BUSY = """
 import ctypes, threading
-from sharpmoe.parallel import signals
+from sharpmoe.parallel.ranks import signals
 with signals.listening():
     print("listening", flush=True)
     def tell():
@@ -48,7 +48,7 @@ def test_the_first_signal_is_remembered_and_the_second_ends(
     busy.send_signal(signal.SIGUSR1)
     assert busy.stdout.readline() == f"asked {int(signal.SIGUSR1)}\n"
     busy.send_signal(signal.SIGTERM)  # the same request by another way
-    time.sleep(signals.SAME_REQUEST + 0.3)
+    time.sleep(signals._SAME_REQUEST + 0.3)
     assert busy.poll() is None
     busy.send_signal(second)
     assert busy.wait(20) == 128 + second
@@ -59,7 +59,7 @@ def test_the_first_signal_is_remembered_and_the_second_ends(
 def test_other_signals_are_not_requests_and_handlers_come_back() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: seen.append(number))
-    handlers = [signal.getsignal(number) for number in signals.STOPPING]
+    handlers = [signal.getsignal(number) for number in signals._STOPPING]
     try:
         with signals.listening():
             os.kill(os.getpid(), signal.SIGUSR2)
@@ -68,4 +68,4 @@ def test_other_signals_are_not_requests_and_handlers_come_back() -> None:
             assert signals.asked() == 0
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert [signal.getsignal(number) for number in signals.STOPPING] == handlers
+    assert [signal.getsignal(number) for number in signals._STOPPING] == handlers

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sharpmoe.parallel.ranks import device_memory
-from sharpmoe.parallel.ranks.device_memory import GIB, least_memory, own_memory
+from sharpmoe.parallel.ranks import launch
+from sharpmoe.parallel.ranks.launch import GIB, _own_memory, least_memory
 from tests.train.setting import ALONE
 
 
@@ -17,18 +17,18 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(os, "sysconf", lambda name: sizes[name])
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(device_memory, "_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(launch, "_MEMORY_LIMIT", tmp_path / "memory.max")
     return tmp_path / "memory.max"
 
 
 def test_ranks_share_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert own_memory(ALONE) == least_memory(ALONE) == 64
-    assert own_memory(ALONE._replace(size=4)) == 16  # nobody says that there are other hosts
+    assert _own_memory(ALONE) == least_memory(ALONE) == 64
+    assert _own_memory(ALONE._replace(size=4)) == 16  # nobody says that there are other hosts
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert own_memory(ALONE._replace(size=4)) == 32
+    assert _own_memory(ALONE._replace(size=4)) == 32
 
 
 @pytest.mark.parametrize(("limit", "gib"), [("max\n", 64), (f"{8 * GIB}\n", 8), (f"{100 * GIB}\n", 64)])
 def test_a_container_has_what_it_is_given(limit: str, gib: int, host: Path) -> None:
     host.write_text(limit)
-    assert own_memory(ALONE) == gib
+    assert _own_memory(ALONE) == gib
