@@ -22,11 +22,11 @@ from sharpmoe.checkpoint import manifest
 from sharpmoe.config import RunConfig, SampleConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.evaluation import allocation
+from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.report import runs, samples
 from sharpmoe.train import loop
-from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.fixtures_data import QUIET, ShapesSource, shapes_recipe
 from tests.recorded import assert_recorded, is_recorded_here
