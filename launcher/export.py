@@ -1,4 +1,4 @@
-"""Copy a checkpoint's weights to one file: `python launcher/export.py RUN OUT.safetensors [--weights ema|live]`."""
+"""Copy weights of a checkpoint to one file: `python launcher/export.py RUN OUT.safetensors [--weights ema|live]`."""
 
 import argparse
 from pathlib import Path
@@ -11,6 +11,15 @@ from sharpmoe.model.weights import read_weights, save_weights, stored_as
 from sharpmoe.report.runs import find_saved_model
 
 
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder (its latest checkpoint), or one checkpoint folder")
+    parser.add_argument("out", type=Path, help=".safetensors file to write; reading it needs no DeepSpeed")
+    parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="averaged (ema) or live weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the parameters"
+    )
+
+
 def _act(arguments: argparse.Namespace) -> None:
     source = find_saved_model(arguments.run, arguments.weights).weights
     state, config, meta = read_weights(source)
@@ -19,15 +28,6 @@ def _act(arguments: argparse.Namespace) -> None:
     save_weights(arguments.out, stored_as(state, model, getattr(torch, arguments.dtype)), config, meta)
     size = arguments.out.stat().st_size / 1e6
     print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, from {source} (step {meta.get('step', 'unknown')})")
-
-
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder (its latest checkpoint), or one checkpoint folder")
-    parser.add_argument("out", type=Path, help="file to write, readable without DeepSpeed")
-    parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="averaged or live weights")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the parameters"
-    )
 
 
 main = Command(text=__doc__, arguments=_arguments, act=_act)

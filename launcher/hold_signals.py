@@ -1,7 +1,7 @@
-"""Run a command with SIGTERM and SIGUSR1 held back: `python launcher/hold_signals.py COMMAND ...`.
+"""Run a command with SIGTERM and SIGUSR1 blocked: `python launcher/hold_signals.py COMMAND ...`.
 
-They reach the processes that listen for them, which the ranks of a run do (sharpmoe/parallel/ranks/signals.py), even
-if they were sent earlier. The other processes, such as torchrun, never see them.
+Processes inherit the block. A blocked signal stays pending until a process unblocks it, which the ranks of a run do
+(sharpmoe/parallel/ranks/signals.py); other processes, such as torchrun, never receive it.
 """
 
 import os

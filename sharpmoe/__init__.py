@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_DOORS = {"attach": "sharpmoe.model.attach", "load_pretrained": "sharpmoe.model.published.load"}
+_ATTRIBUTES = {"attach": "sharpmoe.model.attach", "load_pretrained": "sharpmoe.model.published.load"}
 
 
 def __getattr__(name: str) -> Any:
@@ -11,6 +11,6 @@ def __getattr__(name: str) -> Any:
 
     Both need torch, which reading a configuration must not import.
     """
-    if name in _DOORS:
-        return getattr(importlib.import_module(_DOORS[name]), name)
+    if name in _ATTRIBUTES:
+        return getattr(importlib.import_module(_ATTRIBUTES[name]), name)
     raise AttributeError(f"module 'sharpmoe' has no attribute {name!r}")

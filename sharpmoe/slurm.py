@@ -1,7 +1,7 @@
-"""Slurm: batch files made from their templates, handed in, and the nodes of a job. No torch: login nodes run this.
+"""Slurm: make batch files from templates, submit them, list the nodes of a job. No torch: login nodes run this.
 
-A template is a batch file that can be handed in as it is: `#SBATCH --key=value` lines, then `NAME=value` lines, then
-what is done with them. Making a batch file replaces such lines and nothing else.
+A template is a complete batch file: `#SBATCH --key=value` lines, then `NAME=value` lines, then the commands that use
+them. Making a batch file replaces lines of these two kinds and nothing else.
 """
 
 import os
@@ -10,20 +10,22 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
+from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
-
-Setting = str | Sequence[str]  # a list becomes an array of the shell
 
 TEMPLATES = {"posttrain": "posttrain.sbatch", "prepare": "prepare.sbatch", "sample": "sample_array.sbatch"}
 
+_Setting = str | Sequence[str]  # a list becomes a shell array
 
-class Job(NamedTuple):
-    """What a job does."""
+
+class SlurmJob(NamedTuple):
+    """What a job runs."""
 
     kind: str  # a key of TEMPLATES
     run_file: Path
@@ -32,29 +34,30 @@ class Job(NamedTuple):
     ranks_per_node: int | None = None  # None: the GPUs of a node
 
 
-class Batch(NamedTuple):
-    """A batch file that can be handed in."""
+class BatchFile(NamedTuple):
+    """A batch file that can be submitted."""
 
     kind: str
     text: str
-    path: Path  # where it is kept
-    log: str  # its output; %j stands for the job's number, %A for that of an array, %a for the task's
+    path: Path  # where `submit` writes it
+    log: str  # its output; Slurm replaces %j by the job number, %A by that of an array, %a by the task number
 
 
-class Resources(NamedTuple):
-    """What a job asks of the cluster; None leaves the template's own line."""
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Resources of a job; None keeps the line of the template."""
 
     nodes: int | None = None
-    gpus_per_node: int | None = None  # 0: none, on a cluster without
-    cpus_per_node: int | None = None  # None for training: whole nodes
+    gpus_per_node: int | None = None  # 0: on a cluster without GPUs
+    cpus_per_node: int | None = None  # for shared nodes; the template of training takes whole nodes
     time: str | None = None
     partition: str | None = None
-    grace: int | None = None  # seconds before the time limit at which the job is asked to stop
+    grace: int | None = None  # seconds before the time limit at which the job gets SIGUSR1
     array: int | None = None  # tasks of a job array
     more: tuple[str, ...] = ()  # further options of sbatch, such as --account=x
 
 
-def make_batch(job: Job, resources: Resources) -> Batch:
+def make_batch_file(job: SlurmJob, resources: Resources) -> BatchFile:
     """Make the batch file of a job from its template and its run file. Raises ConfigError."""
     run = load_run_config(job.run_file, job.words if job.kind == "posttrain" else ())
     if resources.array is not None and job.kind != "sample":
@@ -66,12 +69,12 @@ def make_batch(job: Job, resources: Resources) -> Batch:
     log = f"{folder}/{job.kind}-{'%A_%a' if job.kind == 'sample' else '%j'}.log"
     own = {"job-name": run.name if job.kind == "posttrain" else f"{run.name}-{job.kind}", "output": log}
     template = (PROJECT_ROOT / "launcher" / "slurm" / TEMPLATES[job.kind]).read_text(encoding="utf-8")
-    options = own | {"chdir": str(Path.cwd())} | directives(resources)
+    options = own | {"chdir": str(Path.cwd())} | _directives(resources)
     settings = {"SOURCE": str(PROJECT_ROOT), "PYTHON": sys.executable} | _settings(job, run, resources)
-    return Batch(job.kind, render(template, options, settings), folder / TEMPLATES[job.kind], log)
+    return BatchFile(job.kind, _render(template, options, settings), folder / TEMPLATES[job.kind], log)
 
 
-def _settings(job: Job, run: RunConfig, resources: Resources) -> dict[str, Setting]:
+def _settings(job: SlurmJob, run: RunConfig, resources: Resources) -> dict[str, _Setting]:
     if job.kind == "prepare":
         return {"ARGUMENTS": ["--out", run.data.first_place, *job.words]}
     folder = str(Path(run.output) / run.name)
@@ -79,13 +82,13 @@ def _settings(job: Job, run: RunConfig, resources: Resources) -> dict[str, Setti
         return {"ARGUMENTS": [folder, *job.words]}
     ranks = job.ranks_per_node or resources.gpus_per_node
     if ranks == 0:
-        raise ConfigError("--gpus-per-node is 0: say how many ranks a node runs with --ranks-per-node N")
+        raise ConfigError("--gpus-per-node is 0: give the number of ranks per node with --ranks-per-node N")
     words = ["--deepspeed", str(job.ds_config), "--config", str(job.run_file), *job.words]
     return {"RUN_FOLDER": folder, "ARGUMENTS": words} | ({"RANKS_PER_NODE": str(ranks)} if ranks else {})
 
 
-def directives(resources: Resources) -> dict[str, str | None]:
-    """Options of sbatch, by name; None takes a line away."""
+def _directives(resources: Resources) -> dict[str, str | None]:
+    """Return options of sbatch by name; None removes a line."""
     values: dict[str, str | None] = {}
     if resources.nodes is not None:
         values["nodes"] = str(resources.nodes)
@@ -104,8 +107,8 @@ def directives(resources: Resources) -> dict[str, str | None]:
     return values | dict(_option(word) for word in resources.more)
 
 
-def render(template: str, options: Mapping[str, str | None], settings: Mapping[str, Setting]) -> str:
-    """Make a batch file from a template: replace, add or take away directives, replace settings."""
+def _render(template: str, options: Mapping[str, str | None], settings: Mapping[str, _Setting]) -> str:
+    """Return a template with directives replaced, added or removed, and settings replaced."""
     lines = template.splitlines()
     for name, value in options.items():
         lines = _with_directive(lines, name, value)
@@ -114,15 +117,14 @@ def render(template: str, options: Mapping[str, str | None], settings: Mapping[s
     return "\n".join(lines) + "\n"
 
 
-def submit(batch: Batch) -> int:
-    """Keep a batch file in its run folder and hand it in; returns the job's number. Raises ConfigError."""
-    batch.path.parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make the folder of its log
-    batch.path.write_text(batch.text, encoding="utf-8")
-    return int(_ask(["sbatch", "--parsable", str(batch.path)]).split(";")[0])
+def submit(batch: BatchFile) -> int:
+    """Write a batch file to its run folder, submit it and return the job number. Raises ConfigError."""
+    write_atomically(batch.path, batch.text)  # creates the folder, which Slurm does not do for its log
+    return int(_output_of(["sbatch", "--parsable", str(batch.path)]).split(";")[0])
 
 
-def follow(batch: Batch, job: int) -> str:
-    """Say how a job that was handed in is followed, stopped and ended."""
+def commands_for(batch: BatchFile, job: int) -> str:
+    """Return the commands that follow, stop and end a submitted job, one per line."""
     log = batch.log.replace("%j", str(job)).replace("%A", str(job)).replace("%a", "*")
     rows = {"follow": f"tail -F {log}", "state": f"squeue --jobs {job}", "batch file": str(batch.path)}
     if batch.kind == "posttrain":
@@ -132,26 +134,28 @@ def follow(batch: Batch, job: int) -> str:
 
 
 def nodes_of_job() -> list[str]:
-    """Names of the nodes of the job that this process is part of. Raises ConfigError outside of one."""
+    """Return the names of the nodes of the job that this process belongs to. Raises ConfigError outside of a job."""
     listed = os.environ.get("SLURM_JOB_NODELIST")
     if not listed:
         raise ConfigError("SLURM_JOB_NODELIST is not set; run this inside a Slurm job (sbatch or salloc)")
-    return _ask(["scontrol", "show", "hostnames", listed]).split()
+    return _output_of(["scontrol", "show", "hostnames", listed]).split()
 
 
 def hostfile(nodes: Sequence[str], slots: int | None) -> str:
-    """Lay out `NODE slots=N` lines; without `slots`, as many as the GPUs that Slurm gave the job on each node."""
+    """Return `NODE slots=N` lines; `slots` defaults to the GPUs that Slurm gave the job on each node."""
     if slots is None:
         gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
         if not gpus.isdigit() or gpus == "0":
-            raise ConfigError("SLURM_GPUS_ON_NODE is not set: the job has no GPUs; say how many ranks with --slots N")
+            raise ConfigError(
+                "SLURM_GPUS_ON_NODE is not set: the job has no GPUs; give the number of ranks with --slots N"
+            )
         slots = int(gpus)
     if slots < 1:
         raise ConfigError(f"--slots is {slots}, expected at least 1")
     return "".join(f"{node} slots={slots}\n" for node in nodes)
 
 
-def _ask(words: Sequence[str]) -> str:
+def _output_of(words: Sequence[str]) -> str:
     try:
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
@@ -179,7 +183,7 @@ def _with_directive(lines: Sequence[str], name: str, value: str | None) -> list[
     return [*kept[:place], line, *kept[place:]]
 
 
-def _with_setting(lines: Sequence[str], name: str, setting: Setting) -> list[str]:
+def _with_setting(lines: Sequence[str], name: str, setting: _Setting) -> list[str]:
     value = shlex.quote(setting) if isinstance(setting, str) else f"({shlex.join(setting)})"
     found = [i for i, text in enumerate(lines) if text.startswith(f"{name}=")]
     if len(found) != 1:

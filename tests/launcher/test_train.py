@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import export
 from launcher.train import _ds_file, main
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, dump_run_config
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.weights import load_model, save_weights
 from tests.distributed import free_port
 from tests.fixtures_data import make_shards
 from tests.launcher.ranks import ranks_of
-from tests.toys import toy_config
 from tests.train.setting import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,20 +91,6 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
     (line,) = errors[0]
     assert line.startswith("error: ")
     assert "no samples in split 'none'; it has train (20)" in line
-
-
-def test_export_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "run" / "checkpoints" / "step00000003"
-    model = DiT(toy_config())
-    for name in ("ema", "live"):
-        save_weights(folder / f"{name}.safetensors", model.state_dict(), model.config, {"step": "3", "weights": name})
-    (folder.parent / "latest").write_text(folder.name)
-    out = tmp_path / "out.safetensors"
-    assert export.main([str(tmp_path / "run"), str(out), "--weights", "live"]) == 0
-    assert load_model(out)[1] == {"step": "3", "weights": "live"}
-    assert "step 3" in capsys.readouterr().out
-    assert export.main([str(tmp_path / "nothing"), str(out)]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
 
 
 FILE = Path("configs/zero2.json")

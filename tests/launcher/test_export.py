@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+
+from launcher.export import main
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.weights import load_model, save_weights
+from tests.toys import toy_config
+
+
+def test_export_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step00000003"
+    model = DiT(toy_config())
+    for name in ("ema", "live"):
+        save_weights(folder / f"{name}.safetensors", model.state_dict(), model.config, {"step": "3", "weights": name})
+    (folder.parent / "latest").write_text(folder.name)
+    out = tmp_path / "out.safetensors"
+    assert main([str(tmp_path / "run"), str(out), "--weights", "live"]) == 0
+    assert load_model(out)[1] == {"step": "3", "weights": "live"}
+    assert "step 3" in capsys.readouterr().out
+    assert main([str(tmp_path / "nothing"), str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,95 @@
+"""Batch files made from the templates with the settings of a run file and of the options; nothing is submitted."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.submit import main
+
+BIG = ["--nodes", "4", "--gpus-per-node", "8", "--time", "24:00:00", "--partition", "x", "--dry-run"]
+
+
+def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words) == 0
+    return capsys.readouterr().out
+
+
+def settings(batch: str, tmp_path: Path) -> dict[str, list[str]]:
+    """What the shell makes of the NAME=value lines."""
+    assignments = [line for line in batch.splitlines() if line.split("=")[0].isupper() and "$" not in line]
+    names = [line.split("=")[0] for line in assignments]
+    tell = [f'printf "%s\\0" {name} "${{{name}[@]}}" ""' for name in names]
+    (tmp_path / "tell").write_text("\n".join([*assignments, *tell]))
+    told = subprocess.run(["bash", str(tmp_path / "tell")], check=True, capture_output=True, text=True).stdout
+    groups = [group.split("\0") for group in told.split("\0\0") if group]
+    return {group[0]: group[1:] for group in groups}
+
+
+def test_a_run_becomes_a_batch_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    batch = printed([*BIG, "--name", "my run", "--sbatch=--account=a", "--sbatch=--hold", "--train.steps", "7"], capsys)
+    lines = batch.splitlines()
+    for line in (
+        "#SBATCH --job-name='my run'",
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --time=24:00:00",
+        "#SBATCH --partition=x",
+        "#SBATCH --signal=USR1@180",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --account=a",
+        "#SBATCH --hold",
+    ):
+        assert lines.count(line) == 1
+    assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < lines.index("RANKS_PER_NODE=8")
+    found = settings(batch, tmp_path)
+    assert found["RUN_FOLDER"] == ["runs/my run"]
+    assert found["ARGUMENTS"][-4:] == ["--name", "my run", "--train.steps", "7"]
+
+
+def test_arrays_and_preparation(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    batch = printed(["--job", "sample", "--array", "3", "--dry-run", "--captions", "a red 'apple'", "b"], capsys)
+    assert "#SBATCH --array=0-2" in batch.splitlines()
+    assert settings(batch, tmp_path)["ARGUMENTS"] == ["runs/quickstart", "--captions", "a red 'apple'", "b"]
+    batch = printed(["--job", "prepare", "--dry-run", "--limit", "9", "--cpus-per-node", "2"], capsys)
+    assert "#SBATCH --cpus-per-task=2" in batch.splitlines()
+    assert settings(batch, tmp_path)["ARGUMENTS"] == ["--out", "data/fluent64", "--limit", "9"]
+
+
+def test_shared_nodes_and_nodes_without_gpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    few = ["--gpus-per-node", "0", "--ranks-per-node", "2", "--cpus-per-node", "4", "--grace", "60", "--dry-run"]
+    batch = printed(few, capsys)
+    assert "#SBATCH --cpus-per-task=4" in batch.splitlines()
+    assert "#SBATCH --signal=USR1@60" in batch.splitlines()
+    assert settings(batch, tmp_path)["RANKS_PER_NODE"] == ["2"]
+    for absent in ("--gpus", "--exclusive", "--mem"):
+        assert f"#SBATCH {absent}" not in batch
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus-per-node", "0"], "--ranks-per-node N"),
+        (["--nodes", "0"], "--nodes is 0"),
+        (["--array", "2"], "only --job sample is an array"),
+        (["--train.stepz", "2"], "did you mean train.steps"),
+        (["--sbatch=account"], "expected an option such as --account=NAME"),
+    ],
+)
+def test_mistakes_are_reported_before_anything_is_submitted(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_machine_without_slurm(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["--output", str(tmp_path)]) == 2
+    assert "sbatch not found" in capsys.readouterr().err
