@@ -163,22 +163,22 @@ def test_a_run_reaches_its_old_end(router: str, way: str, output: Path) -> None:
 
 @pytest.mark.parametrize("router", RANKS)
 def test_weights_draw_the_same_samples(router: str, shards: ShardSet) -> None:
-    source = runs.find_source(OLD / router)
+    source = runs.find_saved_model(OLD / router)
     assert source.name == f"{router}, step{WHOLE:08d}, ema"
     model, meta = load_model(source.weights)
     assert (meta["step"], meta["weights"]) == (str(WHOLE), "ema")
-    wish = samples.Wish(("a red circle", "a blue square", "a green cross"), ())
+    wish = samples.Prompts(("a red circle", "a blue square", "a green cross"), ())
     settings = SampleConfig(num_steps=6, method="heun", cfg_scale=2.0)
-    request = samples.request(model.config, shards, wish)
+    request = samples.encode_prompts(model.config, shards, wish)
     latents = sampling.generate(model.eval(), model.config, settings, request, batch_size=2)
     assert_equal(latents, load_file(OLD / router / "samples.safetensors")["latents"], "latents")
 
 
 @pytest.mark.parametrize("router", RANKS)
 def test_an_allocation_is_read_and_measured_again(router: str) -> None:
-    old = allocation.load(OLD / router / "allocation.json")
+    old = allocation.load_allocation(OLD / router / "allocation.json")
     model, _ = load_model(checkpoint(OLD / router, WHOLE) / "ema.safetensors")
-    ours = allocation.measure(model, ShardSet.open(OLD / "shards", "unseen"), images=4)
+    ours = allocation.measure_allocation(model, ShardSet.open(OLD / "shards", "unseen"), images=4)
     assert (ours.images, ours.times, ours.constant) == (old.images, old.times, old.constant)
     for what in ("saliency", "experts", "flow"):
         ours_all, old_all = (
