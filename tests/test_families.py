@@ -13,6 +13,7 @@ from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import ConfigError
 from sharpmoe.families import FAMILIES, Family, rows_of_call, rows_per_expert, tokens_per_expert, total_rows
+from sharpmoe.log_file import read_log
 from sharpmoe.losses import HEAD_LOSSES, ROUTER_LOSSES
 from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 from sharpmoe.model.weights import load_model
@@ -25,7 +26,6 @@ from sharpmoe.planning.schedules import schedule_of
 from sharpmoe.train.flops import rows_expected
 from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars, routing_sums
-from sharpmoe.train.runlog import read_log
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.model.test_flops import IMAGES, counted

@@ -22,12 +22,12 @@ from sharpmoe.model.embed import TextCondition
 from sharpmoe.model.published.load import load_pretrained, read_pretrained
 from sharpmoe.model.published.names import CONVENTIONS, ROUTERS, to_published
 from sharpmoe.model.published.sizes import matching_families
+from tests.recorded import assert_recorded
 from tests.toys import toy_model
 
 FOLDER = Path(__file__).parents[2] / "data" / "parity"
 NAMES = sorted(path.stem for path in FOLDER.glob("published_*.safetensors"))
 assert NAMES, f"{FOLDER} holds no published weights"
-TOLERANCE = 1e-5
 
 
 def load(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str, str, dict[str, Any]]:
@@ -42,17 +42,13 @@ def build(name: str) -> tuple[DiT, dict[str, Tensor]]:
     return load_pretrained(weights, family, router, **sizes), tensors
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_same_velocity(name: str, training: bool) -> None:
     model, golden = build(name)
     with torch.no_grad():
         v = model.train(training)(golden["x_t"], golden["t"], golden["labels"]).v
-    close(v, golden["train.v" if training else "eval.v"])
+    assert_recorded(v, golden["train.v" if training else "eval.v"])
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "sit" not in name])
@@ -71,7 +67,7 @@ def test_same_gate_gradients(name: str) -> None:
     theirs = {key.removeprefix("grad."): value for key, value in golden.items() if key.startswith("grad.")}
     assert theirs
     for key, gradient in theirs.items():
-        close(ours[key], gradient)
+        assert_recorded(ours[key], gradient, what=key)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,7 +134,7 @@ def test_sources(kind: str, tmp_path: Path) -> None:
             tensors["x_t"], tensors["t"], tensors["labels"]
         ).v.any()
     model = load_pretrained(path, family, router, **sizes, **options)
-    close(model(tensors["x_t"], tensors["t"], tensors["labels"]).v, tensors["eval.v"])
+    assert_recorded(model(tensors["x_t"], tensors["t"], tensors["labels"]).v, tensors["eval.v"])
 
 
 def test_the_report_says_what_was_assumed(caplog: pytest.LogCaptureFixture) -> None:
@@ -207,7 +203,8 @@ def test_a_ddpm_mixture_is_asked_for_its_velocity() -> None:
     scaled, step = ddpm_input(x_t, t)
     with torch.no_grad():
         noise = flow(scaled, step, labels).v
-        close(ddpm(x_t, t, labels).v, ddpm_velocity(scaled, noise, step))
+        expected = ddpm_velocity(scaled, noise, step)
+        torch.testing.assert_close(ddpm(x_t, t, labels).v, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["published_kwai_tc_shared", "published_dsmoe", "published_sit"])

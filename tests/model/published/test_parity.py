@@ -19,6 +19,7 @@ from sharpmoe.model.embed import ClassCondition
 from sharpmoe.model.published.load import load_pretrained
 from sharpmoe.model.published.names import to_published
 from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
+from tests.recorded import assert_recorded
 
 FOLDER = Path(__file__).parents[2] / "data" / "parity"
 NAMES = ("promoe_dit", "promoe_tc", "promoe_ec", "promoe_diffmoe", "promoe_promoe_tc", "kwai_diffmoe")
@@ -42,10 +43,6 @@ def load(name: str) -> tuple[DiT, dict[str, Tensor], dict]:
     return model, load_file(FOLDER / f"{name}.golden.safetensors"), record
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
-
-
 def sign(name: str) -> int:
     return -1 if name.startswith("kwai") else 1
 
@@ -55,14 +52,14 @@ def test_training_forward_masks_and_gradients(name: str) -> None:
     model, golden, record = load(name)
     model.train()
     output = model(golden["x_t"], golden["t"], ClassCondition(golden["labels"]))
-    close(golden["x_t"], interpolate(golden["x0"], golden["x1"], golden["t"]))
-    close(output.v, sign(name) * golden["train.velocity_theirs"])
+    assert_recorded(golden["x_t"], interpolate(golden["x0"], golden["x1"], golden["t"]))
+    assert_recorded(output.v, sign(name) * golden["train.velocity_theirs"])
     blocks = range(1, record["config"]["depth"], 2)
     loss = flow_matching(output.v, golden["x1"] - golden["x0"])
     if "diffmoe" in name:
         for block, routing in zip(blocks, output.routing, strict=True):
             assert torch.equal(routing.routing_map, golden[f"train.routing_map.{block}"].bool())
-            close(routing.capacity_logits, golden[f"train.capacity_logits.{block}"])
+            assert_recorded(routing.capacity_logits, golden[f"train.capacity_logits.{block}"])
         loss = loss + record["figures"]["capacity_weight_used"] * capacity(output.routing)
     if (
         name == "promoe_tc"
@@ -79,7 +76,7 @@ def test_training_forward_masks_and_gradients(name: str) -> None:
     # d loss / d W is the same for W and for -W in a negated layer up to that sign, which to_published restores.
     ours = to_published(gradients, model.config, name.split("_", maxsplit=1)[0])
     for key, gradient in published.items():
-        close(ours[key], gradient)
+        assert_recorded(ours[key], gradient, what=key)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,7 +101,7 @@ def test_evaluation_forward(name: str, conditional: bool) -> None:
     labels = golden["labels"] if conditional else torch.full_like(golden["labels"], record["config"]["classes"])
     expected = golden["eval.velocity_theirs" + ("" if conditional else "_unconditional")]
     with torch.no_grad():
-        close(model(golden["x_t"], golden["t"], ClassCondition(labels)).v, sign(name) * expected)
+        assert_recorded(model(golden["x_t"], golden["t"], ClassCondition(labels)).v, sign(name) * expected)
 
 
 @pytest.mark.parametrize("name", ["promoe_diffmoe", "kwai_diffmoe"])
@@ -117,4 +114,4 @@ def test_threshold_update(name: str) -> None:
         assert torch.equal(old, new), "a forward moved a threshold"
     update_thresholds(thresholds, threshold_candidates(output.routing, model.config), decay=0.95)
     for block, threshold in zip(range(1, record["config"]["depth"], 2), thresholds, strict=True):
-        close(threshold, golden[f"train.after.blocks.{block}.mlp.expert_threshold"])
+        assert_recorded(threshold, golden[f"train.after.blocks.{block}.mlp.expert_threshold"])
