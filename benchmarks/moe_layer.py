@@ -38,7 +38,7 @@ from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import Routing
-from sharpmoe.moe.selection import RULES, Choice
+from sharpmoe.moe.selection import RULES, RuleInput
 from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
 
 TOKENS = 256  # per image
@@ -242,7 +242,7 @@ def dispatch(size: Size, options: Options) -> Case:
     echo = cast(Experts, _echo)
 
     def ours() -> tuple[Tensor, ...]:
-        chosen = RULES["ec"].train(Choice(scores.detach()), config).flatten(0, 1)
+        chosen = RULES["ec"].train(RuleInput(scores.detach()), config).flatten(0, 1)
         y = LocalDispatcher()(x.flatten(0, 1), chosen, scores.flatten(0, 1), echo, count).view_as(x)
         return y, *torch.autograd.grad(y, leaves, dy)
 

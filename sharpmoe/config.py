@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """Annotation of a text field: one of the keys that a table has when the value is read, not when this is written."""
+    """Annotation of a text field whose value is a key of `table`, looked up when a value is validated."""
 
     table: Mapping[str, Any]
 
@@ -62,30 +62,30 @@ class ModelConfig(Section):
     mlp_ratio: float = Field(4.0, gt=0)
     patch_size: int = Field(2, ge=1)
     latent_channels: int = Field(4, ge=1)
-    latent_size: int = Field(32, ge=1)  # height = width of the latent
+    latent_size: int = Field(32, ge=1)  # height and width of the latent
     learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
     router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(1, ge=1)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
     capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race)
-    capacity_selection: Literal["count", "mask"] = "count"  # diffmoe inference rule
+    capacity_selection: Literal["count", "mask"] = "count"  # inference of diffmoe: see moe/selection.py
     gate: Literal["linear", "prototypes", "mlp"] = "linear"  # prototypes: cosine to a centre per expert (ProMoE)
     score: Literal["softmax", "sigmoid", "identity", "token_softmax"] = "softmax"  # logits to scores
     renormalise: bool = False  # top_k > 1: the gates of a token's experts sum to routed_scale
     routed_scale: float = Field(1.0, gt=0)  # multiplies the gates (dsmoe)
     num_groups: int = Field(1, ge=1)  # dsmoe: experts are chosen inside the best top_groups of num_groups groups
     top_groups: int = Field(1, ge=1)
-    bias_balancing: bool = False  # tc, dsmoe: a bias per expert, for the choice only, balances the load without a loss
-    unconditional_expert: bool = False  # one more expert that takes all tokens of images without class, and only those
-    unconditional_label: int | None = Field(None, ge=0)  # which label that is; None: num_classes, "no class"
+    bias_balancing: bool = False  # token choice: a bias per expert, for the choice only, balances loads without a loss
+    unconditional_expert: bool = False  # one more expert for all tokens of images without class, and only those
+    unconditional_label: int | None = Field(None, ge=0)  # the label of such images; None: num_classes, "no class"
     expert: Literal["gelu", "swiglu"] = "gelu"
     expert_hidden: int | None = Field(None, ge=1)  # None: width * mlp_ratio
     shared: Literal["none", "gelu", "swiglu", "identity"] = "none"  # added to the routed experts for every token
     shared_hidden: int | None = Field(None, ge=1)  # None: as the routed experts
     layer_heads: bool = False  # race: each MoE layer predicts the target from its input, for its loss only
     mlp: Literal["gelu", "silu", "swiglu"] = "gelu"  # dense blocks
-    moe_every: int = Field(2, ge=1)  # every so many blocks the last one is MoE: 2 is the odd indices, 1 is all
-    dense_first: int = Field(0, ge=0)  # leading blocks that stay dense all the same
+    moe_every: int = Field(2, ge=1)  # one MoE block in so many, the last of them: 2 is the odd indices, 1 is all
+    dense_first: int = Field(0, ge=0)  # leading blocks that are dense in any case
     positions: Literal["sincos", "rope_2d", "rope_1d"] = "sincos"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of the blocks
     qk_norm: bool = False  # LayerNorm of queries and keys per head
@@ -96,9 +96,9 @@ class ModelConfig(Section):
     class_dropout: bool = True  # an extra row of the label table stands for "no class"
     text_width: int = Field(384, ge=1)
     pooled_width: int = Field(384, ge=1)
-    time_scale: float = 1000.0  # the time embedder is fed time_scale * t + time_shift
+    time_scale: float = 1000.0  # the time embedder reads time_scale * t + time_shift
     time_shift: float = 0.0
-    prediction: Literal["velocity", "ddpm_noise"] = "velocity"  # ddpm_noise: a DDPM network, asked for its velocity
+    prediction: Literal["velocity", "ddpm_noise"] = "velocity"  # ddpm_noise: noise, converted to a velocity
 
     @model_validator(mode="before")
     @classmethod
@@ -218,13 +218,13 @@ class RemoteConfig(Section):
     """How shards at a URL are read."""
 
     cache: str | None = None  # folder on the local disk; None: ~/.cache/sharpmoe/shards
-    cache_gib: float = Field(16.0, gt=0)  # size of that folder
-    timeout_s: float = Field(30.0, gt=0)  # without a byte
+    cache_gib: float = Field(16.0, gt=0)  # largest size of that folder
+    timeout_s: float = Field(30.0, gt=0)  # seconds without a byte before a request is given up
     retries: int = Field(6, ge=0)
     allow_hosts: tuple[str, ...] = ()  # hosts beside the given one that redirects may lead to
 
     def options(self) -> RemoteOptions:
-        """What data_pipeline takes."""
+        """Return the same settings as data_pipeline reads them."""
         cache = None if self.cache is None else Path(self.cache)
         return RemoteOptions(
             cache, int(self.cache_gib * 2**30), self.timeout_s, self.retries, allow_hosts=self.allow_hosts
@@ -237,8 +237,8 @@ class DataConfig(Section):
     shards: str | tuple[ShardSource, ...] = "data/fluent64"  # folder, URL, or a mixture of them
     train_split: str = "train"
     validation_split: str = "unseen"  # of a mixture: that of its first source
-    num_workers: int = Field(0, ge=0)  # processes that read ahead; 0: a thread of the run's own
-    max_bad_fraction: float = Field(0.0, ge=0, lt=1)  # of all samples, that may be damaged and are then replaced
+    num_workers: int = Field(0, ge=0)  # processes that read ahead; 0: one thread in the process of the run
+    max_bad_fraction: float = Field(0.0, ge=0, lt=1)  # share of samples that may be damaged; they are replaced
     remote: RemoteConfig = RemoteConfig()
 
     @model_validator(mode="after")
@@ -258,7 +258,7 @@ class DataConfig(Section):
 
     @property
     def first_place(self) -> str:
-        """Where codec, text encoder and held-out samples are taken from."""
+        """The source of codec, text encoder and held-out samples."""
         return self.places[0][0]
 
 
@@ -267,11 +267,11 @@ class RolloutConfig(Section):
 
     num_steps: int = Field(10, ge=1)  # T
     first_time: float = Field(0.999, gt=0, le=1)  # t_1
-    # Which graphs are kept and which steps are run again; all but segments are exact (docs/design/0003).
+    # Which graphs are kept and which steps run a second time; all but segments are exact (docs/design/0003).
     schedule: Literal["auto", "plain", "checkpoint", "two_pass", "hybrid", "segments"] = "plain"
-    kept_steps: int | None = Field(None, ge=0)  # hybrid: of the last m steps; segments: of the block, None: all of it
+    kept_steps: int | None = Field(None, ge=0)  # hybrid: the last m steps; segments: of the block, None: all
     segment_steps: int = Field(1, ge=1)  # segments: one block of S of the T steps is trained, scaled by T/S
-    merged_steps: int = Field(1, ge=1)  # two_pass, hybrid, segments: steps that are run again in one batch
+    merged_steps: int = Field(1, ge=1)  # two_pass, hybrid, segments: steps of the second pass per batch
     caption_dropout: float = Field(0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -290,7 +290,7 @@ class RolloutConfig(Section):
 
     @property
     def steps_kept(self) -> int:
-        """Trained steps whose graphs of the first pass are kept, where there are two passes."""
+        """Number of trained steps whose graphs of the first pass are kept, in a schedule of two passes."""
         if self.schedule == "segments" and self.kept_steps is None:
             return self.segment_steps
         return self.kept_steps or 0
@@ -306,7 +306,7 @@ class LossConfig(Section):
     mass_scale: float = Field(3.0, gt=0)  # multiplies A before the softmax
     saliency_scale: float = Field(10.0, gt=0)  # multiplies M before the softmax
     count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts
-    balance_weight: float = Field(0.01, ge=0)  # tc
+    balance_weight: float = Field(0.01, ge=0)  # tc, dit_moe
     capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies
     contrastive_weight: float = Field(1.0, ge=0)  # promoe_tc, promoe_ec
     contrastive_temperature: float = Field(0.07, gt=0)
@@ -342,35 +342,35 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the experts are laid out over the ranks (docs/design/0006). Everything else is data parallel under ZeRO."""
+    """How experts are distributed over ranks (docs/design/0006). Everything else is data parallel under ZeRO."""
 
     ep_size: int = Field(1, ge=1)  # ranks that share a layer's experts; must divide the ranks and the experts
     dispatcher: Literal["native", "megatron"] = "native"  # who moves tokens between those ranks
-    # Tokens that compete for an expert (diffmoe, race): those of one rank's micro-batch, whatever ep_size, or of all.
+    # Tokens that compete for an expert (diffmoe, race): those of the micro-batch of one rank, or of all ranks.
     pool_scope: Literal["rank", "world"] = "rank"
 
 
 class GuardConfig(Section):
-    """What is done about numbers that go wrong (docs/reliability.md)."""
+    """How non-finite losses and gradient spikes are handled (docs/reliability.md)."""
 
-    max_skipped: int = Field(5, ge=1)  # so many skipped optimizer steps in a row end the run
-    spike_factor: float = Field(10.0, gt=1)  # a gradient norm above so many times its moving average is a spike
-    spike_window: int = Field(100, ge=1)  # steps in that average; before so many there are no spikes
+    max_skipped: int = Field(5, ge=1)  # the run ends after this many skipped optimizer steps in a row
+    spike_factor: float = Field(10.0, gt=1)  # a gradient norm above this multiple of its moving average is a spike
+    spike_window: int = Field(100, ge=1)  # steps in that average; no spike is found before them
     skip_spikes: bool = False  # skip the step of a spike; it is logged in any case
-    replicas_every: int = Field(0, ge=0)  # compare what ranks hold in common every so many steps; 0: never
+    replicas_every: int = Field(0, ge=0)  # compare the replicated state of ranks every so many steps; 0: never
 
 
 class PeersConfig(Section):
-    """When ranks give each other up, in seconds (docs/reliability.md)."""
+    """After how many seconds a silent rank counts as failed (docs/reliability.md)."""
 
-    dead_after: float = Field(60.0, gt=0)  # a rank not heard of for so long is dead or stopped
-    # No rank's main thread has moved for so long: one is stuck. Longer than the longest save or sampling, and below the
-    # ten minutes after which NCCL gives up by itself, without a name.
+    dead_after: float = Field(60.0, gt=0)  # a rank whose heartbeat is older than this is dead or stopped
+    # A rank is stuck if no rank's main thread has made progress for this long. Longer than the longest save or
+    # sampling, and less than the ten minutes after which NCCL gives up by itself, without naming a rank.
     stuck_after: float = Field(540.0, gt=0)
 
 
 class LogConfig(Section):
-    """What is seen, and how often (in optimizer steps; 0 turns a thing off)."""
+    """What is logged and shown, and how often (in optimizer steps; 0 turns it off)."""
 
     every: int = Field(10, ge=1)
     validate_every: int = Field(100, ge=0)
@@ -378,7 +378,7 @@ class LogConfig(Section):
     sample_every: int = Field(0, ge=0)
     allocation: bool = True  # print the allocation table before and after
     allocation_images: int = Field(128, ge=1)
-    # TFLOP/s that a device could do in the run's precision, for its utilisation; None: by its name (train/peak.py).
+    # Peak TFLOP/s of a device in the precision of the run, for its utilisation; None: by its name (train/peak.py).
     peak_tflops: float | None = Field(None, gt=0)
 
 
@@ -389,18 +389,18 @@ class SampleConfig(Section):
     num_steps: int = Field(50, ge=1)
     method: Literal["euler", "heun"] = "euler"
     cfg_scale: float = Field(1.5, ge=0)
-    guidance_source: Literal["own", "guided"] = "own"  # which x0_hat each classifier-free branch is fed
+    guidance_source: Literal["own", "guided"] = "own"  # which x0_hat each branch of classifier-free guidance reads
     seed: int = 0
 
 
 class CheckpointConfig(Section):
     """When to save, what to keep, where to start."""
 
-    every: int = Field(1000, ge=0)  # optimizer steps; the last one is saved in any case
-    minutes: float = Field(0.0, ge=0)  # also when so many minutes have passed since the last save; 0: never
-    keep: int = Field(2, ge=1)  # how many of those written last stay
-    keep_every: int = Field(0, ge=0)  # checkpoints of every so many steps stay for ever; 0: none
-    asynchronous: bool = True  # training goes on while a thread writes, for a second copy of the state on the host
+    every: int = Field(1000, ge=0)  # optimizer steps; the last one is always saved
+    minutes: float = Field(0.0, ge=0)  # also save this long after the last save; 0: never
+    keep: int = Field(2, ge=1)  # how many of the latest checkpoints are kept
+    keep_every: int = Field(0, ge=0)  # checkpoints at multiples of so many steps are never deleted; 0: none
+    asynchronous: bool = True  # a thread writes while training goes on; costs a second copy of the state in host memory
     resume: str = "auto"  # auto | none | PATH of a checkpoint
     init: str | None = None  # weights file the model starts from (a converged base for stage: posttrain)
 

@@ -1,6 +1,6 @@
-"""Read a run: YAML file + dotted overrides -> `RunConfig`; errors become one line. No torch.
+"""Read a run: YAML file and dotted overrides to `RunConfig`, errors to one line. No torch.
 
-Nothing here extends, includes or interpolates: a run file says everything that differs from the defaults in config.py.
+There is no inheritance, include or interpolation: a run file has all that differs from the defaults in config.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TYPE_WORDS = {
 
 
 class BatchLayout(NamedTuple):
-    """How one optimizer step's samples are laid out: global_batch = micro_batch * accumulation * world."""
+    """How the samples of an optimizer step are divided: global_batch = micro_batch * accumulation * world."""
 
     micro_batch: int  # samples per rank and engine call
     accumulation: int  # engine calls per optimizer step
@@ -48,7 +48,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
         overrides: command-line words, `--section.key value` or `--section.key=value`; values are parsed as YAML.
 
     Raises:
-        ConfigError: one line that names the file or override, the key, what was given, what is allowed and the mend.
+        ConfigError: one line with the file or override, the key, what was given, what is allowed and how to fix it.
     """
     path = DEFAULT_RUN_CONFIG if path is None else Path(path)
     given = parse_overrides(overrides)
@@ -71,10 +71,10 @@ def dump_run_config(run: RunConfig) -> str:
 
 
 def batch_arithmetic(run: RunConfig, world: int) -> BatchLayout:
-    """Cut the global batch into micro-batches for `world` data-parallel ranks; without communication.
+    """Divide the global batch into micro-batches for `world` data-parallel ranks. No communication.
 
     Raises:
-        ConfigError: the global batch cannot be cut evenly.
+        ConfigError: the global batch cannot be divided evenly.
     """
     total, micro = run.train.global_batch, run.train.micro_batch
     if world < 1:
@@ -107,7 +107,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     while queue:
         word = queue.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"argument {word!r} is not understood; overrides are written --section.key value")
+            raise ConfigError(f"argument {word!r} is not an override; write overrides as --section.key value")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not queue or queue[0].startswith("--"):
@@ -124,7 +124,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice (YAML forbids it, PyYAML keeps the last)."""
+    """SafeLoader that rejects a key written twice (YAML forbids it, PyYAML keeps the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -133,7 +133,7 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -145,7 +145,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}; mend the syntax there") from None
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}; fix the syntax there") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -161,7 +161,7 @@ def _parse_value(key: str, text: str) -> Any:
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Write `value` at the dotted place; a mapping is merged into the section, anything else replaces."""
+    """Set `value` at the dotted key; a mapping is merged into the section, anything else replaces it."""
     for key in keys[:-1]:
         below = data.get(key)
         data[key] = below = dict(below) if isinstance(below, dict) else {}
@@ -171,7 +171,7 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """Field name -> the section class behind it, or None for a plain value."""
+    """Return the section class of every field, None for a plain value."""
     kinds = {name: field.annotation for name, field in model.model_fields.items()}
     return {
         name: kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None for name, kind in kinds.items()
@@ -186,7 +186,7 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _check_keys(data: Mapping[Any, Any], path: str, given: Mapping[str, Any]) -> None:
-    """Refuse unknown keys before pydantic does, naming the nearest key of the whole configuration."""
+    """Reject unknown keys before pydantic does, with the nearest key of the whole configuration."""
     known = _dotted_keys(RunConfig)
     for key in [*given, *_written_keys(data, RunConfig)]:
         if key not in known:
@@ -212,7 +212,7 @@ def _suggest(dotted: str, known: Sequence[str]) -> str:
 
 
 def _place(dotted: str, path: str, given: Mapping[str, Any]) -> str:
-    """Say where a key was written: the override that holds it, or the file."""
+    """Return where a key was given: the override, or the file."""
     if any(dotted == key or dotted.startswith(f"{key}.") for key in given):
         return f"--{dotted}"
     return f"{path}: {dotted}"
@@ -233,7 +233,7 @@ def _describe(item: dict[str, Any], path: str, given: Mapping[str, Any]) -> str:
 
 
 def _field_path(loc: Sequence[int | str]) -> str:
-    """Dotted key of an error's location, without indices and the names of union branches."""
+    """Return the dotted key of an error's location, without indices and the names of union branches."""
     known, parts, section = _sections(RunConfig), list[str](), True
     for part in loc:
         if section and isinstance(part, str) and part in known:
@@ -244,7 +244,7 @@ def _field_path(loc: Sequence[int | str]) -> str:
 
 
 def _allowed(dotted: str) -> str:
-    """What a key takes, in words: its type or choices, and its bounds."""
+    """Return what a key accepts, in words: its type or choices, and its bounds."""
     *sections, name = dotted.split(".")
     model: type[BaseModel] = RunConfig
     for section in sections:
@@ -279,7 +279,7 @@ def _type_words(kind: Any) -> str:
 
 
 def _fill_routing_weight(data: dict[str, Any]) -> None:
-    """Token choice and dense give every token the same compute: the routing loss is off unless it was asked for."""
+    """Set the routing weight to 0 where every token gets the same compute and the run gives no weight."""
     model, loss = data.get("model") or {}, data.setdefault("loss", {})
     if not isinstance(model, dict) or not isinstance(loss, dict):
         return
@@ -289,7 +289,7 @@ def _fill_routing_weight(data: dict[str, Any]) -> None:
 
 
 def _check_across_sections(run: RunConfig, path: str) -> None:
-    """Rules between keys of different sections."""
+    """Check rules between keys of different sections."""
     if not run.model.family.varies_compute and run.loss.routing_weight > 0:
         raise ConfigError(
             f"{path}: loss.routing_weight is {run.loss.routing_weight}, but with model.router {run.model.router} every "

@@ -18,7 +18,7 @@ from sharpmoe.losses import HEAD_LOSSES, ROUTER_LOSSES
 from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 from sharpmoe.model.weights import load_model
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.selection import RULES, Choice, Rule
+from sharpmoe.moe.selection import RULES, Rule, RuleInput
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.estimate import Planner
@@ -134,7 +134,7 @@ def test_declared_rows_are_those_of_the_rule(
     scores, logits = (torch.randn(images, tokens, experts, generator=g) for _ in range(2))
     thresholds = torch.randn(experts, generator=g)
     for training in (True, False):
-        choice = Choice(scores) if training else Choice(scores, logits, thresholds)
+        choice = RuleInput(scores) if training else RuleInput(scores, logits, thresholds)
         rule = RULES[router].train if training else RULES[router].infer
         taken = rule(choice, config).sum((0, 1))
         each = rows_per_expert(config, images, tokens, training=training)
@@ -192,18 +192,18 @@ def test_an_unknown_family_is_named_with_the_choices(tmp_path: Path) -> None:
 # ---- A family that the project does not have: one record and one rule. ----
 
 
-def alternate(choice: Choice, config: ModelConfig) -> Tensor:
+def alternate(given: RuleInput, config: ModelConfig) -> Tensor:
     """Expert e takes its best tokens of the whole call, of which every other one is out of reach for it."""
-    scores = choice.scores.flatten(0, 1)
+    scores = given.scores.flatten(0, 1)
     place = torch.arange(len(scores), device=scores.device)[:, None] + torch.arange(scores.shape[1])
     reachable = scores.masked_fill(place % 2 == 1, -torch.inf)
     chosen = reachable.topk(tokens_per_expert(len(scores), scores.shape[1], config.capacity), dim=0).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, chosen, True).view(choice.scores.shape)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, chosen, True).view(given.scores.shape)
 
 
-def above(choice: Choice, config: ModelConfig) -> Tensor:
-    assert choice.thresholds is not None
-    return choice.scores > choice.thresholds
+def above(given: RuleInput, config: ModelConfig) -> Tensor:
+    assert given.thresholds is not None
+    return given.scores > given.thresholds
 
 
 TOY = Family(
@@ -252,13 +252,13 @@ def test_a_new_family_is_counted(toy: str) -> None:
     output, forward, backward = counted(model, uses_x0_prev=True)
     rows = rows_of_call(model.config, IMAGES)
     assert [int(record.routing_map.sum()) for record in output.routing] == [rows, rows]
-    done = products(model.config, Call(IMAGES, 2 * rows, TEXT_LENGTH, uses_x0_prev=True))
+    done = products(model.config, Call(images=IMAGES, rows=2 * rows, text_tokens=TEXT_LENGTH, uses_x0_prev=True))
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
     named = routing_scalars(routing_sums([output.routing], model.config))
     assert 0 < named["routing_flipped/layer0"] < 1
     assert named["routing_load_min/layer0"] == named["routing_load_max/layer0"] == 1
-    unsteered = tuple(record._replace(routing_map=alternate(Choice(record.gate_logits.sigmoid()), model.config))
+    unsteered = tuple(record._replace(routing_map=alternate(RuleInput(record.gate_logits.sigmoid()), model.config))
                       for record in output.routing)  # fmt: skip
     assert routing_scalars(routing_sums([unsteered], model.config))["routing_flipped/layer0"] == 0
 

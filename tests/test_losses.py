@@ -6,7 +6,7 @@ import torch
 from sharpmoe.config import LossConfig, ModelConfig
 from sharpmoe.losses import balance, contrastive, router_similarity, routing_mass, trajectory_routing
 from sharpmoe.moe.routing import Routing
-from sharpmoe.moe.selection import RULES, Choice, lowest_accepted
+from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
 
 COUNTS = LossConfig(routing_mass="counts", count_temperature=0.05)
 EC, TC = ModelConfig(router="ec"), ModelConfig(router="tc")
@@ -31,7 +31,7 @@ def test_kl_is_the_definition_and_zero_at_equality() -> None:
 
 def test_masses_sum_what_the_paper_says() -> None:
     scores = torch.rand(2, 8, 4).softmax(-1).requires_grad_()
-    chosen = RULES["ec"].train(Choice(scores.detach()), EC)
+    chosen = RULES["ec"].train(RuleInput(scores.detach()), EC)
     records = [record(scores, chosen), record(scores, chosen)]
     torch.testing.assert_close(routing_mass(records, LossConfig(routing_mass="scores")), 2 * (scores * chosen).sum(-1))
     counts = routing_mass(records, COUNTS)
@@ -57,7 +57,7 @@ def test_balance_is_one_when_even_and_e_when_collapsed(top_k: int) -> None:
     collapsed = torch.zeros(1, 4, 4)
     collapsed[..., 0] = 1.0
     torch.testing.assert_close(
-        balance([record(collapsed, RULES["tc"].train(Choice(collapsed), TC))]), torch.tensor(4.0)
+        balance([record(collapsed, RULES["tc"].train(RuleInput(collapsed), TC))]), torch.tensor(4.0)
     )
 
 

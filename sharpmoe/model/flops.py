@@ -1,27 +1,29 @@
-"""What one call of the model computes: its matrix products, counted from the configuration and the routing taken.
+"""The matrix products of one call of the model, counted from the configuration and the routing taken.
 
 A product (m, k) x (k, n) is 2 m k n floating point operations. Everything else (norms, activations, softmax, gathers,
-losses, optimizer) is not counted, as is usual where utilisation is told.
+losses, optimizer) is not counted, as is usual for utilisation.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.embed import FREQUENCIES
 
-Part = Literal["dense", "routed", "router"]
+_Part = Literal["dense", "routed", "router"]
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Call:
     """One call of the model."""
 
     images: int = 1
-    rows: float = 0  # that the routed experts computed, over all MoE layers; not whole where it is a mean
+    rows: float = 0  # rows that the routed experts computed, over all MoE layers; a mean need not be whole
     text_tokens: int = 0  # per image, padding included; class-conditional models have none
     uses_x0_prev: bool = False  # given x0_prev, the clean latent predicted by the previous step
     training: bool = True  # some families have products for their losses only
-    for_losses: bool = True  # in training: with those products
+    for_losses: bool = True  # in training: with these products
 
     @property
     def has_losses(self) -> bool:
@@ -32,51 +34,48 @@ class Call(NamedTuple):
 class Product(NamedTuple):
     """Matrix products (m, k) x (k, n), `batch` at a time, that a forward has `times` times."""
 
-    part: Part
+    part: _Part
     times: int
     m: float
     k: int
     n: int
     batch: int = 1
     gradients: int = 2  # products of its backward: one less where a factor needs no gradient
-    in_block: bool = True  # done again where blocks are recomputed
+    in_block: bool = True  # computed again where blocks are recomputed
 
     @property
     def forward(self) -> float:
-        """FLOPs."""
         return 2 * self.times * self.batch * self.m * self.k * self.n
 
     @property
     def backward(self) -> float:
-        """FLOPs of its gradients."""
         return self.forward * self.gradients
 
 
 class Flops(NamedTuple):
-    """FLOPs by what they are spent on."""
+    """FLOPs by their use."""
 
     dense: float  # what every token costs: embedders, attention, dense and shared MLPs, modulation, final layer
-    routed: float  # experts, on the rows that they took
+    routed: float  # routed experts, on their rows
     router: float  # gates, saliency routers with the x0_prev they read, capacity predictors, heads for router losses
 
     @property
     def total(self) -> float:
-        """All of them."""
         return sum(self)
 
 
 def forward_flops(products: Iterable[Product]) -> Flops:
-    """FLOPs of a forward."""
+    """Return the FLOPs of a forward."""
     return _by_part((product.part, product.forward) for product in products)
 
 
 def backward_flops(products: Iterable[Product]) -> Flops:
-    """FLOPs of a backward: twice the forward, less the gradients of what needs none (patches, times, texts, labels)."""
+    """Return the FLOPs of a backward: twice the forward, except for inputs without gradient (patches, times, texts)."""
     return _by_part((product.part, product.backward) for product in products)
 
 
-def _by_part(booked: Iterable[tuple[Part, float]]) -> Flops:
-    sums: dict[Part, float] = {"dense": 0, "routed": 0, "router": 0}
+def _by_part(booked: Iterable[tuple[_Part, float]]) -> Flops:
+    sums: dict[_Part, float] = {"dense": 0, "routed": 0, "router": 0}
     for part, flops in booked:
         sums[part] += flops
     return Flops(**sums)

@@ -1,7 +1,7 @@
-"""Which tokens compete for an expert in training, for families that choose from a pool (DiffMoE, Expert Race).
+"""Which tokens compete in training, for families that choose over a call (`Family.pools_calls`).
 
-A pool is a plain object; the default one is the call: one rank's micro-batch at one rollout step, so that the way
-the experts are laid out over ranks does not change the mathematics.
+A pool is a plain object. The default pool is the call: the micro-batch of one rank at one rollout step, so that the
+distribution of experts over ranks does not change the mathematics.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ class Pool(Protocol):
     """The tokens among which a selection rule chooses."""
 
     def choose(self, scores: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply a rule of `moe.routing` to the pool of scores (B, N, E); returns the call's own part (B, N, E) bool."""
+        """Apply `rule` to the scores (B, N, E) of the whole pool; returns the call's own choices (B, N, E) bool."""
         ...
 
     def lowest(self, cutoff: Tensor) -> Tensor:
-        """Lowest accepted score over the pool, of the call's own (1, 1, E)."""
+        """Return the lowest accepted score over the pool, from that of the call (1, 1, E)."""
         ...
 
     @property
     def is_call(self) -> bool:
-        """Whether the pool is the call itself: the rule then fixes how many tokens of the call each expert takes."""
+        """Whether the pool is the call itself, so that the row counts that a rule fixes are those of the call."""
         ...
 
 
@@ -33,9 +33,7 @@ class CallPool:
     is_call = True
 
     def choose(self, scores: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """See `Pool`."""
         return rule(scores)
 
     def lowest(self, cutoff: Tensor) -> Tensor:
-        """See `Pool`."""
         return cutoff

@@ -7,7 +7,7 @@ from torch.nn import functional
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.pool import CallPool, Pool
 from sharpmoe.moe.routing import Routing, score_logits
-from sharpmoe.moe.selection import RULES, Choice, lowest_accepted
+from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
 
 
 class Router(nn.Module):
@@ -89,10 +89,10 @@ class Router(nn.Module):
             scores = scores + self.expert_bias  # for the choice only (arXiv 2408.15664)
         if not self.training:
             thresholds = None if config.family.thresholds is None else self.expert_threshold
-            return rule.infer(Choice(scores, capacity_logits, thresholds, pools), config)
+            return rule.infer(RuleInput(scores, capacity_logits, thresholds, pools), config)
         if config.family.pools_calls:
-            return self.pool.choose(scores, lambda pooled: rule.train(Choice(pooled), config))
-        return rule.train(Choice(scores), config)
+            return self.pool.choose(scores, lambda pooled: rule.train(RuleInput(pooled), config))
+        return rule.train(RuleInput(scores), config)
 
     @property
     def _has_bias(self) -> bool:

@@ -1,7 +1,8 @@
 """Selection rules: which experts take which tokens. One entry per family, for training and inference.
 
 Rules are pure. B images, N tokens per image, E experts; a rule maps scores (B, N, E) to choices (B, N, E) bool. The
-batch that it sees is its pool: who gathers the tokens of several ranks wraps a rule without the rule knowing.
+batch that a rule gets is its pool: a pool of several ranks (`moe.pool`) gathers their scores and applies the rule to
+all of them.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.families import pairs_of_pool, tokens_per_expert
 
 
-class Choice(NamedTuple):
-    """What a rule chooses by. Detached: no choice has a gradient."""
+class RuleInput(NamedTuple):
+    """What a rule reads. Detached: no choice has a gradient."""
 
     scores: Tensor  # (B, N, E) float32, with the bias that balances loads where there is one
     capacity_logits: Tensor | None = None  # (B, N, E) float32, in inference with thresholds on predictions
@@ -23,7 +24,7 @@ class Choice(NamedTuple):
     pools: int = 1  # equal parts of the batch, each a pool of its own, where inference ranks the tokens of a pool
 
 
-Select = Callable[[Choice, ModelConfig], Tensor]
+Select = Callable[[RuleInput, ModelConfig], Tensor]
 
 
 class Rule(NamedTuple):
@@ -33,66 +34,66 @@ class Rule(NamedTuple):
     infer: Select
 
 
-def _token_choice(choice: Choice, config: ModelConfig) -> Tensor:
-    return _top_experts(choice.scores, config.top_k)
+def _token_choice(given: RuleInput, config: ModelConfig) -> Tensor:
+    return _top_experts(given.scores, config.top_k)
 
 
-def _group_limited(choice: Choice, config: ModelConfig) -> Tensor:
+def _group_limited(given: RuleInput, config: ModelConfig) -> Tensor:
     """Each token takes its top-k experts among those of its best `top_groups` groups (DeepSeek-V3, arXiv 2412.19437).
 
     A group is worth the sum of its two best experts. Experts outside count as 0, as in the published code, so that one
     of them may win where a bias made the inside negative.
     """
     if config.top_groups == config.num_groups:
-        return _token_choice(choice, config)
-    groups = choice.scores.unflatten(-1, (config.num_groups, -1))
+        return _token_choice(given, config)
+    groups = given.scores.unflatten(-1, (config.num_groups, -1))
     worth = groups.topk(2, dim=-1).values.sum(-1)
     best = worth.topk(config.top_groups, dim=-1).indices
     inside = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
     return _top_experts(groups.masked_fill(~inside.unsqueeze(-1), 0).flatten(-2), config.top_k)
 
 
-def _expert_choice(choice: Choice, config: ModelConfig) -> Tensor:
+def _expert_choice(given: RuleInput, config: ModelConfig) -> Tensor:
     """Per image, each expert takes its top N / E * capacity tokens (EC-DiT, arXiv 2410.02098)."""
-    return _top_tokens(choice.scores, config.capacity)
+    return _top_tokens(given.scores, config.capacity)
 
 
-def _batch_pool(choice: Choice, config: ModelConfig) -> Tensor:
+def _batch_pool(given: RuleInput, config: ModelConfig) -> Tensor:
     """Each expert takes its top B N / E * capacity tokens of the whole batch (DiffMoE training, arXiv 2503.14487)."""
-    scores = choice.scores
+    scores = given.scores
     return _top_tokens(scores.reshape(1, -1, scores.shape[-1]), config.capacity).view(scores.shape)
 
 
-def _predicted_capacity(choice: Choice, config: ModelConfig) -> Tensor:
+def _predicted_capacity(given: RuleInput, config: ModelConfig) -> Tensor:
     """DiffMoE inference: a token counts for an expert where its predicted probability exceeds the expert's threshold.
 
     "mask" is the paper's Eq. 14: an expert takes exactly the tokens that count for it. "count" is what ProMoE's code
     does: of each pool, it takes as many tokens as count, those with its highest scores.
     """
-    assert choice.capacity_logits is not None
-    assert choice.thresholds is not None  # the router of this family has a predictor and thresholds
-    counts = choice.capacity_logits.sigmoid() > choice.thresholds
+    assert given.capacity_logits is not None
+    assert given.thresholds is not None  # the router of this family has a predictor and thresholds
+    counts = given.capacity_logits.sigmoid() > given.thresholds
     if config.capacity_selection == "mask":
         return counts
-    pooled = choice.scores.reshape(choice.pools, -1, choice.scores.shape[-1])
+    pooled = given.scores.reshape(given.pools, -1, given.scores.shape[-1])
     count = counts.reshape(pooled.shape).sum(1, keepdim=True)  # (pools, 1, E)
     best_first = pooled.argsort(dim=1, descending=True, stable=True)
     is_taken = torch.arange(pooled.shape[1], device=pooled.device)[:, None] < count  # (pools, rank, E)
-    return torch.zeros_like(is_taken).scatter_(1, best_first, is_taken).view(choice.scores.shape)
+    return torch.zeros_like(is_taken).scatter_(1, best_first, is_taken).view(given.scores.shape)
 
 
-def _race(choice: Choice, config: ModelConfig) -> Tensor:
+def _race(given: RuleInput, config: ModelConfig) -> Tensor:
     """All pairs of token and expert compete, the best B N * capacity win (Expert Race training, arXiv 2503.16057)."""
-    scores = choice.scores
+    scores = given.scores
     count = pairs_of_pool(scores.shape[0] * scores.shape[1], scores.shape[2], config.capacity)
     chosen = scores.flatten().topk(count).indices
     return torch.zeros_like(scores, dtype=torch.bool).flatten().scatter_(0, chosen, True).view(scores.shape)
 
 
-def _above_threshold(choice: Choice, config: ModelConfig) -> Tensor:
+def _above_threshold(given: RuleInput, config: ModelConfig) -> Tensor:
     """Expert Race inference: all pairs whose score reaches the expert's threshold."""
-    assert choice.thresholds is not None
-    return choice.scores >= choice.thresholds
+    assert given.thresholds is not None
+    return given.scores >= given.thresholds
 
 
 RULES: dict[str, Rule] = {

@@ -4,6 +4,7 @@ Model FLOPs are a forward and a backward of every trained rollout step, each onc
 Everything else a schedule computes is booked as wasted: first passes, recomputed blocks, steps that train nothing.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from sharpmoe.config import RunConfig
@@ -59,8 +60,8 @@ def ledger(run: RunConfig, text_tokens: int, rows: float) -> Ledger:
     layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training looks at the time.
     """
     uses_x0_prev = run.stage == "posttrain" and run.model.saliency_router
-    call = Call(1, rows, text_tokens, uses_x0_prev)
-    done, first = products(run.model, call), products(run.model, call._replace(for_losses=False))
+    call = Call(rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev)
+    done, first = products(run.model, call), products(run.model, replace(call, for_losses=False))
     forward, backward, count = forward_flops(done), backward_flops(done), passes(run)
     dense, routed, router = (count.trained * (there + back) for there, back in zip(forward, backward, strict=True))
     wasted = (count.forwards - count.trained - count.first) * forward.total + count.first * forward_flops(first).total

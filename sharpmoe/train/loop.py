@@ -166,15 +166,15 @@ def _log_step(session: Session, step: int, result: StepResult, seconds: float, w
     run, images = session.plan.run, session.plan.batch.global_batch
     calls = images * (1 if run.stage == "pretrain" else run.rollout.num_steps)
     stats = StepStats(
-        step,
-        result.losses,
-        result.grad_norm,
-        result.lr,
-        images,
-        calls * run.model.num_tokens,
-        seconds,
-        waited,
-        _effort(session, None if result.routing is None else rows_taken(result.routing) / calls),
+        step=step,
+        losses=result.losses,
+        grad_norm=result.grad_norm,
+        lr=result.lr,
+        images=images,
+        tokens=calls * run.model.num_tokens,
+        seconds=seconds,
+        wait_seconds=waited,
+        effort=_effort(session, None if result.routing is None else rows_taken(result.routing) / calls),
     )
     session.log.step(stats, None if result.routing is None else routing_scalars(result.routing))
 

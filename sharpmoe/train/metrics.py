@@ -1,11 +1,14 @@
-"""The figures of a run, as pure functions of records: they are added up over micro-batches and ranks (`routing_sums`)
-before they are named (`routing_scalars`, `step_scalars`); `runlog` writes them.
+"""The logged figures of a run, as pure functions of records.
+
+`routing_sums` are added over micro-batches and ranks before `routing_scalars` and `step_scalars` name them; `runlog`
+writes them.
 """
 
 from __future__ import annotations
 
 import resource
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,29 +17,30 @@ from torch import Tensor
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.routing import Routing, score_logits
-from sharpmoe.moe.selection import RULES, Choice
+from sharpmoe.moe.selection import RULES, RuleInput
 from sharpmoe.train.flops import Ledger
 
 SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
 
 
 class Effort(NamedTuple):
-    """What a step computed, and what the devices could have."""
+    """FLOPs of a step, and the devices that computed them."""
 
     ledger: Ledger
     ranks: int
     peak_tflops: float | None = None  # of one device; None where it is not known
 
 
-class StepStats(NamedTuple):
-    """One optimizer step as it is logged; every figure already averaged (or added) over ranks."""
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """One optimizer step as it is logged; all figures are averages or sums over ranks."""
 
     step: int  # counted from 1
     losses: Mapping[str, float]  # name -> value, logged as loss/<name>
     grad_norm: float  # before clipping
     lr: float
     images: int  # trajectories of this step, all ranks
-    tokens: int  # image tokens that went through the model in this step: images * T * N, all ranks
+    tokens: int  # image tokens that the model computed in this step: images * T * N, all ranks
     seconds: float  # wall time of the step
     wait_seconds: float  # part of it spent waiting for data
     effort: Effort | None = None
@@ -64,15 +68,15 @@ class StepStats(NamedTuple):
 
 
 def due(step: int, every: int) -> bool:
-    """Tell whether something that happens every `every` steps (0: never) happens at `step` (from 1); step 1 counts."""
+    """Whether something that happens every `every` steps (0: never) happens at `step` (from 1); step 1 counts."""
     return every > 0 and (step == 1 or step % every == 0)
 
 
 def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig) -> Tensor:
-    """Add up the routing of T training steps x MoE layers: (layers, 4 + E) float64, additive over calls and ranks.
+    """Return the sums of the routing of T training steps x MoE layers: (layers, 4 + E) float64, to be added over ranks.
 
-    Columns: tokens, entropy of the scores in nats, choices, choices that the saliency router flipped (made, but not by
-    the gate's own logits under the same selection rule and pool), then tokens taken by each expert. No grad.
+    Columns: tokens, entropy of the scores in nats, choices, choices that the saliency router flipped (the same rule,
+    applied to the call by the gate's logits alone, would not make them), then tokens of each expert. Without gradient.
     """
     with torch.no_grad():
         steps = [torch.stack([_layer_sums(layer, config) for layer in step]) for step in routing if step]
@@ -83,7 +87,7 @@ def _layer_sums(record: Routing, config: ModelConfig) -> Tensor:
     chosen = record.routing_map
     by_scores = score_logits(record.gate_logits, config.score)
     by_scores = by_scores if record.bias is None else by_scores + record.bias
-    by_gate = RULES[config.router].train(Choice(by_scores), config)
+    by_gate = RULES[config.router].train(RuleInput(by_scores), config)
     shares = record.logits.softmax(-1)
     entropy = -torch.special.xlogy(shares, shares).sum()
     flipped = (chosen[..., : config.num_experts] & ~by_gate).sum()
@@ -115,12 +119,12 @@ def routing_scalars(sums: Tensor) -> dict[str, float]:
 
 
 def rows_taken(sums: Tensor) -> float:
-    """Rows that experts computed, over all layers and all that `routing_sums` were added up of. Reads the device."""
+    """Return the rows that experts computed, over all layers and steps of `sums`. Waits for the device."""
     return float(sums[:, SUMS:].sum())
 
 
 def memory_mib() -> float:
-    """Peak memory in MiB: of the accelerator where there is one, else resident memory of this process."""
+    """Return peak memory in MiB: of the accelerator where there is one, else resident memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux

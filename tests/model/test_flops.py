@@ -68,7 +68,8 @@ def test_the_count_is_what_runs(router: str, uses_x0_prev: bool, training: bool)
     output, forward, backward = counted(model, uses_x0_prev)
     rows = sum(int(record.routing_map.sum()) for record in output.routing)
     text_tokens = TEXT_LENGTH if model.config.conditioning == "text" else 0
-    done = products(model.config, Call(IMAGES, rows, text_tokens, uses_x0_prev, training))
+    call = Call(images=IMAGES, rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev, training=training)
+    done = products(model.config, call)
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
 
@@ -93,12 +94,13 @@ def test_an_image_without_class_costs_a_row_per_token() -> None:
 def test_parts_are_booked_apart() -> None:
     config = toy_model("diffmoe").config
     plain, recursive, routed = (
-        forward_flops(products(config, call)) for call in (Call(2), Call(2, uses_x0_prev=True), Call(2, rows=10))
+        forward_flops(products(config, call))
+        for call in (Call(images=2), Call(images=2, uses_x0_prev=True), Call(images=2, rows=10))
     )
     assert plain.dense == recursive.dense == routed.dense
     assert recursive.router > plain.router == routed.router
     assert (plain.routed, routed.routed) == (0, 10 * 2 * 2 * 24 * 96)
-    blocks = forward_flops(product for product in products(config, Call(2, rows=10)) if product.in_block)
+    blocks = forward_flops(product for product in products(config, Call(images=2, rows=10)) if product.in_block)
     assert blocks.routed == routed.routed
     assert blocks.dense < routed.dense
 
@@ -123,5 +125,5 @@ def test_a_large_model_without_storage(router: str) -> None:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss_of(model(x, t, text, x)).backward()
     rows = rows_of_call(config, images) * config.num_moe_layers
-    done = products(config, Call(images, rows, text_tokens, uses_x0_prev=True))
+    done = products(config, Call(images=images, rows=rows, text_tokens=text_tokens, uses_x0_prev=True))
     assert counter.get_total_flops() == forward_flops(done).total + backward_flops(done).total

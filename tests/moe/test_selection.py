@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.families import FAMILIES, tokens_per_expert
-from sharpmoe.moe.selection import RULES, Choice, lowest_accepted
+from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(4, 20), st.integers(1, 6))
 
@@ -21,7 +21,7 @@ def config_of(router: str, num_experts: int, **fields: float) -> ModelConfig:
 
 
 def chosen_in_training(router: str, scores: Tensor, **fields: float) -> Tensor:
-    return RULES[router].train(Choice(scores), config_of(router, scores.shape[-1], **fields))
+    return RULES[router].train(RuleInput(scores), config_of(router, scores.shape[-1], **fields))
 
 
 def test_every_family_with_experts_has_a_rule() -> None:
@@ -61,7 +61,7 @@ def test_the_best_pairs_of_a_call_win_the_race(shape: tuple[int, int, int], seed
     cutoff = lowest_accepted(scores, chosen, config_of("race", shape[2]))
     assert cutoff.shape == (1, 1, shape[2])
     assert torch.equal(chosen, scores >= cutoff)
-    infer = RULES["race"].infer(Choice(scores, thresholds=cutoff.flatten()), config_of("race", shape[2]))
+    infer = RULES["race"].infer(RuleInput(scores, thresholds=cutoff.flatten()), config_of("race", shape[2]))
     assert torch.equal(chosen, infer)
 
 
@@ -86,7 +86,7 @@ def test_a_pool_of_one_image_is_expert_choice() -> None:
 def test_inference_count_and_mask(shape: tuple[int, int, int], seed: int, level: float) -> None:
     scores = scores_of(shape, seed)
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
-    choice = Choice(scores, logits, torch.full((shape[2],), level))
+    choice = RuleInput(scores, logits, torch.full((shape[2],), level))
     config = config_of("diffmoe", shape[2])
     by_count = RULES["diffmoe"].infer(choice, config)
     mask = RULES["diffmoe"].infer(choice, config.model_copy(update={"capacity_selection": "mask"}))

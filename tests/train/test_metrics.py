@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from tests.toys import ToySamples, toy_config, toy_model
 
 
 def stats(step: int, seconds: float = 0.5) -> StepStats:
-    return StepStats(step, {"total": 1.0 / step, "routing": 0.0}, 0.25, 1e-4, 32, 32 * 64, seconds, 0.1)
+    return StepStats(
+        step=step,
+        losses={"total": 1.0 / step, "routing": 0.0},
+        grad_norm=0.25,
+        lr=1e-4,
+        images=32,
+        tokens=32 * 64,
+        seconds=seconds,
+        wait_seconds=0.1,
+    )
 
 
 def records(router: str, untrained: bool) -> tuple[tuple[Routing, ...], ...]:
@@ -84,7 +94,7 @@ def test_rows_are_those_that_experts_took() -> None:
 
 def test_speed_is_told_of_model_flops_per_rank() -> None:
     spent = Ledger(dense=4e12, routed=2e12, router=1e12, wasted=3e12)
-    named = step_scalars(stats(2)._replace(effort=Effort(spent, ranks=4, peak_tflops=224)))
+    named = step_scalars(replace(stats(2), effort=Effort(spent, ranks=4, peak_tflops=224)))
     assert named["throughput/tflops_per_rank"] == pytest.approx(32 * 7 / 0.5 / 4)
     assert named["throughput/mfu"] == pytest.approx(0.5)
     assert named["throughput/hfu"] == pytest.approx(0.5 * 10 / 7)
@@ -97,7 +107,7 @@ def test_speed_is_told_of_model_flops_per_rank() -> None:
 
 
 def test_no_utilisation_without_a_peak() -> None:
-    named = step_scalars(stats(2)._replace(effort=Effort(Ledger(1e9, 0, 0, 0), ranks=1)))
+    named = step_scalars(replace(stats(2), effort=Effort(Ledger(1e9, 0, 0, 0), ranks=1)))
     assert "throughput/mfu" not in named
     assert named["throughput/tflops_per_rank"] == pytest.approx(32e-3 / 0.5)
 

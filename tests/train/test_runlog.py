@@ -4,6 +4,7 @@ import io
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,16 @@ class Terminal(io.StringIO):
 
 def stats(step: int, loss: float | None = None) -> StepStats:
     losses = {"total": 1.0 / step if loss is None else loss, "routing": 0.0}
-    return StepStats(step, losses, 0.25, 1e-4, 32, 32 * 64, 0.5, 0.1)
+    return StepStats(
+        step=step,
+        losses=losses,
+        grad_norm=0.25,
+        lr=1e-4,
+        images=32,
+        tokens=32 * 64,
+        seconds=0.5,
+        wait_seconds=0.1,
+    )
 
 
 def next_second() -> None:
@@ -61,7 +71,7 @@ def test_a_resumed_log_replaces_what_a_killed_run_left(tmp_path: Path) -> None:
     next_second()
     second = RunLog(tmp_path, 6, first_step=3, every=1, stream=io.StringIO())
     for step in range(3, 7):
-        second.step(stats(step)._replace(losses={"total": 9.0}))
+        second.step(replace(stats(step), losses={"total": 9.0}))
     second.close()
     assert read_log(path)["loss/total"] == {1: 1.0, 2: 0.5, 3: 9.0, 4: 9.0, 5: 9.0, 6: 9.0}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -86,8 +96,8 @@ def test_the_line_tells_the_utilisation_where_the_peak_is_known(tmp_path: Path) 
     stream = io.StringIO()
     log = RunLog(tmp_path, 2, every=1, stream=stream)
     spent = Ledger(dense=1e9, routed=0, router=0, wasted=9e9)  # 32 images in half a second: 0.064 TFLOP/s
-    log.step(stats(1)._replace(effort=Effort(spent, ranks=1, peak_tflops=0.128)))
-    log.step(stats(2)._replace(effort=Effort(spent, ranks=1)))
+    log.step(replace(stats(1), effort=Effort(spent, ranks=1, peak_tflops=0.128)))
+    log.step(replace(stats(2), effort=Effort(spent, ranks=1)))
     log.close()
     first, second = stream.getvalue().splitlines()
     assert "64.0 images/s  mfu 50.0%  data 20%" in first
