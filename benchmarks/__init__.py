@@ -1,6 +1,6 @@
-"""Speed of what matters, beside a reference in the same process. Figures are printed, never asserted by tests."""
+"""Benchmarks against a reference in the same process. They print their figures; no test asserts them."""
 
 import os
 
-# As the launchers do: a virtual machine may advertise AMX and end the process at its first product in half precision.
+# As the launchers do: some virtual machines advertise AMX and kill a process at its first half-precision product.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")

@@ -1,8 +1,9 @@
-"""One block of DiffMoE, forward and backward: attention, modulation and the MoE layer, in its published form and ours.
+"""One block of DiffMoE, forward and backward: attention, modulation and MoE layer, in its published form and in ours.
 
     python -m benchmarks.block [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
-The limit is a dense block whose matrix products have as many FLOPs: its MLP is wider by what router and predictor cost.
+The limit is a dense block whose matrix products have as many FLOPs: its MLP is wider by the cost of router and
+predictor.
 """
 
 import copy
@@ -25,13 +26,12 @@ SIZES = {
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     for size in SIZES[options.device.type]:
         yield block(size, options)
 
 
 def block(size: Size, options: Options) -> Case:
-    """A block in training."""
+    """Return the case of one training block."""
     config = ModelConfig.model_validate(size.config("diffmoe").model_dump() | {"conditioning": "class"})
     module = make_block(config, 1, options)
     published = copy.deepcopy(module)
@@ -54,7 +54,7 @@ def _dense(config: ModelConfig, hidden: int) -> ModelConfig:
 
 
 def make_block(config: ModelConfig, index: int, options: Options) -> Block:
-    """A block of random weights, in training; those of odd index are MoE."""
+    """Return a block with random weights in training mode; blocks with odd index are MoE."""
     torch.manual_seed(0)
     made = Block(config, index).train()
     for parameter in made.parameters():
@@ -75,12 +75,11 @@ class Pass:
         self.context = Context(c.requires_grad_(), None, None, None)
 
     def __call__(self) -> int:
-        """Run it once; gradients are new ones."""
         self.run()
         return 1
 
     def run(self) -> Tensor:
-        """The same, returning the tokens."""
+        """Run forward and backward once and return the tokens."""
         self.module.zero_grad()
         self.x.grad = self.context.c.grad = None
         y, record = self.module(self.x, self.context, None, None)
@@ -88,7 +87,7 @@ class Pass:
         return y
 
     def outcome(self) -> dict[str, Tensor]:
-        """Output and gradients under our names."""
+        """Return output and gradients under our names."""
         y = self.run()
         assert self.x.grad is not None
         assert self.context.c.grad is not None

@@ -1,10 +1,10 @@
-"""What the machine allows: matrix products at the shapes of a layer, and copying.
+"""Limits of the machine: matrix products at the shapes of a layer, and copying.
 
     python -m benchmarks.ceilings [--device cpu|cuda] [--dtype fp32|bf16] [--json FILE]
 
 `gemm` is one dense product, the first of an MLP, tokens x D by D x 4D. `experts` are the same FLOPs as one product per
-expert, on tokens / E rows each; the dense product is their limit: what is missing there no form of the layer can gain
-back. Rates are TFLOP/s, and GB/s read and written. A copy reads and writes tensors much larger than the caches.
+expert, on tokens / E rows each; the dense product is their limit, and no form of the layer can recover the difference.
+Rates are TFLOP/s, and GB/s read and written. A copy reads and writes tensors much larger than the caches.
 """
 
 import sys
@@ -24,14 +24,13 @@ COPIED = {"cpu": 2**28, "cuda": 2**32}  # bytes
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     for preset, num_experts, tokens in SHAPES[options.device.type]:
         yield from products(preset, num_experts, tokens, options)
     yield copying(COPIED[options.device.type], options)
 
 
 def products(preset: str, num_experts: int, tokens: int, options: Options) -> Iterator[Case]:
-    """The dense product, and the same FLOPs by experts."""
+    """Yield the dense product, and the same FLOPs as products of experts."""
     width = SIZES[preset]["width"]
     dense = Gemm(1, tokens, width, 4 * width, 1)
     experts = Gemm(num_experts, tokens // num_experts, width, 4 * width, 1)

@@ -1,12 +1,12 @@
-"""A checkpoint saved, verified and loaded, beside torch.save and torch.load of the same tensors.
+"""Save, verify and load a checkpoint, against torch.save and torch.load of the same tensors.
 
     python -m benchmarks.checkpoint [--wall] [--json FILE]
 
-About 100 MB of one rank: masters, both moments of AdamW and the average as flat partitions, and both weights files.
-Ours is written, flushed, hashed, described by a manifest and published under its name; on the way back every file is
-hashed before a tensor is read. The reference is one file, written and flushed; the limit writes and flushes, or reads,
-as many plain bytes. Without --wall processor time is counted, and what the disk takes is not in it. Ranks, and training
-beside it: benchmarks.saving.
+About 100 MB of one rank: float32 weights, both moments of AdamW and the EMA as flat partitions, and both weights files.
+Ours is written, flushed, hashed, described by a manifest and renamed to its final name; when it is loaded, every file
+is hashed before a tensor is read. The reference is one file, written and flushed; the limit writes and flushes, or
+reads, as many plain bytes. Without --wall, processor time is counted, which excludes the time of the disk.
+benchmarks.saving measures several ranks and training during a save.
 """
 
 import os
@@ -36,7 +36,7 @@ _MODEL = {"width": 128, "depth": 6, "num_heads": 4, "num_experts": 8}
 
 
 def cases(folder: Path, options: Options, fields: dict[str, object] | None = None) -> Iterator[Case]:
-    """Saving, verifying and loading; files are written below `folder`."""
+    """Yield saving, verifying and loading; files are written below `folder`."""
     contents = make_contents(fields or dict(_MODEL), options)
     writer, plain = Ours(folder, contents), Plain(folder, contents)
     writer.save()
@@ -51,7 +51,7 @@ def cases(folder: Path, options: Options, fields: dict[str, object] | None = Non
 
 
 def make_contents(fields: dict[str, object], options: Options) -> Contents:
-    """An engine of one rank with filled moments."""
+    """Return an engine of one rank with moments that are not zero."""
     world, run = launch.start(), run_for(fields, options)
     torch.manual_seed(0)
     model = DiT(run.model)
@@ -64,7 +64,7 @@ def make_contents(fields: dict[str, object], options: Options) -> Contents:
 
 
 class Ours:
-    """The project's checkpoints, one after the other under one name."""
+    """Checkpoints of this project, each replacing the one before."""
 
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.contents, self.saved = contents, folder
@@ -77,12 +77,12 @@ class Ours:
         self.saved = self.saver.save(Progress(1, 0))
 
     def load(self) -> None:
-        """Verify every file and fill the engine."""
+        """Verify every file and load it into the engine."""
         load.load(manifest.verify(self.saved), self.contents)
 
 
 class Plain:
-    """The same tensors in one file of torch's."""
+    """The same tensors in one file of torch.save."""
 
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.path, self.contents = folder / "plain.pt", contents
@@ -95,7 +95,7 @@ class Plain:
         flush(self.path)
 
     def load(self) -> None:
-        """Read, and fill the engine."""
+        """Read the file and load it into the engine."""
         read = torch.load(self.path, weights_only=True, map_location="cpu")["partitions"]
         for kind, parts in self._partitions().items():
             for part, value in zip(parts, read[kind], strict=True):
@@ -108,7 +108,7 @@ class Plain:
 
 
 def check_round_trip(contents: Contents, ours: Ours) -> None:
-    """What is loaded is what was saved, bit for bit."""
+    """Assert that a loaded checkpoint equals the saved one bit for bit."""
     parts = [part.detach() for own in (*contents.engine.partitions().values(), contents.ema.shards) for part in own]
     before = [part.clone() for part in parts]
     for part in parts:
@@ -129,13 +129,13 @@ def read_bytes(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk has a file."""
+    """Wait until a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def once(action: Callable[[], object]) -> Work:
-    """Do it one time."""
+    """Return work that calls a function once."""
 
     def work() -> int:
         action()

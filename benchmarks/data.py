@@ -1,9 +1,10 @@
-"""How fast one worker reads prepared shards, beside webdataset's own reader on the same tars; and how fast it resumes.
+"""Speed of one worker that reads prepared shards, against webdataset's reader on the same tars, and of resuming.
 
     python -m benchmarks.data [--json FILE] [--check]
 
 Both make batches of 32: ours in random order, every member checked by its crc32 and for NaN; webdataset in the order of
-the tar, unchecked, by its default decoders and `batched`. Pages are in memory, so this is the cost of the reader.
+the tar, unchecked, with its default decoders and `batched`. The files are in the page cache, so this is the cost of the
+reader.
 """
 
 import sys
@@ -30,7 +31,7 @@ _MANY_SHARDS, _SHARD_SAMPLES = 10_000, 1_000
 
 
 def cases(folder: Path) -> Iterator[Case]:
-    """All cases; shards are written below `folder` when their case comes."""
+    """Yield all cases; the shards of a case are written below `folder` just before it."""
     for text, count in _TEXTS.items():
         name = f"{text.length}x{text.width}"
         yield _reading(f"data.latent_4x32x32_text_{name}", write_shards(folder / name, text, 2, count))
@@ -64,7 +65,7 @@ def _sound(shards: ShardSet, order: Order, position: int) -> Sample:
 
 
 def _resuming(folder: Path) -> Case:
-    """From nothing to the first batch, in the middle of the third epoch of ten million samples."""
+    """Return the time to the first batch, in the middle of the third epoch of ten million samples."""
     start = int(2.4 * _MANY_SHARDS * _SHARD_SAMPLES) // _BATCH * _BATCH
 
     def resume() -> int:

@@ -1,4 +1,4 @@
-"""The bare matrix products of a training step, at its own shapes: what bounds the step from below."""
+"""The matrix products of a training step alone, at its shapes: a lower bound of the time of the step."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from sharpmoe.model.flops import Product
 
 
 class Gemm(NamedTuple):
-    """A product (batch, m, k) x (batch, k, n), `times` times in a row. It lies in memory as in `functional.linear`."""
+    """A product (batch, m, k) x (batch, k, n), `times` times in a row, laid out as in `functional.linear`."""
 
     batch: int
     m: int
@@ -21,12 +21,12 @@ class Gemm(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """All of them together."""
+        """Return the FLOPs of all `times` products."""
         return 2 * self.batch * self.m * self.k * self.n * self.times
 
 
 def gemms_of(products: Iterable[Product], num_experts: int) -> list[Gemm]:
-    """Forward and backward of products whose routed rows are shared equally by so many experts."""
+    """Return forward and backward of products whose routed rows are divided equally between the experts."""
     gemms = []
     for product in products:
         batch = num_experts if product.part == "routed" else product.batch
@@ -37,7 +37,7 @@ def gemms_of(products: Iterable[Product], num_experts: int) -> list[Gemm]:
 
 
 def bare(gemms: Iterable[Gemm], options: Options) -> Callable[[], None]:
-    """All products one after the other, on operands that are there; each shape has its own."""
+    """Return work that runs all products in turn, on preallocated operands of each shape."""
     calls = [(gemm.times, *_operands(gemm, options)) for gemm in gemms]
 
     def run() -> None:

@@ -1,15 +1,15 @@
-"""Ours, a reference and what the machine allows in turn, in one process: a busy machine slows all of them alike.
+"""Time ours, a reference and a limit in turn, in one process, so that a busy machine slows all of them equally.
 
     case=NAME ours=T ref=T ratio=X limit=T of_limit=Y goal=G n=ROUNDS spread=S [FACT=VALUE ...]
 
-Times are medians per item, in ms. `ratio` is the reference's time over ours; `limit` is the time of what bounds ours
-from below (a dense layer of equal FLOPs, the machine's GEMM or copy rate), `of_limit` that time over ours: more is
-better in both. `spread` is the distance between the quartiles of the rounds' ratios (without a reference: of_limit;
-without both: times) over their median. Facts are counted, not timed, but for rates (FLOP/s, bytes/s), whose amount is
-counted. Before a case is timed, its `check` has compared the outcomes.
+Times are medians per item, in ms. `ratio` is the reference's time over ours; `limit` is the time of a lower bound of
+ours (a dense layer of equal FLOPs, the machine's GEMM or copy rate), `of_limit` that time over ours: more is better in
+both. `spread` is the distance between the quartiles of the rounds' ratios (without a reference: of_limit; without both:
+times) over their median. Facts are counted, not timed, except rates (FLOP/s, bytes/s), whose amount is counted. Before
+a case is timed, its `check` compares the outcomes.
 
-On the CPU the process keeps freed memory, as CUDA's allocator does: otherwise large tensors come from the system anew
-in every call and who makes more of them pays for clearing their pages.
+On the CPU the process keeps freed memory, as CUDA's allocator does: otherwise every call would get large tensors from
+the system anew, and the version that allocates more would pay for clearing their pages.
 """
 
 import argparse
@@ -26,25 +26,24 @@ import torch
 
 ROUNDS = 11
 
-Work = Callable[[], int]  # does something so many times, and says how often
+Work = Callable[[], int]  # runs something several times and returns how often
 Clock = Callable[[], float]  # seconds
 
 
 class Goals(NamedTuple):
-    """What a case should reach; None: it is only reported."""
+    """Goals of a case; a figure whose goal is None is only reported."""
 
     ratio: float | None = None  # at least
     of_limit: float | None = None  # at least
     ms: float | None = None  # at most
 
     def __str__(self) -> str:
-        """As it is printed."""
         words = {"ratio>=": self.ratio, "of_limit>=": self.of_limit, "ms<=": self.ms}
         return ",".join(f"{word}{value:g}" for word, value in words.items() if value is not None) or "-"
 
 
 class Case(NamedTuple):
-    """Ways to do the same."""
+    """Several ways to compute the same."""
 
     name: str
     ours: Work
@@ -57,7 +56,7 @@ class Case(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Where and in which precision."""
+    """Device and precision."""
 
     device: torch.device
     dtype: torch.dtype
@@ -86,7 +85,7 @@ class Result(NamedTuple):
         return in_time and all(goal is None or (value is not None and value >= goal) for value, goal in pairs)
 
     def __str__(self) -> str:
-        """The line that is printed."""
+        """Return the line that is printed."""
         times = {name: _time(getattr(self, name)) for name in ("ours", "ref", "limit")}
         shares = {name: _number(getattr(self, name)) for name in ("ratio", "of_limit", "spread")}
         words = {"case": self.case} | times | shares | {"goal": str(self.goals), "n": str(self.n)}
@@ -106,7 +105,7 @@ def _number(value: float | None) -> str:
 
 
 def measure(case: Case, rounds: int = ROUNDS, clock: Clock = time.perf_counter) -> Result:
-    """Check a case, run it once to warm it, then `rounds` times; who begins changes from round to round."""
+    """Check a case, run it once to warm up, then `rounds` times; the order changes from round to round."""
     if case.check is not None:
         case.check()
     works = {"ours": case.ours, "ref": case.reference, "limit": case.limit}
@@ -154,7 +153,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def synchronised(clock: Clock) -> Clock:
-    """A clock that is read when the GPU has done all it was given."""
+    """Return a clock that waits for all work of the GPU before it is read."""
 
     def read() -> float:
         torch.cuda.synchronize()
@@ -187,7 +186,7 @@ def main(build: Callable[[Options], Iterable[Case]], description: str, arguments
 
 
 def _keep_memory() -> None:
-    """Tell glibc, where it is glibc, to give freed memory back to nobody but this process."""
+    """Make glibc, where it is used, keep freed memory in this process."""
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:
         adjust(-4, 0)  # M_MMAP_MAX: no separate mappings
@@ -203,10 +202,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
-    add("--json", type=Path, metavar="FILE", help="also write the results there")
-    add("--only", default="", metavar="TEXT", help="only cases whose name holds this")
-    add("--rounds", type=int, default=ROUNDS, help="of every case (at least 2)")
-    add("--threads", type=int, default=1, help="of torch on the CPU")
-    add("--wall", action="store_true", help="on the CPU: count seconds that pass, not those of the processor")
-    add("--check", action="store_true", help="exit with 1 where a goal is missed")
+    add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    add("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    add("--rounds", type=int, default=ROUNDS, help="rounds of every case (at least 2)")
+    add("--threads", type=int, default=1, help="threads of torch on the CPU")
+    add("--wall", action="store_true", help="on the CPU: measure wall time, not processor time")
+    add("--check", action="store_true", help="exit with 1 if a goal is missed")
     return parser

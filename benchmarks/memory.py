@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class SavedBytes:
-    """Bytes of unique storages that graphs hold for backward: now, and at the most."""
+    """Bytes of unique storages that graphs keep for backward: the current and the largest number."""
 
     def __init__(self, without: Iterable[Tensor]) -> None:
         self.now = self.peak = 0
@@ -18,7 +18,7 @@ class SavedBytes:
 
     @contextmanager
     def watch(self) -> Iterator["SavedBytes"]:
-        """Inside, follow every graph that is made."""
+        """Count what graphs that are built in this context save."""
         with saved_tensors_hooks(lambda tensor: _Held(tensor, self), lambda held: held.tensor):
             yield self
 
@@ -34,7 +34,7 @@ class SavedBytes:
 
 
 class _Held:
-    """A saved tensor, as long as its graph holds it."""
+    """A saved tensor; it lives as long as its graph."""
 
     def __init__(self, tensor: Tensor, count: SavedBytes) -> None:
         self.tensor, self._count = tensor, count

@@ -2,14 +2,14 @@
 
     python -m benchmarks.moe_layer [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
-Both layers choose with the same float32 router and train it, and DiffMoE its capacity predictor, whose thresholds
-move. `benchmarks/published.py` says what the published form does, in bf16 too. The limit is one MLP whose matrix
-products have as many FLOPs as all of the layer's, router and predictor included, in the given precision. `routed` is
-the experts' share of those FLOPs. Names end in the size (width of DiT-S, B, L), the number of experts and the tokens of
-a call; published models are S with 16 experts (KwaiVGI/DiffMoE), B and L with 8 (ali-vilab/ProMoE) and with 16.
+Both layers use and train the same float32 router, and DiffMoE its capacity predictor and thresholds.
+`benchmarks/published.py` describes the published form, also in bf16. The limit is one MLP whose matrix products have as
+many FLOPs as all products of the layer, including router and predictor, in the given precision. `routed` is the
+fraction of those FLOPs in experts. Names end in the size (width of DiT-S, B, L), the number of experts and the tokens
+of a call; published models are S with 16 experts (KwaiVGI/DiffMoE), B and L with 8 (ali-vilab/ProMoE) and with 16.
 
-`bound` cases put the layer's matrix products and activations alone in the place of ours: by so much at most a layer of
-these products could be faster than the published one, and so near at most it could come to the dense one.
+`bound` cases run only the layer's matrix products and activations in place of ours. They show how much faster than the
+published layer, and how close to the dense one, a layer of these products could be at most.
 """
 
 import sys
@@ -53,12 +53,11 @@ class Size(NamedTuple):
     images: int
 
     def config(self, router: str) -> ModelConfig:
-        """The model whose layer it is."""
+        """Return the configuration of the layer's model."""
         fields = {"preset": self.preset, "num_experts": self.num_experts, "router": router, "saliency_router": False}
         return ModelConfig.model_validate(fields)
 
     def __str__(self) -> str:
-        """Part of a case's name."""
         return f"{self.preset}_e{self.num_experts}_{self.images * TOKENS}"
 
 
@@ -77,7 +76,6 @@ DISPATCH = 4.0
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     kind = options.device.type
     for size in DIFFMOE[kind]:
         yield diffmoe(size, options)
@@ -90,7 +88,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def diffmoe(size: Size, options: Options) -> Case:
-    """DiffMoE in training: equal counts."""
+    """Return DiffMoE in training: every expert takes the same number of tokens."""
     layer = make_layer(size.config("diffmoe"), options)
     published = PublishedDiffMoE(layer)
     goals = Goals(RATIO[options.device.type][options.precision], OF_LIMIT[options.device.type])
@@ -98,14 +96,14 @@ def diffmoe(size: Size, options: Options) -> Case:
 
 
 def expert_choice_layer(size: Size, options: Options) -> Case:
-    """Expert choice: the whole layer."""
+    """Return expert choice: the whole layer."""
     layer = make_layer(size.config("ec"), options)
     goals = Goals(None, OF_LIMIT[options.device.type])
     return _against(f"moe_layer.ec_{size}", layer, OneHotExpertChoice(layer), size, options, goals)
 
 
 def bound(size: Size, options: Options) -> Case:
-    """What a layer of DiffMoE cannot do without, in the place of ours."""
+    """Return the products that a layer of DiffMoE needs at least, in place of ours."""
     layer = make_layer(size.config("diffmoe"), options)
     case = _against(f"moe_layer.bound_{size}", layer, PublishedDiffMoE(layer), size, options, Goals())
     alone = Bare(layer.config, size, options)
@@ -117,7 +115,7 @@ def bound(size: Size, options: Options) -> Case:
 
 
 class Bare:
-    """Products and activations of a DiffMoE layer, forward and backward, on operands that are there."""
+    """Products and activations of a DiffMoE layer, forward and backward, on preallocated operands."""
 
     def __init__(self, config: ModelConfig, size: Size, options: Options) -> None:
         tokens = size.images * TOKENS
@@ -137,7 +135,6 @@ class Bare:
         self.inner, self.d_inner = torch.randn(2, rows, inner, device=options.device, dtype=options.dtype)
 
     def __call__(self) -> int:
-        """Run it once."""
         self.products()
         self.router()
         gelu_tanh(self.inner)
@@ -146,7 +143,7 @@ class Bare:
 
 
 def make_layer(config: ModelConfig, options: Options) -> MoELayer:
-    """A layer of random weights, in training."""
+    """Return a layer with random weights in training mode."""
     torch.manual_seed(0)
     layer = MoELayer(config).train()
     for parameter in layer.parameters():
@@ -157,7 +154,7 @@ def make_layer(config: ModelConfig, options: Options) -> MoELayer:
 class Pass:
     """Forward and backward of a layer on fixed tokens (B, N, D) and a fixed gradient.
 
-    DiffMoE trains its capacity predictor and moves its thresholds, ours after the forward.
+    DiffMoE trains its capacity predictor and updates its thresholds, ours after the forward.
     """
 
     def __init__(self, layer: nn.Module, images: int, config: ModelConfig, options: Options) -> None:
@@ -168,7 +165,6 @@ class Pass:
         self.layer, self.h, self.dy, self.d_capacity = layer, h.requires_grad_(), dy, d_capacity
 
     def __call__(self) -> int:
-        """Run it once; gradients are new ones."""
         self.run()
         return 1
 
@@ -182,7 +178,7 @@ class Pass:
         return y
 
     def outcome(self) -> dict[str, Tensor]:
-        """Output and gradients under our names, and thresholds as they move from nought."""
+        """Return output and gradients under our names, and thresholds after one update from zero."""
         for buffer in self.layer.buffers():
             buffer.zero_()
         y = self.run()
@@ -192,7 +188,7 @@ class Pass:
 
 
 def finish(layer: nn.Module, y: Tensor, record: Routing | None, dy: Tensor, d_capacity: Tensor) -> None:
-    """Backward of y, and of the capacity logits where there are some; a layer of ours also moves its thresholds."""
+    """Run the backward of y and of capacity logits, if any; a layer of ours also updates its thresholds."""
     if record is None or record.capacity_logits is None:
         y.backward(dy)
         return
@@ -203,14 +199,14 @@ def finish(layer: nn.Module, y: Tensor, record: Routing | None, dy: Tensor, d_ca
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Of its matrix products."""
+    """Return the FLOPs of the layer's matrix products."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
 def dense_hidden(total: float, tokens: int, width: int) -> int:
-    """Hidden width of an MLP whose forward and backward on the tokens have so many FLOPs."""
+    """Return the hidden width of an MLP whose forward and backward on the tokens have this many FLOPs."""
     return round(total / (12 * tokens * width))
 
 
@@ -230,7 +226,7 @@ def _against(name: str, layer: MoELayer, reference: nn.Module, size: Size, optio
 
 
 def dispatch(size: Size, options: Options) -> Case:
-    """Moving to experts and back alone: experts answer what they are given. Expert choice against one-hot products."""
+    """Return dispatch and combine of expert choice, with identity experts, against products with one-hot matrices."""
     config = size.config("ec")
     g = torch.Generator().manual_seed(1)
     shape = (size.images, TOKENS, config.width)
@@ -260,7 +256,7 @@ def dispatch(size: Size, options: Options) -> Case:
 
 
 def _echo(rows: Tensor, counts: Tensor | int) -> Tensor:
-    """Experts that answer what they are given."""
+    """Return the input: identity experts."""
     return rows
 
 

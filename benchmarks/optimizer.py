@@ -1,10 +1,10 @@
-"""An optimizer step of the engine: gradient norm, clipping, AdamW, the forward's weights, the average of the weights.
+"""An optimizer step of the engine: gradient norm, clipping, AdamW, the weights of the forward, the EMA.
 
     python -m benchmarks.optimizer [--device cuda] [--dtype bf16] [--json FILE]
 
-The reference is torch's: clip_grad_norm_, AdamW (foreach) and a foreach average over the model's own parameters. The
-limit copies as many bytes as a step must move: per parameter 4 for the norm, 28 for AdamW, 12 for the average, and
-what the forward's weights take (8, in bf16 6). One rank, ZeRO-3: nothing is sent. Gradients are given.
+The reference is torch's: clip_grad_norm_, AdamW (foreach) and a foreach EMA over the parameters of the model. The limit
+copies as many bytes as a step must move: per parameter 4 for the norm, 28 for AdamW, 12 for the EMA, and 8 (6 in bf16)
+for the weights of the forward. One rank, ZeRO-3: nothing is sent. Gradients are given.
 """
 
 import sys
@@ -30,14 +30,13 @@ _RATIO = 1.5
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     world = launch.start()
     for name, fields in {"s_depth4": {"preset": "s", "depth": 4}, "b_depth4": {"preset": "b", "depth": 4}}.items():
         yield optimizer_step(f"optimizer.diffmoe_{name}", fields, world, options)
 
 
 def run_for(fields: dict[str, object], options: Options, output: str = "none") -> RunConfig:
-    """A run of one rank whose model has these fields."""
+    """Return a run of one rank with these fields of the model."""
     return RunConfig.model_validate(
         {
             "output": output,
@@ -50,7 +49,7 @@ def run_for(fields: dict[str, object], options: Options, output: str = "none") -
 
 
 def optimizer_step(name: str, fields: dict[str, object], world: World, options: Options) -> Case:
-    """The engine's step and torch's on the same weights and gradients."""
+    """Return the steps of engine and torch on the same weights and gradients."""
     torch.manual_seed(0)
     run = run_for(fields, options)
     model = DiT(run.model)
@@ -83,14 +82,14 @@ def optimizer_step(name: str, fields: dict[str, object], world: World, options: 
 
 
 def gradients_for(parameters: list[Tensor]) -> Iterator[Tensor]:
-    """The same ones at every call, large enough that they are clipped."""
+    """Return fixed gradients, large enough to be clipped."""
     for index, parameter in enumerate(parameters):
         generator = torch.Generator().manual_seed(index)
         yield _GRADIENT * torch.randn(parameter.numel(), generator=generator).to(parameter.device)
 
 
 class EngineStep:
-    """Ours. Calling it is one step; gradients stay what `give_gradients` and clipping made them."""
+    """Our step. A call does one step; gradients stay as `give_gradients` and clipping left them."""
 
     def __init__(self, model: DiT, run: RunConfig, world: World) -> None:
         self.shapes = [p.shape for p in model.parameters()]
@@ -105,7 +104,7 @@ class EngineStep:
         self._gradients = dict(self._zero.averaged_gradients)
 
     def give_gradients(self) -> None:
-        """Lay gradients where DeepSpeed's backward leaves them."""
+        """Write gradients where DeepSpeed's backward writes them."""
         order = {id(p): i for i, p in enumerate(self.module.parameters())}
         given = list(gradients_for([torch.empty(shape, device=self.ema.shards[0].device) for shape in self.shapes]))
         for group, parameters in enumerate(self._zero.fp16_groups):
@@ -119,12 +118,12 @@ class EngineStep:
         return 1
 
     def weights(self) -> list[Tensor]:
-        """Masters, in the order of the model's parameters."""
+        """Return the float32 weights in the order of the model's parameters."""
         whole = self.engine.full_weights(self.module)
         return [whole[name] for name, _ in self.module.named_parameters()]
 
     def averages(self) -> list[Tensor]:
-        """The same of the average."""
+        """Return the EMA in the order of the model's parameters."""
         whole = self.ema.full_weights(self.module)
         return [whole[name] for name, _ in self.module.named_parameters()]
 

@@ -1,8 +1,8 @@
-"""What ours is measured against: MoE layers as the papers and their code have them, on the same weights.
+"""References for benchmarks: MoE layers in the form of the papers and their code, on the same weights.
 
-Gates are ours (float32), so that both choose alike. In bf16 a published layer runs as ali-vilab/ProMoE (train.py) and
-yhlleo/EfficientMoE (train_fsdp.py) train it: weights and tokens in float32, products in bf16 by autocast. So its gates
-and its buffer of answers are float32, and every call casts every weight.
+Gates are computed by our router (float32), so that both make the same choices. In bf16 a published layer runs as
+ali-vilab/ProMoE (train.py) and yhlleo/EfficientMoE (train_fsdp.py) train it: weights and tokens in float32, products in
+bf16 by autocast. So its gates and its output buffer are float32, and every call casts every weight.
 """
 
 import copy
@@ -24,7 +24,7 @@ THRESHOLD_DECAY = 0.95
 
 
 class Published(nn.Module, ABC):
-    """A layer in a published form, made of one of ours: float32, its products by autocast in the dtype of ours."""
+    """A layer in a published form, built from one of ours: float32, with autocast products in the dtype of ours."""
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Published(nn.Module, ABC):
         self.gate = copy.deepcopy(layer.gate)
 
     def forward(self, h: Tensor, *rest: object) -> tuple[Tensor, Routing | None]:
-        """Map tokens h (B, N, D) to y (B, N, D) and the routing record; the rest of what our layer takes is ignored."""
+        """Map tokens h (B, N, D) to y (B, N, D) and the routing record; other arguments of our layer are ignored."""
         scores = self.gate(h).softmax(-1)
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             y, record = self.serve(h.float(), scores)
@@ -40,15 +40,15 @@ class Published(nn.Module, ABC):
 
     @abstractmethod
     def serve(self, h: Tensor, scores: Tensor) -> tuple[Tensor, Routing | None]:
-        """The same in float32, given the scores (B, N, E) of all tokens."""
+        """Compute y in float32, given the scores (B, N, E) of all tokens."""
 
 
 class PublishedDiffMoE(Published):
     """DiffMoE (arXiv 2503.14487; KwaiVGI/DiffMoE): every expert is a module and takes its top-k tokens of the batch.
 
-    Its rows are picked from the stack of all by index, so that each expert's backward makes a gradient as large as the
-    stack. The gated answers are scattered into a buffer of experts x tokens x width, which is summed over experts. In
-    training a forward also moves the thresholds, expert by expert.
+    Its rows are indexed from the tensor of all tokens, so the backward of each expert creates a gradient as large as
+    that tensor. The gated outputs are scattered into a buffer of experts x tokens x width, which is summed over
+    experts. In training a forward also updates the thresholds, expert by expert.
     """
 
     expert_threshold: Tensor
@@ -62,7 +62,6 @@ class PublishedDiffMoE(Published):
         self.float()
 
     def serve(self, h: Tensor, scores: Tensor) -> tuple[Tensor, Routing]:
-        """See `Published`."""
         capacity_logits = self.capacity_predictor(h)
         flat, pool = h.flatten(0, 1), scores.flatten(0, 1)
         tokens, num_experts = pool.shape
@@ -76,7 +75,7 @@ class PublishedDiffMoE(Published):
         y = buffer.scatter(0, rows, answers).view(num_experts, *flat.shape).sum(0)
         self._move_thresholds(capacity_logits.detach().flatten(0, 1).sigmoid(), index.shape[1])
         chosen = torch.zeros_like(pool.t(), dtype=torch.bool).scatter(1, index, True).t().view(scores.shape)
-        nothing = scores.new_empty(0)  # fields that neither this form nor its losses know
+        nothing = scores.new_empty(0)  # fields that neither this form nor its losses use
         return y.view_as(h), Routing(nothing, nothing, scores, nothing, chosen, nothing, capacity_logits)
 
     def _move_thresholds(self, probabilities: Tensor, count: int) -> None:
@@ -89,7 +88,7 @@ class PublishedDiffMoE(Published):
 class OneHotExpertChoice(Published):
     """Expert choice (arXiv 2202.09368; EC-DiT, arXiv 2410.02098): dispatch and combine are products with one-hots.
 
-    Per image each expert takes its top tokens; P (B, E, C, N) says which token fills which of its C places.
+    Per image each expert takes its top tokens; P (B, E, C, N) is one where a token fills one of its C places.
     """
 
     def __init__(self, layer: MoELayer) -> None:
@@ -98,7 +97,6 @@ class OneHotExpertChoice(Published):
         self.float()
 
     def serve(self, h: Tensor, scores: Tensor) -> tuple[Tensor, None]:
-        """See `Published`."""
         gates, places = one_hot_places(scores, self.config.capacity, h.dtype)
         taken = torch.einsum("becn,bnd->ebcd", places, h)
         answers = batched_experts(self.experts, taken.flatten(1, 2)).view_as(taken)
@@ -106,21 +104,21 @@ class OneHotExpertChoice(Published):
 
 
 def one_hot_places(scores: Tensor, capacity: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gates (B, E, C) and one-hot places (B, E, C, N) of expert choice by scores (B, N, E)."""
+    """Return gates (B, E, C) and one-hot places (B, E, C, N) of expert choice by scores (B, N, E)."""
     count = tokens_per_expert(scores.shape[1], scores.shape[2], capacity)
     gates, index = scores.transpose(1, 2).topk(count, dim=-1)
     return gates.to(dtype), functional.one_hot(index, scores.shape[1]).to(dtype)
 
 
 def batched_experts(experts: Experts, rows: Tensor) -> Tensor:
-    """Rows (E, C, D) through stacked GELU experts, as einsum code has it."""
+    """Return the outputs of stacked GELU experts for rows (E, C, D), as einsum code computes them."""
     b1, b2 = experts.w3.split([experts.hidden, experts.width], dim=-1)
     inner = gelu_tanh(torch.einsum("ecd,efd->ecf", rows, experts.w1) + b1)
     return torch.einsum("ecf,edf->ecd", inner, experts.w2) + b2
 
 
 def single_experts(experts: Experts) -> list[Mlp]:
-    """The stacked GELU experts as modules of their own."""
+    """Return the stacked GELU experts as one module each."""
     singles = []
     for w1, w2, w3 in zip(experts.w1, experts.w2, experts.w3, strict=True):
         single = Mlp(experts.width, experts.hidden).to(device=w1.device, dtype=w1.dtype)
@@ -137,7 +135,7 @@ def single_experts(experts: Experts) -> list[Mlp]:
 
 
 def published_model(model: DiT) -> DiT:
-    """A copy of a DiffMoE model whose MoE layers are in the published form."""
+    """Return a copy of a DiffMoE model with MoE layers in the published form."""
     layers = {id(layer): PublishedDiffMoE(layer) for layer in model.moe_layers()}
     twin = copy.deepcopy(model, cast(dict[int, object], dict(layers)))
     assert all(isinstance(block.moe, PublishedDiffMoE | None) for block in twin.blocks)
@@ -145,7 +143,7 @@ def published_model(model: DiT) -> DiT:
 
 
 def stacked(named: Named) -> Named:
-    """Parameters or gradients by published names under ours: experts stacked, their biases joined."""
+    """Convert parameters or gradients from published names to ours: experts stacked, their biases joined."""
     ours: Named = {}
     parts: dict[str, dict[str, list[Tensor]]] = {}
     for name, value in named.items():
@@ -163,13 +161,13 @@ def stacked(named: Named) -> Named:
 
 
 def gradients(module: nn.Module) -> Named:
-    """Gradients by name; zeros where there are none."""
+    """Return gradients by name; zeros for parameters without one."""
     named = module.named_parameters()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
 
 
 def assert_close(got: Named, expected: Named, tolerance: float) -> None:
-    """Every tensor within `tolerance` of the largest magnitude of the expected one; AssertionError otherwise."""
+    """Raise AssertionError unless every tensor is within `tolerance` of the largest expected magnitude."""
     assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
     for name, value in expected.items():
         difference = (got[name].double() - value.double()).abs().max()

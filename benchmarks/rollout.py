@@ -1,15 +1,16 @@
-"""Time of a rollout of T = 10 steps under each schedule, against plain steps of the same model.
+"""Time of a rollout of T = 10 steps with each schedule, against plain steps of the same model.
 
     python -m benchmarks.rollout [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
-Forward, losses and backward of DiffMoE with saliency routers, without an optimizer. Times are per sample and denoising
-step that is trained; the reference is one such step (T = 1: the same model, losses and images), and for segments, which
-train a part of the steps, the plain rollout. Before anything is timed, the gradients of every schedule are compared in
-float64: they are those of the plain rollout to 1e-10, of segments their mean over all segments. Facts: calls of the
-model with and without a graph, the most bytes that graphs held at one time, and their share of those of a plain step.
+Forward, losses and backward of DiffMoE with saliency routers, without an optimizer. Times are per sample and trained
+denoising step; the reference is one such step (T = 1: the same model, losses and images), and for segments, which train
+a part of the steps, the plain rollout. Before timing, the gradients of every schedule are compared in float64: they
+equal those of the plain rollout to 1e-10; for segments, their mean over all segments does. Facts: calls of the model
+with and without a graph, the largest number of bytes that graphs held at one time, and its fraction of that of a plain
+step.
 
-On the CPU there are two sizes: `small`, 64 tokens an image, under every schedule, and `s`, two of the twelve layers of
-DiffMoE-S with their 256 tokens an image, under the schedules that have a goal.
+On the CPU there are two sizes: `small`, 64 tokens per image, with every schedule, and `s`, two of the twelve layers of
+DiffMoE-S with their 256 tokens per image, with the schedules that have a goal.
 """
 
 import sys
@@ -31,8 +32,8 @@ from sharpmoe.train.objective import Objective, StepRequest
 STEPS, SEGMENT = 10, 5
 EXACT = 1e-10  # relative distance of gradients in float64
 CHECKED_IMAGES = 2
-SLOWER = {"plain": 1.05, "two_pass": 1.34}  # goals: at most so many times a plain step
-SEGMENTS = 0.70  # and so much of a plain rollout
+SLOWER = {"plain": 1.05, "two_pass": 1.34}  # goals: at most this multiple of a plain step
+SEGMENTS = 0.70  # and this multiple of a plain rollout
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,7 +47,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 class Size(NamedTuple):
-    """A model, a batch, and the schedules that it is timed under."""
+    """A model, a batch, and the schedules to time."""
 
     name: str
     model: dict[str, Any]
@@ -65,13 +66,13 @@ SIZES = {
 
 
 class Rollout(NamedTuple):
-    """A model under a schedule, and a micro-batch for it."""
+    """A model with a schedule, and a micro-batch."""
 
     objective: Objective
     item: TrajectoryBatch
 
     def __call__(self, block: int = 0) -> Tensor:
-        """Forward and backward; the loss."""
+        """Run forward and backward; return the loss."""
         self.objective.zero_grad()
         loss: Tensor = self.objective(StepRequest((self.item,), block)).loss
         loss.backward()
@@ -79,17 +80,16 @@ class Rollout(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        """T."""
         return len(self.item.times)
 
     def gradient(self, block: int = 0) -> Tensor:
-        """All gradients in a row."""
+        """Return all gradients as one vector."""
         self(block)
         parameters = list(self.objective.parameters())
         return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
 
     def under(self, **fields: Any) -> "Rollout":
-        """The same model and micro-batch under another schedule."""
+        """Return the same model and micro-batch with another schedule."""
         rollout = RolloutConfig(num_steps=self.num_steps, **fields)
         return Rollout(
             Objective(self.objective.model, self.objective.run.model_copy(update={"rollout": rollout})), self.item
@@ -97,13 +97,12 @@ class Rollout(NamedTuple):
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     for size in SIZES[options.device.type]:
         yield from cases_of(size, options)
 
 
 def cases_of(size: Size, options: Options) -> Iterator[Case]:
-    """Those of one model."""
+    """Yield the cases of one model."""
     model = make_model(size, options.device, options.dtype)
     step = make_rollout(model, size, 1)
     plain = make_rollout(model, size, STEPS)
@@ -121,7 +120,7 @@ def cases_of(size: Size, options: Options) -> Iterator[Case]:
 
 
 def make_model(size: Size, device: torch.device, dtype: torch.dtype) -> DiT:
-    """A model whose every parameter matters: what starts at zero is moved. Buffers stay in float32."""
+    """Return a model in which every parameter has an effect: none is zero. Buffers stay in float32."""
     torch.manual_seed(0)
     config = ModelConfig.model_validate({"router": "diffmoe", "conditioning": "class"} | size.model)
     model = DiT(config).train()
@@ -135,7 +134,7 @@ def make_model(size: Size, device: torch.device, dtype: torch.dtype) -> DiT:
 
 
 def make_rollout(model: DiT, size: Size, steps: int) -> Rollout:
-    """A plain rollout of so many steps; images and noise do not depend on their number."""
+    """Return a plain rollout of `steps` steps; images and noise do not depend on their number."""
     config, parameter = model.config, next(model.parameters())
     g = torch.Generator().manual_seed(1)
     shape = (size.images, config.latent_channels, config.latent_size, config.latent_size)
@@ -154,7 +153,7 @@ def make_rollout(model: DiT, size: Size, steps: int) -> Rollout:
 
 
 def per_step(rollout: Rollout, times: int = 1) -> Callable[[], int]:
-    """So many times, per sample and step of the trajectory."""
+    """Return work whose items are samples times steps of the trajectory."""
 
     def work() -> int:
         for _ in range(times):
@@ -165,7 +164,7 @@ def per_step(rollout: Rollout, times: int = 1) -> Callable[[], int]:
 
 
 def counted(rollout: Rollout) -> dict[str, float]:
-    """Calls of the model, and the most bytes that graphs hold at one time."""
+    """Return calls of the model, and the largest number of bytes that graphs hold at one time."""
     calls = {True: 0, False: 0}
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -1,9 +1,9 @@
-"""What the saliency router costs in sampling, and what sharing model calls and prepared text save.
+"""Cost of the saliency router in sampling, and savings by shared model calls and by prepared text.
 
     python -m benchmarks.sampling [--device cuda] [--dtype bf16] [--only saliency_router] [--json FILE]
 
-Times are per sampling step of one batch at 256 tokens an image. Models are drawn, not trained; DiffMoE's thresholds are
-set so that a token is served by one expert on average.
+Times are per sampling step of one batch at 256 tokens per image. Models have random weights; DiffMoE's thresholds are
+set so that a token gets one expert on average.
 """
 
 import sys
@@ -22,12 +22,12 @@ from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 from sharpmoe.sampling import CfgSettings, Request
 
 _STEPS = 2
-_CPU_COST, _CUDA_COST = 0.045, 0.04  # of the saliency router, at the most
+_CPU_COST, _CUDA_COST = 0.045, 0.04  # largest allowed cost of the saliency router
 _TEXT = 77, 768  # tokens and width of a caption
 
 
 class Size(NamedTuple):
-    """How large a model is."""
+    """Size of a model."""
 
     width: int
     depth: int
@@ -36,7 +36,6 @@ class Size(NamedTuple):
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     for name, images in (("s", 4), ("b", 2)):
         model = class_model("diffmoe", Size(**SIZES[name]), options)
         yield saliency_router(f"sampling.saliency_router_diffmoe_{name}_{images}_images", model, images, options)
@@ -49,12 +48,12 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def class_model(router: str, size: Size, options: Options) -> DiT:
-    """A class-conditional model with an untrained saliency router, in eval mode."""
+    """Return a class-conditional model with an untrained saliency router, in eval mode."""
     return _model(options, router=router, conditioning="class", num_classes=1000, **size._asdict())
 
 
 def text_model(size: Size, options: Options) -> DiT:
-    """A text-conditional model."""
+    """Return a text-conditional model in eval mode."""
     width = _TEXT[1]
     return _model(options, router="tc", conditioning="text", text_width=width, pooled_width=width, **size._asdict())
 
@@ -81,7 +80,7 @@ def _parameters(module: torch.nn.Module | None) -> list[torch.nn.Parameter]:
 
 
 def set_thresholds(model: DiT, device: torch.device) -> None:
-    """Have DiffMoE serve a token by `capacity` experts on average: random predictors know nothing of capacities."""
+    """Set DiffMoE's thresholds so that a token gets `capacity` experts on average: its predictors are untrained."""
     size, channels = model.config.latent_size, model.config.latent_channels
     x, t = torch.randn(4, channels, size, size, device=device), torch.full((4,), 0.5, device=device)
     share = model.config.capacity / model.config.num_experts
@@ -91,7 +90,7 @@ def set_thresholds(model: DiT, device: torch.device) -> None:
 
 
 def saliency_router(name: str, model: DiT, images: int, options: Options) -> Case:
-    """Ours with saliency routers, the reference without; as a new one changes no choice, nothing else differs."""
+    """Compare a model with saliency routers to one without; a new router changes no choice, so nothing else differs."""
     base = model.config.model_copy(update={"saliency_router": False})
     request = Request(labels(images, options), None, tuple(range(images)))
 
@@ -114,7 +113,7 @@ def saliency_router(name: str, model: DiT, images: int, options: Options) -> Cas
 
 @torch.no_grad()
 def flops_added(model: DiT, device: torch.device) -> float:
-    """Share that x0_prev adds to the FLOPs of a call."""
+    """Return the fraction that x0_prev adds to the FLOPs of a call."""
     size = model.config.latent_size
     x, t = torch.randn(1, model.config.latent_channels, size, size, device=device), torch.full((1,), 0.5, device=device)
     flops = []
@@ -126,19 +125,19 @@ def flops_added(model: DiT, device: torch.device) -> float:
 
 
 def joined_branches(name: str, model: DiT, images: int, options: Options) -> Case:
-    """Both branches of classifier-free guidance in one call of the model, beside a call each."""
+    """Compare one call for both branches of classifier-free guidance to one call for each."""
     settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5))
     return _against_parts(name, model, 2, settings, images, options)
 
 
 def pool_per_image(name: str, model: DiT, images: int, options: Options) -> Case:
-    """All images in one call in which their pools stay apart, beside a call for each image."""
+    """Compare one call with separate pools per image to one call per image."""
     settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5), pool_per_image=True)
     return _against_parts(name, model, 2 * images, settings, images, options)
 
 
 def prepared_text(name: str, model: DiT, images: int, options: Options) -> Case:
-    """Text embedded once with its keys and values in every block, beside a model that does it at every step."""
+    """Compare text that is embedded once, with keys and values of every block, to embedding it at every step."""
     length, width = _TEXT
     states = torch.randn(images, length, width, device=options.device)
     mask = torch.ones(images, length, dtype=torch.bool, device=options.device)
@@ -171,7 +170,7 @@ def _against_parts(name: str, model: DiT, parts: int, settings: CfgSettings, ima
 
 
 def labels(images: int, options: Options) -> ClassCondition:
-    """One class for each image."""
+    """Return one class per image."""
     return ClassCondition(torch.arange(images, device=options.device))
 
 
@@ -200,7 +199,7 @@ def _steps(draw: Any, steps: int = _STEPS) -> Work:
 
 
 class _InParts:
-    """A model that is asked for equal parts of a batch one after the other, and prepares nothing."""
+    """A model that computes equal parts of a batch one after the other and prepares nothing."""
 
     def __init__(self, model: DiT, parts: int) -> None:
         self.model, self.parts = model, parts

@@ -1,4 +1,4 @@
-"""What a save costs the training: steps while one is being written against steps while none is, in turns.
+"""Cost of a save during training: steps while a checkpoint is written, in turn with steps while none is.
 
 torchrun --nproc_per_node 2 -m benchmarks.saving --rounds 6 [--section.key value ...]
 """
@@ -23,14 +23,14 @@ from sharpmoe.train.setup import initial_model, make_plan
 
 
 class Took(NamedTuple):
-    """What one step took."""
+    """Times of one step."""
 
     seconds: float
-    processor: float  # seconds of all threads of this rank: other work on the machine hardly changes them
+    processor: float  # processor seconds of all threads of this rank: other work on the machine hardly affects them
 
 
 class Round(NamedTuple):
-    """Steps without a save, then those from the beginning of a save to its end."""
+    """Steps without a save, then the steps from the start of a save to its end."""
 
     quiet: list[Took]
     saving: list[Took]
@@ -63,7 +63,7 @@ def _begin_and_step(session: Session, steps: Iterator[Progress], number: int) ->
 
 
 def measure(session: Session, count: int) -> list[Round]:
-    """Steps in turns with and without a save; the first turn of each is left out."""
+    """Time steps with and without a save in turn, without the first turn of each."""
     steps = loop._steps(session)
     size, rounds = 3, []
     for turn in range(count + 1):
@@ -80,14 +80,13 @@ def measure(session: Session, count: int) -> list[Round]:
 
 
 def timed(work: Callable[[], object]) -> Took:
-    """Do it; how long it took."""
+    """Call a function and return its times."""
     began, busy = time.monotonic(), time.process_time()
     work()
     return Took(time.monotonic() - began, time.process_time() - busy)
 
 
 def report(rounds: Sequence[Round]) -> None:
-    """Print one line."""
     quiet = [took for each in rounds for took in each.quiet]
     saving = [took for each in rounds for took in each.saving]
     stalled = statistics.mean(each.outcome.stalled for each in rounds)

@@ -1,4 +1,4 @@
-"""How long a run takes to stop: from SIGTERM on one rank, at each kind of work, to the end of all, checkpoint verified.
+"""Time to stop a run: from SIGTERM on one rank, at each kind of work, to the end of all ranks, checkpoint verified.
 
 python -m benchmarks.stopping --ranks 2 [--section.key value ...]
 """
@@ -18,7 +18,7 @@ from sharpmoe.checkpoint import manifest
 from sharpmoe.log_file import read_log
 from tests.launcher.ranks import ranks_of
 
-# What makes each kind of work long, so that a signal right after a step's figures meets it.
+# Settings that make each kind of work long, so that a signal right after a step's figures arrives during it.
 PLACES: dict[str, list[str]] = {
     "step": ["--checkpoint.every", "0"],
     "save": ["--checkpoint.every", "1", "--checkpoint.asynchronous", "false"],

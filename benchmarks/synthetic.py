@@ -1,4 +1,4 @@
-"""Shards of random numbers, in the format of data_pipeline, for measuring how fast they are read."""
+"""Shards of random numbers in the format of data_pipeline, to measure how fast they are read."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
 
 def write_shards(folder: Path, text: Text, num_shards: int, shard_samples: int) -> Path:
-    """Latents 4x32x32, texts of full length, M, caption and label, as prepared data has them."""
+    """Write latents 4x32x32, texts of full length, M, caption and label, as prepared data holds them."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     return _finish(
@@ -43,7 +43,7 @@ def write_shards(folder: Path, text: Text, num_shards: int, shard_samples: int) 
 
 
 def link_shards(folder: Path, text: Text, num_shards: int, shard_samples: int) -> Path:
-    """One shard under many names: an index of any size on a small disk."""
+    """Link one shard under many names, for an index of any size on a small disk."""
     folder.mkdir(parents=True, exist_ok=True)
     one = _shard(folder, "one", text, shard_samples, np.random.default_rng(0))
     for number in range(num_shards):
@@ -65,7 +65,7 @@ def _finish(folder: Path, text: Text, shards: list[Shard]) -> Path:
 
 
 def _index(text: Text, shards: list[Shard], files: dict[str, str]) -> Index:
-    """The index of one square bucket."""
+    """Return the index of one square bucket."""
     count, tokens = sum(shard.num_samples for shard in shards), _EDGE // _PATCH
     bucket = Bucket((IMAGE, IMAGE), (4, _EDGE, _EDGE), (tokens, tokens), count)
     what = {"kind": "synthetic"}

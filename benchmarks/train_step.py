@@ -2,12 +2,12 @@
 
     python -m benchmarks.train_step [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
-A plain denoising step in one process: forward, flow and capacity losses, backward, clipping, AdamW (fused), the average
-of the weights, and the thresholds. In bf16 the optimizer holds float32 weights, as the engine does. The reference is a
-step of KwaiVGI/DiffMoE's train.py: its MoE layers, AdamW as torch has it by default, and the average one parameter
-after the other (`benchmarks/published.py` says how they run in bf16). Before timing the gradients of both are compared.
-In `train_step.layers` the reference updates as ours does, so that only the MoE layers differ; in `train_step.engine`
-ours is what a run does: the same step of the ZeRO-3 engine, which in one process copies what it would send.
+A plain denoising step in one process: forward, flow and capacity losses, backward, clipping, AdamW (fused), EMA and
+thresholds. In bf16 the optimizer holds float32 weights, as the engine does. The reference is a step of
+KwaiVGI/DiffMoE's train.py: its MoE layers, torch's default AdamW, and the EMA one parameter at a time
+(`benchmarks/published.py` describes how they run in bf16). Before timing, the gradients of both are compared. In
+`train_step.layers` the reference uses our update, so that only the MoE layers differ; in `train_step.engine` ours is
+the step of a run: the same step of the ZeRO-3 engine, which in one process copies what it would send.
 """
 
 import sys
@@ -56,12 +56,11 @@ class Size(NamedTuple):
     images: int
 
     def config(self) -> ModelConfig:
-        """Sixteen experts; without a saliency router, which the published form has not."""
+        """Return a configuration with sixteen experts and without a saliency router, which the published form lacks."""
         fields = {"preset": self.preset, "depth": self.depth, "num_experts": 16, "saliency_router": False}
         return ModelConfig.model_validate(fields | {"router": "diffmoe", "conditioning": "class"})
 
     def __str__(self) -> str:
-        """Part of a case's name."""
         return f"{self.preset}_depth{self.depth}_{self.images}_images"
 
 
@@ -69,24 +68,23 @@ SIZES = {"cpu": [Size("s", 4, 8), Size("b", 2, 8)], "cuda": [Size("l", 24, 64)]}
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     for build in (published_step, layers, engine_step):
         for size in SIZES[options.device.type]:
             yield build(size.config(), size.images, str(size), options)
 
 
 def published_step(config: ModelConfig, images: int, size: str, options: Options) -> Case:
-    """A whole step against a whole published one."""
+    """Return a whole step against a whole published step."""
     return _against(PublishedStep, f"diffmoe_{size}", config, images, options, Goals(RATIO[options.device.type]))
 
 
 def layers(config: ModelConfig, images: int, size: str, options: Options) -> Case:
-    """Only the MoE layers are in the published form."""
+    """Return a whole step against one that differs only in the form of its MoE layers."""
     return _against(PublishedLayers, f"layers_{size}", config, images, options, Goals())
 
 
 def engine_step(config: ModelConfig, images: int, size: str, options: Options) -> Case:
-    """The engine's step against a whole published one."""
+    """Return the engine's step against a whole published step."""
     model = make_model(config, options)
     theirs = PublishedStep(published_model(model), images, options)
     ours = EngineStep(model, theirs, options)
@@ -114,7 +112,7 @@ def _against(
 
 
 def make_model(config: ModelConfig, options: Options) -> DiT:
-    """A model whose every parameter matters: what starts at zero is moved."""
+    """Return a model in which every parameter has an effect: none is zero."""
     torch.manual_seed(0)
     model = DiT(config).train()
     with torch.no_grad():
@@ -124,7 +122,7 @@ def make_model(config: ModelConfig, options: Options) -> DiT:
 
 
 class Step:
-    """One model, its optimizer and its average, on a fixed batch."""
+    """One model, its optimizer and its EMA, on a fixed batch."""
 
     fused: bool | None = True
 
@@ -136,7 +134,7 @@ class Step:
         labels = torch.randint(config.num_classes, (images,), generator=g)
         self.model, self.condition = model, ClassCondition(labels.to(options.device))
         self.parameters: list[Tensor] = list(model.parameters())
-        # In float32 they lie in the same memory as the parameters.
+        # In float32 they share the memory of the parameters.
         self.masters: list[Tensor] = [Parameter(parameter.detach().float()) for parameter in self.parameters]
         pairs = zip(self.parameters, self.masters, strict=True)
         self.rounded = [pair for pair in pairs if pair[0].dtype != pair[1].dtype]
@@ -146,12 +144,11 @@ class Step:
         self.thresholds = [torch.zeros(config.num_experts, device=options.device) for _ in self.layers]
 
     def __call__(self) -> int:
-        """One step."""
         self.update(self.backward())
         return 1
 
     def backward(self) -> tuple[Routing, ...]:
-        """Losses and their gradients."""
+        """Compute losses and their gradients."""
         self.model.zero_grad()
         output = self.model(interpolate(self.x0, self.x1, self.t), self.t, self.condition)
         loss = flow_matching(output.v, velocity_target(self.x0, self.x1))
@@ -161,7 +158,7 @@ class Step:
 
     @torch.no_grad()
     def update(self, routing: tuple[Routing, ...]) -> None:
-        """What follows: clipping, weights, average, thresholds."""
+        """Clip gradients, update weights, EMA and thresholds."""
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
         torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
@@ -172,40 +169,40 @@ class Step:
         self.move_thresholds(routing)
 
     def move_thresholds(self, routing: tuple[Routing, ...]) -> None:
-        """Of all layers at once."""
+        """Update the thresholds of all layers at once."""
         candidates = threshold_candidates(routing, self.model.config)
         update_thresholds(self.thresholds, candidates, THRESHOLD_DECAY)
 
     def move_average(self) -> None:
-        """All parameters at once."""
+        """Update the EMA of all parameters at once."""
         torch._foreach_lerp_(self.average, self.masters, 1 - EMA)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of a step that is not taken."""
+        """Return the gradients without taking a step."""
         self.backward()
         return gradients(self.model)
 
 
 class PublishedLayers(Step):
-    """A step whose MoE layers move their thresholds themselves."""
+    """A step whose MoE layers update their thresholds themselves."""
 
     def move_thresholds(self, routing: tuple[Routing, ...]) -> None:
-        """Done in the forward."""
+        """Do nothing: the forward has updated them."""
 
 
 class PublishedStep(PublishedLayers):
-    """The update of published DiT code, too."""
+    """A step that also has the update of published DiT code."""
 
     fused = None  # torch's default: one kernel per operation, not per update
 
     def move_average(self) -> None:
-        """One parameter after the other."""
+        """Update the EMA one parameter at a time."""
         for average, master in zip(self.average, self.masters, strict=True):
             average.mul_(EMA).add_(master, alpha=1 - EMA)
 
 
 class EngineStep:
-    """What a run does at every step, on the batch of another."""
+    """The step of a run, on the batch of another step."""
 
     def __init__(self, model: DiT, given: Step, options: Options) -> None:
         images, world = len(given.x0), launch.start()
@@ -231,7 +228,7 @@ class EngineStep:
         return 1
 
     def norm(self) -> float:
-        """One step; the norm of its gradient before clipping."""
+        """Take one step and return the norm of its gradient before clipping."""
         result = train_step(self.engine, self.objective, self.average, [self.item], self.taken, with_routing=False)
         self.taken += 1
         return result.grad_norm

@@ -2,13 +2,14 @@
 
     python -m benchmarks.utilisation [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
 
-`backward` is forward, losses and backward of a plain denoising step, `step` a whole one (`benchmarks.train_step`),
-`guided` the same of a model with saliency routers, with x0_prev. The limit has their model FLOPs
-(`sharpmoe.model.flops`) and nothing else, all in the given precision, also those of the routers, which are float32, and
-of experts, which on a CPU without AMX multiply bf16 in float32, faster than the limit does.
+`backward` is forward, losses and backward of a plain denoising step, `step` a whole step (`benchmarks.train_step`),
+`guided` a whole step of a model with saliency routers, with x0_prev. The limit consists of their model FLOPs
+(`sharpmoe.model.flops`) only, all in the given precision, including those of the routers, which run in float32, and of
+experts, which on a CPU without AMX multiply bf16 in float32, faster than the limit does.
 
-On the CPU the model has L/2's width, heads, tokens and experts, but only `DEPTHS["cpu"]` blocks. The update costs the
-same for any batch; it weighs more here than in a run, whose steps have ten times these forwards and backwards.
+On the CPU the model has L/2's width, heads, tokens and experts, but only `DEPTHS["cpu"]` blocks. The cost of the update
+does not depend on the batch; it has more weight here than in a run, whose steps have ten times as many forwards and
+backwards.
 """
 
 import sys
@@ -31,7 +32,6 @@ OF_LIMIT = {"cpu": 0.80, "cuda": 0.45}
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases."""
     kind = options.device.type
     fields = {"preset": "l", "depth": DEPTHS[kind], "num_experts": 8, "router": "diffmoe", "conditioning": "class"}
     for guided in (False, True):
@@ -40,7 +40,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def step_cases(config: ModelConfig, images: int, options: Options) -> Iterator[Case]:
-    """A model's step without and with the update; of a guided model with it."""
+    """Yield steps of a model without and with the update, and of a model with saliency routers with it."""
     guided = config.saliency_router
     step = (GuidedStep if guided else Step)(make_model(config, options), images, options)
     rows = rows_of_call(config, images) * config.num_moe_layers
@@ -74,7 +74,7 @@ def step_cases(config: ModelConfig, images: int, options: Options) -> Iterator[C
 
 
 def counting(work: Callable[[], object], images: int) -> Work:
-    """A work whose items are images."""
+    """Return work whose items are images."""
 
     def act() -> int:
         work()
@@ -87,7 +87,7 @@ class GuidedStep(Step):
     """A step whose saliency routers read the clean latents."""
 
     def backward(self) -> tuple[Routing, ...]:
-        """Losses and their gradients."""
+        """Compute losses and their gradients."""
         self.model.zero_grad()
         output = self.model(interpolate(self.x0, self.x1, self.t), self.t, self.condition, self.x0)
         loss = flow_matching(output.v, velocity_target(self.x0, self.x1))
