@@ -18,7 +18,7 @@ from benchmarks.harness import Case, Goals, main
 from benchmarks.synthetic import Text, link_shards, write_shards
 from data_pipeline.read.batches import collate
 from data_pipeline.read.damage import Damage
-from data_pipeline.read.order import Order
+from data_pipeline.read.order import SampleOrder
 from data_pipeline.read.samples import Draw, Sample
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.read.stream import stream
@@ -40,7 +40,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 def _reading(name: str, folder: Path) -> Case:
     shards = ShardSet.open(folder, "train")
-    order = Order([shards.num_samples // 2] * 2, seed=0)
+    order = SampleOrder([shards.num_samples // 2] * 2, seed=0)
     tars = sorted(str(path) for path in folder.glob("*.tar"))
     places = range(0, shards.num_samples, _BATCH)
 
@@ -57,7 +57,7 @@ def _reading(name: str, folder: Path) -> Case:
     return Case(name, ours, reference, goals=Goals(ratio=_RATIO))
 
 
-def _sound(shards: ShardSet, order: Order, position: int) -> Sample:
+def _sound(shards: ShardSet, order: SampleOrder, position: int) -> Sample:
     sample = shards.load(order.at(position).sample, Draw(0, position))
     if isinstance(sample, Damage):
         raise sample.error()

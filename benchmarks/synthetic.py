@@ -4,6 +4,7 @@ import hashlib
 import io
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from data_pipeline.index import (
     Bucket,
     Index,
     Shard,
-    Table,
+    ShardTable,
     bucket_name,
     index_bytes,
     table_bytes,
@@ -49,7 +50,7 @@ def link_shards(folder: Path, text: Text, num_shards: int, shard_samples: int) -
     for number in range(num_shards):
         for suffix in (".tar", ".json"):
             (folder / f"{_name(number)}{suffix}").hardlink_to(folder / f"one{suffix}")
-    return _finish(folder, text, [one._replace(name=_name(number)) for number in range(num_shards)])
+    return _finish(folder, text, [replace(one, name=_name(number)) for number in range(num_shards)])
 
 
 def _name(number: int) -> str:
@@ -99,10 +100,28 @@ def _shard(folder: Path, name: str, text: Text, count: int, generator: np.random
     content = stream.getvalue()
     digest = hashlib.sha256(content).hexdigest()
     bucket = bucket_name((IMAGE, IMAGE))
-    table = table_bytes(Table("train", bucket, len(content), digest, text.length, samples, []))
+    table = table_bytes(
+        ShardTable(
+            split="train",
+            bucket=bucket,
+            size=len(content),
+            sha256=digest,
+            text_length=text.length,
+            samples=samples,
+            skipped=[],
+        )
+    )
     (folder / f"{name}.tar").write_bytes(content)
     (folder / f"{name}.json").write_bytes(table)
-    return Shard(name, "train", bucket, count, len(content), digest, hashlib.sha256(table).hexdigest())
+    return Shard(
+        name=name,
+        split="train",
+        bucket=bucket,
+        num_samples=count,
+        size=len(content),
+        sha256=digest,
+        table_sha256=hashlib.sha256(table).hexdigest(),
+    )
 
 
 def _members(key: str, text: Text, generator: np.random.Generator) -> dict[str, bytes]:

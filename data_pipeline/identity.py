@@ -1,4 +1,4 @@
-"""Identities of codecs and encoders: they travel with the shards, so that a run never mixes two."""
+"""Identities of sources, codecs and encoders: they are stored with the shards, so that a run never mixes two."""
 
 import hashlib
 from typing import Any
@@ -22,7 +22,7 @@ def check_identity(what: str, where: str, found: Identity, expected: Identity) -
 
 
 def hash_state(state: dict[str, Tensor]) -> str:
-    """sha256 over the names and bytes of a model's tensors."""
+    """Return the sha256 over the names and bytes of a model's tensors."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -31,5 +31,5 @@ def hash_state(state: dict[str, Tensor]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a library has to say."""
+    """Return the first line of an error of another library."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

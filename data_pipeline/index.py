@@ -1,23 +1,25 @@
-"""What stands in a prepared folder besides the tars: index.json for all of it, and a table beside every shard.
+"""The files of a prepared folder beside the tars: index.json for the whole folder, and a table for every shard.
 
     index.json         schema version, buckets, shapes, identities of source, codec and encoder, counts of the splits,
                        the shards with sizes and checksums, a checksum of every other file; written last
     SHARD.json         the table of SHARD.tar: its keys, and offset, size and crc32 of every member; written after it
 
-Both are plain JSON. Reading them checks every field, and that no name leads out of the folder. No torch here.
+Both are plain JSON. Reading them checks every field, and that no name leads out of the folder. Imports no torch.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from data_pipeline.members import encode_json
 from data_pipeline.safety import check_name
 from sharpmoe.errors import DataError
 
-SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 2
 INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
 Identity = dict[str, Any]
 Places = Mapping[str, Sequence[int]]  # member extension, as "latent.npy" -> (offset, size, crc32) inside the tar
@@ -35,7 +37,8 @@ class Bucket(NamedTuple):
     num_samples: int  # over all splits
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Shard:
     """One tar. All its samples are of one split and one bucket."""
 
     name: str  # of the tar and its table, without suffix
@@ -47,8 +50,9 @@ class Shard(NamedTuple):
     table_sha256: str
 
 
-class Index(NamedTuple):
-    """index.json."""
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """The content of index.json, in the order of its keys."""
 
     source: Identity
     buckets: dict[str, Bucket]  # by name, as "256x192" (H x W pixels)
@@ -61,11 +65,12 @@ class Index(NamedTuple):
     splits: dict[str, int]  # samples of every split
     shards: list[Shard]
     files: dict[str, str]  # sha256 of the other files: codec, empty caption
-    skipped: list[tuple[str, str]]  # (name, reason) of what the source has and the shards have not
+    skipped: list[tuple[str, str]]  # (name, reason) of what the source has and the shards lack
 
 
-class Table(NamedTuple):
-    """The table of one shard."""
+@dataclass(frozen=True, kw_only=True)
+class ShardTable:
+    """The table of one shard, in the order of its keys."""
 
     split: str
     bucket: str
@@ -77,56 +82,61 @@ class Table(NamedTuple):
 
 
 def bucket_name(image: Sequence[int]) -> str:
-    """Name of the bucket of images (H, W)."""
+    """Return the name of the bucket of images (H, W)."""
     return f"{image[0]}x{image[1]}"
 
 
 def index_bytes(index: Index) -> bytes:
-    """Contents of index.json."""
-    tree = index._asdict()
+    """Return the content of index.json."""
+    tree = _fields(index)
     tree["buckets"] = {name: bucket._asdict() for name, bucket in index.buckets.items()}
-    tree["shards"] = [shard._asdict() for shard in index.shards]
-    return sealed({"schema": SCHEMA_VERSION, **tree})
+    tree["shards"] = [_fields(shard) for shard in index.shards]
+    return sealed({"schema": _SCHEMA_VERSION, **tree})
 
 
 def sealed(tree: dict[str, Any]) -> bytes:
-    """JSON that ends in the sha256 of what it would be without it."""
+    """Return JSON with a last key `sha256`, which is the hash of the JSON without that key."""
     content = encode_json({name: value for name, value in tree.items() if name != "sha256"})
     return content[:-2] + b',"sha256":"%s"}\n' % hashlib.sha256(content).hexdigest().encode()
 
 
-def table_bytes(table: Table) -> bytes:
-    """Contents of a shard's table."""
-    return encode_json(table._asdict())
+def table_bytes(table: ShardTable) -> bytes:
+    """Return the content of a shard's table."""
+    return encode_json(_fields(table))
+
+
+def _fields(record: Shard | Index | ShardTable) -> dict[str, Any]:
+    """Return the fields of a record without copying their values."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def parse_index(content: bytes, where: str) -> Index:
-    """Read index.json; schema 1, which knew one bucket only, is understood as well.
+    """Read index.json; schema 1, which had one bucket, is read as well.
 
     Raises DataError, which names `where`, for other schemas and for anything that is not an index.
     """
     tree = _tree(content, where, "delete it and run launcher/prepare.py again")
     schema = tree.get("schema")
-    if schema not in (1, SCHEMA_VERSION):
-        raise DataError(f"{where}: schema {schema!r}, expected {SCHEMA_VERSION}; prepare the data again")
-    if schema == SCHEMA_VERSION and sealed(tree) != content:
+    if schema not in (1, _SCHEMA_VERSION):
+        raise DataError(f"{where}: schema {schema!r}, expected {_SCHEMA_VERSION}; prepare the data again")
+    if schema == _SCHEMA_VERSION and sealed(tree) != content:
         raise DataError(f"{where}: damaged, or edited by hand; delete it and run launcher/prepare.py again")
     return _built(lambda: _index(_upgraded(tree) if schema == 1 else tree), where)
 
 
-def parse_table(content: bytes, where: str) -> Table:
+def parse_table(content: bytes, where: str) -> ShardTable:
     """Read a shard's table. Raises DataError, which names `where`, for anything else."""
     tree = _tree(content, where, "delete it and run launcher/prepare.py again as before")
     return _built(lambda: _table(tree), where)
 
 
-def _tree(content: bytes, where: str, mend: str) -> dict[str, Any]:
+def _tree(content: bytes, where: str, fix: str) -> dict[str, Any]:
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError):
-        raise DataError(f"{where}: damaged; {mend}") from None
+        raise DataError(f"{where}: damaged; {fix}") from None
     if not isinstance(tree, dict):
-        raise DataError(f"{where}: holds a {type(tree).__name__}, expected an object; {mend}")
+        raise DataError(f"{where}: holds a {type(tree).__name__}, expected an object; {fix}")
     return tree
 
 
@@ -140,7 +150,7 @@ def _built(build: Callable[[], _T], where: str) -> _T:
 
 
 def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
-    """Schema 1: one square bucket, which had no name."""
+    """Convert schema 1, which had one square bucket without a name."""
     size, count = tree["image_size"], sum(tree["splits"].values())
     bucket = {"image": [size, size], "latent": tree["latent_shape"], "grid": tree["grid"], "num_samples": count}
     name = bucket_name((size, size))
@@ -151,18 +161,18 @@ def _index(tree: dict[str, Any]) -> Index:
     buckets = {str(name): _bucket(bucket) for name, bucket in tree["buckets"].items()}
     shards = [_shard(shard, buckets) for shard in tree["shards"]]
     return Index(
-        dict(tree["source"]),
-        buckets,
-        _count(tree["patch_size"]),
-        _count(tree["text_length"]),
-        _count(tree["text_width"]),
-        _count(tree["pooled_width"]),
-        dict(tree["codec"]),
-        dict(tree["encoder"]),
-        {str(name): _count(count) for name, count in tree["splits"].items()},
-        shards,
-        {check_name(name): _digest(digest) for name, digest in tree["files"].items()},
-        [(str(name), str(reason)) for name, reason in tree["skipped"]],
+        source=dict(tree["source"]),
+        buckets=buckets,
+        patch_size=_count(tree["patch_size"]),
+        text_length=_count(tree["text_length"]),
+        text_width=_count(tree["text_width"]),
+        pooled_width=_count(tree["pooled_width"]),
+        codec=dict(tree["codec"]),
+        encoder=dict(tree["encoder"]),
+        splits={str(name): _count(count) for name, count in tree["splits"].items()},
+        shards=shards,
+        files={check_name(name): _digest(digest) for name, digest in tree["files"].items()},
+        skipped=[(str(name), str(reason)) for name, reason in tree["skipped"]],
     )
 
 
@@ -177,31 +187,37 @@ def _bucket(tree: dict[str, Any]) -> Bucket:
 
 def _shard(tree: dict[str, Any], buckets: Mapping[str, Bucket]) -> Shard:
     if tree["bucket"] not in buckets:
-        raise ValueError(f"shard {tree['name']!r} is of an unknown bucket {tree['bucket']!r}")
-    name, split = check_name(tree["name"]), str(tree["split"])
-    counts = _count(tree["num_samples"]), _count(tree["size"])
-    return Shard(name, split, tree["bucket"], *counts, _digest(tree["sha256"]), _digest(tree["table_sha256"]))
+        raise ValueError(f"shard {tree['name']!r} has the unknown bucket {tree['bucket']!r}")
+    return Shard(
+        name=check_name(tree["name"]),
+        split=str(tree["split"]),
+        bucket=tree["bucket"],
+        num_samples=_count(tree["num_samples"]),
+        size=_count(tree["size"]),
+        sha256=_digest(tree["sha256"]),
+        table_sha256=_digest(tree["table_sha256"]),
+    )
 
 
-def _table(tree: dict[str, Any]) -> Table:
-    return Table(
-        str(tree["split"]),
-        str(tree.get("bucket", "")),  # schema 1 has none
-        _count(tree["size"]),
-        _digest(tree["sha256"]),
-        _count(tree["text_length"]),
-        [(str(key), places) for key, places in tree["samples"]],
-        [(str(name), str(reason)) for name, reason in tree["skipped"]],
+def _table(tree: dict[str, Any]) -> ShardTable:
+    return ShardTable(
+        split=str(tree["split"]),
+        bucket=str(tree.get("bucket", "")),  # schema 1 has none
+        size=_count(tree["size"]),
+        sha256=_digest(tree["sha256"]),
+        text_length=_count(tree["text_length"]),
+        samples=[(str(key), places) for key, places in tree["samples"]],
+        skipped=[(str(name), str(reason)) for name, reason in tree["skipped"]],
     )
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def _digest(value: Any) -> str:
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise ValueError(f"{value!r} is no sha256")
+        raise ValueError(f"{value!r} is not a sha256")
     return value

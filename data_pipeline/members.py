@@ -1,6 +1,7 @@
-"""Members of a sample, to bytes and back: .npy, .json and .txt, and never a pickle.
+"""Encode and decode the members of a sample: .npy, .json and .txt, and never a pickle.
 
-Every decoder takes the bytes of one member and raises DamageError with what is wrong; the caller knows shard and key.
+Every decoder takes the bytes of one member and raises DamageError that says what is wrong; the caller adds shard and
+key.
 """
 
 import ast
@@ -20,16 +21,16 @@ from data_pipeline.safety import CAPS
 from sharpmoe.errors import DamageError
 
 try:
-    from isal.isal_zlib import crc32 as _crc32  # the same numbers as zlib's, ten times as fast
+    from isal.isal_zlib import crc32 as _crc32  # the same values as zlib's, ten times as fast
 except ImportError:
     from zlib import crc32 as _crc32
 
-SUFFIXES = frozenset({"npy", "json", "txt"})
+_SUFFIXES = frozenset({"npy", "json", "txt"})
 _DTYPES = frozenset({"<f2", "<f4", "<f8", "|u1", "|i1", "|b1", "<i2", "<i4", "<i8", "<u2", "<u4", "<u8"})
 _MAGIC = b"\x93NUMPY"
 _PREFIX = 10  # magic, version, length of the header (version 1)
-_HEADER = 4096  # bytes of header that any array of ours needs, many times over
-# By dtype: views of its bits with and without sign, and the least of each that stands for an infinity or a NaN.
+_HEADER = 4096  # maximal bytes of a header, many times what our arrays need
+# By dtype: views of its bits with and without sign, and the smallest value of each that is an infinity or a NaN.
 _NOT_FINITE = {"<f2": (np.int16, 0x7C00, np.uint16, 0xFC00), "<f4": (np.int32, 0x7F800000, np.uint32, 0xFF800000)}
 
 Buffer = bytes | memoryview
@@ -42,29 +43,29 @@ class _Header(NamedTuple):
 
 
 def checksum(content: Buffer) -> int:
-    """The crc32 of a member."""
+    """Return the crc32 of a member."""
     return _crc32(content)
 
 
 def suffix_of(name: str) -> str:
-    """`npy`, `json` or `txt` of a member's extension (`latent.npy` -> `npy`); DamageError for any other."""
+    """Return `npy`, `json` or `txt` (`latent.npy` -> `npy`). Raises DamageError for any other suffix."""
     suffix = name.rpartition(".")[2]
-    if suffix not in SUFFIXES:
+    if suffix not in _SUFFIXES:
         raise DamageError(f"member .{name[:40]} is not one of .npy, .json, .txt: it is not read")
     return suffix
 
 
 def encode_npy(array: np.ndarray) -> bytes:
-    """A .npy file, C order, little endian; ValueError for objects."""
+    """Return a .npy file, C order, little endian. Raises ValueError for objects."""
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
     return stream.getvalue()
 
 
 def decode_npy(content: Buffer) -> np.ndarray:
-    """The array of a .npy member, read-only and without a copy.
+    """Return the array of a .npy member, read-only and without a copy.
 
-    Only plain numbers in C order are read, and the header has to account for every byte that follows it.
+    Only plain numbers in C order are read, and the header must account for every byte that follows it.
     """
     if len(content) > CAPS.member:
         raise DamageError(f"{len(content)} bytes, at most {CAPS.member} are read")
@@ -75,7 +76,7 @@ def decode_npy(content: Buffer) -> np.ndarray:
         raise DamageError("the .npy header is cut short or too long")
     header = _header(bytes(content[_PREFIX:start]))
     if header.size != len(content) - start:
-        raise DamageError(f"the .npy header speaks of {header.size} bytes, {len(content) - start} follow it")
+        raise DamageError(f"the .npy header states {header.size} bytes, {len(content) - start} follow it")
     return np.frombuffer(content, header.dtype, offset=start).reshape(header.shape)
 
 
@@ -95,18 +96,18 @@ def _header(text: bytes) -> _Header:
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite."""
+    """Return whether every element is finite."""
     kind = _NOT_FINITE.get(array.dtype.str)
     if kind is None or not array.size or not array.flags.c_contiguous:
         return bool(np.isfinite(array).all())
     signed, positive, unsigned, negative = kind
-    bits = array.reshape(-1)  # two maxima of whole numbers: no temporary array, a tenth of the time
+    bits = array.reshape(-1)  # two integer maxima: no temporary array, a tenth of the time
     largest = np.maximum.reduce
     return bool(largest(bits.view(signed)) < positive and largest(bits.view(unsigned)) < negative)
 
 
 def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """An uncompressed .npz, as np.savez writes it, with the same bytes every time."""
+    """Return an uncompressed .npz, as np.savez writes it, with the same bytes every time."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -115,9 +116,9 @@ def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def decode_npz(content: bytes, compressed: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file.
+    """Return the arrays of a .npz file, at most `CAPS.sample` bytes: np.load would expand a compression bomb.
 
-    Compressed ones only where asked for, and then never more than `CAPS.sample` of them: np.load would expand a bomb.
+    Compressed files are read only with `compressed`.
     """
     arrays, left = {}, CAPS.sample
     try:
@@ -126,7 +127,7 @@ def decode_npz(content: bytes, compressed: bool = False) -> dict[str, np.ndarray
                 if info.compress_type not in ((0, 8) if compressed else (0,)):
                     raise DamageError("a compressed .npz is not read")
                 with archive.open(info) as file:
-                    expanded = file.read(left + 1)  # the size that the directory states may be a lie
+                    expanded = file.read(left + 1)  # the size stated in the directory may be wrong
                 left -= len(expanded)
                 if left < 0:
                     raise DamageError(f"a .npz of more than {CAPS.sample} bytes is not read")
@@ -137,17 +138,17 @@ def decode_npz(content: bytes, compressed: bool = False) -> dict[str, np.ndarray
 
 
 def encode_json(content: Any) -> bytes:
-    """Compact UTF-8 JSON with a newline at its end."""
+    """Return compact UTF-8 JSON with a newline at its end."""
     return (json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n").encode()
 
 
 def decode_json(content: Buffer) -> dict[str, Any]:
-    """The object of a .json member."""
+    """Return the object of a .json member."""
     if len(content) > CAPS.member:
         raise DamageError(f"{len(content)} bytes, at most {CAPS.member} are read")
     try:
         decoded = json.loads(bytes(content))
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deeply
         raise DamageError("not a JSON object") from None
     if not isinstance(decoded, dict):
         raise DamageError("not a JSON object")
@@ -155,7 +156,7 @@ def decode_json(content: Buffer) -> dict[str, Any]:
 
 
 def decode_text(content: Buffer) -> str:
-    """The text of a .txt member."""
+    """Return the text of a .txt member."""
     if len(content) > CAPS.member:
         raise DamageError(f"{len(content)} bytes, at most {CAPS.member} are read")
     try:

@@ -1,4 +1,4 @@
-"""What is believed of data that somebody else may have written: names, places and sizes, and nothing beyond them."""
+"""Checks of data from untrusted places: names, locations and sizes."""
 
 import os
 import re
@@ -16,7 +16,7 @@ _SECRET = re.compile(r"\b([A-Za-z][A-Za-z0-9+-]*://)([^\s'\"<>]*)")
 
 
 class Caps(NamedTuple):
-    """How much of anything is read into memory, in bytes."""
+    """How much is read into memory at most, in bytes."""
 
     member: int = 64 << 20  # of one tar member
     sample: int = 256 << 20  # of all members of one sample
@@ -27,21 +27,21 @@ CAPS = Caps()
 
 
 def check_name(name: str) -> str:
-    """A file's name inside a folder of shards: one plain component; DataError for paths, `..` and hidden files."""
+    """Return a file's name inside a folder of shards. Raises DataError for paths, `..` and hidden files."""
     if not _NAME.fullmatch(name):
-        raise DataError(f"file name {name[:80]!r}: expected letters, digits, dot, - and _ only; the index is not ours")
+        raise DataError(f"file name {name[:80]!r}: expected letters, digits, dot, - and _ only")
     return name
 
 
 def check_key(key: str) -> str:
-    """A sample's key: letters, digits, - and _, so that no key is ever a path; DamageError otherwise."""
+    """Return a sample's key: letters, digits, - and _, so that no key is a path. Raises DamageError for any other."""
     if not _KEY.fullmatch(key):
         raise DamageError(f"key {key[:80]!r}: expected 1 to 200 letters, digits, - and _")
     return key
 
 
 def scheme_of(location: str) -> str | None:
-    """The scheme of a URL in lower case, None for a local path; DataError for a scheme outside the allow-list."""
+    """Return the scheme of a URL in lower case, None for a local path. Raises DataError for a scheme not in SCHEMES."""
     match = _SCHEME.match(location)
     if match is None:
         return None
@@ -55,18 +55,18 @@ def scheme_of(location: str) -> str | None:
 
 
 def expand(location: str) -> str:
-    """A URL with ${NAME} filled in from the environment, so that no credential need be written down.
+    """Replace ${NAME} in a URL by environment variables, so that configurations need no credentials.
 
     Raises DataError where a variable is not set.
     """
     missing = [name for name in _VARIABLE.findall(location) if name not in os.environ]
     if missing:
-        raise DataError(f"{redact(location)}: environment variable {missing[0]} is not set; set it, or mend the URL")
+        raise DataError(f"{redact(location)}: environment variable {missing[0]} is not set; set it, or correct the URL")
     return _VARIABLE.sub(lambda match: os.environ[match.group(1)], location)
 
 
 def has_secret(location: str) -> bool:
-    """Whether a URL holds a user, password or query other than by ${NAME}; a configuration is copied and logged."""
+    """Return whether a URL holds a password, token or query other than ${NAME}; configurations are logged."""
     if scheme_of(location) is None:
         return False
     parts = urlsplit(_VARIABLE.sub("", location))
@@ -76,7 +76,7 @@ def has_secret(location: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """`text` with user, password, query and fragment of every URL in it left out: those hold credentials."""
+    """Remove user, password, query and fragment from every URL in a text: they may hold credentials."""
     return _SECRET.sub(lambda match: match.group(1) + _plain(match.group(1), match.group(2)), text)
 
 

@@ -1,4 +1,4 @@
-"""What one batch of prepared samples is. The only type that leaves data_pipeline."""
+"""A batch of prepared samples: what the model is trained on."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     pooled: Tensor  # (B, D_pooled) float32
     label: Tensor  # (B,) int64, -1 where the sample has no class
     saliency: Tensor  # (B, N) float32 in [0, 1]: the map M of the clean image on the token grid, row-major
-    foreground: Tensor  # (B, N) float32 in [0, 1]: alpha on the token grid; NaN where the image had no alpha
-    position: Tensor  # (B,) int64: place of the sample in the global order of the run; keys all random draws
+    foreground: Tensor  # (B, N) float32 in [0, 1]: alpha on the token grid; NaN where the image has no alpha
+    position: Tensor  # (B,) int64: index of the sample in the order of the run; keys all random draws
     keys: tuple[str, ...]  # B sample keys
     captions: tuple[str, ...]  # B captions

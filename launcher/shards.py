@@ -1,9 +1,9 @@
-"""Look after prepared shards: `python launcher/shards.py verify|stats|show|merge ...`.
+"""Inspect and merge prepared shards: `python launcher/shards.py verify|stats|show|merge ...`.
 
-    verify FOLDER            recompute every checksum and decode every sample; exit code 1 where anything is wrong
-    stats FOLDER             counts, buckets, sizes, identities, and figures of some samples
+    verify FOLDER            recompute every checksum and decode every sample; exit code 1 where anything is damaged
+    stats FOLDER             counts, buckets, sizes, identities, and statistics of some samples
     show FOLDER              a contact sheet (PNG) of some samples with captions and saliency
-    merge OUT FOLDER ...     several folders to one
+    merge OUT FOLDER ...     merge several folders into one
 
 FOLDER may be a URL (http, https, s3, gs).
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.prepare.merge import merge
+from data_pipeline.prepare.merge import merge_folders
 from data_pipeline.read.folder import read_index
 from data_pipeline.read.shards import ShardSet
-from data_pipeline.read.stats import describe, look, some_samples
-from data_pipeline.read.verify import verify
+from data_pipeline.read.stats import folder_report, sample_stats, some_samples
+from data_pipeline.read.verify import verify_folder
 from data_pipeline.store.store import open_store
 from launcher.command import Command
 from sharpmoe.report.contact import contact_sheet, sample_cards
@@ -35,7 +35,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     index, _ = read_index(store)
     total = sum(shard.size for shard in index.shards)
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=arguments.quiet) as bar:
-        checked = verify(store, index, bar.update, arguments.threads)
+        checked = verify_folder(store, index, bar.update, arguments.threads)
     for damage in checked.damage:
         print(json.dumps(damage._asdict(), ensure_ascii=False) if arguments.json else f"damaged: {damage}")
     state = f"{checked.num_bad} samples damaged" if checked.damage else "all sound"
@@ -47,8 +47,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.folder)
     index, _ = read_index(store)
     opened = {split: ShardSet.open(arguments.folder, split) for split, count in index.splits.items() if count}
-    looks = {split: look(some_samples(shards, arguments.samples)) for split, shards in opened.items()}
-    print(describe(store.location, index, looks))
+    stats = {split: sample_stats(some_samples(shards, arguments.samples)) for split, shards in opened.items()}
+    print(folder_report(store.location, index, stats))
     return 0
 
 
@@ -65,7 +65,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     stores = [open_store(folder) for folder in arguments.folders]
     total = sum(shard.size for store in stores for shard in read_index(store)[0].shards)
     with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=arguments.quiet) as bar:
-        index = merge(stores, arguments.out, arguments.link, bar.update)
+        index = merge_folders(stores, arguments.out, arguments.link, bar.update)
     splits = ", ".join(f"{name} {count}" for name, count in index.splits.items())
     print(f"{arguments.out}: {len(index.shards)} shards: {splits}")
     return 0
@@ -76,23 +76,23 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     check = commands.add_parser("verify", help="recompute every checksum and decode every sample")
     check.set_defaults(act=_verify)
     check.add_argument("folder", help="prepared folder or URL")
-    check.add_argument("--threads", type=int, default=4, help="shards read at a time (default: 4)")
-    check.add_argument("--json", action="store_true", help="print what is damaged as JSON, one object a line")
-    stats = commands.add_parser("stats", help="counts, buckets, sizes, and figures of some samples")
+    check.add_argument("--threads", type=int, default=4, help="shards read in parallel (default: 4)")
+    check.add_argument("--json", action="store_true", help="print damage as JSON, one object per line")
+    stats = commands.add_parser("stats", help="counts, buckets, sizes, and statistics of some samples")
     stats.set_defaults(act=_stats)
     stats.add_argument("folder", help="prepared folder or URL")
-    stats.add_argument("--samples", type=int, default=256, help="samples looked at in every split (default: 256)")
+    stats.add_argument("--samples", type=int, default=256, help="samples read in every split (default: 256)")
     show = commands.add_parser("show", help="draw a contact sheet")
     show.set_defaults(act=_show)
     show.add_argument("folder", help="prepared folder or URL")
     show.add_argument("--split", help="default: the first")
     show.add_argument("--count", type=int, default=24, help="samples (default: 24)")
     show.add_argument("--out", type=Path, default=Path("contact.png"), help="PNG file (default: contact.png)")
-    join = commands.add_parser("merge", help="several folders to one")
+    join = commands.add_parser("merge", help="merge several folders into one")
     join.set_defaults(act=_merge)
     join.add_argument("out", type=Path, help="new folder")
     join.add_argument("folders", nargs="+", help="prepared folders or URLs")
-    join.add_argument("--link", action="store_true", help="hard links instead of copies, which are not read")
+    join.add_argument("--link", action="store_true", help="hard links instead of copies; the tars are not read")
     for command in (check, join):
         command.add_argument("--quiet", action="store_true", help="no progress bar")
 

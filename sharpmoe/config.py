@@ -227,7 +227,11 @@ class RemoteConfig(Section):
         """Return the same settings as data_pipeline reads them."""
         cache = None if self.cache is None else Path(self.cache)
         return RemoteOptions(
-            cache, int(self.cache_gib * 2**30), self.timeout_s, self.retries, allow_hosts=self.allow_hosts
+            cache=cache,
+            cache_bytes=int(self.cache_gib * 2**30),
+            timeout_s=self.timeout_s,
+            retries=self.retries,
+            allow_hosts=self.allow_hosts,
         )
 
 

@@ -1,21 +1,34 @@
-"""A small real shard set for any test: drawn shapes, made by the code that makes the shipped data."""
+"""A small real shard set for any test: drawn shapes, prepared by the code that prepares the shipped data."""
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from data_pipeline.prepare.recipe import Recipe
-from data_pipeline.prepare.write import Means, prepare
-from data_pipeline.sources.items import Item, Place, Skipped, Unit, hash_text
+from data_pipeline.prepare.write import Machine, prepare_shards
+from data_pipeline.sources.items import ImageSource, Item, Place, Skipped, Unit, hash_text
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "orange", "purple")
-QUIET = Means(progress=False)
+QUIET = Machine(progress=False)
 _UNIT = 10  # pictures
+
+
+class Listing(NamedTuple):
+    items: list[Item]
+    skipped: list[Skipped]
+
+
+def listing(source: ImageSource) -> Listing:
+    """Everything that a source holds."""
+    found = [entry for unit in source.units() for entry in source.survey(unit)]
+    items = [entry for entry in found if isinstance(entry, Item)]
+    return Listing(items, [entry for entry in found if isinstance(entry, Skipped)])
 
 
 class ShapesSource:
@@ -56,7 +69,12 @@ class ShapesSource:
         name = f"shape-{number:04d}"
         place = Place(name, 0, len(self._content(number)))
         return Item(
-            name, split, tuple((text, 1.0 + i) for i, text in enumerate(captions)), place, name, number % len(SHAPES)
+            key=name,
+            split=split,
+            captions=tuple((text, 1.0 + i) for i, text in enumerate(captions)),
+            image=place,
+            name=name,
+            label=number % len(SHAPES),
         )
 
     def _content(self, number: int) -> bytes:
@@ -84,8 +102,8 @@ def make_shards(
     With the defaults: splits train (20) and unseen (4), latents (4, 8, 8), 16 tokens, text and pooled width 32.
     `changes` are fields of the recipe, such as buckets="32x32,16x64" (with pictures of several `sides`).
     """
-    recipe = shapes_recipe(size, channels, patch_size, shard_samples, text_width)._replace(**changes)
-    prepare(ShapesSource(num_images, size, (), captions, sides), folder, recipe, QUIET)
+    recipe = replace(shapes_recipe(size, channels, patch_size, shard_samples, text_width), **changes)
+    prepare_shards(ShapesSource(num_images, size, (), captions, sides), folder, recipe, QUIET)
     return folder
 
 
@@ -94,7 +112,7 @@ def shapes_recipe(
 ) -> Recipe:
     codec = {"kind": "patch_pca", "patch": 4, "channels": channels, "whiten": 0.5}
     encoder = {"kind": "hash", "width": text_width, "max_length": 16}
-    return Recipe(size, patch_size, codec, encoder, shard_samples)
+    return Recipe(image_size=size, patch_size=patch_size, codec=codec, encoder=encoder, shard_samples=shard_samples)
 
 
 def _png(number: int, shape: str, colour: str, size: int, sides: tuple[float, float]) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_pipeline.index import EMPTY_FILE, Bucket, Index, Shard, Table, index_bytes, sealed, table_bytes
+from data_pipeline.index import EMPTY_FILE, Bucket, Index, Shard, ShardTable, index_bytes, sealed, table_bytes
 from data_pipeline.members import encode_json, encode_npy, encode_npz
 from data_pipeline.read.folder import read_index
 from data_pipeline.read.shards import ShardSet
@@ -67,10 +67,28 @@ def write(shards: Sequence[tuple[str, int]], options: Options = PLAIN, prefix: s
         ]
         files[f"{name}.tar"], places = tar(members)
         digest = sha256(files[f"{name}.tar"])
-        table = Table("train", bucket, len(files[f"{name}.tar"]), digest, TEXT_LENGTH, places, [])
+        size = len(files[f"{name}.tar"])
+        table = ShardTable(
+            split="train",
+            bucket=bucket,
+            size=size,
+            sha256=digest,
+            text_length=TEXT_LENGTH,
+            samples=places,
+            skipped=[],
+        )
         files[f"{name}.json"] = table_bytes(table)
-        sizes = count, len(files[f"{name}.tar"])
-        entries.append(Shard(name, "train", bucket, *sizes, digest, sha256(files[f"{name}.json"])))
+        entries.append(
+            Shard(
+                name=name,
+                split="train",
+                bucket=bucket,
+                num_samples=count,
+                size=size,
+                sha256=digest,
+                table_sha256=sha256(files[f"{name}.json"]),
+            )
+        )
         first += count
     files["index.json"] = index_bytes(make_index(entries, {EMPTY_FILE: sha256(files[EMPTY_FILE])}))
     return files
@@ -87,8 +105,20 @@ def make_index(shards: Sequence[Shard], files: Mapping[str, str]) -> Index:
     buckets = {name: BUCKETS[name]._replace(num_samples=count) for name, count in counts.items() if count}
     splits = {"train": sum(counts.values())}
     identity = {"kind": "memory"}
-    widths = TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH
-    return Index(identity, buckets, 2, *widths, identity, identity, splits, list(shards), dict(files), [])
+    return Index(
+        source=identity,
+        buckets=buckets,
+        patch_size=2,
+        text_length=TEXT_LENGTH,
+        text_width=TEXT_WIDTH,
+        pooled_width=POOLED_WIDTH,
+        codec=identity,
+        encoder=identity,
+        splits=splits,
+        shards=list(shards),
+        files=dict(files),
+        skipped=[],
+    )
 
 
 def sample(number: int, bucket: Bucket, options: Options = PLAIN) -> dict[str, bytes]:

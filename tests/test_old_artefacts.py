@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.prepare.write import prepare
+from data_pipeline.prepare.write import prepare_shards
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.read.stream import stream
 from sharpmoe import sampling
@@ -92,7 +92,7 @@ def test_two_epochs_have_their_old_order(shards: ShardSet, facts: dict[str, list
 
 def test_shards_are_written_as_they_were(tmp_path: Path) -> None:
     recipe = shapes_recipe(text_width=8, shard_samples=12)
-    prepare(ShapesSource(captions=2), tmp_path / "shards", recipe, QUIET)
+    prepare_shards(ShapesSource(captions=2), tmp_path / "shards", recipe, QUIET)
     found, old = (
         {path.name: path for path in folder.iterdir() if path.suffix}
         for folder in (tmp_path / "shards", OLD / "shards")

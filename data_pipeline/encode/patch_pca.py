@@ -1,14 +1,14 @@
-"""A latent without a pretrained network."""
+"""A codec without a pretrained network: the principal components of patches."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from data_pipeline.encode.codecs import CachedLatent, ImageSize, Posterior, divided
 from data_pipeline.identity import Identity
-from data_pipeline.sizes import ImageSize, divided
 from sharpmoe.errors import DataError
 
 
@@ -27,7 +27,10 @@ class PatchPCA:
 
     @classmethod
     def fit(cls, batches: Iterable[Tensor], patch: int = 4, channels: int = 16, whiten: float = 0.5) -> "PatchPCA":
-        """One pass over (B, 3, H, W) images; float64 sums, so any number of images in constant memory."""
+        """Fit in one pass over (B, 3, H, W) batches; float64 sums, so any number of images in constant memory.
+
+        Raises DataError for settings outside their range, and where there is no image.
+        """
         width = 3 * patch * patch
         if not 1 <= channels <= width:
             raise DataError(f"pca channels {channels}: expected 1 to {width} for {patch}x{patch} patches")
@@ -66,7 +69,7 @@ class PatchPCA:
         }
 
     def latent_shape(self, image_size: ImageSize) -> tuple[int, int, int]:
-        """(channels, H / patch, W / patch)."""
+        """Return (channels, H / patch, W / patch)."""
         return len(self.basis), *divided(image_size, self.patch, "patch_pca")
 
     def encode(self, images: Tensor) -> Tensor:
@@ -74,14 +77,17 @@ class PatchPCA:
         patches = functional.pixel_unshuffle(images, self.patch) - self._at(images, self.mean)
         return torch.einsum("cp,bphw->bchw", self.basis.to(images), patches) * self._at(images, self.scale)
 
+    def posterior(self, images: Tensor, cached: Sequence[CachedLatent] = ()) -> Posterior:
+        return Posterior(self.encode(images), None)
+
     def decode(self, latents: Tensor) -> Tensor:
-        """The least-squares image of the kept components."""
+        """Return the least-squares image of the kept components."""
         components = latents.float() / self._at(latents, self.scale)
         patches = torch.einsum("cp,bchw->bphw", self.basis.to(latents.device), components)
         return functional.pixel_shuffle(patches + self._at(latents, self.mean), self.patch).clamp(-1, 1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fitted arrays."""
+        """Return the fitted arrays."""
         return {"basis": self.basis, "mean": self.mean, "scale": self.scale}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Captions to token states. An encoder has an identity that travels with the shards."""
+"""What a text encoder is: captions to token states, with an identity that travels with the shards."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_pipeline.identity import Identity, check_identity
+from data_pipeline.identity import Identity
 from sharpmoe.errors import DataError
 
 
@@ -23,7 +23,7 @@ class TextStates(NamedTuple):
 
 
 class TextEncoder(ABC):
-    """Captions to token states. `TextEncoder.from_identity` builds the one that a folder of shards was made with."""
+    """Captions to token states. A new one needs a row in `encode.build.ENCODERS`."""
 
     @property
     @abstractmethod
@@ -33,13 +33,6 @@ class TextEncoder(ABC):
     @abstractmethod
     def encode(self, captions: list[str]) -> TextStates:
         """Encode captions, padded to the longest among them; the empty caption is allowed."""
-
-    @staticmethod
-    def from_identity(identity: Identity, device: str = "cpu") -> "TextEncoder":
-        """The encoder of that identity; DataError where it is missing here, or has other weights."""
-        encoder = build_text_encoder(identity, device)
-        check_identity("text encoder", str(identity.get("name", identity["kind"])), encoder.identity, identity)
-        return encoder
 
 
 class HashTextEncoder(TextEncoder):
@@ -54,11 +47,11 @@ class HashTextEncoder(TextEncoder):
 
     @property
     def identity(self) -> Identity:
-        """Settings alone."""
+        """Kind and settings."""
         return {"kind": "hash", "width": self._width, "max_length": self._max_length}
 
     def encode(self, captions: list[str]) -> TextStates:
-        """One token per word, after a first one that stands for the start of the caption."""
+        """Encode one token per word, after a first one that marks the start of the caption."""
         tokens = [["", *re.findall(r"\w+", caption.lower())][: self._max_length] for caption in captions]
         length = max(len(words) for words in tokens)
         states, mask = torch.zeros(len(tokens), length, self._width), torch.zeros(len(tokens), length, dtype=torch.bool)
@@ -75,9 +68,9 @@ class HashTextEncoder(TextEncoder):
 class JoinedTextEncoder(TextEncoder):
     """Several encoders as one, in the given order; pooled states are always joined by their features.
 
-    along `tokens`: the tokens of one encoder follow those of the other, narrower states filled up with zeros (CLIP
+    along `tokens`: the tokens of one encoder follow those of the other, narrower states padded with zeros (CLIP
     before T5 in Stable Diffusion 3, arXiv 2403.03206). along `features`: states of the same place stand side by side,
-    shorter captions filled up with zeros (the two CLIPs of SDXL, arXiv 2307.01952).
+    shorter captions padded with zeros (the two CLIPs of SDXL, arXiv 2307.01952).
     """
 
     def __init__(self, encoders: list[TextEncoder], along: str = "tokens") -> None:
@@ -85,16 +78,16 @@ class JoinedTextEncoder(TextEncoder):
         if along not in ("tokens", "features"):
             raise DataError(f"text encoders joined along {along!r}: expected tokens or features")
         if len(encoders) < 2:
-            raise DataError("text encoders can be joined from two on")
+            raise DataError(f"text encoders: {len(encoders)} given to be joined, expected two or more")
         self._encoders, self._along = encoders, along
 
     @property
     def identity(self) -> Identity:
-        """Those of the parts, and the way they are joined."""
+        """The identities of the parts, and the way they are joined."""
         return {"kind": "joined", "along": self._along, "encoders": [part.identity for part in self._encoders]}
 
     def encode(self, captions: list[str]) -> TextStates:
-        """Encode with every part and join."""
+        """Encode with every part, then join."""
         parts = [encoder.encode(captions) for encoder in self._encoders]
         pooled = torch.cat([part.pooled for part in parts], dim=1)
         if self._along == "tokens":
@@ -109,26 +102,12 @@ class JoinedTextEncoder(TextEncoder):
 
 
 def _packed(text: TextStates) -> TextStates:
-    """Real tokens moved to the front of every row: tokenizers differ in the side on which they fill up."""
+    """Move real tokens to the front of every row: tokenizers differ in the side on which they pad."""
     order = torch.argsort((~text.mask).int(), dim=1, stable=True)
     states = text.states.gather(1, order[..., None].expand_as(text.states))
     return TextStates(states, text.mask.gather(1, order), text.pooled)
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens: (B, L, D), (B, L) -> (B, D)."""
+    """Average over the real tokens: (B, L, D), (B, L) -> (B, D)."""
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-
-def build_text_encoder(spec: Identity, device: str = "cpu") -> TextEncoder:
-    """A text encoder from what the user asked for."""
-    from data_pipeline.encode.transformer_texts import TransformerTextEncoder  # noqa: PLC0415  (it builds on this module)
-
-    if spec["kind"] == "hash":
-        return HashTextEncoder(spec["width"], spec["max_length"])
-    if spec["kind"] == "transformers":
-        options = {name: spec[name] for name in ("max_length", "layer", "pooled", "dtype") if name in spec}
-        return TransformerTextEncoder(spec["name"], device=device, **options)
-    if spec["kind"] == "joined":
-        return JoinedTextEncoder([build_text_encoder(part, device) for part in spec["encoders"]], spec["along"])
-    raise DataError(f"text encoder {spec['kind']!r}: expected transformers, hash or joined")

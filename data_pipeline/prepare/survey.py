@@ -1,10 +1,11 @@
-"""What a source holds, listed once by all ranks together, and kept on disk: memory holds a few numbers per picture.
+"""What a source holds: listed once by all ranks together and kept on disk, with a few numbers per image in memory.
 
 .work/REQUEST/UNIT.jsonl    one part of the source, listed by the rank that its hash belongs to; complete or absent
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +14,13 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from data_pipeline.identity import first_line
-from data_pipeline.prepare.files import publish
 from data_pipeline.prepare.ranks import Rank, wait
 from data_pipeline.sources.images import FORMATS, UNREADABLE, upright_size
-from data_pipeline.sources.items import Item, Skipped, Source, Unit, from_json, hash_int, to_json
+from data_pipeline.sources.items import ImageSource, Item, Skipped, Unit, from_json, hash_int, to_json
+from sharpmoe.durable import publish_once
 from sharpmoe.errors import DataError
 
-_HEADER_BYTES = 1 << 17  # of a picture, mostly enough to know its size
-
+_HEADER_BYTES = 1 << 17  # of an image file, mostly enough to know its size
 
 _ROW = np.dtype(
     [
@@ -35,7 +35,7 @@ _ROW = np.dtype(
 )
 
 
-class Refs(NamedTuple):
+class _Refs(NamedTuple):
     """Lines of the unit files."""
 
     unit: np.ndarray  # int32
@@ -43,10 +43,10 @@ class Refs(NamedTuple):
 
 
 class Catalog:
-    """All pictures of a source in the order of their hash: every shard, and a limited set, has a bit of everything."""
+    """All images of a source in the order of their hash, so that every shard and every limited set is a mixture."""
 
     def __init__(self, folder: Path, digests: list[str], limit: int | None = None) -> None:
-        """Read the unit files in `folder`; `limit`: keep only so many pictures."""
+        """Read the unit files in `folder`; `limit`: keep only so many images."""
         self._folder, self._digests = folder, digests
         self.split_names: list[str] = []
         parts = [self._read(number) for number in range(len(digests))]
@@ -54,17 +54,17 @@ class Catalog:
         self.skipped = _joined([part[1] for part in parts])
         order = np.argsort(rows["hash"], kind="stable")
         rows = rows[order]
-        self.use = _uses(rows["hash"])  # 0, and 1, 2 ... for further pictures of one key
+        self.use = _uses(rows["hash"])  # 0, and 1, 2 ... for further images of one key
         self.total = len(rows)
         rows, self.use = rows[:limit], self.use[:limit]
         self.hash, self.split, self.bytes = rows["hash"], rows["split"], rows["bytes"]
         self.pixels = np.stack([rows["height"], rows["width"]], axis=1)
-        self._refs = Refs(rows["unit"], rows["offset"])
+        self._refs = _Refs(rows["unit"], rows["offset"])
 
     def __len__(self) -> int:
         return len(self.hash)
 
-    def _read(self, number: int) -> tuple[np.ndarray, Refs]:
+    def _read(self, number: int) -> tuple[np.ndarray, _Refs]:
         rows, skipped, offset = [], [], 0
         with self._path(number).open("rb") as file:
             for line in file:
@@ -76,7 +76,7 @@ class Catalog:
                 else:
                     skipped.append(offset)
                 offset += len(line)
-        return np.array(rows, _ROW), Refs(np.full(len(skipped), number, np.int32), np.array(skipped, np.int64))
+        return np.array(rows, _ROW), _Refs(np.full(len(skipped), number, np.int32), np.array(skipped, np.int64))
 
     def _split(self, name: str) -> int:
         if name not in self.split_names:
@@ -84,23 +84,23 @@ class Catalog:
         return self.split_names.index(name)
 
     def items(self, rows: np.ndarray) -> list[Item]:
-        """The pictures at these places of the order."""
+        """Return the images at these indices."""
         return [self._item(int(row)) for row in rows]
 
     def _item(self, row: int) -> Item:
         entry = self._line(self._refs, row)
         assert isinstance(entry, Item)
         use = int(self.use[row])
-        return entry._replace(key=f"{entry.key}-{use + 1}") if use else entry
+        return replace(entry, key=f"{entry.key}-{use + 1}") if use else entry
 
     def left_out(self) -> Iterator[Skipped]:
-        """What the source could not give."""
+        """Yield the images that the source could not provide."""
         for row in range(len(self.skipped.unit)):
             entry = self._line(self.skipped, row)
             assert isinstance(entry, Skipped)
             yield entry
 
-    def _line(self, refs: Refs, row: int) -> Item | Skipped:
+    def _line(self, refs: _Refs, row: int) -> Item | Skipped:
         with self._path(int(refs.unit[row])).open("rb") as file:
             file.seek(int(refs.offset[row]))
             return from_json(file.readline())
@@ -109,26 +109,28 @@ class Catalog:
         return self._folder / f"{self._digests[number]}.jsonl"
 
 
-def _joined(parts: list[Refs]) -> Refs:
+def _joined(parts: list[_Refs]) -> _Refs:
     if not parts:
-        return Refs(np.empty(0, np.int32), np.empty(0, np.int64))
-    return Refs(np.concatenate([part.unit for part in parts]), np.concatenate([part.offset for part in parts]))
+        return _Refs(np.empty(0, np.int32), np.empty(0, np.int64))
+    return _Refs(np.concatenate([part.unit for part in parts]), np.concatenate([part.offset for part in parts]))
 
 
 def _uses(ordered: np.ndarray) -> np.ndarray:
-    """How many equal numbers stand before each of an ordered array."""
+    """Count the equal numbers before each element of a sorted array."""
     places = np.arange(len(ordered))
     first = np.r_[True, ordered[1:] != ordered[:-1]] if len(ordered) else np.empty(0, bool)
     return places - np.maximum.accumulate(np.where(first, places, 0)) if len(ordered) else places
 
 
-def survey(source: Source, folder: Path, digests: list[str], place: Rank, look: bool, threads: int) -> None:
-    """List this rank's units into `folder` and wait for the others'; do theirs where they come no further.
+def survey(
+    source: ImageSource, folder: Path, digests: list[str], place: Rank, *, read_sizes: bool, threads: int
+) -> None:
+    """List this rank's units into `folder` and wait for those of the others; list these too where a rank has died.
 
-    `look`: read the size of every picture, which buckets need.
+    `read_sizes`: read the size of every image, which buckets need.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _list_units(source, folder, {digest for digest in digests if place.owns(digest)}, look, threads)
+    _list_units(source, folder, {digest for digest in digests if place.owns(digest)}, read_sizes, threads)
     others = set(digests)
 
     def left() -> int:
@@ -136,37 +138,37 @@ def survey(source: Source, folder: Path, digests: list[str], place: Rank, look: 
         return len(others)
 
     if not wait(left):
-        _list_units(source, folder, others, look, threads)
+        _list_units(source, folder, others, read_sizes, threads)
 
 
-def _list_units(source: Source, folder: Path, wanted: set[str], look: bool, threads: int) -> None:
+def _list_units(source: ImageSource, folder: Path, wanted: set[str], read_sizes: bool, threads: int) -> None:
     wanted = {digest for digest in wanted if not (folder / f"{digest}.jsonl").exists()}
     if not wanted:
         return
     with ThreadPoolExecutor(threads) as pool:
         for unit in source.units():
             if unit.digest in wanted:
-                _list_unit(source, folder, unit, look, pool)
+                _list_unit(source, folder, unit, read_sizes, pool)
 
 
-def _list_unit(source: Source, folder: Path, unit: Unit, look: bool, pool: ThreadPoolExecutor) -> None:
+def _list_unit(source: ImageSource, folder: Path, unit: Unit, read_sizes: bool, pool: ThreadPoolExecutor) -> None:
     entries: Iterator[Item | Skipped] = source.survey(unit)
-    if look:
-        entries = pool.map(partial(_looked_at, source), list(entries))
+    if read_sizes:
+        entries = pool.map(partial(_with_size, source), list(entries))
     content = "".join(to_json(entry) + "\n" for entry in entries)
-    publish(folder / f"{unit.digest}.jsonl", content.encode())
+    publish_once(folder / f"{unit.digest}.jsonl", content.encode())
 
 
-def _looked_at(source: Source, entry: Item | Skipped) -> Item | Skipped:
+def _with_size(source: ImageSource, entry: Item | Skipped) -> Item | Skipped:
     if isinstance(entry, Skipped):
         return entry
     try:
-        return entry._replace(pixels=_size(source, entry))
+        return replace(entry, pixels=_size(source, entry))
     except UNREADABLE as error:
         return Skipped(entry.name, unreadable(error))
 
 
-def _size(source: Source, item: Item) -> tuple[int, int]:
+def _size(source: ImageSource, item: Item) -> tuple[int, int]:
     try:
         return upright_size(source.read(item, _HEADER_BYTES))
     except UNREADABLE:
@@ -174,22 +176,22 @@ def _size(source: Source, item: Item) -> tuple[int, int]:
 
 
 def unreadable(error: Exception) -> str:
-    """Why a picture cannot be used; the same words for the same file on every machine."""
-    if isinstance(error, UnidentifiedImageError):  # its own words hold an address in memory
+    """Say why an image cannot be used, in the same words for the same file on every machine."""
+    if isinstance(error, UnidentifiedImageError):  # its own message holds a memory address
         return f"unreadable: not a picture of a known kind ({', '.join(FORMATS)})"
-    if isinstance(error, OSError) and error.errno is not None:  # and these a path
+    if isinstance(error, OSError) and error.errno is not None:  # their message holds a path
         return f"unreadable: {error.strerror}"
     return f"unreadable: {first_line(error)}"
 
 
 def refuse_missing(catalog: Catalog, allow: bool) -> None:
-    """Raise a DataError naming pictures that the source names and does not have, unless that is allowed."""
+    """Raise a DataError naming images that the source lists and that do not exist, unless that is allowed."""
     if allow:
         return
     missing = [entry for entry in catalog.left_out() if entry.missing]
     if missing:
         names = ", ".join(entry.name for entry in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise DataError(
-            f"{len(missing)} of {len(missing) + catalog.total} images are not there ({names}; {missing[0].reason}); "
-            "mend the table, or pass --allow-missing to leave them out"
+            f"{len(missing)} of {len(missing) + catalog.total} images are missing ({names}; {missing[0].reason}); "
+            "correct the table, or pass --allow-missing to leave them out"
         )

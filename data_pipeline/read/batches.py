@@ -1,4 +1,4 @@
-"""Samples to a batch: stacked, texts padded."""
+"""Collate samples to a batch: arrays stacked, texts padded."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,8 +13,8 @@ from data_pipeline.schema import Batch
 def collate(samples: Iterable[Sample], positions: Sequence[int], text_length: int) -> Batch:
     """Stack samples of one bucket; every text is padded to `text_length` tokens.
 
-    Each sample is copied and let go before the next is asked for: with an iterator, the next is read into the memory
-    of the last one, which is still in the processor's cache.
+    Each sample is copied and released before the next is taken: with an iterator, the next is read into the memory of
+    the last one, which is still in the processor's cache.
     """
     stack = _Stack(len(positions), text_length)
     for sample in samples:
@@ -24,7 +24,7 @@ def collate(samples: Iterable[Sample], positions: Sequence[int], text_length: in
 
 
 class _Stack:
-    """The arrays of a batch, made when the first sample tells their shapes."""
+    """The arrays of a batch, allocated with the shapes of the first sample."""
 
     def __init__(self, count: int, text_length: int) -> None:
         self._count, self._text_length = count, text_length
@@ -52,7 +52,7 @@ class _Stack:
         self._arrays[name][row] = array
 
     def _put_text(self, row: int, text: np.ndarray) -> None:
-        """Texts stay in half precision where they are stored so: casting them costs more than reading."""
+        """Copy a text, in half precision where it is stored so: casting costs more than reading."""
         if row == 0:
             half = text.dtype == np.float16
             shape = (self._count, self._text_length, text.shape[1])
@@ -64,9 +64,9 @@ class _Stack:
         self._mask[row, : len(text)] = True
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        """What was put."""
+        """Return the batch. Raises ValueError where samples are missing."""
         if len(self._words) != self._count:
-            raise ValueError(f"{len(self._words)} samples for {self._count} places")
+            raise ValueError(f"{len(self._words)} samples, expected {self._count}")
         keys, captions, labels = zip(*self._words, strict=True)
         tensors: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
         return Batch(

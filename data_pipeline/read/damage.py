@@ -1,31 +1,31 @@
-"""What is wrong with shards, by name, and how much of it a run bears."""
+"""What is wrong with shards, by name, and how much of it a run accepts."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from sharpmoe.errors import DamageError
 
-MEND = "delete the shard and run launcher/prepare.py again as before: it writes only what is missing"
+_HOW_TO_FIX = "delete the shard and run launcher/prepare.py again as before: it writes only what is missing"
 
 
 class Damage(NamedTuple):
-    """One sample that cannot be used; or, with an empty key, a flaw of a shard that costs no sample by itself."""
+    """One sample that cannot be used; or, with an empty key, a flaw of a shard that makes no sample unusable."""
 
-    shard: str  # its tar, with the place it lies in
+    shard: str  # its tar, with folder or URL
     key: str
-    what: str  # with the member, where it is one
+    what: str  # with the name of the member, where it concerns one
 
     def __str__(self) -> str:
-        """One line, without the mend."""
+        """Return one line, without the way to fix it."""
         return f"{self.shard}, key {self.key}, {self.what}" if self.key else f"{self.shard}: {self.what}"
 
     def error(self) -> DamageError:
-        """The error of a reader that bears no damage."""
-        return DamageError(f"{self}; {MEND}")
+        """Return the error of a reader that accepts no damage."""
+        return DamageError(f"{self}; {_HOW_TO_FIX}")
 
 
-class Ledger:
-    """All damage that was met so far, each once. The same wherever the same is added."""
+class DamageLedger:
+    """All damage found so far, each once. Two ledgers to which the same is added are equal."""
 
     def __init__(self, num_samples: int, max_bad_fraction: float) -> None:
         """`num_samples` of the data: the fraction is of them, not of what was read so far."""
@@ -34,21 +34,21 @@ class Ledger:
 
     @property
     def num_bad(self) -> int:
-        """Samples found damaged."""
+        """Number of samples found damaged."""
         return sum(bool(damage.key) for damage in self._known)
 
-    def add(self, met: Iterable[Damage]) -> list[Damage]:
-        """Count what was met; returns what is new, in a fixed order.
+    def add(self, found: Iterable[Damage]) -> list[Damage]:
+        """Add what was found; return what is new, in a fixed order.
 
         Raises DamageError where more than max_bad_fraction of all samples are damaged; where it is 0, for any damage.
         """
-        fresh = sorted(set(met) - self._known)
+        fresh = sorted(set(found) - self._known)
         self._known.update(fresh)
         if fresh and not self._max_bad_fraction:
             raise fresh[0].error()
         if self.num_bad > self._num_samples * self._max_bad_fraction:
             raise DamageError(
                 f"{self.num_bad} of {self._num_samples} samples are damaged, more than data.max_bad_fraction "
-                f"{self._max_bad_fraction} bears; the latest: {fresh[-1]}; {MEND}"
+                f"{self._max_bad_fraction} allows; the latest: {fresh[-1]}; {_HOW_TO_FIX}"
             )
         return fresh

@@ -1,4 +1,4 @@
-"""The files of a prepared folder beside its samples, read through a store and compared with the index."""
+"""Read the files of a prepared folder beside its samples, through a store, and compare them with the index."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _TAIL = 1 << 20  # bytes of zeros that may follow the last member of a tar
 
 
 def read_index(store: Store) -> tuple[Index, str]:
-    """The index of a prepared folder, and its sha256. Raises DataError."""
+    """Read the index of a prepared folder; return it and its sha256. Raises DataError."""
     try:
         content = store.small(INDEX_FILE)
     except DamageError:
@@ -25,7 +25,7 @@ def read_index(store: Store) -> tuple[Index, str]:
 
 
 def read_table(store: Store, shard: Shard) -> Sequence[tuple[str, Places]]:
-    """Keys and places of a shard's samples. DamageError where the table is not the one that the index knows."""
+    """Read keys and places of a shard's samples. Raises DamageError where the table is not the one in the index."""
     content = checked_file(store, f"{shard.name}.json", shard.table_sha256)
     if content is None:
         raise DamageError(f"its table {shard.name}.json is missing or damaged")
@@ -47,18 +47,19 @@ def check_size(store: Store, shard: Shard) -> None:
 
 
 def ends_in_zeros(store: Store, shard: Shard, table: Sequence[tuple[str, Places]]) -> bool:
-    """Whether nothing but zeros follows the last member of a tar."""
+    """Return whether only zeros follow the last member of a tar."""
     ends = [place[0] + place[1] for _, places in table[-1:] for place in places.values()]
     start = max(ends, default=0)
     start += -start % TAR_BLOCK
     if not 0 <= shard.size - start <= _TAIL:
         return False
     place = f"{shard.name}.tar", start, shard.size - start
-    return any(not store.read(*place, fresh=fresh).strip(b"\0") for fresh in (False, True))  # a cached copy may lie
+    # Read twice at most: a cached copy may be damaged.
+    return any(not store.read(*place, fresh=fresh).strip(b"\0") for fresh in (False, True))
 
 
 def checked_file(store: Store, name: str, sha256: str) -> bytes | None:
-    """A small file whose checksum is in the index; None where it is missing or another."""
+    """Read a small file whose checksum is in the index; None where it is missing or differs."""
     try:
         content = store.small(name)
     except DamageError:

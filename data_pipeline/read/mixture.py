@@ -1,4 +1,4 @@
-"""Several shard sets as one: weights between them, one text length, one codec and one text encoder."""
+"""Several shard sets read as one: with weights, one text length, one codec and one text encoder."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from sharpmoe.errors import DataError
 
 
 class Stream(NamedTuple):
-    """The samples of one bucket of one shard set: what has an order, and a count of what a run has taken of it."""
+    """The samples of one bucket of one shard set. A stream has an order, and a run counts what it has taken of it."""
 
     source: int  # which shard set
     bucket: str
@@ -27,12 +27,12 @@ class Stream(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples of an epoch."""
         return sum(self.shard_sizes)
 
 
 class Mixture:
-    """What a run trains on. Safe in DataLoader workers."""
+    """The data of a run. Safe in DataLoader workers."""
 
     sources: tuple[ShardSet, ...]
     streams: tuple[Stream, ...]
@@ -44,12 +44,12 @@ class Mixture:
     patch_size: int
     codec: Identity
     encoder: Identity
-    fingerprint: str  # of the only source, or over those of all
+    fingerprint: str  # of the only source, or a hash over those of all
 
     def __init__(self, sources: Sequence[ShardSet], weights: Sequence[float] | None = None) -> None:
-        """`weights`: how often a sample is taken from each source, in proportion; by default their sizes.
+        """`weights`: relative frequencies of the sources; by default their sizes.
 
-        Raises DataError where the sources were not made by the same codec, text encoder and patch size.
+        Raises DataError where the sources were made with another codec, text encoder or patch size.
         """
         first = sources[0]
         self.sources = tuple(sources)
@@ -70,15 +70,15 @@ class Mixture:
         self.fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
 
     def load(self, stream: int, index: int, draw: Draw) -> Sample | Damage:
-        """Read a sample of a stream, by its index in it (see ShardSet.load)."""
+        """Read a sample of a stream by its index in the stream (see ShardSet.load)."""
         return self.sources[self.streams[stream].source].load(self.streams[stream].first + index, draw)
 
     def flaws(self) -> list[Damage]:
-        """What was found wrong with shards as a whole since the last call."""
+        """Return the flaws of whole shards found since the last call."""
         return [flaw for source in self.sources for flaw in source.flaws()]
 
     def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The empty caption, padded like the texts of all sources (see ShardSet.empty_text)."""
+        """Return the empty caption, padded like the texts of all sources (see ShardSet.empty_text)."""
         return max(self.sources, key=lambda source: source.text_length).empty_text()
 
 
@@ -86,10 +86,10 @@ def open_mixture(
     places: Sequence[tuple[str | Path, float]],
     split: str,
     remote: RemoteOptions | None = None,
-    bears_damage: bool = False,
+    accept_damage: bool = False,
 ) -> Mixture:
     """Open one shard set, or several with weights (see ShardSet.open and Mixture). Raises DataError."""
-    sources = [ShardSet.open(place, split, remote, bears_damage) for place, _ in places]
+    sources = [ShardSet.open(place, split, remote, accept_damage) for place, _ in places]
     return Mixture(sources, [weight for _, weight in places])
 
 

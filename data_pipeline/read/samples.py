@@ -1,4 +1,4 @@
-"""One sample out of a shard: its records are checked, its members decoded, and its choices made.
+"""Read one sample of a shard: check its records, decode its members, and make its random choices.
 
 A record is a tar header, a member's content and zero padding. The content is compared with its crc32, header and
 padding with what a tar has there, so that a changed bit anywhere is noticed.
@@ -7,14 +7,14 @@ padding with what a tar has there, so that a changed bit anywhere is noticed.
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from data_pipeline.index import Places
 from data_pipeline.members import Buffer, all_finite, checksum, decode_json, decode_npy, decode_text, suffix_of
-from data_pipeline.read import order
-from data_pipeline.read.order import Purpose
+from data_pipeline.read.order import DataPurpose, data_generator, uniform
 from data_pipeline.safety import CAPS, check_key
 from sharpmoe.errors import DamageError
 
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 class Spec(NamedTuple):
-    """What every sample of one bucket looks like."""
+    """The shapes of every sample of one bucket."""
 
     latent: tuple[int, int, int]  # (C, h, w)
     grid: tuple[int, int]  # tokens (h, w)
@@ -42,7 +42,8 @@ class Draw(NamedTuple):
     position: int
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
     """One sample; arrays as they are stored, unpadded."""
 
     key: str
@@ -56,42 +57,42 @@ class Sample(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where one sample lies."""
+    """Where one sample is in its shard."""
 
     key: str
     places: Places
-    shard_size: int  # bytes that the tar really has
+    shard_size: int  # actual bytes of the tar
 
 
 def load_sample(read: Callable[[int, int], bytes], span: Span, spec: Spec, draw: Draw | None) -> Sample:
     """Read one sample by `read(offset, size)`.
 
-    With `draw` the caption is chosen by the weights, the mirror image where there is one, and the latent is drawn where
-    its spread is stored; without it they are the first caption, the image as it is, and the mean. Raises DamageError,
+    With `draw` the caption is drawn by the weights, the mirror image where there is one, and the latent where its
+    standard deviation is stored; without it: first caption, image as it is, mean latent. Raises DamageError,
     which names the member.
     """
     check_key(span.key)
     records = _Records(read, span)
     if "text1.npy" not in span.places and "latent_flip.npy" not in span.places:
-        records.fetch(span.places)  # all of it is wanted: one read
+        records.fetch(span.places)  # every member is needed: one read
     meta = records.decoded("json", decode_json)
     caption, text = _caption(records, meta, draw)
     flipped = draw is not None and "latent_flip.npy" in span.places and _coin(draw)
     foreground = _map(records, "foreground", spec, flipped) if "foreground.npy" in span.places else None
     return Sample(
-        span.key,
-        caption,
-        _label(meta),
-        _latent(records, spec, flipped, draw),
-        _text(records, f"text{text}.npy", spec),
-        records.array(f"pooled{text}.npy", (spec.pooled_width,)),
-        _map(records, "saliency", spec, flipped),
-        foreground,
+        key=span.key,
+        caption=caption,
+        label=_label(meta),
+        latent=_latent(records, spec, flipped, draw),
+        text=_text(records, f"text{text}.npy", spec),
+        pooled=records.array(f"pooled{text}.npy", (spec.pooled_width,)),
+        saliency=_map(records, "saliency", spec, flipped),
+        foreground=foreground,
     )
 
 
 def check_sample(read: Callable[[int, int], bytes], span: Span, spec: Spec) -> None:
-    """Decode all of a sample, also the captions and images that a run may never draw. Raises DamageError."""
+    """Decode every member of a sample, also those that a run may never draw. Raises DamageError."""
     load_sample(read, span, spec, None)
     records = _Records(read, span)
     records.fetch(span.places)
@@ -117,7 +118,7 @@ class _Records:
         self._contents: dict[str, Buffer] = {}
 
     def fetch(self, names: Mapping[str, Any] | Sequence[str]) -> None:
-        """Read neighbouring members in one go, and check them."""
+        """Read neighbouring members in one call, and check them."""
         places = {name: _checked_place(name, self._span) for name in names}
         if not places:
             raise DamageError("the sample has no members")
@@ -132,11 +133,11 @@ class _Records:
             if checksum(content) != expected:
                 raise DamageError(f"{name}: checksum differs from the index, the shard is damaged")
             if not _framed(record, f"{self._span.key}.{name}", size):
-                raise DamageError(f"{name}: the tar is damaged around it")
+                raise DamageError(f"{name}: the tar is damaged around this member")
             self._contents[name] = content
 
     def decoded(self, name: str, decode: Callable[[Buffer], _T]) -> _T:
-        """A member, decoded."""
+        """Return a member, decoded."""
         if name not in self._contents:
             if name not in self._span.places:
                 raise DamageError(f"{name}: the sample has no such member")
@@ -147,25 +148,24 @@ class _Records:
             raise DamageError(f"{name}: {error}") from None
 
     def array(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        """A .npy member of a shape (None: any), all of it finite."""
+        """Return a .npy member of a shape (None: any length); every value is finite."""
         return self.decoded(name, lambda content: _array(content, shape))
 
     def has(self, name: str) -> bool:
-        """Whether the sample has a member."""
         return name in self._span.places
 
 
 def _checked_place(name: str, span: Span) -> tuple[int, int, int]:
-    """Place of a member, believed only where it can be that of one."""
+    """Return the place of a member. Raises DamageError where it cannot be that of a member of this tar."""
     place = span.places[name]
     if [type(number) for number in place] != _PLACE or place[0] < TAR_BLOCK or place[1] < 0:
-        raise DamageError(f"{name[:40]}: {str(place)[:80]} is no place in a tar")
+        raise DamageError(f"{name[:40]}: {str(place)[:80]} is not a place in a tar")
     offset, size, expected = place
     suffix_of(name)
     if size > CAPS.member:
         raise DamageError(f"{name}: {size} bytes, at most {CAPS.member} are read")
     if _padded_end(offset, size) > span.shard_size:
-        raise DamageError(f"{name}: lies beyond the end of the shard, which is cut short")
+        raise DamageError(f"{name}: extends beyond the end of the shard, which is cut short")
     return offset, size, expected
 
 
@@ -174,7 +174,7 @@ def _padded_end(offset: int, size: int) -> int:
 
 
 def _framed(record: memoryview, name: str, size: int) -> bool:
-    """Whether a record has the header of a regular file of this name, whose checksum holds, and ends in zeros."""
+    """Return whether a record has a valid header of a regular file of this name, and ends in zeros."""
     header = bytes(record[:TAR_BLOCK])
     field = header[_CHECKSUM]
     try:
@@ -200,23 +200,23 @@ def _array(content: Buffer, shape: tuple[int | None, ...]) -> np.ndarray:
 
 
 def _coin(draw: Draw) -> bool:
-    return order.uniform(draw.seed, Purpose.FLIP, draw.position) < 0.5
+    return uniform(draw.seed, DataPurpose.FLIP, draw.position) < 0.5
 
 
 def _caption(records: _Records, meta: Mapping[str, Any], draw: Draw | None) -> tuple[str, str]:
-    """The caption, and what its members' names have behind `text` and `pooled`: nothing, 1, 2, ..."""
+    """Return the caption, and the suffix of its members `text` and `pooled`: nothing, 1, 2, ..."""
     captions = meta.get("captions")
     if draw is None or captions is None:
         return records.decoded("txt", decode_text), ""
     texts, weights = zip(*_weighted(captions), strict=True)
     sums = np.cumsum(weights)
-    drawn = order.uniform(draw.seed, Purpose.CAPTION, draw.position) * sums[-1]
+    drawn = uniform(draw.seed, DataPurpose.CAPTION, draw.position) * sums[-1]
     number = min(int(np.searchsorted(sums, drawn, side="right")), len(texts) - 1)
     return texts[number], str(number or "")
 
 
 def _weighted(captions: Any) -> list[tuple[str, float]]:
-    """Captions with their weights, which are not negative and not all zero."""
+    """Return captions with their weights, which are not negative and not all zero. Raises DamageError."""
     try:
         weighted = [(str(caption["text"]), float(caption["weight"])) for caption in captions]
     except (KeyError, TypeError, ValueError):
@@ -230,19 +230,19 @@ def _weighted(captions: Any) -> list[tuple[str, float]]:
 def _label(meta: Mapping[str, Any]) -> int:
     label = meta.get("label")
     if type(label) is not int or not -1 <= label < 2**31:
-        raise DamageError(f"json: label {label!r} is no class")
+        raise DamageError(f"json: label {label!r} is not a class")
     return label
 
 
 def _latent(records: _Records, spec: Spec, flipped: bool, draw: Draw | None) -> np.ndarray:
-    """The stored latent or its mirror image's; a draw around it where its spread is stored."""
+    """Return the latent of the image or its mirror image; drawn around it where the standard deviation is stored."""
     name = "latent_flip" if flipped else "latent"
     mean = records.array(f"{name}.npy", spec.latent)
     if draw is None or not records.has(f"{name}_std.npy"):
         return mean
-    spread = records.array(f"{name}_std.npy", spec.latent)
-    generator = order.generator(draw.seed, Purpose.LATENT, draw.position)
-    return mean + spread * generator.standard_normal(spec.latent, dtype=np.float32)
+    std = records.array(f"{name}_std.npy", spec.latent)
+    generator = data_generator(draw.seed, DataPurpose.LATENT, draw.position)
+    return mean + std * generator.standard_normal(spec.latent, dtype=np.float32)
 
 
 def _text(records: _Records, name: str, spec: Spec) -> np.ndarray:
@@ -253,7 +253,7 @@ def _text(records: _Records, name: str, spec: Spec) -> np.ndarray:
 
 
 def _map(records: _Records, name: str, spec: Spec, flipped: bool) -> np.ndarray:
-    """A map on the token grid, row-major, mirrored with the image."""
+    """Return a map on the token grid, row-major, mirrored with the image."""
     height, width = spec.grid
     values = records.array(f"{name}.npy", (height * width,))
     return values.reshape(spec.grid)[:, ::-1].reshape(-1) if flipped else values

@@ -1,4 +1,4 @@
-"""Prepared shards, read by index: any sample of any shard in one read, checked before it is believed."""
+"""Read prepared shards by index: any sample of any shard in one read, checked before it is used."""
 
 import math
 import tempfile
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.encode.codecs import CODEC_FILE, Codec, load_codec
+from data_pipeline.encode.build import CODEC_FILE, load_codec, restore_text_encoder
+from data_pipeline.encode.codecs import Codec
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.identity import check_identity
 from data_pipeline.index import EMPTY_FILE, Bucket, Identity, Index, Places, Shard
@@ -29,14 +30,14 @@ _TABLES = 16  # kept in memory: samples are mixed within blocks of fewer shards
 
 
 class _Opened(NamedTuple):
-    """What has been read of a shard beside its samples."""
+    """What is known of a shard beside its samples."""
 
     samples: Sequence[tuple[str, Places]]
-    size: int  # bytes that the tar really has
+    size: int  # actual bytes of the tar
 
 
 class ShardSet:
-    """One split of a prepared folder, here or in the network. Safe in threads and in DataLoader workers.
+    """One split of a prepared folder, local or remote. Safe in threads and in DataLoader workers.
 
     Sample indices count through the buckets, one after the other, and in each through its shards.
     """
@@ -44,20 +45,20 @@ class ShardSet:
     split: str
     location: str  # folder or URL, without credentials
     num_samples: int
-    buckets: dict[str, Bucket]  # those that the split has samples of, in the order of the indices
+    buckets: dict[str, Bucket]  # those of which the split has samples, in the order of the indices
     bucket_shards: dict[str, tuple[int, ...]]  # samples of every shard of every bucket, in the order of the indices
     main_bucket: str  # the square one or, without one, the largest
     latent_shape: tuple[int, int, int]  # (C, h, w) of the main bucket
     grid: tuple[int, int]  # tokens (h, w) of the main bucket
-    image_size: int  # pixels, side of a square of as many as images of the main bucket have
-    text_length: int  # L: every text is padded to so many tokens
+    image_size: int  # pixels: side of the square with the area of the main bucket's images
+    text_length: int  # L: tokens to which every text is padded
     text_width: int
     pooled_width: int
     patch_size: int
     codec: Identity
     encoder: Identity
     splits: dict[str, int]  # samples of every split of the folder
-    fingerprint: str  # sha256 of the index, which vouches for every other file
+    fingerprint: str  # sha256 of the index, which holds the checksums of all other files
 
     def __init__(self, store: Store, split: str, index: Index, fingerprint: str) -> None:
         """Use `ShardSet.open`."""
@@ -68,7 +69,7 @@ class ShardSet:
         self._store, self._files = store, index.files
         self._arrange(index)
         self._opened: dict[int, _Opened | Damage] = {}  # by shard, the latest few
-        self._flaws: list[Damage] = []  # of shards opened since they were last asked for
+        self._flaws: list[Damage] = []  # of shards opened since the last call of `flaws`
 
     def _arrange(self, index: Index) -> None:
         """Put the shards of this split in order, bucket by bucket."""
@@ -91,11 +92,11 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, location: str | Path, split: str, remote: RemoteOptions | None = None, bears_damage: bool = False
+        cls, location: str | Path, split: str, remote: RemoteOptions | None = None, accept_damage: bool = False
     ) -> "ShardSet":
-        """Read the index, and in a local folder check that every shard of the split is there in full size.
+        """Read the index, and check that every shard of the split in a local folder exists in full size.
 
-        With `bears_damage` the shards are looked at when they are read only. Raises DataError where the folder was
+        With `accept_damage` the shards are checked only when they are read. Raises DataError where the folder was
         never prepared, the split does not exist or is empty, or a shard is missing or cut short.
         """
         store = open_store(location, remote)
@@ -103,7 +104,7 @@ class ShardSet:
         if not index.splits.get(split):
             raise DataError(f"{store.location}: no samples in split {split!r}; it has {_counts(index.splits)}")
         shards = cls(store, split, index, fingerprint)
-        if isinstance(store, LocalStore) and not bears_damage:
+        if isinstance(store, LocalStore) and not accept_damage:
             for shard in shards._shards:
                 check_size(store, shard)
         return shards
@@ -116,7 +117,7 @@ class ShardSet:
             check_identity("text encoder", self.location, found=self.encoder, expected=encoder)
 
     def codec_object(self, device: str = "cpu") -> Codec:
-        """The codec that made the latents, to turn samples back into images."""
+        """Load the codec that made the latents, to decode samples to images. Raises DataError."""
         where = f"{self.location}/{CODEC_FILE}"
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -128,11 +129,11 @@ class ShardSet:
         return codec
 
     def text_encoder(self, device: str = "cpu") -> TextEncoder:
-        """The encoder that made the text states, for captions of the user's own."""
-        return TextEncoder.from_identity(self.encoder, device)
+        """Load the encoder that made the text states, for new captions. Raises DataError."""
+        return restore_text_encoder(self.encoder, device)
 
     def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The empty caption: text (L, D) float32, mask (L,) bool, pooled (D_pooled,) float32."""
+        """Return the empty caption: text (L, D) float32, mask (L,) bool, pooled (D_pooled,) float32."""
         content = checked_file(self._store, EMPTY_FILE, self._files.get(EMPTY_FILE, ""))
         if content is None:
             raise DataError(f"{self.location}/{EMPTY_FILE}: missing or damaged; delete it and {REWRITE}")
@@ -146,7 +147,7 @@ class ShardSet:
         return torch.from_numpy(text), mask, torch.from_numpy(arrays["pooled"].astype(np.float32))
 
     def batch(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> Batch:
-        """The samples of these indices, all of one bucket, without any choice drawn: first caption, mean latent.
+        """Read the samples of these indices, all of one bucket, without random choices: first caption, mean latent.
 
         `positions` defaults to the indices. Raises DataError naming shard and key where a sample is damaged, of another
         shape, or not finite.
@@ -161,16 +162,16 @@ class ShardSet:
         return collate(samples, indices if positions is None else positions, self.text_length)
 
     def bucket_of(self, index: int) -> str:
-        """Name of a sample's bucket."""
+        """Return the name of a sample's bucket."""
         return self._shards[self._number(index)].bucket
 
     def indices_of(self, bucket: str) -> range:
-        """Sample indices of a bucket."""
+        """Return the sample indices of a bucket."""
         inside = [number for number, shard in enumerate(self._shards) if shard.bucket == bucket]
         return range(int(self._first[inside[0]]), int(self._first[inside[-1] + 1]))
 
     def load(self, index: int, draw: Draw | None = None) -> Sample | Damage:
-        """Read one sample, or tell what is wrong with it. DataError where the place itself cannot be read."""
+        """Read one sample, or return what is wrong with it. Raises DataError where the store cannot be read."""
         number = self._number(index)
         shard, opened = self._shards[number], self._open(number)
         row = index - int(self._first[number])
@@ -183,7 +184,7 @@ class ShardSet:
         return found
 
     def flaws(self) -> list[Damage]:
-        """What was found wrong with shards as a whole since the last call."""
+        """Return the flaws of whole shards found since the last call."""
         flaws, self._flaws = self._flaws, []
         return flaws
 
@@ -200,32 +201,32 @@ class ShardSet:
             return Damage(self._path(shard), span.key, str(error))
 
     def _open(self, number: int) -> _Opened | Damage:
-        """Table and true size of a shard, or what makes all of it unusable."""
+        """Return table and actual size of a shard, or what makes all of it unusable."""
         if number not in self._opened:
             while len(self._opened) >= _TABLES:
                 del self._opened[next(iter(self._opened))]
             shard = self._shards[number]
             try:
-                self._opened[number] = self._look(shard)
+                self._opened[number] = self._inspect(shard)
             except DamageError as error:
                 self._opened[number] = Damage(self._path(shard), "", str(error).removeprefix(f"{self._path(shard)}: "))
         return self._opened[number]
 
-    def _look(self, shard: Shard) -> _Opened:
+    def _inspect(self, shard: Shard) -> _Opened:
         table = read_table(self._store, shard)
         size = self._store.size(f"{shard.name}.tar")
         if size != shard.size:
             flaw = f"shard has {size} bytes, expected {shard.size}"
             self._flaws.append(Damage(self._path(shard), "", flaw))
         elif not ends_in_zeros(self._store, shard, table):
-            self._flaws.append(Damage(self._path(shard), "", "the tar is damaged behind its last sample"))
+            self._flaws.append(Damage(self._path(shard), "", "the tar is damaged after its last sample"))
         return _Opened(table, size)
 
     def _path(self, shard: Shard) -> str:
         return f"{self.location}/{shard.name}.tar"
 
     def __getstate__(self) -> dict[str, object]:
-        """What was looked at is looked at again elsewhere, so that a worker starts light."""
+        """Leave out what was read of the shards, so that a worker starts with little memory; it is read again there."""
         return {**self.__dict__, "_opened": {}, "_flaws": []}
 
 

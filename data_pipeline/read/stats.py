@@ -1,6 +1,7 @@
-"""What a prepared folder holds, in figures: from its index, and from a look at some of its samples."""
+"""Statistics of a prepared folder: from its index, and from some of its samples."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from data_pipeline.read.samples import Sample
 from data_pipeline.read.shards import ShardSet
 
 
-class Spread(NamedTuple):
+class _Spread(NamedTuple):
     """Mean, standard deviation and range of some numbers."""
 
     mean: float
@@ -19,37 +20,37 @@ class Spread(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """One line."""
         return f"mean {self.mean:.4g}, std {self.std:.4g}, from {self.low:.4g} to {self.high:.4g}"
 
 
-class Look(NamedTuple):
-    """Figures of some samples."""
+@dataclass(frozen=True, kw_only=True)
+class SampleStats:
+    """Statistics of some samples."""
 
     samples: int
-    latent: Spread
-    tokens: Spread  # of the texts
-    saliency: Spread
+    latent: _Spread
+    tokens: _Spread  # of the texts
+    saliency: _Spread
     foreground: float  # share of samples with a foreground map
-    labels: int  # classes that came up; 0 where samples have none
+    labels: int  # different classes; 0 where samples have none
     captions: float  # share of samples whose caption is not empty
 
 
-def look(samples: Sequence[Sample]) -> Look:
-    """Figures of samples."""
-    return Look(
-        len(samples),
-        _spread([sample.latent.astype(np.float32).ravel() for sample in samples]),
-        _spread([np.array([len(sample.text)]) for sample in samples]),
-        _spread([sample.saliency for sample in samples]),
-        sum(sample.foreground is not None for sample in samples) / len(samples),
-        len({sample.label for sample in samples} - {-1}),
-        sum(bool(sample.caption.strip()) for sample in samples) / len(samples),
+def sample_stats(samples: Sequence[Sample]) -> SampleStats:
+    """Compute statistics of samples."""
+    return SampleStats(
+        samples=len(samples),
+        latent=_spread([sample.latent.astype(np.float32).ravel() for sample in samples]),
+        tokens=_spread([np.array([len(sample.text)]) for sample in samples]),
+        saliency=_spread([sample.saliency for sample in samples]),
+        foreground=sum(sample.foreground is not None for sample in samples) / len(samples),
+        labels=len({sample.label for sample in samples} - {-1}),
+        captions=sum(bool(sample.caption.strip()) for sample in samples) / len(samples),
     )
 
 
 def some_samples(shards: ShardSet, count: int) -> list[Sample]:
-    """At most `count` samples, evenly spread over a split. Raises DataError where one is damaged."""
+    """Read at most `count` samples, evenly spread over a split. Raises DataError where one is damaged."""
     count = min(count, shards.num_samples)
     loaded = [shards.load(number * shards.num_samples // count) for number in range(count)]
     samples = []
@@ -60,8 +61,8 @@ def some_samples(shards: ShardSet, count: int) -> list[Sample]:
     return samples
 
 
-def describe(location: str, index: Index, looks: dict[str, Look]) -> str:
-    """Lay out an index, and a look at some samples of every split."""
+def folder_report(location: str, index: Index, stats: dict[str, SampleStats]) -> str:
+    """Format an index and the statistics of some samples of every split, as lines of text."""
     size = sum(shard.size for shard in index.shards)
     count = sum(index.splits.values())
     lines = [
@@ -81,14 +82,14 @@ def describe(location: str, index: Index, looks: dict[str, Look]) -> str:
         lines.append(
             f"  {name:<10} {pixels:<16} {bucket.latent!s:<18} {tokens:<10} {bucket.num_samples:>9} {share:>7.1%}"
         )
-    for split, seen in looks.items():
-        lines += [f"  {split}: {line}" for line in _look_lines(seen)]
+    for split, seen in stats.items():
+        lines += [f"  {split}: {line}" for line in _stats_lines(seen)]
     return "\n".join(lines)
 
 
-def _look_lines(seen: Look) -> list[str]:
+def _stats_lines(seen: SampleStats) -> list[str]:
     return [
-        f"a look at {seen.samples} samples",
+        f"statistics of {seen.samples} samples",
         f"  latent     {seen.latent}",
         f"  tokens     {seen.tokens}",
         f"  saliency   {seen.saliency}",
@@ -101,6 +102,6 @@ def _identity(identity: dict[str, object]) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-def _spread(parts: Sequence[np.ndarray]) -> Spread:
+def _spread(parts: Sequence[np.ndarray]) -> _Spread:
     values = np.concatenate(parts).astype(np.float64)
-    return Spread(float(values.mean()), float(values.std()), float(values.min()), float(values.max()))
+    return _Spread(float(values.mean()), float(values.std()), float(values.min()), float(values.max()))

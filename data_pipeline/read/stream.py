@@ -1,4 +1,4 @@
-"""Shards to the batches of a run. The state is how many samples the run has consumed."""
+"""The batches of a run. The state is the number of samples that the run has consumed."""
 
 import itertools
 import signal
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.read.batches import collate
-from data_pipeline.read.damage import Damage, Ledger
+from data_pipeline.read.damage import Damage, DamageLedger
 from data_pipeline.read.mixture import Mixture
-from data_pipeline.read.order import Order
+from data_pipeline.read.order import SampleOrder
 from data_pipeline.read.samples import Draw, Sample
-from data_pipeline.read.schedule import Pick, Schedule, Start
+from data_pipeline.read.schedule import BatchSchedule, Pick, Start
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
 from sharpmoe.errors import DataError
@@ -26,12 +26,12 @@ class Loaded(NamedTuple):
     """One rank's share of an optimizer step."""
 
     batches: tuple[Batch, ...]  # the accumulation micro-batches
-    damage: tuple[Damage, ...]  # met while reading them; may repeat what was met before
+    damage: tuple[Damage, ...]  # found while reading them; may repeat earlier damage
     consumed: Start  # after this step, over all ranks: what a checkpoint keeps
 
 
-class Layout(NamedTuple):
-    """Who reads what of every global batch."""
+class _Share(NamedTuple):
+    """Which part of every global batch a rank reads."""
 
     global_batch: int
     micro_batch: int
@@ -42,14 +42,14 @@ class Layout(NamedTuple):
 class _Steps(Dataset[Loaded | DataError]):
     """One rank's share of every optimizer step, by step number."""
 
-    def __init__(self, data: Mixture, seed: int, layout: Layout, start: Start, max_bad_fraction: float) -> None:
+    def __init__(self, data: Mixture, seed: int, layout: _Share, start: Start, max_bad_fraction: float) -> None:
         self._data, self._seed, self._layout, self._start = data, seed, layout, start
-        self._schedule = Schedule(data.streams, seed, layout.global_batch, start)
-        self._orders = [Order(stream.shard_sizes, seed) for stream in data.streams]
-        self._ledger = Ledger(data.num_samples, max_bad_fraction)  # of what this process has met
+        self._schedule = BatchSchedule(data.streams, seed, layout.global_batch, start)
+        self._orders = [SampleOrder(stream.shard_sizes, seed) for stream in data.streams]
+        self._ledger = DamageLedger(data.num_samples, max_bad_fraction)  # of what this process has found
 
     def __getitem__(self, step: int) -> Loaded | DataError:
-        """The share, or the error: torch would wrap one raised in a worker in its traceback."""
+        """Return the share, or the error: torch would wrap an error raised in a worker in its traceback."""
         size, rank, world = self._layout.global_batch, self._layout.rank, self._layout.world
         share = range(rank * size // world, (rank + 1) * size // world, self._layout.micro_batch)
         damage: list[Damage] = []
@@ -68,7 +68,7 @@ class _Steps(Dataset[Loaded | DataError]):
         return collate(samples, positions, self._data.text_length)
 
     def _sound(self, pick: Pick, position: int, damage: list[Damage]) -> Sample:
-        """The sample that was picked or, where it is damaged, the next sound one in the order of its stream."""
+        """Return the picked sample or, where it is damaged, the next sound one in the order of its stream."""
         for number in itertools.count(pick.number):
             index = self._orders[pick.stream].at(number).sample
             found = self._data.load(pick.stream, index, Draw(self._seed, position))
@@ -78,7 +78,7 @@ class _Steps(Dataset[Loaded | DataError]):
                 damage += met
             if isinstance(found, Sample):
                 return found
-        raise AssertionError("the order has no end")
+        raise AssertionError("unreachable: the order is endless")
 
 
 def stream(
@@ -93,12 +93,12 @@ def stream(
     num_workers: int = 0,
     max_bad_fraction: float = 0.0,
 ) -> Iterator[Loaded]:
-    """The endless steps of one rank: a tuple of micro-batches each, read ahead.
+    """Yield the steps of one rank without end, read ahead: a tuple of micro-batches each.
 
     Step s covers the global positions start + s * global_batch and the global_batch - 1 after it, all of one bucket,
-    cut into micro-batches in order; rank r takes the r-th of `world` equal runs of them. So every rank gets the same
-    count, the samples of a step do not depend on the world size or on `num_workers` (0: a thread of this process), and
-    a resumed run passes what `Loaded.consumed` was. Damaged samples are replaced by the next sound one in the order.
+    cut into micro-batches in order; rank r takes the r-th of `world` equal parts. So every rank gets the same number,
+    the samples of a step do not depend on the world size or on `num_workers` (0: a thread of this process), and a
+    resumed run passes the last `Loaded.consumed`. Damaged samples are replaced by the next sound one in the order.
     Raises ValueError where micro_batch * world does not divide global_batch, and DataError (while iterating) where
     more than `max_bad_fraction` of the samples are damaged. Does not communicate.
     """
@@ -106,7 +106,7 @@ def stream(
         raise ValueError(f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x world {world}")
     mixture = Mixture([data]) if isinstance(data, ShardSet) else data
     begin = Start(start) if isinstance(start, int) else start
-    layout = Layout(global_batch, micro_batch, rank, world)
+    layout = _Share(global_batch, micro_batch, rank, world)
     return _unwrapped(_Steps(mixture, seed, layout, begin, max_bad_fraction), num_workers)
 
 
@@ -119,13 +119,13 @@ def _unwrapped(steps: _Steps, num_workers: int) -> Iterator[Loaded]:
                 raise loaded
             yield loaded
     finally:
-        # Let go of the workers here. A traceback would keep them, and where it is part of a reference cycle their
-        # queues are closed before they are told to stop, for which each worker waits five seconds.
+        # Release the workers here. A traceback would keep them, and where it is part of a reference cycle their queues
+        # are closed before they are asked to stop, for which each worker waits five seconds.
         del results
 
 
 def _in_thread(steps: _Steps, numbers: Iterator[int]) -> Iterator[Loaded | DataError]:
-    """One thread, which is ahead of the caller by so many steps as fit."""
+    """Read in one thread, ahead of the caller by `_PREFETCH_STEPS`."""
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
         ahead = deque(pool.submit(steps.__getitem__, next(numbers)) for _ in range(_PREFETCH_STEPS))
         try:
@@ -138,7 +138,7 @@ def _in_thread(steps: _Steps, numbers: Iterator[int]) -> Iterator[Loaded | DataE
 
 
 def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Iterator[Loaded | DataError]:
-    """`num_workers` processes; DataLoader hands results on in the order of `numbers`."""
+    """Read in `num_workers` processes; DataLoader returns results in the order of `numbers`."""
     return iter(
         DataLoader(
             steps,
@@ -153,14 +153,14 @@ def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Iter
 
 
 def _ignore_requests(worker: int) -> None:
-    """A scheduler signals every process of a job; what a signal asks for is the training process's to decide.
+    """Ignore signals: a scheduler signals every process of a job, and only the training process decides what follows.
 
-    Readers end when they are told to, or with the process that they read for.
+    Readers end when they are asked to, or with the process that they read for.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(loaded: Any) -> Any:
-    """Torch's own collation would turn the tuples of keys and captions into lists."""
+    """Return the value: torch's own collation would turn the tuples of keys and captions into lists."""
     return loaded

@@ -1,4 +1,4 @@
-"""Prepared folders checked byte by byte: every checksum recomputed, every sample decoded."""
+"""Check prepared folders byte by byte: recompute every checksum, decode every sample."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from data_pipeline.store.store import Store
 from sharpmoe.errors import DamageError
 
 _CHUNK = 8 << 20  # bytes hashed at a time
-Advance = Callable[[int], object]  # is told of bytes that were read
+Advance = Callable[[int], object]  # receives numbers of bytes that were read
 
 
-class Checked(NamedTuple):
-    """What was looked at and what was found."""
+class _Checked(NamedTuple):
+    """What was checked and what was found."""
 
     shards: int
     samples: int
@@ -27,26 +27,26 @@ class Checked(NamedTuple):
 
     @property
     def num_bad(self) -> int:
-        """Samples that cannot be used."""
+        """Number of samples that cannot be used."""
         return sum(bool(damage.key) for damage in self.damage)
 
 
-def verify(store: Store, index: Index, advance: Advance = lambda _: None, threads: int = 4) -> Checked:
+def verify_folder(store: Store, index: Index, advance: Advance = lambda _: None, threads: int = 4) -> _Checked:
     """Recompute sha256 of every file and crc32 of every member, and decode every sample as a run would.
 
-    All that is wrong is listed, in the order of the index; nothing is raised but DataError where the place itself
-    cannot be read. `advance` is called from several threads.
+    Everything wrong is listed, in the order of the index. Raises DataError only where the store itself cannot be read.
+    `advance` is called from several threads.
     """
     damage = [*_miscounted(store, index), *_changed_files(store, index)]
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(partial(_check_shard, store, index, advance), index.shards):
             damage += found
     samples, size = (sum(column) for column in zip(*((s.num_samples, s.size) for s in index.shards), strict=True))
-    return Checked(len(index.shards), samples, size, damage)
+    return _Checked(len(index.shards), samples, size, damage)
 
 
 def _miscounted(store: Store, index: Index) -> Iterator[Damage]:
-    """Counts of the index that do not add up."""
+    """Yield counts of the index that differ from the sums over its shards."""
     where = f"{store.location}/index.json"
     for kind, counts in (
         ("split", index.splits),
@@ -55,7 +55,7 @@ def _miscounted(store: Store, index: Index) -> Iterator[Damage]:
         for name, count in counts.items():
             held = sum(shard.num_samples for shard in index.shards if getattr(shard, kind) == name)
             if held != count:
-                yield Damage(where, "", f"{kind} {name} has {count} samples, its shards {held}")
+                yield Damage(where, "", f"{kind} {name} has {count} samples, its shards have {held}")
 
 
 def _changed_files(store: Store, index: Index) -> Iterator[Damage]:
@@ -90,7 +90,7 @@ def _check_shard(store: Store, index: Index, advance: Advance, shard: Shard) -> 
 
 
 def _all_lost(where: str, shard: Shard) -> list[Damage]:
-    return [Damage(where, f"number {row}", "is lost with its shard") for row in range(shard.num_samples)]
+    return [Damage(where, f"number {row}", "lost with its shard") for row in range(shard.num_samples)]
 
 
 def _damage(where: str, error: DamageError) -> Damage:

@@ -1,4 +1,4 @@
-"""Captions as people write them down: a text file beside a picture, a JSON object, a row of a table."""
+"""Captions in the forms that people use: a text file beside an image, a JSON object, a row of a table."""
 
 import json
 import re
@@ -11,10 +11,10 @@ FIELDS = ("captions", "caption", "text", "prompt")
 _TRANSLATION = re.compile(r"[a-z]{2,3}(_[A-Za-z]+)?(@\w+)?\.utf8=")  # Tux Paint keeps them under the English line
 
 
-def from_field(value: Any) -> Captions | None:
-    """A caption, or a list of captions or {"text", "weight"} objects; None where it is none of these.
+def _from_field(value: Any) -> Captions | None:
+    """Parse a caption, or a list of captions or {"text", "weight"} objects; None where it is none of these.
 
-    Captions lose the white space around them and stay as they are otherwise; empty ones are dropped.
+    Surrounding white space is removed, and empty captions are dropped.
     """
     entries = [_weighted(entry) for entry in (value if isinstance(value, list) else [value])]
     if any(entry is None for entry in entries):
@@ -30,13 +30,13 @@ def _weighted(entry: Any) -> tuple[str, float] | None:
 
 
 def from_object(fields: dict[str, Any]) -> Captions | None:
-    """The captions of a JSON object, under the first name of `FIELDS` that it has; None where it has none of use."""
+    """Return the captions of a JSON object, under the first name of `FIELDS` that it has; None where there are none."""
     name = next((name for name in FIELDS if fields.get(name) is not None), None)
-    return None if name is None else from_field(fields[name])
+    return None if name is None else _from_field(fields[name])
 
 
 def beside(image: Path) -> Captions | str:
-    """Captions of IMAGE.txt, else of IMAGE.json, or why there are none."""
+    """Return the captions of IMAGE.txt, else of IMAGE.json, or why there are none."""
     text, tree = image.with_suffix(".txt"), image.with_suffix(".json")
     if text.is_file():
         return from_text_bytes(text.read_bytes(), text.name)
@@ -44,17 +44,17 @@ def beside(image: Path) -> Captions | str:
 
 
 def from_text_bytes(content: bytes, name: str) -> Captions | str:
-    """The caption of a text file, or why there is none."""
+    """Return the caption of a text file, or why there is none."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return f"caption {name} is not UTF-8 (byte {error.start})"
     lines = [line for line in text.split("\n") if not _TRANSLATION.match(line)]
-    return from_field("\n".join(lines)) or f"no caption in {name}"
+    return _from_field("\n".join(lines)) or f"no caption in {name}"
 
 
 def from_json_bytes(content: bytes, name: str) -> Captions | str:
-    """Captions of a JSON file, or why there are none."""
+    """Return the captions of a JSON file, or why there are none."""
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError):

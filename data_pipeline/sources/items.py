@@ -1,9 +1,10 @@
-"""What a source of pictures and captions hands out, and what it is asked for."""
+"""What a source of images and captions is, and the records that it provides."""
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,43 +13,46 @@ from data_pipeline.identity import Identity
 from sharpmoe.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-OTHER_PICTURES = frozenset(
-    {".avif", ".eps", ".heic", ".jp2", ".jxl", ".psd", ".svg", ".svgz"}
-)  # pictures, not read here
-UNIT_RECORDS = 4096  # records listed at a time
-_HELD_OUT = 20  # one picture in so many is held out where the source does not say which
+# Suffixes of image files that are not read; a source lists them as skipped.
+OTHER_IMAGES = frozenset({".avif", ".eps", ".heic", ".jp2", ".jxl", ".psd", ".svg", ".svgz"})
+UNIT_RECORDS = 4096  # records of a unit
+_HELD_OUT = 20  # one image in so many is held out where the source does not name splits
 
 Captions = tuple[tuple[str, float], ...]  # (caption, weight), one or more
 
 
 class Place(NamedTuple):
-    """Where the bytes of a picture lie."""
+    """Where the bytes of an image file are."""
 
     file: str  # relative to the source's folder, or absolute
     offset: int = 0
     size: int = -1  # bytes; from `offset` on
 
 
-class Item(NamedTuple):
-    """One picture with its captions, not yet decoded."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One image with its captions, not yet decoded. The order of the fields is that of the listings on disk."""
 
     key: str  # letters, digits, - and _ only, because a tar member's key ends at the first dot
     split: str
     captions: Captions
     image: Place
-    name: str  # what a message calls it
+    name: str  # in messages
     label: int = -1
     latent: str = ""  # a cached latent's file, where the source has one
-    flip: bool = False  # taken mirrored
-    pixels: tuple[int, int] | None = None  # (H, W) upright, where it has been looked at
+    flip: bool = False  # mirror the image
+    pixels: tuple[int, int] | None = None  # (H, W) upright, where it has been read
+
+
+_ITEM_FIELDS = tuple(entry.name for entry in fields(Item))
 
 
 class Skipped(NamedTuple):
-    """One picture that is left out, and why."""
+    """One image that is left out, and why. Both are stored with the shards: changed words change their bytes."""
 
     name: str
     reason: str
-    missing: bool = False  # it was named, and is not there
+    missing: bool = False  # the source names it, and it does not exist
 
 
 class Unit(NamedTuple):
@@ -58,70 +62,58 @@ class Unit(NamedTuple):
     records: list[Any]  # what the source needs to list it; plain JSON
 
 
-class Source(Protocol):
-    """A set of captioned pictures."""
+class ImageSource(Protocol):
+    """A set of captioned images. A new one needs a row in `sources.open.SOURCES`."""
 
     def units(self) -> Iterator[Unit]:
-        """Parts of the set in a fixed order, cheaply. DataError where the set as a whole cannot be used."""
+        """Yield parts of the set in a fixed order, fast. Raises DataError where the set cannot be used at all."""
         ...
 
     def identity(self, units: list[str]) -> Identity:
-        """What distinguishes this set from every other, given the digests of its units; free of machine paths."""
+        """Return what distinguishes this set from others, given the digests of its units; without machine paths."""
         ...
 
     def survey(self, unit: Unit) -> Iterator[Item | Skipped]:
-        """The pictures of one unit in a fixed order."""
+        """Yield the images of one unit in a fixed order."""
         ...
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
-        """The bytes of a picture's file, or the first `limit` of them. OSError where they cannot be had."""
+        """Return the bytes of an image file, or the first `limit` of them. Raises OSError where it cannot be read."""
         ...
 
 
-class Listing(NamedTuple):
-    """All that a source holds."""
-
-    items: list[Item]
-    skipped: list[Skipped]
-
-
-def listing(source: Source) -> Listing:
-    """Every item of a source in memory, for small sets."""
-    found = [entry for unit in source.units() for entry in source.survey(unit)]
-    items = [entry for entry in found if isinstance(entry, Item)]
-    return Listing(items, [entry for entry in found if isinstance(entry, Skipped)])
-
-
 def to_json(entry: Item | Skipped) -> str:
-    """One line."""
-    return json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
+    """Return one line: the fields as a JSON array."""
+    values = [getattr(entry, name) for name in _ITEM_FIELDS] if isinstance(entry, Item) else entry
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def from_json(line: bytes | str) -> Item | Skipped:
-    """What `to_json` has written."""
-    fields = json.loads(line)
-    if len(fields) == len(Skipped._fields):
-        return Skipped(*fields)
-    item = Item(*fields)
-    captions = tuple((text, weight) for text, weight in item.captions)
-    pixels = None if item.pixels is None else (item.pixels[0], item.pixels[1])
-    return item._replace(captions=captions, image=Place(*item.image), pixels=pixels)
+    """Read a line of `to_json`."""
+    values = json.loads(line)
+    if len(values) == len(Skipped._fields):
+        return Skipped(*values)
+    named = dict(zip(_ITEM_FIELDS, values, strict=True))
+    named["captions"] = tuple((text, weight) for text, weight in named["captions"])
+    named["image"] = Place(*named["image"])
+    named["pixels"] = None if named["pixels"] is None else tuple(named["pixels"])
+    return Item(**named)
 
 
-def chunks(records: Iterable[Any]) -> Iterator[Unit]:
-    """Units of `UNIT_RECORDS` records each, told apart by a hash of the records."""
+def units_of(records: Iterable[Any]) -> Iterator[Unit]:
+    """Yield units of `UNIT_RECORDS` records each, with a hash of the records as their digest."""
     left = iter(records)
-    while chunk := list(islice(left, UNIT_RECORDS)):
-        yield Unit(hash_text(json.dumps(chunk)), chunk)
+    while part := list(islice(left, UNIT_RECORDS)):
+        yield Unit(hash_text(json.dumps(part)), part)
 
 
 def identity_of(kind: str, folder: Path, units: list[str], **settings: Any) -> Identity:
-    """Kind, folder's name and a hash over the digests of the units."""
+    """Return the kind, the settings, the folder's name and a hash over the digests of the units."""
     return {"kind": kind, **settings, "name": folder.resolve().name, "sha256": hash_text(" ".join(units))}
 
 
 def read_place(root: Path, place: Place, limit: int | None = None) -> bytes:
-    """Bytes of a picture below `root`, or the first `limit` of them.
+    """Read an image file below `root`, or the first `limit` bytes of it.
 
     Raises OSError where the file cannot be opened, DataError where it is not as long as it was when it was listed.
     """
@@ -136,31 +128,31 @@ def read_place(root: Path, place: Place, limit: int | None = None) -> bytes:
 
 
 def is_utf8(text: str) -> bool:
-    """False where half a surrogate pair stands in it: from JSON, or from a file name in another encoding."""
+    """Return False where text holds half a surrogate pair: from JSON, or from a file name in another encoding."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def shown(text: str) -> str:
-    """A file's name for messages, whatever its encoding."""
+    """Return a file's name for messages, whatever its encoding."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def key_of(path: str) -> str:
-    """A sample's key from a path: readable, and unlike every other."""
+    """Return a sample's key from a path: readable and unique."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).with_suffix("").as_posix()).strip("-")[:48]
     return f"{stem}-{hash_int(path):016x}"
 
 
 def held_out(path: str) -> str:
-    """The split of a picture whose source names none."""
+    """Return the split of an image whose source does not name splits: one in 20 is `unseen`, by hash of its path."""
     return "unseen" if hash_int(path) % _HELD_OUT == 0 else "train"
 
 
 def hash_int(text: str) -> int:
-    """A number from a text, the same on every machine and in every year; splits and orders are drawn from it."""
+    """Return a 64-bit number from a text, the same on every machine; splits and orders are drawn from it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def hash_text(text: str) -> str:
-    """sha256 of a text."""
+    """Return the sha256 of a text in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Tars that somebody else wrote, listed without believing them.
+"""Tars from untrusted places, listed without trusting them.
 
-Headers alone are read, one block at a time, so that no header can make us read more than itself; contents are fetched
-later by offset. Python's `tarfile` is not used: it follows sizes that the file states into memory.
+Only headers are read, one block at a time, so that no header can make us read more than itself; contents are read
+later by offset. Python's `tarfile` is not used: it allocates the sizes that the file states.
 """
 
 import os
@@ -28,7 +28,7 @@ _PAX = re.compile(rb"(\d{1,6}) ([^=\n]{1,100})=")
 
 
 class Member(NamedTuple):
-    """One regular file of a tar, not yet read."""
+    """One regular file in a tar, not yet read."""
 
     key: str  # path up to the first dot of the file's name, as WebDataset has it
     suffix: str  # what follows that dot, in lower case: `jpg`, `seg.png`
@@ -43,8 +43,8 @@ class Refusal(NamedTuple):
     reason: str
 
 
-class Sample(NamedTuple):
-    """Neighbouring members with one key."""
+class TarSample(NamedTuple):
+    """Consecutive members with the same key."""
 
     key: str
     members: dict[str, Member]  # suffix -> member
@@ -57,8 +57,8 @@ class _Entry(NamedTuple):
     offset: int
 
 
-def samples(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator[Sample | Refusal]:
-    """Samples of a tar in its order, as `members` lists them; one above `caps.sample` in all is refused.
+def samples(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator[TarSample | Refusal]:
+    """Yield the samples of a tar in its order, as `members` lists them; one above `caps.sample` bytes is refused.
 
     Raises DamageError where the tar is cut short or damaged, DataError where it is compressed.
     """
@@ -79,16 +79,16 @@ def samples(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator
         yield _closed(key, found, size, caps)
 
 
-def _closed(key: str, found: dict[str, Member], size: int, caps: Caps) -> Sample | Refusal:
+def _closed(key: str, found: dict[str, Member], size: int, caps: Caps) -> TarSample | Refusal:
     if size > caps.sample:
         return Refusal(key, f"{size} bytes in all, at most {caps.sample} are read of one sample")
-    return Sample(key, found)
+    return TarSample(key, found)
 
 
 def members(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator[Member | Refusal]:
-    """Regular members of a plain tar whose suffix is in `suffixes`; links, devices, `..` and giants are refused.
+    """Yield regular members with a suffix in `suffixes`; links, devices, `..` and too large ones are refused.
 
-    Folders are passed over, members of other suffixes too (a set may carry what we do not use). Raises DamageError
+    Folders and members of other suffixes are ignored (a set may hold what we do not use). Raises DamageError
     where the tar is cut short or a header is damaged, DataError where it is compressed.
     """
     with path.open("rb") as file:
@@ -100,8 +100,8 @@ def members(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator
                 yield judged
 
 
-def read(path: Path, member: Member) -> bytes:
-    """The content of a member; DamageError where the tar ends before it does."""
+def read_member(path: Path, member: Member) -> bytes:
+    """Read the content of a member. Raises DamageError where the tar ends before it does."""
     with path.open("rb") as file:
         content = os.pread(file.fileno(), member.size, member.offset)
     if len(content) != member.size:
@@ -132,13 +132,11 @@ def _refuse_compressed(path: Path, file: BinaryIO) -> None:
     file.seek(0)
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
-            raise DataError(
-                f"{path}: compressed ({name}); expand it to a plain .tar first: members are read by their place"
-            )
+            raise DataError(f"{path}: compressed ({name}); expand it to a plain .tar first: members are read by offset")
 
 
 def _entries(path: Path, file: BinaryIO, end: int) -> Iterator[_Entry]:
-    """Members with the names and sizes that long-name and pax headers before them state."""
+    """Yield members, with the names and sizes that long-name and pax headers before them state."""
     offset, name, size = 0, None, None  # type: int, str | None, int | None
     while offset + _BLOCK <= end:
         file.seek(offset)
@@ -162,7 +160,7 @@ def _entries(path: Path, file: BinaryIO, end: int) -> Iterator[_Entry]:
 
 
 def _parse(path: Path, header: bytes, offset: int) -> _Entry:
-    """One ustar, GNU or old header, its checksum compared."""
+    """Parse one ustar, GNU or old header, after a check of its checksum."""
     stated = _number(header[148:156])
     if stated is None or stated != sum(header) - sum(header[148:156]) + 8 * 32:
         raise DamageError(f"{path}: not a tar, or damaged: no valid header at byte {offset}")
@@ -182,7 +180,7 @@ def _extra(path: Path, file: BinaryIO, entry: _Entry) -> bytes:
 
 
 def _pax(text: bytes) -> tuple[str | None, int | None]:
-    r"""The path and size of pax records `LENGTH KEY=VALUE\n`; what else they state does not matter here."""
+    r"""Return the path and size in pax records `LENGTH KEY=VALUE\n`; other keys are ignored."""
     fields: dict[bytes, bytes] = {}
     place = 0
     while match := _PAX.match(text, place):
@@ -197,7 +195,7 @@ def _pax(text: bytes) -> tuple[str | None, int | None]:
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or GNU's base 256 for sizes from 8 GiB; None for anything else."""
+    """Parse octal digits, or GNU's base 256 for sizes from 8 GiB; None for anything else."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")

@@ -1,4 +1,4 @@
-"""Tables of captions: .jsonl, .csv, .tsv and .parquet, row by row."""
+"""A table of captions as a source: .jsonl, .csv, .tsv or .parquet, read row by row."""
 
 import csv
 import json
@@ -6,8 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.identity import Identity
 from data_pipeline.sources.captions import FIELDS, from_object
-from data_pipeline.sources.items import Captions, is_utf8
+from data_pipeline.sources.items import (
+    Captions,
+    Item,
+    Place,
+    Skipped,
+    Unit,
+    held_out,
+    identity_of,
+    is_utf8,
+    key_of,
+    read_place,
+    units_of,
+)
 from sharpmoe.errors import DataError
 
 TABLE_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".parquet"})
@@ -17,23 +30,64 @@ _COLUMNS = f"expected a column {' or '.join(_FILE_FIELDS)} and a column {' or '.
 _FIELD_BYTES = 1 << 20  # of one cell
 
 
-class Row(NamedTuple):
+class TableSource:
+    """Images that a table of captions names: .jsonl, .csv, .tsv or .parquet; paths relative to the table's folder.
+
+    Columns: file (or image, path, filename), caption (or text, prompt, captions), label (optional, an integer). An
+    image may be in several rows: each is a sample of its own. Several captions of one sample are a list.
+    """
+
+    def __init__(self, table: Path) -> None:
+        self._table = table
+
+    def units(self) -> Iterator[Unit]:
+        """Yield the rows of the table."""
+        empty = True
+        for unit in units_of([row.number, row.file, row.captions, row.label] for row in _rows(self._table)):
+            empty = False
+            yield unit
+        if empty:
+            raise DataError(f"{self._table}: no captioned image found; expected a row for every image")
+
+    def identity(self, units: list[str]) -> Identity:
+        """Return a hash over every row."""
+        return identity_of("table", self._table.parent, units)
+
+    def survey(self, unit: Unit) -> Iterator[Item | Skipped]:
+        """Yield the rows whose image exists."""
+        for number, file, found, label in unit.records:
+            path = self._table.parent / file
+            if not found:
+                yield Skipped(file, f"row {number} of {self._table.name} has no caption")
+            elif not path.is_file():
+                reason = f"row {number} of {self._table.name} names it, but it is not there"
+                yield Skipped(file, reason, missing=True)
+            else:
+                place = Place(file, 0, path.stat().st_size)
+                texts = tuple((text, weight) for text, weight in found)
+                yield Item(key=key_of(file), split=held_out(file), captions=texts, image=place, name=file, label=label)
+
+    def read(self, item: Item, limit: int | None = None) -> bytes:
+        return read_place(self._table.parent, item.image, limit)
+
+
+class _Row(NamedTuple):
     """One row of a table."""
 
-    number: int  # of the line, or of the row in a .parquet, from 1 on
+    number: int  # of the line, or of the row in a .parquet, from 1
     file: str
     captions: Captions
     label: int
 
 
-def rows(table: Path) -> Iterator[Row]:
-    """Rows of a table; DataError naming the line that cannot be used."""
+def _rows(table: Path) -> Iterator[_Row]:
+    """Yield the rows of a table. Raises DataError that names the first line that cannot be used."""
     kinds = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     for number, fields in kinds[table.suffix](table):
         yield _row(table, number, fields)
 
 
-def _row(table: Path, number: int, fields: Any) -> Row:
+def _row(table: Path, number: int, fields: Any) -> _Row:
     tree = fields if isinstance(fields, dict) else {}
     file = next((tree[name] for name in _FILE_FIELDS if tree.get(name) is not None), None)
     found, label = from_object(tree), tree.get("label")
@@ -42,7 +96,7 @@ def _row(table: Path, number: int, fields: Any) -> Row:
     if not isinstance(file, str) or not plain or found is None or not isinstance(label, int):
         shown = json.dumps(fields, ensure_ascii=False, default=str)[:80]
         raise DataError(f"{table}, line {number}: {shown}; {_FORM}")
-    return Row(number, file, found, label)
+    return _Row(number, file, found, label)
 
 
 def _jsonl(table: Path) -> Iterator[tuple[int, Any]]:
@@ -58,7 +112,7 @@ def _parsed(table: Path, number: int, line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{table}, line {number}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        message = getattr(error, "msg", "nested too deep")
+        message = getattr(error, "msg", "nested too deeply")
         raise DataError(f"{table}, line {number}: not JSON ({message}); {_FORM}") from None
 
 
@@ -77,7 +131,7 @@ def _csv(table: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _typed(cells: dict[str, Any]) -> dict[str, Any]:
-    """Cells as JSON has them: a whole number for the label, a list for captions that are one."""
+    """Convert cells to what JSON would hold: a whole number for the label, a list for several captions."""
     label = (cells.get("label") or "").strip()
     if label.lstrip("-").isdigit():
         cells["label"] = int(label)

@@ -1,4 +1,4 @@
-"""A bounded folder of blocks on the local disk, shared by every process that reads the same place."""
+"""A bounded cache of blocks in a folder of the local disk, shared by all processes."""
 
 import fcntl
 import hashlib
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sharpmoe.errors import DataError
 
-_USAGE, _KEPT = "usage", 0.875  # when the cache is full, an eighth of it makes room, oldest first
+_USAGE, _KEPT = "usage", 0.875  # a full cache is emptied to this share, least recently used first
 
 
 class _Block(NamedTuple):
@@ -20,7 +20,7 @@ class _Block(NamedTuple):
 
 
 class BlockCache:
-    """Blocks of bytes by label. A block appears whole or not at all; what is evicted while being read is read on."""
+    """Blocks of bytes by label. A block appears complete or not at all; an evicted one can be read to its end."""
 
     def __init__(self, folder: Path, limit: int, block: int) -> None:
         """`limit` bytes in all, of which every block takes at most `block`."""
@@ -35,14 +35,14 @@ class BlockCache:
             raise DataError(f"{folder}: cannot be used as a cache ({error.strerror}); choose another") from None
 
     def read(self, label: str, start: int, stop: int) -> bytes | None:
-        """Bytes start .. stop - 1 of a block, fewer where it ends; None where it is not here."""
+        """Return bytes start .. stop - 1 of a block, fewer where it ends; None where it is not cached."""
         path = self._path(label)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             return None
         try:
-            os.utime(descriptor)  # what is used is kept
+            os.utime(descriptor)  # recently used blocks are kept
             return os.pread(descriptor, stop - start, start)
         except OSError:
             return None
@@ -50,7 +50,7 @@ class BlockCache:
             os.close(descriptor)
 
     def write(self, label: str, content: bytes) -> None:
-        """Keep a block; a disk that is full only means that it is not kept."""
+        """Cache a block; where the disk is full it is not cached."""
         path = self._path(label)
         temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.part")
         try:
@@ -61,7 +61,7 @@ class BlockCache:
             temporary.unlink(missing_ok=True)
 
     def _reserve(self, size: int) -> None:
-        """Count `size` bytes in before they are written, so that a process killed in between leaves room, not debt."""
+        """Count `size` bytes before they are written, so that a killed process never leaves more than is counted."""
         with self._locked():
             usage = self._folder / _USAGE
             try:
@@ -73,7 +73,7 @@ class BlockCache:
             usage.write_text(str(used + size))
 
     def _evicted(self, target: int) -> int:
-        """Delete the least recently used blocks until `target` bytes are left; returns what is left."""
+        """Delete the least recently used blocks until `target` bytes are left; return the bytes left."""
         blocks = sorted(self._blocks())
         used = sum(block.size for block in blocks)
         for block in blocks:
@@ -89,7 +89,7 @@ class BlockCache:
                 if entry.name.endswith((".block", ".part")):
                     try:
                         stat = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:  # renamed or evicted by a neighbour
+                    except FileNotFoundError:  # renamed or evicted by another process
                         continue
                     yield _Block(stat.st_mtime, stat.st_size, entry.path)
 
@@ -100,5 +100,5 @@ class BlockCache:
             yield
 
     def _path(self, label: str) -> Path:
-        """A name made of a hash: nothing that a server says becomes part of a path, and no credential a file name."""
+        """Return a path made of a hash: no server and no credential determines a file name."""
         return self._folder / f"{hashlib.sha256(label.encode()).hexdigest()[:40]}.block"

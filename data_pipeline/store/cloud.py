@@ -1,6 +1,6 @@
-"""Byte ranges of s3:// and gs://, through fsspec where it is installed with s3fs or gcsfs.
+"""Byte ranges of s3:// and gs://, through fsspec with s3fs or gcsfs.
 
-Credentials come from where those libraries look for them (environment, profile, machine role), never from the URL.
+Credentials are those that these libraries find (environment, profile, machine role), never from the URL.
 """
 
 import errno
@@ -9,11 +9,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipeline.safety import redact
-from data_pipeline.store.transient import TransientError
+from data_pipeline.store.ranges import TransientError
 from sharpmoe.errors import DamageError, DataError
 
 _DRIVERS = {"s3": "s3fs", "gs": "gcsfs"}
-# What the drivers raise beside OSError for a request that failed.
+# What the drivers raise besides OSError for a request that failed.
 _FOREIGN = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
@@ -23,7 +23,7 @@ _FOREIGN = (
 
 
 class CloudRanges:
-    """Ranges (store/remote.py) of the objects below one s3:// or gs:// prefix."""
+    """Ranges of the objects below one s3:// or gs:// prefix."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         parts = urlsplit(url)
@@ -35,24 +35,22 @@ class CloudRanges:
         self._failures = _failures()
 
     def fetch(self, name: str, start: int, stop: int) -> bytes:
-        """See Ranges."""
         content: bytes = self._call(name, "cat_file", start=start, end=stop)
         return content
 
     def size(self, name: str) -> int:
-        """See Ranges."""
         return int(self._call(name, "size"))
 
     def _call(self, name: str, method: str, **arguments: int) -> Any:
         try:
             return getattr(self._files, method)(f"{self._prefix}/{name}", **arguments)
         except FileNotFoundError:
-            raise DamageError(f"{self._shown}/{name}: is not there") from None
+            raise DamageError(f"{self._shown}/{name}: does not exist") from None
         except PermissionError:
             raise DataError(f"{self._shown}/{name}: access denied; check the credentials in the environment") from None
         except self._failures as error:
             if isinstance(error, OSError) and error.errno == errno.EINVAL:
-                return b""  # a range behind the end
+                return b""  # a range beyond the end
             raise TransientError(f"request failed ({type(error).__name__})") from None
 
 

@@ -1,6 +1,6 @@
-"""Byte ranges over http and https, with connections that are kept, and a say in where redirects lead.
+"""Byte ranges over http and https, with persistent connections and a policy for redirects.
 
-The standard library's http.client is used below urllib, because urllib follows redirects and reads bodies unasked.
+This uses http.client and not urllib, because urllib follows redirects and reads bodies by itself.
 """
 
 import base64
@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from data_pipeline.safety import redact
-from data_pipeline.store.transient import TransientError
+from data_pipeline.store.ranges import TransientError
 from sharpmoe.errors import DamageError, DataError
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -34,7 +34,7 @@ class _Place(NamedTuple):
 
     @property
     def root(self) -> str:
-        """URL of the server."""
+        """Return the URL of the server."""
         return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
@@ -45,7 +45,7 @@ class _Answer(NamedTuple):
 
 
 class HttpRanges:
-    """Ranges (store/remote.py) of the files below one URL; a query, as of a signed URL, goes with every file.
+    """Ranges of the files below one URL; a query, as in a signed URL, is added to every file.
 
     User and password of the URL are sent to its own host only. Proxies come from http_proxy, https_proxy and no_proxy.
     """
@@ -58,7 +58,6 @@ class HttpRanges:
         self._kept = threading.local()  # connections: one per place and thread
 
     def fetch(self, name: str, start: int, stop: int) -> bytes:
-        """See Ranges."""
         answer = self._get(name, start, stop)
         if answer.status == 416:
             return b""
@@ -68,12 +67,12 @@ class HttpRanges:
         return answer.body
 
     def size(self, name: str) -> int:
-        """See Ranges; asked for with a GET of one byte, because a signed URL may be signed for nothing else."""
+        """Return the bytes of a file, by a GET of one byte: a signed URL may be signed for GET only."""
         answer = self._get(name, 0, 1)
         return self._content_range(name, answer)[2]
 
     def _content_range(self, name: str, answer: _Answer) -> tuple[int, int, int]:
-        """(first, last, size of the file), as the answer states them."""
+        """Return (first, last, size of the file), as the answer states them."""
         match = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
         if match is None and "Content-Range" in answer.headers:
             raise TransientError("the server answered with a range that cannot be read")
@@ -101,13 +100,13 @@ class HttpRanges:
         if answer.status in _PASSING:
             raise TransientError(f"the server answered {answer.status}", _seconds(answer.headers.get("Retry-After")))
         if answer.status in (404, 410):
-            raise DamageError(f"{where}: is not there (the server answered {answer.status})")
+            raise DamageError(f"{where}: does not exist (the server answered {answer.status})")
         if answer.status == 200:
             raise DataError(f"{where}: the server does not answer range requests; use one that does")
-        raise DataError(f"{where}: the server answered {answer.status}; check the address and the access to it")
+        raise DataError(f"{where}: the server answered {answer.status}; check the address and the access rights")
 
     def _redirected(self, name: str, place: _Place, target: str) -> _Place:
-        """The place that a redirect leads to, if it may be followed."""
+        """Return the place that a redirect leads to. Raises DataError where it may not be followed."""
         url = urlsplit(urljoin(place.root + place.target, target))
         where = f"{self._shown}/{name}"
         if url.scheme not in ("http", "https") or (place.scheme == "https" and url.scheme == "http"):
@@ -117,7 +116,8 @@ class HttpRanges:
         upgraded = new.host == self._home.host and (self._home.port, new.port) == (80, 443)
         if (new.host, new.port) != home and not upgraded and not self._is_allowed(new):
             raise DataError(
-                f"{where}: refused a redirect to another host ({new.host}:{new.port}); allow it by name if it is right"
+                f"{where}: refused a redirect to another host ({new.host}:{new.port}); add it to "
+                "data.remote.allow_hosts if it is right"
             )
         return new
 
@@ -136,7 +136,7 @@ class HttpRanges:
         return _Place(url.scheme.lower(), url.hostname.lower(), port, target)
 
     def _ask(self, place: _Place, start: int, stop: int, deadline: float) -> _Answer:
-        """One request and its answer, on a connection that is kept where the server keeps it."""
+        """Send one request and return the answer; the connection stays open where the server keeps it open."""
         kept: dict[str, HTTPConnection] = self._kept.__dict__  # of this thread
         proxy = _proxy(place)
         connection = kept.pop(place.root, None) or _connection(place, proxy, self._timeout_s)
@@ -146,7 +146,7 @@ class HttpRanges:
             response = connection.getresponse()
             answer = _Answer(response.status, response.headers, _body(response, stop - start, deadline))
         except ssl.SSLCertVerificationError as error:
-            raise DataError(f"{place.root}: its certificate cannot be verified ({error.verify_message})") from None
+            raise DataError(f"{place.root}: the certificate cannot be verified ({error.verify_message})") from None
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise TransientError(f"no answer ({_reason(error)})") from None
@@ -164,7 +164,7 @@ class HttpRanges:
 
 
 def _body(response: HTTPResponse, size: int, deadline: float) -> bytes:
-    """At most `size` bytes of an answer that brings what was asked for; of any other, nothing is read."""
+    """Read at most `size` bytes of an answer that holds the requested range; nothing of any other."""
     match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if response.status != 206 or match is None or not match.group(1):
         return b""
@@ -179,7 +179,7 @@ def _body(response: HTTPResponse, size: int, deadline: float) -> bytes:
         body += piece
         if time.monotonic() > deadline:
             raise http.client.HTTPException("too slow")
-    if response.length == 0:  # of a chunked answer the end is still to come: its connection is not kept
+    if response.length == 0:  # the end mark of a chunked answer is not read: its connection is not kept
         response.close()
     return bytes(body)
 
@@ -215,7 +215,7 @@ def _seconds(header: str | None) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without what the server or a proxy may have put into the text."""
+    """Say what failed, without text that the server or a proxy may have supplied."""
     if isinstance(error, TimeoutError):
         return "time-out"
     if isinstance(error, OSError):

@@ -1,28 +1,30 @@
-"""Shards in the network: byte ranges over http(s), s3 or gs, kept in a bounded cache on the local disk."""
+"""Remote shards: byte ranges over http(s), s3 or gs, through a bounded cache on the local disk."""
 
 import logging
 import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from data_pipeline.safety import CAPS, check_name, redact
 from data_pipeline.store.cache import BlockCache
 from data_pipeline.store.cloud import CloudRanges
 from data_pipeline.store.http_ranges import HttpRanges
-from data_pipeline.store.transient import TransientError
+from data_pipeline.store.ranges import Ranges, TransientError
 from sharpmoe.errors import DamageError, DataError
 
-BLOCK = 4 << 20  # bytes fetched at a time: neighbours of a sample are wanted soon, they are in the same block of shards
+BLOCK = 4 << 20  # bytes fetched at a time: samples near each other are read soon after each other
 _LONGEST_PAUSE_S = 30.0
 _Result = TypeVar("_Result")
 _jitter = random.SystemRandom()  # not the generator that a run has seeded
 _log = logging.getLogger(__name__)
 
 
-class RemoteOptions(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
     """How remote shards are read."""
 
     cache: Path | None = None  # None: ~/.cache/sharpmoe/shards; may be shared by runs and processes
@@ -30,43 +32,40 @@ class RemoteOptions(NamedTuple):
     timeout_s: float = 30.0  # without a byte; a whole request may take ten times as long
     retries: int = 6  # after the first try, with pauses of 0.5, 1, 2, ... 30 s
     pause_s: float = 0.5
-    allow_hosts: tuple[str, ...] = ()  # hosts (or host:port) beside the given one that redirects may lead to
+    allow_hosts: tuple[str, ...] = ()  # further hosts (or host:port) that redirects may lead to
 
 
-class Ranges(Protocol):
-    """One kind of remote place. Raises TransientError for what may pass, DamageError where a file is gone."""
-
-    def fetch(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes start .. stop - 1; fewer only where the file ends."""
-        ...
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        ...
+# Readers of byte ranges by scheme. To add one, write a class with the methods of `store.ranges.Ranges`, add a row here
+# and the scheme to safety.SCHEMES.
+RANGES: dict[str, Callable[[str, RemoteOptions], Ranges]] = {
+    "http": lambda url, options: HttpRanges(url, options.timeout_s, options.allow_hosts),
+    "https": lambda url, options: HttpRanges(url, options.timeout_s, options.allow_hosts),
+    "s3": lambda url, options: CloudRanges(url, options.timeout_s),
+    "gs": lambda url, options: CloudRanges(url, options.timeout_s),
+}
 
 
 class RemoteStore:
-    """A Store (store/store.py) over byte ranges. Connections belong to one process; the cache is shared."""
+    """A Store over byte ranges. Connections belong to one process; the cache is shared."""
 
     def __init__(self, location: str, options: RemoteOptions) -> None:
         self.location = redact(location)
         self._url, self._options = location, options
         if options.retries < 0 or options.timeout_s <= 0 or options.pause_s < 0:
-            raise DataError(f"{self.location}: expected retries and pauses of 0 or more, and a time-out above 0 s")
+            raise DataError(
+                f"{self.location}: retries {options.retries}, pause {options.pause_s} s, "
+                f"time-out {options.timeout_s} s; expected retries and pauses of 0 or more, and a time-out above 0 s"
+            )
         folder = options.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sharpmoe/shards"
         self._cache = BlockCache(folder, options.cache_bytes, BLOCK)
         self._connect()
 
     def _connect(self) -> None:
         self._process = os.getpid()
-        self._ranges: Ranges
-        if self._url.lower().startswith("http"):
-            self._ranges = HttpRanges(self._url, self._options.timeout_s, self._options.allow_hosts)
-        else:
-            self._ranges = CloudRanges(self._url, self._options.timeout_s)
+        self._ranges = RANGES[self._url.partition(":")[0].lower()](self._url, self._options)
 
     def read(self, name: str, offset: int, size: int, fresh: bool = False) -> bytes:
-        """See Store; through the cache, which `fresh` replaces."""
+        """Read through the cache, which `fresh` replaces."""
         pieces = []
         for number in range(offset // BLOCK, -(-(offset + size) // BLOCK)):
             start = max(offset - number * BLOCK, 0)
@@ -78,19 +77,18 @@ class RemoteStore:
         return content
 
     def size(self, name: str) -> int:
-        """See Store."""
         check_name(name)
-        return self._patiently(name, lambda ranges: ranges.size(name))
+        return self._retry(name, lambda ranges: ranges.size(name))
 
     def small(self, name: str) -> bytes:
-        """See Store; never from the cache: an index may be written anew."""
+        """Read a small file, never from the cache: an index may be replaced."""
         size = self.size(name)
         if size > CAPS.small:
-            raise DamageError(f"{self.location}/{name}: {size} bytes, at most {CAPS.small} are read at once")
+            raise DamageError(f"{self.location}/{name}: {size} bytes, at most {CAPS.small} are read")
         return b"".join(self._fetch(name, start, min(start + 8 * BLOCK, size)) for start in range(0, size, 8 * BLOCK))
 
     def _piece(self, name: str, number: int, start: int, stop: int, fresh: bool) -> bytes:
-        """Bytes start .. stop - 1 of one block."""
+        """Return bytes start .. stop - 1 of one block."""
         label = f"{self._url}\0{check_name(name)}\0{number}"
         cached = None if fresh else self._cache.read(label, start, stop)
         if cached is not None and len(cached) == stop - start:
@@ -100,10 +98,10 @@ class RemoteStore:
         return block[start:stop]
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
-        return self._patiently(name, lambda ranges: ranges.fetch(name, start, stop))
+        return self._retry(name, lambda ranges: ranges.fetch(name, start, stop))
 
-    def _patiently(self, name: str, act: Callable[[Ranges], _Result]) -> _Result:
-        """What `act` returns, tried again after a pause as often as the options say."""
+    def _retry(self, name: str, act: Callable[[Ranges], _Result]) -> _Result:
+        """Return what `act` returns; after a TransientError try again after a growing pause. Raises DataError."""
         if self._process != os.getpid():  # forked
             self._connect()
         for attempt in range(self._options.retries + 1):
@@ -121,9 +119,8 @@ class RemoteStore:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Connections and locks belong to one process."""
+        """Leave out connections and locks, which belong to one process."""
         return {"location": self._url, "options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Connect anew."""
         RemoteStore.__init__(self, state["location"], state["options"])

@@ -1,4 +1,4 @@
-"""Where shards lie: a folder, or a place in the network. A store hands out bytes, and believes nothing of them."""
+"""Where shards are stored: a local folder or a remote place. A store returns bytes, which the reader must check."""
 
 import os
 import stat
@@ -17,26 +17,26 @@ _OPEN_FILES = 128  # per process; the oldest is closed
 class Store(Protocol):
     """Files of one folder, by name. Safe in threads and in DataLoader workers.
 
-    DamageError means that a file is gone or shorter than asked; DataError that the place cannot be used at all.
+    DamageError means that a file does not exist or is too short; DataError that the place cannot be used at all.
     """
 
     location: str  # as it may be shown: no credentials
 
     def read(self, name: str, offset: int, size: int, fresh: bool = False) -> bytes:
-        """Exactly `size` bytes of a file from `offset` on; `fresh` where a cached copy proved to be damaged."""
+        """Return exactly `size` bytes of a file from `offset`; `fresh`: bypass a cached copy that is damaged."""
         ...
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the bytes of a file."""
         ...
 
     def small(self, name: str) -> bytes:
-        """All of a small file: an index, a table."""
+        """Return the content of a small file: an index, a table."""
         ...
 
 
 def open_store(location: str | Path, remote: RemoteOptions | None = None) -> Store:
-    """The store of a folder or of a URL (http, https, s3, gs); DataError for any other scheme.
+    """Return the store of a folder or of a URL (http, https, s3, gs). Raises DataError for any other scheme.
 
     ${NAME} in a URL is taken from the environment.
     """
@@ -47,7 +47,7 @@ def open_store(location: str | Path, remote: RemoteOptions | None = None) -> Sto
 
 
 class LocalStore:
-    """A folder, read with pread: a file cut short under our feet is an error, where a memory map would be a crash."""
+    """A local folder, read with pread: a file that is truncated meanwhile is an error; a memory map would crash."""
 
     def __init__(self, folder: Path) -> None:
         self.location = str(folder)
@@ -60,25 +60,22 @@ class LocalStore:
         self._files: OrderedDict[str, int] = OrderedDict()  # name -> descriptor
 
     def read(self, name: str, offset: int, size: int, fresh: bool = False) -> bytes:
-        """See Store; a folder is always fresh."""
         if self._process != os.getpid():  # forked: descriptors and a lock that may be held are the parent's
             self._reset()
         with self._lock:
             return self._exactly(self._descriptor(name), name, offset, size)
 
     def size(self, name: str) -> int:
-        """See Store."""
         try:
             return os.stat(f"{self.location}/{check_name(name)}").st_size
         except OSError as error:
             raise self._gone(name, error) from None
 
     def small(self, name: str) -> bytes:
-        """See Store."""
         size = self.size(name)
         if size > CAPS.small:
-            raise DamageError(f"{self._folder / name}: {size} bytes, at most {CAPS.small} are read at once")
-        descriptor = self._opened(name)  # anew: an index may be written anew
+            raise DamageError(f"{self._folder / name}: {size} bytes, at most {CAPS.small} are read")
+        descriptor = self._opened(name)  # opened again: an index may be replaced
         try:
             return self._exactly(descriptor, name, 0, size)
         finally:
@@ -93,7 +90,7 @@ class LocalStore:
         return descriptor
 
     def _opened(self, name: str) -> int:
-        try:  # without blocking: a pipe of that name would wait for ever
+        try:  # without blocking: a pipe would wait forever
             descriptor = os.open(self._folder / check_name(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise self._gone(name, error) from None
@@ -103,7 +100,7 @@ class LocalStore:
         return descriptor
 
     def _exactly(self, descriptor: int, name: str, offset: int, size: int) -> bytes:
-        """One pread gives at most 2 GiB, and may give less; nothing at all is the file's end."""
+        """Read `size` bytes: one pread returns at most 2 GiB, and may return less; nothing is the end of the file."""
         try:
             content = os.pread(descriptor, size, offset)
             while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
@@ -118,16 +115,14 @@ class LocalStore:
         return DamageError(f"{self._folder / name}: cannot be read ({error.strerror})")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Descriptors and locks belong to one process."""
+        """Leave out descriptors and locks, which belong to one process."""
         return {"location": self.location, "_folder": self._folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start with no file open."""
         self.__dict__.update(state)
         self._reset()
 
     def __del__(self) -> None:
-        """Close what this process opened."""
         if getattr(self, "_process", None) == os.getpid():
             for descriptor in self._files.values():
                 os.close(descriptor)

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.prepare.write import INDEX_FILE
+from data_pipeline.index import INDEX_FILE
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic

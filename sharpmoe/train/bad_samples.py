@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.read.damage import Damage, Ledger
+from data_pipeline.read.damage import Damage, DamageLedger
 from sharpmoe.parallel.ranks.launch import World, gather_objects, sum_over_ranks
 from sharpmoe.train.runlog import RunLog
 from sharpmoe.train.setup import Plan
@@ -21,7 +21,7 @@ class BadSamples:
     def __init__(self, plan: Plan, world: World, log: RunLog | None) -> None:
         """`log`: the run's, on rank 0."""
         self._bearing = plan.run.data.max_bad_fraction > 0
-        self._ledger = Ledger(plan.data.train.num_samples, plan.run.data.max_bad_fraction)
+        self._ledger = DamageLedger(plan.data.train.num_samples, plan.run.data.max_bad_fraction)
         self._world, self._log, self._file = world, log, plan.folder / LIST_FILE
 
     def agree(self, met: Sequence[Damage], step: int) -> None:

@@ -118,7 +118,7 @@ def open_data(run: RunConfig) -> Data:
     """Open both splits and check that they fit the model. Raises DataError."""
     data = run.data
     remote = data.remote.options()
-    train = open_mixture(data.places, data.train_split, remote, bears_damage=data.max_bad_fraction > 0)
+    train = open_mixture(data.places, data.train_split, remote, accept_damage=data.max_bad_fraction > 0)
     for bucket in train.buckets.values():
         _check_bucket(train, bucket, run)
     return Data(train, ShardSet.open(data.first_place, data.validation_split, remote), train.empty_text())

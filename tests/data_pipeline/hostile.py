@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.encode.codecs import load_codec
+from data_pipeline.encode.build import load_codec
 from data_pipeline.index import INDEX_FILE, sealed
 from data_pipeline.members import encode_json
 from data_pipeline.read.shards import ShardSet

@@ -84,7 +84,7 @@ def test_a_captions_file_with_a_missing_image(
     (pictures / "captions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL]
     assert main(arguments) == 2
-    assert "1 of 61 images are not there (60.jpg; row 61 of captions.jsonl" in capsys.readouterr().err
+    assert "1 of 61 images are missing (60.jpg; row 61 of captions.jsonl" in capsys.readouterr().err
     assert main([*arguments, "--allow-missing", "--max-bad-share", "0.02"]) == 0
 
 

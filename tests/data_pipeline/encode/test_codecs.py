@@ -4,17 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.encode.codecs import (
-    CODEC_FILE,
-    Codec,
-    KLAutoencoder,
-    PatchPCA,
-    Pixel,
-    build_codec,
-    codec_bytes,
-    load_codec,
-    posterior,
-)
+from data_pipeline.encode.autoencoders import KLAutoencoder
+from data_pipeline.encode.build import CODEC_FILE, build_codec, codec_bytes, load_codec
+from data_pipeline.encode.codecs import Codec, Pixel
+from data_pipeline.encode.patch_pca import PatchPCA
 from sharpmoe.errors import DataError
 
 
@@ -135,7 +128,7 @@ def test_missing_and_damaged_codec_files(tmp_path: Path) -> None:
 
 
 def test_unknown_kinds() -> None:
-    with pytest.raises(DataError, match="expected patch_pca"):
+    with pytest.raises(DataError, match="expected one of patch_pca"):
         build_codec({"kind": "vq"}, ())
 
 
@@ -166,7 +159,7 @@ def test_latents_of_pictures_that_are_not_square(autoencoder: Path) -> None:
 def test_the_posterior_is_scaled_like_its_mean(autoencoder: Path) -> None:
     images = smooth_images(2)
     codec = KLAutoencoder(str(autoencoder))
-    mean, std = posterior(codec, images)
+    mean, std = codec.posterior(images)
     raw = codec._model.encode(images).latent_dist
     assert torch.equal(mean, codec.encode(images))
     assert std is not None
@@ -174,7 +167,7 @@ def test_the_posterior_is_scaled_like_its_mean(autoencoder: Path) -> None:
     noise = torch.randn(raw.mean.shape, generator=torch.Generator().manual_seed(0))
     drawn = ((raw.mean + raw.std * noise) - 0.25) * 0.5
     torch.testing.assert_close(mean + std * noise, drawn)
-    assert posterior(Pixel(), images).std is None
+    assert Pixel().posterior(images).std is None
 
 
 def test_weights_that_are_a_pickle_are_refused(autoencoder: Path, tmp_path: Path) -> None:

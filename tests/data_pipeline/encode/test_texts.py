@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data_pipeline.encode.transformer_texts as transformer_texts
-from data_pipeline.encode.texts import HashTextEncoder, JoinedTextEncoder, TextEncoder, build_text_encoder
+from data_pipeline.encode.build import build_text_encoder, restore_text_encoder
+from data_pipeline.encode.texts import HashTextEncoder, JoinedTextEncoder, TextEncoder
 from data_pipeline.encode.transformer_texts import MINILM, TransformerTextEncoder
 from sharpmoe.errors import DataError
 
@@ -16,7 +17,7 @@ WORDS = ("<pad>", "<s>", "<unk>", "a", "red", "blue", "fox", "house", "in", "the
 
 
 def test_unknown_kinds() -> None:
-    with pytest.raises(DataError, match="expected transformers, hash or joined"):
+    with pytest.raises(DataError, match="expected one of hash, transformers, joined"):
         build_text_encoder({"kind": "bag"})
 
 
@@ -28,7 +29,7 @@ def test_hashed_words() -> None:
     assert torch.equal(states[0], states[2])
     assert states[1, 1:].abs().max() == 0
     assert torch.allclose(pooled[0], states[0].mean(0))
-    assert torch.equal(TextEncoder.from_identity(encoder.identity).encode(["a red fox"]).states[0], states[0])
+    assert torch.equal(restore_text_encoder(encoder.identity).encode(["a red fox"]).states[0], states[0])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_minilm_identity_is_free_of_paths(minilm: TransformerTextEncoder) -> Non
     assert minilm.identity["name"] == MINILM
     assert minilm.identity["max_length"] == 32
     with pytest.raises(DataError, match=r"wrong text encoder in gt_all.*sha256"):
-        TextEncoder.from_identity({**minilm.identity, "sha256": "0"})
+        restore_text_encoder({**minilm.identity, "sha256": "0"})
 
 
 def test_text_encoders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def test_text_encoders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_other_minilm_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_texts, "MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr(transformer_texts, "_MINILM_SHA256", "0" * 64)
     with pytest.raises(DataError, match="not the weights"):
         TransformerTextEncoder()
 
@@ -184,7 +185,7 @@ def test_three_ways_to_pool(models_folder: Path) -> None:
     torch.testing.assert_close(own.pooled[2], own.states[2, 6])  # CLIP pools at the end mark
     projected = TransformerTextEncoder(str(models_folder / "clip_g"), pooled="model").encode(CAPTIONS)
     assert projected.pooled.shape == (3, 10)
-    with pytest.raises(DataError, match="the model pools nothing itself"):
+    with pytest.raises(DataError, match="the model does not pool"):
         TransformerTextEncoder(str(models_folder / "t5"), pooled="model").encode(CAPTIONS)
 
 
@@ -207,11 +208,11 @@ def test_settings_travel_with_the_identity(models_folder: Path) -> None:
     assert set(plain.identity) == {"kind", "name", "max_length", "sha256"}  # as shards made before have it
     chosen = TransformerTextEncoder(str(models_folder / "t5"), 5, layer=-2, pooled="last", dtype="bfloat16")
     assert {"layer": -2, "pooled": "last", "dtype": "bfloat16"}.items() <= chosen.identity.items()
-    again = TextEncoder.from_identity(chosen.identity).encode(CAPTIONS)
+    again = restore_text_encoder(chosen.identity).encode(CAPTIONS)
     assert torch.equal(again.states, chosen.encode(CAPTIONS).states)
     assert again.states.shape[1] == 5
     with pytest.raises(DataError, match="wrong text encoder .*: sha256"):
-        TextEncoder.from_identity({**chosen.identity, "sha256": "0"})
+        restore_text_encoder({**chosen.identity, "sha256": "0"})
 
 
 def test_weights_that_are_missing_are_never_drawn_at_random(tmp_path: Path, models_folder: Path) -> None:
@@ -254,7 +255,7 @@ def test_encoders_joined_by_their_tokens(models_folder: Path) -> None:
     assert torch.equal(states[:, 7:, :16], right.states)
     assert (states[:, 7:, 16:] == 0).all()
     assert torch.equal(pooled, torch.cat([left.pooled, right.pooled], 1))
-    again = TextEncoder.from_identity(joined.identity)
+    again = restore_text_encoder(joined.identity)
     assert torch.equal(again.encode(CAPTIONS).states, states)
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,18 +15,19 @@ import pytest
 import torch
 import webdataset
 
-import data_pipeline.prepare.files as files
 import data_pipeline.prepare.finish as finish
 import data_pipeline.prepare.write as write
-from data_pipeline.encode.codecs import KLAutoencoder, Pixel
-from data_pipeline.encode.texts import build_text_encoder
+from data_pipeline.encode.autoencoders import KLAutoencoder
+from data_pipeline.encode.build import build_text_encoder
+from data_pipeline.encode.codecs import Pixel
 from data_pipeline.index import parse_index
 from data_pipeline.members import decode_npy
 from data_pipeline.prepare.recipe import Recipe
-from data_pipeline.prepare.write import prepare
+from data_pipeline.prepare.write import prepare_shards
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.sources.images import load_picture
 from data_pipeline.sources.items import Item, Place, Skipped, Unit
+from sharpmoe import durable
 from sharpmoe.errors import DataError
 from sharpmoe.saliency import saliency_map
 from tests.fixtures_data import QUIET, ShapesSource, make_shards, shapes_recipe
@@ -33,6 +35,10 @@ from tests.fixtures_data import QUIET, ShapesSource, make_shards, shapes_recipe
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def named(key: str) -> Item:
+    return Item(key=key, split="", captions=(), image=Place(""), name="")
 
 
 class Stop(BaseException):
@@ -88,7 +94,7 @@ def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = make_shards(tmp_path / "d")
     before = contents(folder)
     monkeypatch.setattr(ShapesSource, "survey", None)
-    done = prepare(ShapesSource(), folder, shapes_recipe())
+    done = prepare_shards(ShapesSource(), folder, shapes_recipe())
     assert not done.worked
     assert done.splits == {"train": 20, "unseen": 4}
     assert contents(folder) == before
@@ -112,7 +118,7 @@ def test_a_killed_run_goes_on_after_its_last_shard(
 def test_a_run_killed_before_any_file_goes_on(written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(make_shards(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        stop_after(written, patch, "_written", files)
+        stop_after(written, patch, "_write", durable)
         with pytest.raises(Stop):
             make_shards(tmp_path / "d")
     assert contents(make_shards(tmp_path / "d")) == whole
@@ -123,7 +129,7 @@ def test_a_deleted_file_is_written_again(name: str, tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "d")
     before = contents(folder)
     (folder / name).unlink()
-    assert prepare(ShapesSource(), folder, shapes_recipe()).worked
+    assert prepare_shards(ShapesSource(), folder, shapes_recipe()).worked
     assert contents(folder) == before
 
 
@@ -146,14 +152,14 @@ def test_two_configurations_never_mix(change: dict[str, Any], key: str, complete
         (folder / "index.json").unlink()
     before = contents(folder)
     with pytest.raises(DataError, match=key):
-        prepare(ShapesSource(), folder, shapes_recipe()._replace(**change))
+        prepare_shards(ShapesSource(), folder, replace(shapes_recipe(), **change))
     assert contents(folder) == before
 
 
 def test_another_source_never_mixes(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "d")
     with pytest.raises(DataError, match=r"source.num_images = 24, now asked for 25"):
-        prepare(ShapesSource(25), folder, shapes_recipe())
+        prepare_shards(ShapesSource(25), folder, shapes_recipe())
 
 
 def test_shards_without_a_recipe_are_not_trusted(tmp_path: Path) -> None:
@@ -174,16 +180,16 @@ def test_a_refused_configuration_leaves_the_folder_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"limit": 0}, {"image_size": -1}, {"shard_samples": 0}, {"patch_size": 0}])
 def test_numbers_that_cannot_be(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="whole number from 1 up"):
-        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(**change))
+        prepare_shards(ShapesSource(), tmp_path / "d", replace(shapes_recipe(), **change))
 
 
 def test_unreadable_pictures_are_skipped_and_listed(tmp_path: Path) -> None:
-    recipe = shapes_recipe()._replace(max_bad_share=0.1)
-    done = prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", recipe)
+    recipe = replace(shapes_recipe(), max_bad_share=0.1)
+    done = prepare_shards(ShapesSource(broken=(3, 8)), tmp_path / "d", recipe)
     assert done.splits == {"train": 18, "unseen": 4}
     assert {entry.name for entry in done.skipped} == {"shape-0003", "shape-0008"}
     assert all("unreadable" in entry.reason for entry in done.skipped)
-    assert prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", recipe) == done._replace(worked=False)
+    assert prepare_shards(ShapesSource(broken=(3, 8)), tmp_path / "d", recipe) == replace(done, worked=False)
     keys = ShardSet.open(tmp_path / "d", "train").batch(range(18)).keys
     assert "shape-0003" not in keys
 
@@ -192,7 +198,7 @@ def test_too_many_unreadable_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"1 pictures \(4.2%\) cannot be used, at most 1.0%.*shape-0003: unreadable"
     ) as e:
-        prepare(ShapesSource(broken=(3,)), tmp_path / "d", shapes_recipe()._replace(max_bad_share=0.01))
+        prepare_shards(ShapesSource(broken=(3,)), tmp_path / "d", replace(shapes_recipe(), max_bad_share=0.01))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "d" / "index.json").exists()
 
@@ -207,11 +213,11 @@ def test_what_the_source_skipped_counts_too(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(ShapesSource, "survey", with_one_left_out)
     with pytest.raises(DataError, match=r"1 pictures \(4.0%\).*x.png: no caption"):
-        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(limit=5, max_bad_share=0.01))
+        prepare_shards(ShapesSource(), tmp_path / "d", replace(shapes_recipe(), limit=5, max_bad_share=0.01))
 
 
 def test_a_split_whose_pictures_are_all_unreadable(tmp_path: Path) -> None:
-    prepare(ShapesSource(broken=(5, 11, 17, 23)), tmp_path / "d", shapes_recipe()._replace(max_bad_share=0.5))
+    prepare_shards(ShapesSource(broken=(5, 11, 17, 23)), tmp_path / "d", replace(shapes_recipe(), max_bad_share=0.5))
     assert ShardSet.open(tmp_path / "d", "train").num_samples == 20
     with pytest.raises(DataError, match=r"no samples in split 'unseen'; it has train \(20\), unseen \(0\)"):
         ShardSet.open(tmp_path / "d", "unseen")
@@ -220,11 +226,11 @@ def test_a_split_whose_pictures_are_all_unreadable(tmp_path: Path) -> None:
 def test_no_training_picture_to_fit_on(tmp_path: Path) -> None:
     broken = tuple(number for number in range(24) if number % 6 != 5)
     with pytest.raises(DataError, match="no readable image to fit"):
-        prepare(ShapesSource(broken=broken), tmp_path / "d", shapes_recipe()._replace(max_bad_share=1.0))
+        prepare_shards(ShapesSource(broken=broken), tmp_path / "d", replace(shapes_recipe(), max_bad_share=1.0))
 
 
 def test_a_limit_takes_a_bit_of_everything(tmp_path: Path) -> None:
-    done = prepare(ShapesSource(240), tmp_path / "d", shapes_recipe()._replace(limit=60))
+    done = prepare_shards(ShapesSource(240), tmp_path / "d", replace(shapes_recipe(), limit=60))
     assert sum(done.splits.values()) == 60
     assert 4 <= done.splits["unseen"] <= 18
 
@@ -232,17 +238,17 @@ def test_a_limit_takes_a_bit_of_everything(tmp_path: Path) -> None:
 def test_a_latent_that_is_not_finite_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pixel, "encode", lambda _, images: images * 1e6)  # beyond float16
     with pytest.raises(DataError, match=r"shape-\d+: its latent is not finite"):
-        prepare(ShapesSource(), tmp_path / "d", shapes_recipe()._replace(codec={"kind": "pixel"}))
+        prepare_shards(ShapesSource(), tmp_path / "d", replace(shapes_recipe(), codec={"kind": "pixel"}))
 
 
 def test_what_was_left_out_is_listed_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "_LISTED", 1)
-    done = prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", shapes_recipe(), QUIET)
+    done = prepare_shards(ShapesSource(broken=(3, 8)), tmp_path / "d", shapes_recipe(), QUIET)
     assert (len(done.skipped), done.num_skipped) == (1, 2)
     lines = [json.loads(line) for line in (tmp_path / "d" / finish.SKIPPED_FILE).read_text().splitlines()]
     assert {line["name"] for line in lines} == {"shape-0003", "shape-0008"}
     assert all(line["reason"].startswith("unreadable: ") for line in lines)
-    assert prepare(ShapesSource(broken=(3, 8)), tmp_path / "d", shapes_recipe(), QUIET).num_skipped == 2
+    assert prepare_shards(ShapesSource(broken=(3, 8)), tmp_path / "d", shapes_recipe(), QUIET).num_skipped == 2
 
 
 def test_a_disk_that_fails_is_not_a_picture_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +318,8 @@ def test_mirror_images_are_stored_beside_latents(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "d", flip_pair=True)
     codec = ShardSet.open(folder, "train").codec_object()
     for key, sample in raw(folder, "train-00000").items():
-        content = ShapesSource().read(Item(key, "", (), Place(""), ""))
-        images = torch.from_numpy(load_picture(content, 32).pixels)[None]
+        content = ShapesSource().read(named(key))
+        images = torch.from_numpy(load_picture(content, (32, 32)).pixels)[None]
         for name, image in (("latent", images), ("latent_flip", images.flip(-1))):
             np.testing.assert_array_equal(decode_npy(sample[f"{name}.npy"]), codec.encode(image)[0].half())
 
@@ -321,8 +327,8 @@ def test_mirror_images_are_stored_beside_latents(tmp_path: Path) -> None:
 def test_pictures_go_into_shards_of_their_shape(tmp_path: Path) -> None:
     said: list[str] = []
     sides = ((1.0, 1.0), (1.0, 2.5), (3.0, 1.0))
-    recipe = shapes_recipe()._replace(buckets="32x32,16x64,64x16")
-    prepare(ShapesSource(48, sides=sides), tmp_path / "d", recipe, QUIET._replace(say=said.append))
+    recipe = replace(shapes_recipe(), buckets="32x32,16x64,64x16")
+    prepare_shards(ShapesSource(48, sides=sides), tmp_path / "d", recipe, QUIET._replace(say=said.append))
     index = parse_index((tmp_path / "d" / "index.json").read_bytes(), "")
     assert {name: bucket.num_samples for name, bucket in index.buckets.items()} == dict.fromkeys(index.buckets, 16)
     assert set(index.buckets) == {"32x32", "16x64", "64x16"}
@@ -330,7 +336,7 @@ def test_pictures_go_into_shards_of_their_shape(tmp_path: Path) -> None:
         bucket = index.buckets[shard.bucket]
         assert shard.name.startswith(f"{shard.split}-{shard.bucket}-")
         for key, sample in raw(tmp_path / "d", shard.name).items():
-            content = ShapesSource(48, sides=sides).read(Item(key, "", (), Place(""), ""))
+            content = ShapesSource(48, sides=sides).read(named(key))
             pixels = torch.from_numpy(load_picture(content, bucket.image).pixels)[None]
             saliency = saliency_map(pixels, bucket.grid)[0]
             assert decode_npy(sample["latent.npy"]).shape == bucket.latent
@@ -341,8 +347,8 @@ def test_pictures_go_into_shards_of_their_shape(tmp_path: Path) -> None:
 
 
 def test_a_picture_whose_size_cannot_be_read_is_left_out_of_the_buckets(tmp_path: Path) -> None:
-    recipe = shapes_recipe()._replace(buckets="32x32,16x64")
-    done = prepare(ShapesSource(broken=(3,)), tmp_path / "d", recipe, QUIET)
+    recipe = replace(shapes_recipe(), buckets="32x32,16x64")
+    done = prepare_shards(ShapesSource(broken=(3,)), tmp_path / "d", recipe, QUIET)
     assert [entry.name for entry in done.skipped] == ["shape-0003"]
 
 
@@ -351,19 +357,19 @@ def test_a_picture_whose_size_cannot_be_read_is_left_out_of_the_buckets(tmp_path
 
 def autoencoder_recipe(folder: Path, posterior: str) -> Recipe:
     codec = {"kind": "autoencoder_kl", "name": str(folder)}
-    return shapes_recipe()._replace(codec=codec, posterior=posterior, flip_pair=True)
+    return replace(shapes_recipe(), codec=codec, posterior=posterior, flip_pair=True)
 
 
 @pytest.mark.parametrize("kind", ["mean", "std", "sample"])
 def test_what_is_stored_of_a_posterior(kind: str, tmp_path: Path, autoencoder: Path) -> None:
-    prepare(ShapesSource(), tmp_path / "d", autoencoder_recipe(autoencoder, kind), QUIET)
-    prepare(ShapesSource(), tmp_path / "e", autoencoder_recipe(autoencoder, kind), QUIET)
+    prepare_shards(ShapesSource(), tmp_path / "d", autoencoder_recipe(autoencoder, kind), QUIET)
+    prepare_shards(ShapesSource(), tmp_path / "e", autoencoder_recipe(autoencoder, kind), QUIET)
     assert contents(tmp_path / "d") == contents(tmp_path / "e")
     codec = KLAutoencoder(str(autoencoder))
     scores = []
     for key, sample in raw(tmp_path / "d", "train-00000").items():
-        content = ShapesSource().read(Item(key, "", (), Place(""), ""))
-        images = torch.from_numpy(load_picture(content, 32).pixels)[None]
+        content = ShapesSource().read(named(key))
+        images = torch.from_numpy(load_picture(content, (32, 32)).pixels)[None]
         for name, image in (("latent", images), ("latent_flip", images.flip(-1))):
             mean, std = codec.posterior(image)
             assert std is not None

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import data_pipeline.prepare.ranks as ranks
 from data_pipeline.prepare.finish import WORK_FOLDER
 from data_pipeline.prepare.ranks import Rank
-from data_pipeline.prepare.write import Means, prepare
+from data_pipeline.prepare.write import Machine, prepare_shards
 from data_pipeline.read.shards import ShardSet
 from tests.distributed import CONTEXT
 from tests.fixtures_data import ShapesSource, make_shards, shapes_recipe
@@ -24,12 +25,12 @@ _DEADLINE_S = 120
 
 
 def recipe_of_many_shards() -> tuple[ShapesSource, object]:
-    return ShapesSource(_PICTURES, 32, (7,), 1, _SIDES), shapes_recipe(shard_samples=4)._replace(buckets="32x32,16x64")
+    return ShapesSource(_PICTURES, 32, (7,), 1, _SIDES), replace(shapes_recipe(shard_samples=4), buckets="32x32,16x64")
 
 
 def work(folder: Path, rank: int, size: int) -> None:
     source, recipe = recipe_of_many_shards()
-    done = prepare(source, folder, recipe, Means(progress=False, place=Rank(rank, size)))
+    done = prepare_shards(source, folder, recipe, Machine(progress=False, place=Rank(rank, size)))
     os._exit(0 if done.complete else 10)
 
 
@@ -59,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a run that nothing interrupts writes."""
     folder = tmp_path_factory.mktemp("whole")
     source, recipe = recipe_of_many_shards()
-    prepare(source, folder, recipe, Means(progress=False))
+    prepare_shards(source, folder, recipe, Machine(progress=False))
     assert ShardSet.open(folder, "train").num_samples + ShardSet.open(folder, "unseen").num_samples == _PICTURES - 1
     return contents(folder)
 
@@ -119,12 +120,12 @@ def test_a_rank_that_never_comes_costs_its_shards_alone(
 ) -> None:
     monkeypatch.setattr(ranks, "PATIENCE_S", 0.1)
     source, recipe = recipe_of_many_shards()
-    second = prepare(source, tmp_path, recipe, Means(progress=False, place=Rank(1, 2)))
+    second = prepare_shards(source, tmp_path, recipe, Machine(progress=False, place=Rank(1, 2)))
     assert not second.complete
     written = {name for name in files(tmp_path) if name.endswith(".tar")}
     shards = {name for name in whole if name.endswith(".tar")}
     assert 0.3 < len(written) / len(shards) < 0.7
-    alone = prepare(source, tmp_path, recipe, Means(progress=False))  # the same command, without the other rank
+    alone = prepare_shards(source, tmp_path, recipe, Machine(progress=False))  # without the other rank
     assert alone.complete
     assert contents(tmp_path) == whole
 
@@ -134,7 +135,7 @@ def test_every_rank_of_a_second_run_does_nothing(tmp_path: Path, monkeypatch: py
     before = contents(folder)
     monkeypatch.setattr(ShapesSource, "survey", None)
     for rank in range(2):
-        done = prepare(ShapesSource(), folder, shapes_recipe(), Means(progress=False, place=Rank(rank, 2)))
+        done = prepare_shards(ShapesSource(), folder, shapes_recipe(), Machine(progress=False, place=Rank(rank, 2)))
         assert not done.worked
         assert done.complete
     assert contents(folder) == before

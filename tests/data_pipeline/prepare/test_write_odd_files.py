@@ -178,7 +178,7 @@ def test_damaged_files_are_unreadable_or_pictures_and_nothing_else(
     for place, value in changes:
         content[int(place * (len(content) - 1))] = value
     damaged = bytes(content[: int(len(content) * kept)])
-    for look in (lambda: load_picture(damaged, 8).pixels.shape, lambda: upright_size(damaged)):
+    for look in (lambda: load_picture(damaged, (8, 8)).pixels.shape, lambda: upright_size(damaged)):
         try:
             assert look() is not None
         except UNREADABLE:

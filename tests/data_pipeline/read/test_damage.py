@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.members import encode_json, encode_npy
-from data_pipeline.read.damage import Damage, Ledger
-from data_pipeline.read.order import Order
+from data_pipeline.read.damage import Damage, DamageLedger
+from data_pipeline.read.order import SampleOrder
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.read.stream import Loaded, stream
 from sharpmoe.errors import DamageError
@@ -142,7 +142,10 @@ SPOILED = {
     "long text": (put("text.npy", np.zeros((9, 6), np.float16)), r"text.npy: 9 tokens, at most 4 expected"),
     "no latent": (lambda members: members.pop("latent.npy"), r"latent.npy: the sample has no such member"),
     "no caption": (lambda members: members.pop("txt"), r"txt: the sample has no such member"),
-    "no label": (lambda members: members.update({"json": encode_json({"file": "x"})}), r"json: label None is no class"),
+    "no label": (
+        lambda members: members.update({"json": encode_json({"file": "x"})}),
+        r"json: label None is not a class",
+    ),
     "no json": (lambda members: members.update({"json": b"[1]"}), r"json: not a JSON object"),
     "captions": (
         lambda members: members.update({"json": encode_json({"label": 1, "captions": 3})}),
@@ -179,7 +182,7 @@ def test_a_shard_or_table_that_is_gone_costs_its_samples(name: str, how: str) ->
     assert set(keys(read)) == {"s0000", "s0001", "s0002", "s0003"}
     with pytest.raises(DamageError, match=f"memory/{SHARD}.tar"):
         steps(files, 2, 0)
-    with pytest.raises(DamageError, match=r"of 8 samples are damaged, more than data.max_bad_fraction 0.4 bears"):
+    with pytest.raises(DamageError, match=r"of 8 samples are damaged, more than data.max_bad_fraction 0.4 allows"):
         steps(files, 2, 0.4)
 
 
@@ -188,7 +191,7 @@ def test_a_shard_or_table_that_is_gone_costs_its_samples(name: str, how: str) ->
 
 def test_the_next_sound_sample_of_the_order_takes_the_place() -> None:
     files = rebuilt(SPOILED["nan"][0])
-    order = [f"s{Order((4, 4), 5).at(number).sample:04d}" for number in range(3 * EPOCH)]
+    order = [f"s{SampleOrder((4, 4), 5).at(number).sample:04d}" for number in range(3 * EPOCH)]
     expected = [
         next(key for key in order[number:] if key != "s0004") for number in range(2 * EPOCH)
     ]  # a spoiled one at the end of an epoch is replaced by the first of the next
@@ -221,12 +224,12 @@ def test_held_out_samples_are_never_replaced() -> None:
 
 
 def test_a_ledger_counts_samples_once_and_flaws_not_at_all() -> None:
-    ledger = Ledger(100, 0.02)
+    ledger = DamageLedger(100, 0.02)
     one, two, three = (Damage("a.tar", key, "latent.npy: holds NaN or infinity") for key in "xyz")
     assert ledger.add([two, one, two]) == [one, two]
     assert ledger.add([one, Damage("a.tar", "", "cut short")]) == [Damage("a.tar", "", "cut short")]
     assert ledger.num_bad == 2
-    with pytest.raises(DamageError, match=r"3 of 100 samples are damaged, .* 0.02 bears; the latest: a.tar, key z"):
+    with pytest.raises(DamageError, match=r"3 of 100 samples are damaged, .* 0.02 allows; the latest: a.tar, key z"):
         ledger.add([three])
     with pytest.raises(DamageError, match=r"^a.tar, key x, latent.npy: holds NaN or infinity; delete the shard"):
-        Ledger(100, 0).add([one])
+        DamageLedger(100, 0).add([one])

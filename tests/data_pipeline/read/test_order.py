@@ -9,12 +9,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.read.order import Order, Turns, Visit
+from data_pipeline.read.order import SampleOrder, Turns, Visit
 
 FIXED = [4, 2, 6, 7, 5, 1, 3, 0]
 
 
-def epoch(order: Order, number: int) -> list[int]:
+def epoch(order: SampleOrder, number: int) -> list[int]:
     start = number * order.num_samples
     return [order.at(place).sample for place in range(start, start + order.num_samples)]
 
@@ -22,29 +22,31 @@ def epoch(order: Order, number: int) -> list[int]:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any), st.integers(0, 2**63), st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_is_a_permutation(sizes: list[int], seed: int, block: int) -> None:
-    order = Order(sizes, seed, block)
+    order = SampleOrder(sizes, seed, block)
     for number in (0, 1, 7):
         assert sorted(epoch(order, number)) == list(range(sum(sizes)))
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = [epoch(Order((5, 3, 0, 7), 1), number) for number in range(3)] + [epoch(Order((5, 3, 0, 7), 2), 0)]
+    orders = [epoch(SampleOrder((5, 3, 0, 7), 1), number) for number in range(3)] + [
+        epoch(SampleOrder((5, 3, 0, 7), 2), 0)
+    ]
     assert len({tuple(one) for one in orders}) == 4
 
 
 def test_the_order_is_fixed_for_ever() -> None:
-    assert epoch(Order((3, 3, 2), 7), 1) == FIXED
-    assert [Order((3, 3, 2), 7).at(8 + place) for place in (7, 0)] == [Visit(1, FIXED[7]), Visit(1, FIXED[0])]
+    assert epoch(SampleOrder((3, 3, 2), 7), 1) == FIXED
+    assert [SampleOrder((3, 3, 2), 7).at(8 + place) for place in (7, 0)] == [Visit(1, FIXED[7]), Visit(1, FIXED[0])]
 
 
 def test_samples_stay_within_blocks_of_shards() -> None:
     shard_of = np.repeat(np.arange(6), 10)
-    blocks = np.array(epoch(Order((10,) * 6, 0, block=2), 0)).reshape(3, 20)
+    blocks = np.array(epoch(SampleOrder((10,) * 6, 0, block=2), 0)).reshape(3, 20)
     assert all(len(set(shard_of[block])) == 2 for block in blocks)
 
 
 def test_a_long_epoch_is_never_written_out() -> None:
-    order = Order([1000] * 10_000, 3)  # ten million samples: 80 MB as one array
+    order = SampleOrder([1000] * 10_000, 3)  # ten million samples: 80 MB as one array
     tracemalloc.start()
     seen = {order.at(place).sample for place in itertools.chain(range(9_990_000, 9_990_100), range(50))}
     peak = tracemalloc.get_traced_memory()[1]

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from data_pipeline.index import sealed
-from data_pipeline.prepare.write import prepare
+from data_pipeline.prepare.write import prepare_shards
 from data_pipeline.read.samples import Draw, Sample
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.sources.images import load_picture
@@ -91,7 +92,7 @@ def test_values_are_those_of_the_pictures(shards: ShardSet) -> None:
     source = ShapesSource()
     items = {item.key: item for unit in source.units() for item in source.survey(unit) if isinstance(item, Item)}
     batch = shards.batch(range(20))
-    pictures = [load_picture(source.read(items[key]), 32) for key in batch.keys]
+    pictures = [load_picture(source.read(items[key]), (32, 32)) for key in batch.keys]
     images = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     alpha = torch.from_numpy(np.stack([picture.alpha for picture in pictures]))
     assert torch.equal(batch.saliency, saliency_map(images, (4, 4)))
@@ -228,7 +229,7 @@ def test_a_shard_that_goes_away_after_opening(folder: Path, shards: ShardSet) ->
 def test_damage_may_be_borne(folder: Path) -> None:
     (folder / "train-00000.tar").unlink()
     (folder / "train-00001.tar").write_bytes((folder / "train-00001.tar").read_bytes()[:-512])
-    shards = ShardSet.open(folder, "train", bears_damage=True)
+    shards = ShardSet.open(folder, "train", accept_damage=True)
     assert str(shards.load(0)).startswith(f"{folder}/train-00000.tar, key number 0, cannot be read")
     assert isinstance(shards.load(8), Sample)
     assert [str(flaw).split(": ")[1][:9] for flaw in shards.flaws()] == ["shard has"]
@@ -341,7 +342,7 @@ def test_files_are_closed(folder: Path) -> None:
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path, folder: Path) -> None:
     same, other = make_shards(tmp_path / "a"), tmp_path / "b"
-    prepare(ShapesSource(), other, shapes_recipe()._replace(limit=23), QUIET)
+    prepare_shards(ShapesSource(), other, replace(shapes_recipe(), limit=23), QUIET)
     first = ShardSet.open(folder, "train").fingerprint
     assert ShardSet.open(same, "train").fingerprint == first
     assert ShardSet.open(other, "train").fingerprint != first

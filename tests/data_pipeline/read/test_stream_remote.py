@@ -4,6 +4,7 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_an_epoch_from_a_moody_server(workers: int, folder: Path, options: Remot
 
 
 def test_a_cache_smaller_than_the_shards(folder: Path, options: RemoteOptions) -> None:
-    tight = options._replace(cache_bytes=8 << 14)
+    tight = replace(options, cache_bytes=8 << 14)
     local = read(ShardSet.open(folder, "train"), 12)
     with serving(folder) as server:
         assert same(read(ShardSet.open(server.url, "train", tight), 12), local)
@@ -110,9 +111,9 @@ def test_damage_is_that_of_a_local_folder(
     spoil: Callable[[Path], object], folder: Path, options: RemoteOptions
 ) -> None:
     spoil(folder / f"{SHARD}.tar")
-    local = read(ShardSet.open(folder, "train", bears_damage=True), 8, bad=0.9)
+    local = read(ShardSet.open(folder, "train", accept_damage=True), 8, bad=0.9)
     with serving(folder, lambda request: "ok" if _there(folder, request) else "404") as server:
-        far = ShardSet.open(server.url, "train", options, bears_damage=True)
+        far = ShardSet.open(server.url, "train", options, accept_damage=True)
         found = read(far, 8, bad=0.9)
         assert same(found, local)
         keys = [{damage.key for step in steps for damage in step.damage} for steps in (local, found)]
@@ -139,7 +140,7 @@ def test_a_server_that_stays_away_is_an_error_and_no_damage(folder: Path, option
     """However much damage a run bears: an outage must not eat samples."""
     down: list[bool] = []
     with serving(folder, lambda _: "503" if down else "ok") as server:
-        shards = ShardSet.open(server.url.replace("//", "//ann:hunter2@"), "train", options._replace(retries=2))
+        shards = ShardSet.open(server.url.replace("//", "//ann:hunter2@"), "train", replace(options, retries=2))
         down.append(True)
         with pytest.raises(DataError, match=r"the server answered 503 \(3 tries\)") as raised:
             read(shards, 1, bad=0.99)

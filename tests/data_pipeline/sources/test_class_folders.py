@@ -8,14 +8,14 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_pipeline.encode.moments import SD_VAE_SCALE
+from data_pipeline.encode.autoencoders import _SD_VAE_SCALE
 from data_pipeline.members import decode_npy
 from data_pipeline.read.shards import ShardSet
-from data_pipeline.sources.imagenet import ClassFolderSource
-from data_pipeline.sources.items import listing
+from data_pipeline.sources.folders import ClassFolderSource
 from launcher.prepare import main
 from sharpmoe.errors import DataError
 from sharpmoe.saliency import saliency_map
+from tests.fixtures_data import listing
 
 CLASSES = ("n01", "n02", "n03")
 SIZE = 32
@@ -76,7 +76,7 @@ def test_cached_moments_become_latents_with_the_saliency_of_the_image(tmp_path: 
         name = key.split("-")[1]
         flip = key.endswith("flip")
         with np.load(tmp_path / "cache" / name.split("_")[0] / f"{name}.latent.npz") as arrays:
-            expected = torch.from_numpy(arrays["latent_flip" if flip else "latent"][:4]) * SD_VAE_SCALE
+            expected = torch.from_numpy(arrays["latent_flip" if flip else "latent"][:4]) * _SD_VAE_SCALE
         torch.testing.assert_close(batch.latent[row], expected.half().float())
         image = np.array(Image.open(tmp_path / "set" / "train" / name.split("_")[0] / f"{name}.png"))
         pixels = torch.from_numpy(image).permute(2, 0, 1).float()[None] / 127.5 - 1
@@ -123,6 +123,6 @@ def test_cached_moments_with_std_and_mirror_image(tmp_path: Path) -> None:
         name = sample["__key__"].split("-")[1]
         with np.load(tmp_path / "cache" / name.split("_")[0] / f"{name}.latent.npz") as arrays:
             for suffix, moments in (("", arrays["latent"]), ("_flip", arrays["latent_flip"])):
-                mean, std = moments[:4] * SD_VAE_SCALE, np.exp(0.5 * moments[4:]) * SD_VAE_SCALE
+                mean, std = moments[:4] * _SD_VAE_SCALE, np.exp(0.5 * moments[4:]) * _SD_VAE_SCALE
                 np.testing.assert_allclose(decode_npy(sample[f"latent{suffix}.npy"]), mean, atol=1e-3)
                 np.testing.assert_allclose(decode_npy(sample[f"latent{suffix}_std.npy"]), std, rtol=2e-3)

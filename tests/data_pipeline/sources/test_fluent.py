@@ -9,8 +9,9 @@ import pytest
 
 import data_pipeline.sources.fluent as fluent_module
 from data_pipeline.sources.fluent import FluentSource
-from data_pipeline.sources.items import Item, listing
+from data_pipeline.sources.items import Item
 from sharpmoe.errors import DataError
+from tests.fixtures_data import listing
 
 
 def package(path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Path:

@@ -35,7 +35,7 @@ def rgb(picture: np.ndarray) -> list[int]:
     ids=["rgb", "grey", "bits", "palette", "quantised", "16-bit", "grey-alpha", "transparent", "half"],
 )
 def test_every_mode_becomes_rgb_on_white(image: Image.Image, colour: list[int] | None) -> None:
-    picture = load_picture(encoded(image), 8)
+    picture = load_picture(encoded(image), (8, 8))
     assert picture.pixels.shape == (3, 8, 8)
     assert picture.pixels.dtype == np.float32
     assert (picture.alpha is not None) == (image.mode in ("LA", "RGBA"))
@@ -45,7 +45,7 @@ def test_every_mode_becomes_rgb_on_white(image: Image.Image, colour: list[int] |
 def test_a_jpeg_in_cmyk(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path)
-    red, green, blue = rgb(load_picture(path, 8).pixels)
+    red, green, blue = rgb(load_picture(path, (8, 8)).pixels)
     assert red > 200 > 60 > max(green, blue)
 
 
@@ -53,20 +53,20 @@ def test_a_palette_with_a_transparent_entry_has_alpha() -> None:
     image = Image.new("P", (8, 8), 0)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.paste(1, (4, 0, 8, 8))
-    picture = load_picture(encoded(image, transparency=0), 8)
+    picture = load_picture(encoded(image, transparency=0), (8, 8))
     assert picture.alpha is not None
     assert picture.alpha[0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert picture.pixels[:, 0, 0].tolist() == [1, 1, 1]
 
 
 def test_opaque_alpha_is_no_mask() -> None:
-    assert load_picture(encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 255))), 8).alpha is None
+    assert load_picture(encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 255))), (8, 8)).alpha is None
 
 
 def test_colours_of_transparent_pixels_do_not_bleed() -> None:
     image = Image.new("RGBA", (64, 64), (0, 255, 0, 0))  # invisible green
     image.paste((255, 0, 0, 255), (0, 0, 32, 64))
-    picture = load_picture(encoded(image), 8)
+    picture = load_picture(encoded(image), (8, 8))
     red, green, blue = picture.pixels
     assert np.allclose(green, blue, atol=0.02)
     assert red.min() > 0.98
@@ -77,7 +77,7 @@ def test_exif_rotation_is_applied_before_the_crop() -> None:
     image.paste("white", (0, 0, 8, 4))  # the upper half
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise: the upper half ends up on the right
-    pixels = load_picture(encoded(image, "png", exif=exif), 8).pixels
+    pixels = load_picture(encoded(image, "png", exif=exif), (8, 8)).pixels
     assert pixels[0, :, 0].max() < -0.9
     assert pixels[0, :, 7].min() > 0.9
 
@@ -86,7 +86,7 @@ def test_exif_rotation_is_applied_before_the_crop() -> None:
 def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, "white")
     image.paste("black", ((size[0] - 8) // 2, (size[1] - 8) // 2, (size[0] + 8) // 2, (size[1] + 8) // 2))
-    assert load_picture(encoded(image), 8).pixels.max() == -1
+    assert load_picture(encoded(image), (8, 8)).pixels.max() == -1
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
 )
 def test_what_cannot_be_decoded_says_so(content: bytes) -> None:
     with pytest.raises(UNREADABLE):
-        load_picture(content, 8)
+        load_picture(content, (8, 8))

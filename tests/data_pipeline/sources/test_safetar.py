@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.safety import Caps
 from data_pipeline.sources import safetar
-from data_pipeline.sources.safetar import Member, Refusal, Sample
+from data_pipeline.sources.safetar import Member, Refusal, TarSample
 from sharpmoe.errors import DamageError, DataError
 
 SUFFIXES = frozenset({"jpg", "txt", "json", "seg.png"})
@@ -46,7 +46,7 @@ def test_lists_what_tarfile_wrote(tmp_path_factory, files: dict[str, bytes], for
     path = _tar(tmp_path_factory.mktemp("tar") / "a.tar", files, form)
     found = list(safetar.members(path, SUFFIXES))
     assert all(isinstance(member, Member) for member in found)
-    assert {f"{member.key}.txt": safetar.read(path, member) for member in found} == files
+    assert {f"{member.key}.txt": safetar.read_member(path, member) for member in found} == files
 
 
 def test_long_and_foreign_names_of_both_dialects(tmp_path: Path) -> None:
@@ -59,12 +59,12 @@ def test_long_and_foreign_names_of_both_dialects(tmp_path: Path) -> None:
 def test_samples_are_neighbours_of_one_key(tmp_path: Path) -> None:
     files = {"d/a.jpg": b"1", "d/a.TXT": b"2", "d/a.cls": b"3", "d/a.seg.png": b"4", "e/a.jpg": b"5", "e/a.jpg ": b""}
     found = list(safetar.samples(_tar(tmp_path / "a.tar", files), SUFFIXES))
-    assert [(sample.key, sorted(sample.members)) for sample in found if isinstance(sample, Sample)] == [
+    assert [(sample.key, sorted(sample.members)) for sample in found if isinstance(sample, TarSample)] == [
         ("d/a", ["jpg", "seg.png", "txt"]),
         ("e/a", ["jpg"]),
     ]
     twice = _tar(tmp_path / "b.tar", {"a.jpg": b"1", "a.JPG": b"2"})
-    assert [type(found) for found in safetar.samples(twice, SUFFIXES)] == [Refusal, Sample]
+    assert [type(found) for found in safetar.samples(twice, SUFFIXES)] == [Refusal, TarSample]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_any_byte_may_be_wrong(tmp_path_factory, place: int, change: int) -> Non
     try:
         for member in safetar.members(path, SUFFIXES):
             if isinstance(member, Member):
-                assert len(safetar.read(path, member)) == member.size
+                assert len(safetar.read_member(path, member)) == member.size
     except DamageError:
         pass
 

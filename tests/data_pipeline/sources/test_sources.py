@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from PIL import Image
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources import items
-from data_pipeline.sources.folders import open_source
-from data_pipeline.sources.items import Item, Listing, Skipped, from_json, listing, to_json
-from data_pipeline.sources.tables import rows
+from data_pipeline.sources.items import Item, Skipped, from_json, to_json
+from data_pipeline.sources.open import SourceOptions, open_source
+from data_pipeline.sources.tables import _rows
 from sharpmoe.errors import DataError
+from tests.fixtures_data import Listing, listing
 
 
 def picture(path: Path, colour: str = "red") -> Path:
@@ -27,7 +29,7 @@ def captions(folder: Path, *lines: object) -> Path:
 
 
 def listed(path: Path) -> Listing:
-    return listing(open_source(path))
+    return listing(open_source(SourceOptions(source=str(path))))
 
 
 def texts(path: Path) -> dict[str, str]:
@@ -35,9 +37,9 @@ def texts(path: Path) -> dict[str, str]:
 
 
 def catalog(path: Path, work: Path) -> Catalog:
-    source = open_source(path)
+    source = open_source(SourceOptions(source=str(path)))
     digests = [unit.digest for unit in source.units()]
-    survey(source, work, digests, Rank(), look=False, threads=1)
+    survey(source, work, digests, Rank(), read_sizes=False, threads=1)
     return Catalog(work, digests)
 
 
@@ -163,7 +165,7 @@ def test_tables_without_the_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="columns url, caption; expected a column file or image"):
         listed(tmp_path)
     (tmp_path / "captions.tsv").write_text("file\tcaption\n")
-    with pytest.raises(DataError, match=r"holds captions.csv, captions.tsv; give the one"):
+    with pytest.raises(DataError, match=r"holds captions.csv, captions.tsv; name one of them"):
         listed(tmp_path)
     with pytest.raises(DataError, match="no captioned image found"):
         listed(tmp_path / "captions.tsv")
@@ -173,7 +175,7 @@ def test_a_captions_file_that_names_missing_images(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     captions(tmp_path, {"file": "a.png", "caption": "a"}, {"file": "gone.png", "caption": "b"})
     found = catalog(tmp_path, tmp_path / "work")
-    with pytest.raises(DataError, match=r"1 of 2 images are not there \(gone.png; row 2 of captions.*--allow-missing"):
+    with pytest.raises(DataError, match=r"1 of 2 images are missing \(gone.png; row 2 of captions.*--allow-missing"):
         refuse_missing(found, allow=False)
     refuse_missing(found, allow=True)
     assert len(found) == 1
@@ -212,7 +214,7 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
         listed(tmp_path)
     (tmp_path / "table.csv").write_bytes(b"file,caption\na.png,caf\xe9\n")
     with pytest.raises(DataError, match="not UTF-8"):
-        list(rows(tmp_path / "table.csv"))
+        list(_rows(tmp_path / "table.csv"))
 
 
 # --- sources as such --------------------------------------------------------------------------------------------------
@@ -220,13 +222,13 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_no_folder_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        open_source(tmp_path / "none")
+        open_source(SourceOptions(source=str(tmp_path / "none")))
     with pytest.raises(DataError, match="no captioned image"):
         listed(tmp_path)
 
 
 def identity(path: Path) -> dict[str, object]:
-    source = open_source(path)
+    source = open_source(SourceOptions(source=str(path)))
     return source.identity([unit.digest for unit in source.units()])
 
 
@@ -247,17 +249,17 @@ def test_units_cover_a_source_and_change_with_it_alone(tmp_path: Path, monkeypat
     monkeypatch.setattr(items, "UNIT_RECORDS", 4)
     for number in range(10):
         picture(tmp_path / f"{number}.png").with_suffix(".txt").write_text(str(number))
-    before = [unit.digest for unit in open_source(tmp_path).units()]
-    assert [len(unit.records) for unit in open_source(tmp_path).units()] == [4, 4, 2]
+    before = [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()]
+    assert [len(unit.records) for unit in open_source(SourceOptions(source=str(tmp_path))).units()] == [4, 4, 2]
     assert sorted(texts(tmp_path).values()) == [str(number) for number in range(10)]
     (tmp_path / "5.txt").write_text("changed")
-    after = [unit.digest for unit in open_source(tmp_path).units()]
+    after = [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
 def test_a_picture_that_changed_since_it_was_listed_is_noticed(tmp_path: Path) -> None:
     picture(tmp_path / "a.png").with_suffix(".txt").write_text("x")
-    source = open_source(tmp_path)
+    source = open_source(SourceOptions(source=str(tmp_path)))
     item = listing(source).items[0]
     assert source.read(item) == (tmp_path / "a.png").read_bytes()
     assert source.read(item, 10) == (tmp_path / "a.png").read_bytes()[:10]
@@ -267,8 +269,20 @@ def test_a_picture_that_changed_since_it_was_listed_is_noticed(tmp_path: Path) -
 
 
 def test_items_survive_their_file(tmp_path: Path) -> None:
-    item = Item("k", "train", (("a\n🦊", 2.0), ("b", 0.5)), items.Place("f", 3, 4), "n", 7, "m", True, (3, 4))
-    for entry in (item, item._replace(pixels=None), Skipped("a", "b"), Skipped("a", "b", True)):
+    item = Item(
+        key="k",
+        split="train",
+        captions=(("a\n🦊", 2.0), ("b", 0.5)),
+        image=items.Place("f", 3, 4),
+        name="n",
+        label=7,
+        latent="m",
+        flip=True,
+        pixels=(3, 4),
+    )
+    listed = '["k","train",[["a\\n🦊",2.0],["b",0.5]],["f",3,4],"n",7,"m",true,[3,4]]'
+    assert to_json(item) == listed  # as every version has written it
+    for entry in (item, replace(item, pixels=None), Skipped("a", "b"), Skipped("a", "b", True)):
         assert from_json(to_json(entry).encode()) == entry
         assert "\n" not in to_json(entry)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_pipeline.sources.folders import open_source
-from data_pipeline.sources.items import Listing, listing
+from data_pipeline.sources.open import SourceOptions, open_source
 from tests.data_pipeline.sources.test_images import encoded
+from tests.fixtures_data import Listing, listing
 
 PNG = encoded(Image.new("RGB", (8, 8), "red"))
 JPG = encoded(Image.new("RGB", (8, 8), "blue"), "jpeg")
@@ -26,7 +26,7 @@ def write(path: Path, *members: tuple[str, bytes | str | dict[str, object]]) -> 
 
 
 def listed(path: Path) -> Listing:
-    return listing(open_source(path))
+    return listing(open_source(SourceOptions(source=str(path))))
 
 
 def test_pictures_and_captions_of_all_kinds(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_pictures_and_captions_of_all_kinds(tmp_path: Path) -> None:
         ("002.txt", "not this one"),
         ("002.pyd", b"never looked at"),
     )
-    source = open_source(tmp_path)
+    source = open_source(SourceOptions(source=str(tmp_path)))
     found = listing(source)
     assert [item.captions for item in found.items] == [
         (("a red square", 1.0),),
@@ -60,7 +60,7 @@ def test_keys_of_two_tars_do_not_clash(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"{name}.tar", ("0.png", PNG), ("0.txt", name))
     assert len({item.key for item in listed(tmp_path).items}) == 2
-    assert len(list(open_source(tmp_path).units())) == 2
+    assert len(list(open_source(SourceOptions(source=str(tmp_path))).units())) == 2
 
 
 def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
@@ -94,6 +94,6 @@ def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
 
 def test_a_tar_that_changed_is_another_source(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", ("0.png", PNG), ("0.txt", "one"))
-    before = [unit.digest for unit in open_source(tmp_path).units()]
+    before = [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()]
     write(path, ("0.png", PNG), ("0.txt", "two"))
-    assert [unit.digest for unit in open_source(tmp_path).units()] != before
+    assert [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()] != before

@@ -1,0 +1,184 @@
+"""Codecs and text encoders by kind: from command-line options, from a recipe, and from the identity in the shards.
+
+To add a codec, write a class with the methods of `encode.codecs.Codec` and add a row to CODECS; to add a text encoder,
+write a class with those of `encode.texts.TextEncoder` and add a row to ENCODERS.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from data_pipeline.encode.autoencoders import CachedMoments, KLAutoencoder
+from data_pipeline.encode.codecs import Codec, Pixel
+from data_pipeline.encode.patch_pca import PatchPCA
+from data_pipeline.encode.texts import HashTextEncoder, JoinedTextEncoder, TextEncoder
+from data_pipeline.encode.transformer_texts import MINILM, TransformerTextEncoder
+from data_pipeline.identity import Identity, check_identity, first_line
+from sharpmoe.errors import DataError
+
+CODEC_FILE = "codec.safetensors"
+_ENCODER_OPTIONS: dict[str, Callable[[str], Any]] = {"layer": int, "pooled": str, "max_length": int, "dtype": str}
+_TRANSFORMER_SETTINGS = ("max_length", "layer", "pooled", "dtype")
+
+Options = Mapping[str, Any]  # command-line options of launcher/prepare.py by name
+Tensors = Mapping[str, Tensor]
+
+
+class CodecKind(NamedTuple):
+    """How codecs of one kind are chosen and made."""
+
+    settings: Callable[[Options], Identity]  # what a recipe says of the codec, without its kind
+    create: Callable[[Identity, Iterable[Tensor], str], Codec]  # from a recipe, training images and a device
+    restore: Callable[[Identity, Tensors, str], Codec]  # from an identity, the stored tensors and a device
+    is_fitted: bool = False  # it is fitted to the training images, which one rank does for all
+    has_std: bool = False  # it may have a standard deviation beside the mean
+
+
+class EncoderKind(NamedTuple):
+    """How text encoders of one kind are chosen and made."""
+
+    settings: Callable[[str], Identity] | None  # what a recipe says of `--encoder NAME`; None: not chosen by a name
+    create: Callable[[Identity, str], TextEncoder]  # from a recipe or an identity, and a device
+
+
+CODECS: dict[str, CodecKind] = {
+    "patch_pca": CodecKind(
+        settings=lambda options: {
+            "patch": options["pca_patch"],
+            "channels": options["pca_channels"],
+            "whiten": options["pca_whiten"],
+        },
+        create=lambda spec, images, _: PatchPCA.fit(images, spec["patch"], spec["channels"], spec["whiten"]),
+        restore=lambda spec, found, _: PatchPCA(
+            spec["patch"], spec["whiten"], found["mean"], found["basis"], found["scale"]
+        ),
+        is_fitted=True,
+    ),
+    "autoencoder_kl": CodecKind(
+        settings=lambda options: {"name": options["codec_name"]},
+        create=lambda spec, _, device: KLAutoencoder(spec["name"], device),
+        restore=lambda spec, _, device: KLAutoencoder(spec["name"], device),
+        has_std=True,
+    ),
+    "cached_moments": CodecKind(
+        settings=lambda options: {"name": options["codec_name"]},
+        create=lambda spec, _, device: CachedMoments(spec["name"], device),
+        restore=lambda spec, _, device: CachedMoments(spec["name"], device),
+        has_std=True,
+    ),
+    "pixel": CodecKind(
+        settings=lambda _: {},
+        create=lambda _spec, _images, _device: Pixel(),
+        restore=lambda _spec, _tensors, _device: Pixel(),
+    ),
+}
+
+
+def _create_transformer(spec: Identity, device: str) -> TextEncoder:
+    settings = {name: spec[name] for name in _TRANSFORMER_SETTINGS if name in spec}
+    return TransformerTextEncoder(spec["name"], device=device, **settings)
+
+
+def _create_joined(spec: Identity, device: str) -> TextEncoder:
+    return JoinedTextEncoder([build_text_encoder(part, device) for part in spec["encoders"]], spec["along"])
+
+
+ENCODERS: dict[str, EncoderKind] = {
+    "hash": EncoderKind(lambda _: {"width": 32}, lambda spec, _: HashTextEncoder(spec["width"], spec["max_length"])),
+    "transformers": EncoderKind(lambda name: {"name": name}, _create_transformer),
+    "joined": EncoderKind(None, _create_joined),
+}
+_CHOSEN_BY_KIND = ("hash",)  # `--encoder hash`; any other name is that of a transformers model
+
+
+# --- codecs -----------------------------------------------------------------------------------------------------------
+
+
+def codec_settings(options: Options) -> Identity:
+    """Return what a recipe says of the codec. `--moments` replaces the codec by the cached latents."""
+    kind = "cached_moments" if options["moments"] else options["codec"]
+    return {"kind": kind, **_codec_kind(kind).settings(options)}
+
+
+def build_codec(spec: Identity, training_images: Iterable[Tensor], device: str = "cpu") -> Codec:
+    """Return the codec of a recipe; one that is fitted reads the training images, batches of (B, 3, H, W)."""
+    return _codec_kind(spec["kind"]).create(spec, training_images, device)
+
+
+def codec_bytes(codec: Codec) -> bytes:
+    """Return the codec's tensors and identity as a safetensors file."""
+    return save(codec.tensors(), metadata={"identity": json.dumps(codec.identity, sort_keys=True)})
+
+
+def load_codec(folder: str | Path, device: str = "cpu") -> Codec:
+    """Load the codec stored with a folder of shards.
+
+    Raises DataError where the file is missing or damaged, or where the weights of an autoencoder are no longer those
+    that made the shards.
+    """
+    path = Path(folder) / CODEC_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            identity = json.loads((file.metadata() or {})["identity"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{path}: not a codec file ({first_line(error)}); delete it and run launcher/prepare.py again as before"
+        ) from None
+    codec = _codec_kind(identity["kind"]).restore(identity, tensors, device)
+    check_identity("codec", str(path), found=codec.identity, expected=identity)
+    return codec
+
+
+def _codec_kind(kind: str) -> CodecKind:
+    if kind not in CODECS:
+        raise DataError(f"codec {kind!r}: expected one of {', '.join(CODECS)}")
+    return CODECS[kind]
+
+
+# --- text encoders ----------------------------------------------------------------------------------------------------
+
+
+def encoder_settings(options: Options) -> Identity:
+    """Return what a recipe says of the text encoder: one `--encoder`, or several joined along `--join`.
+
+    Raises DataError for an option that encoders do not have.
+    """
+    parts = [_one_encoder(text, options["max_length"]) for text in options["encoder"] or [MINILM]]
+    return parts[0] if len(parts) == 1 else {"kind": "joined", "along": options["join"], "encoders": parts}
+
+
+def build_text_encoder(spec: Identity, device: str = "cpu") -> TextEncoder:
+    """Return the text encoder of a recipe. Raises DataError where it is missing."""
+    if spec["kind"] not in ENCODERS:
+        raise DataError(f"text encoder {spec['kind']!r}: expected one of {', '.join(ENCODERS)}")
+    return ENCODERS[spec["kind"]].create(spec, device)
+
+
+def restore_text_encoder(identity: Identity, device: str = "cpu") -> TextEncoder:
+    """Return the encoder with which shards were made. Raises DataError where it is missing or has other weights."""
+    encoder = build_text_encoder(identity, device)
+    check_identity("text encoder", str(identity.get("name", identity["kind"])), encoder.identity, identity)
+    return encoder
+
+
+def _one_encoder(text: str, max_length: int) -> Identity:
+    """Parse `NAME` or `NAME,layer=-2,pooled=model,max_length=77,dtype=bfloat16`."""
+    name, *options = text.split(",")
+    found: Identity = {"max_length": max_length}
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            found[key] = _ENCODER_OPTIONS[key](value)
+        except (KeyError, ValueError):
+            known = ", ".join(f"{key}=..." for key in _ENCODER_OPTIONS)
+            raise DataError(f"--encoder {text}: option {option!r}; expected NAME and any of {known}") from None
+    kind = name if name in _CHOSEN_BY_KIND else "transformers"
+    settings = ENCODERS[kind].settings
+    assert settings is not None
+    return {"kind": kind, **settings(name), **found}
