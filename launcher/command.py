@@ -59,6 +59,15 @@ class Command:
 
     def parse(self, words: Sequence[str], name: str | None = None) -> argparse.Namespace:
         """Parse command-line words; wrong ones end the process with 2, as argparse does."""
+        parser = self.parser(name)
+        if not self.overrides:
+            return parser.parse_args(words)
+        known, rest = parser.parse_known_args(words)
+        known.overrides = tuple(rest)
+        return known
+
+    def parser(self, name: str | None = None) -> argparse.ArgumentParser:
+        """Return a parser with the arguments of this launcher."""
         parser = argparse.ArgumentParser(
             prog=name,
             description=self.text,
@@ -67,11 +76,7 @@ class Command:
             formatter_class=_HelpFormatter,
         )
         self.arguments(parser)
-        if not self.overrides:
-            return parser.parse_args(words)
-        known, rest = parser.parse_known_args(words)
-        known.overrides = tuple(rest)
-        return known
+        return parser
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

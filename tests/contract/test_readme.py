@@ -1,11 +1,15 @@
 """What README, docs and run files tell a user to type exists."""
 
+import argparse
+import importlib
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from sharpmoe.config import RunConfig
+from tests.launcher.test_main import INNER
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -18,6 +22,8 @@ FILES = re.compile(
 )
 TARGETS = re.compile(r"\bmake ([a-z]+(?:-[a-z]+)*)\b")
 OVERRIDES = re.compile(r"--([a-z_]+\.[a-z_]+)\b")
+# `python launcher/NAME.py ...` and `sharpmoe NAME ...`, with their words
+LAUNCHED = re.compile(r"(?:launcher/(?=[a-z_]+\.py)|(?:^|`)sharpmoe )([a-z_]+)(?:\.py)?\b([^\n`#]*)", re.MULTILINE)
 HANDS_ON = {"submit": ("prepare", "sample")}  # launchers whose options another one takes as well
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
@@ -52,13 +58,31 @@ def test_overrides_named_exist(path):
     assert set(OVERRIDES.findall(commands(path))) <= known
 
 
+@cache
+def options_of(launcher: str) -> set[str]:
+    """Options of a launcher and of its subcommands; also those of launchers that it passes words on to."""
+    found: set[str] = set()
+    names = (launcher, *HANDS_ON.get(launcher, ()))
+    parsers = [importlib.import_module(f"launcher.{name}").main.parser() for name in names]
+    while parsers:
+        for action in parsers.pop()._actions:
+            found.update(action.option_strings)
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+    return found
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
-def test_launcher_options_named_exist(path):
+def test_launchers_and_options_named_exist(path):
     text = re.sub(r"\\\n\s*#?", " ", commands(path))
-    for launcher, words in re.findall(r"launcher/([a-z_]+)\.py([^\n`#]*)", text):
-        names = (launcher, *HANDS_ON.get(launcher, ()))
-        sources = [ROOT / "launcher" / f"{name}.py" for name in names]
-        known = "".join(source.read_text(encoding="utf-8") for source in sources)
+    for launcher, words in LAUNCHED.findall(text):
+        if launcher in INNER:
+            continue
+        known = options_of(launcher)
         options = re.findall(r"(--[a-z][a-z_-]*)(?![\w.-])", words)
-        unknown = [option for option in options if f'"{option}"' not in known]
-        assert [option for option in unknown if option[2:] not in RunConfig.model_fields] == [], launcher
+        unknown = [option for option in options if option not in known and option[2:] not in RunConfig.model_fields]
+        assert unknown == [], launcher
+
+
+def test_the_other_way_to_start_a_launcher_is_checked_too():
+    line = "sharpmoe sample runs/x --part 1/2; python launcher/plan.py --world 8; sharpmoe's loss; `sharpmoe NAME ...`"
+    assert [name for name, _ in LAUNCHED.findall(line.replace("; ", "\n"))] == ["sample", "plan"]

@@ -1,0 +1,41 @@
+"""The contact sheet of prepared samples."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.read.shards import ShardSet
+from sharpmoe.report.contact import SampleCard, _overlay, contact_sheet, sample_cards
+from tests.fixtures_data import make_shards
+
+
+def card(caption: str = "a circle") -> SampleCard:
+    saliency = np.zeros((2, 2))
+    saliency[0, 1] = 0.5
+    return SampleCard(np.full((8, 8, 3), 255, np.uint8), saliency, caption, "note")
+
+
+def test_cards_hold_what_the_shards_hold(tmp_path: Path) -> None:
+    shards = ShardSet.open(make_shards(tmp_path / "shards"), "train")
+    found = sample_cards(shards, 3)
+    batch = shards.batch([0])
+    assert len(found) == 3
+    assert found[0].caption == batch.captions[0]
+    assert found[0].picture.shape == (32, 32, 3)
+    assert found[0].saliency.reshape(-1) == pytest.approx(batch.saliency[0].numpy())
+    assert batch.keys[0] in found[0].note
+
+
+def test_the_largest_saliency_is_drawn_brightest() -> None:
+    pixels = _overlay(card().picture, card().saliency)
+    levels = pixels.astype(int).sum(-1)
+    assert levels[0, 7] == levels.max()
+    assert levels[0, 7] > levels[7, 0]
+
+
+def test_a_sheet_has_a_place_for_every_sample_and_takes_any_caption() -> None:
+    few, many = (contact_sheet([card()] * count, "title", columns=2) for count in (2, 6))
+    assert few.shape[1] == many.shape[1]
+    assert many.shape[0] > 2 * few.shape[0]
+    assert contact_sheet([card(""), card("line\nbreak\u200b " * 40)], "long title " * 40).shape[2] == 3

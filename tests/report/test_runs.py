@@ -1,0 +1,49 @@
+"""Weights of a run folder, of a checkpoint folder and of a file, with the run they belong to."""
+
+from pathlib import Path
+
+import pytest
+
+from sharpmoe.errors import CheckpointError
+from sharpmoe.report.runs import find_saved_model
+from tests.report.run_folder import make_run_folder
+
+NAME = "step00000002"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run_folder(tmp_path_factory.mktemp("work"))
+
+
+def test_a_run_folder_means_its_latest_checkpoint(run_folder: Path) -> None:
+    found = find_saved_model(run_folder, "live")
+    assert found.weights == run_folder / "checkpoints" / NAME / "live.safetensors"
+    assert (found.folder, found.name) == (run_folder, f"toy, {NAME}, live")
+    assert found.run is not None
+    assert found.run.name == "toy"
+
+
+def test_a_checkpoint_and_a_file_belong_to_their_run(run_folder: Path) -> None:
+    checkpoint = run_folder / "checkpoints" / NAME
+    assert find_saved_model(checkpoint) == find_saved_model(run_folder)
+    found = find_saved_model(checkpoint / "ema.safetensors")
+    assert (found.weights, found.folder, found.name) == (checkpoint / "ema.safetensors", checkpoint, "ema")
+    assert found.run is not None
+
+
+def test_a_file_outside_of_a_run_has_none(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    path.write_bytes((run_folder / "checkpoints" / NAME / "ema.safetensors").read_bytes())
+    assert find_saved_model(path).run is None
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such weights file"):
+        find_saved_model(tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match="neither a run folder with checkpoints/latest nor a .safetensors file"):
+        find_saved_model(tmp_path)
+    (tmp_path / "checkpoints" / NAME).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_text(NAME)
+    with pytest.raises(CheckpointError, match=r"ema.safetensors: no such weights file"):
+        find_saved_model(tmp_path)
