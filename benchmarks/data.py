@@ -72,7 +72,7 @@ def _resuming(folder: Path) -> Case:
         shards = ShardSet.open(folder, "train")
         steps = stream(shards, seed=0, global_batch=_BATCH, micro_batch=_BATCH, rank=0, world=1, start=start)
         next(steps)
-        steps.close()  # type: ignore[attr-defined]
+        steps.close()
         return 1
 
     return Case("data.first_batch_after_resume_10m", resume, goals=Goals(ms=_RESUME_MS))

@@ -12,7 +12,7 @@ from launcher.command import OVERRIDES_HELP, Command
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import advise, usable
-from sharpmoe.planning.auto import settle
+from sharpmoe.planning.auto import resolve_planner
 from sharpmoe.planning.estimate import Planner
 from sharpmoe.planning.table import as_json, text
 
@@ -31,7 +31,7 @@ def _act(arguments: argparse.Namespace) -> int:
     ds_config["zero_optimization"]["stage"] = arguments.zero or ds_config["zero_optimization"]["stage"]
     planner = Planner(run)
     layout = planner.layout(arguments.world, ds_config)
-    planner, notes = settle(planner, layout, arguments.device_memory)
+    planner, notes = resolve_planner(planner, layout, arguments.device_memory)
     budget = planner.budget(layout)
     advice = advise(planner, budget, arguments.device_memory)
     told = as_json(budget, advice, arguments.device_memory, notes) if arguments.json else None

@@ -16,10 +16,9 @@ from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch, signals
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.planning.auto import decide
+from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.train.loop import train
-from sharpmoe.train.rehearsal import rehearse
-from sharpmoe.train.setup import make_plan
+from sharpmoe.train.setup import make_plan, rehearse
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,7 @@ def _act(arguments: argparse.Namespace) -> None:
             ds_config = resolve_ds_config(_ds_file(arguments), asked, world.size)
         memory = launch.least_memory(world)
         with launch.raise_on_all_ranks(world):
-            run, notes = decide(asked, ds_config, world.size, memory)
+            run, notes = resolve_schedule(asked, ds_config, world.size, memory)
             plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
             told = rehearse(run, ds_config, world, notes) if plan is None else ""
         if plan is not None:

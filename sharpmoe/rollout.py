@@ -129,8 +129,3 @@ def rollout(model: DiT, item: TrajectoryBatch, uses_x0_prev: bool, recompute: bo
         outputs.append(output)
         x0_prev = output.x0_hat if uses_x0_prev else None
     return outputs
-
-
-def block_steps(num_steps: int, segment_steps: int, block: int) -> range:
-    """Steps of the `block`-th of the T / S fixed blocks of S contiguous steps."""
-    return range(block * segment_steps, (block + 1) * segment_steps)

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from sharpmoe.config import RunConfig
+from sharpmoe.config import RolloutConfig, RunConfig
 from sharpmoe.config_io import batch_arithmetic, dump_run_config, load_run_config, nearest, parse_overrides
 from sharpmoe.errors import ConfigError
 
@@ -192,3 +193,20 @@ def test_how_shards_in_the_network_are_read(run_file):
     assert options.allow_hosts == ("cdn.example.org",)
     assert "data.remote.retry" in refusal(run_file(PRETRAIN + "data: {remote: {retry: 2}}\n"))
     assert "data.max_bad_fraction" in refusal(run_file(PRETRAIN), "--data.max_bad_fraction", "1.5")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": "hybrid"}, r"hybrid needs kept_steps from 1 to num_steps \(10\)"),
+        ({"schedule": "hybrid", "kept_steps": 11}, r"hybrid needs kept_steps from 1 to num_steps \(10\)"),
+        ({"schedule": "segments", "segment_steps": 3}, r"segment_steps \(3\) must divide num_steps \(10\)"),
+        ({"schedule": "segments", "segment_steps": 2, "kept_steps": 3}, "must be at most segment_steps"),
+        ({"schedule": "plain", "merged_steps": 2}, r"merged_steps needs schedule: two_pass \| hybrid \| segments"),
+        ({"schedule": "two_pass", "segment_steps": 2}, "segment_steps needs schedule: segments"),
+        ({"schedule": "two_pass", "kept_steps": 2}, r"kept_steps needs schedule: hybrid \| segments"),
+    ],
+)
+def test_rollout_fields_that_do_not_go_together(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RolloutConfig(num_steps=10, **fields)

@@ -22,10 +22,10 @@ from sharpmoe.moe.selection import RULES, Rule, RuleInput
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.estimate import Planner
-from sharpmoe.planning.schedules import schedule_of
 from sharpmoe.train.flops import rows_expected
 from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars, routing_sums
+from sharpmoe.train.rollout_schedules import schedule_of
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.model.test_flops import IMAGES, counted

@@ -2,12 +2,15 @@
 
 import itertools
 import signal
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from data_pipeline.read.batches import collate
 from data_pipeline.read.damage import Damage, DamageLedger
@@ -92,7 +95,7 @@ def stream(
     start: int | Start = 0,
     num_workers: int = 0,
     max_bad_fraction: float = 0.0,
-) -> Iterator[Loaded]:
+) -> Generator[Loaded, None, None]:
     """Yield the steps of one rank without end, read ahead: a tuple of micro-batches each.
 
     Step s covers the global positions start + s * global_batch and the global_batch - 1 after it, all of one bucket,
@@ -100,17 +103,19 @@ def stream(
     the samples of a step do not depend on the world size or on `num_workers` (0: a thread of this process), and a
     resumed run passes the last `Loaded.consumed`. Damaged samples are replaced by the next sound one in the order.
     Raises ValueError where micro_batch * world does not divide global_batch, and DataError (while iterating) where
-    more than `max_bad_fraction` of the samples are damaged. Does not communicate.
+    more than `max_bad_fraction` of the samples are damaged, or a reader process died. Closing the generator ends the
+    readers. Does not communicate.
     """
     if global_batch % (micro_batch * world) or not 0 <= rank < world:
         raise ValueError(f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x world {world}")
     mixture = Mixture([data]) if isinstance(data, ShardSet) else data
     begin = Start(start) if isinstance(start, int) else start
     layout = _Share(global_batch, micro_batch, rank, world)
-    return _unwrapped(_Steps(mixture, seed, layout, begin, max_bad_fraction), num_workers)
+    loaded = _unwrapped(_Steps(mixture, seed, layout, begin, max_bad_fraction), num_workers)
+    return _watched(loaded) if num_workers else loaded
 
 
-def _unwrapped(steps: _Steps, num_workers: int) -> Iterator[Loaded]:
+def _unwrapped(steps: _Steps, num_workers: int) -> Generator[Loaded, None, None]:
     numbers = itertools.count()
     results = _in_thread(steps, numbers) if num_workers == 0 else _in_workers(steps, numbers, num_workers)
     try:
@@ -164,3 +169,50 @@ def _ignore_requests(worker: int) -> None:
 def _as_is(loaded: Any) -> Any:
     """Return the value: torch's own collation would turn the tuples of keys and captions into lists."""
     return loaded
+
+
+def _watched(batches: Iterator[Loaded]) -> Generator[Loaded, None, None]:
+    """Yield `batches`; a reader process that died since the last one, or dies while one is awaited, is a DataError.
+
+    Torch would raise a RuntimeError wherever the main thread happens to be, also between two collectives of a step,
+    which leaves the other ranks waiting; here it is raised from `next` only. Closing the generator ends the readers.
+    """
+    try:
+        while True:
+            try:
+                with _dead_readers_raise():
+                    batch = next(batches, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                reason = str(error).splitlines()[0].strip().rstrip(".").replace("DataLoader worker", "reader process")
+                raise DataError(
+                    f"data: {reason}; memory, or /dev/shm, may be too small: lower data.num_workers (0 reads without "
+                    "processes) and go on from the last checkpoint"
+                ) from None
+            if batch is None:
+                return
+            yield batch
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+@contextmanager
+def _dead_readers_raise() -> Iterator[None]:
+    """Inside, the death of one of torch's data workers raises RuntimeError at once; outside nothing does."""
+    _error_if_any_worker_fails()
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may have handlers; torch itself checks every five seconds
+        return
+    outside = signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if outside is None or _is_torchs(outside) else outside)
+
+
+def _is_torchs(handler: object) -> bool:
+    """Whether a handler is the one that torch leaves behind with the first data workers of a process."""
+    return getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"

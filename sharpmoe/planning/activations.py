@@ -20,9 +20,9 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 from sharpmoe.moe.dispatch import LocalDispatcher
 from sharpmoe.moe.experts import Experts
-from sharpmoe.planning.schedules import Pass, Schedule, with_schedule
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule, with_schedule
 
 
 class Linear(NamedTuple):
@@ -44,16 +44,16 @@ class Activations(NamedTuple):
     replay: int  # what one step without a graph leaves for its second run: x0_prev and routing
     block: int  # most that one recomputed block adds
 
-    def of(self, schedule: Schedule) -> tuple["Kept", ...]:
+    def of(self, schedule: RolloutSchedule) -> tuple["Kept", ...]:
         """What is kept when each graph of a schedule is full; replays stay until the micro-batch is done."""
-        beside = schedule.replayed * self.replay
+        beside = schedule.rerun * self.replay
         return tuple(self._graph(part, beside) for part in schedule.passes)
 
     def _graph(self, part: Pass, beside: int) -> "Kept":
         if part.recompute:
-            return Kept(self.inputs.at(part.steps) + self.block + beside, self.inputs.per_step, part.calls)
-        graph = self.kept.at(part.steps)
-        return Kept(graph + beside, graph if part.calls == 1 else self.kept.per_step, part.calls)
+            return Kept(self.inputs.at(part.trained) + self.block + beside, self.inputs.per_step, part.graph_calls)
+        graph = self.kept.at(part.trained)
+        return Kept(graph + beside, graph if part.graph_calls == 1 else self.kept.per_step, part.graph_calls)
 
 
 class Kept(NamedTuple):

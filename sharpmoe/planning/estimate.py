@@ -16,8 +16,8 @@ from sharpmoe.planning.activations import Activations, measure
 from sharpmoe.planning.gathers import Gathers, count_gathers
 from sharpmoe.planning.layout import Layout, parts_of
 from sharpmoe.planning.memory import Memory, Step, memory
-from sharpmoe.planning.schedules import Schedule, schedules_of
 from sharpmoe.planning.traffic import Traffic, traffic
+from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
 
 USUAL_TEXT_TOKENS = 32
 
@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
     """One layout under one schedule."""
 
     layout: Layout
-    schedule: Schedule
+    schedule: RolloutSchedule
     memory: Memory
     traffic: Traffic
 
@@ -70,10 +70,13 @@ class Planner:
         """Estimate every schedule of a layout."""
         parts = parts_of(self.run, 1, 1)
         experts = sum(part.numel for part in parts if part.is_expert)
-        estimates = tuple(self.estimate(layout, schedule) for schedule in schedules_of(self.run))
+        own = schedule_of(self.run)
+        others = [schedule_of(run) for run in all_schedules(self.run)]
+        schedules = (own, *(schedule for schedule in others if schedule.name != own.name))
+        estimates = tuple(self.estimate(layout, schedule) for schedule in schedules)
         return Budget(self.run, sum(part.numel for part in parts), experts, estimates)
 
-    def estimate(self, layout: Layout, schedule: Schedule) -> Estimate:
+    def estimate(self, layout: Layout, schedule: RolloutSchedule) -> Estimate:
         """One layout under one schedule."""
         run, zero = self.run, layout.zero
         parts = parts_of(run, layout.world, layout.ep_size)

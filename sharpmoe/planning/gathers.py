@@ -11,7 +11,7 @@ from typing import NamedTuple
 from sharpmoe.config import RunConfig
 from sharpmoe.planning.coordinator import MODEL, ROOT, Coordinator, Reached, Used
 from sharpmoe.planning.layout import Layout, Part
-from sharpmoe.planning.schedules import Pass, Schedule
+from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule
 from sharpmoe.train.terms import fields_with_gradient
 
 _BEFORE, _AFTER = 3, 1  # modules beside the blocks: embedders, of which the condition is last, and the final layer
@@ -27,7 +27,7 @@ class Gathers(NamedTuple):
     arriving: int  # most elements of one gather beside a full graph: they come in one piece and are then copied out
 
 
-def count_gathers(run: RunConfig, parts: Sequence[Part], schedule: Schedule, layout: Layout) -> Gathers:
+def count_gathers(run: RunConfig, parts: Sequence[Part], schedule: RolloutSchedule, layout: Layout) -> Gathers:
     """Follow some optimizer steps module by module and count the last one; middle micro-batches are alike."""
     if layout.accumulation <= _FOLLOWED:
         return _count(run, parts, schedule, layout)
@@ -36,7 +36,7 @@ def count_gathers(run: RunConfig, parts: Sequence[Part], schedule: Schedule, lay
     return more._replace(times=tuple(b + others * (b - a) for a, b in zip(fewer.times, more.times, strict=True)))
 
 
-def _count(run: RunConfig, parts: Sequence[Part], schedule: Schedule, layout: Layout) -> Gathers:
+def _count(run: RunConfig, parts: Sequence[Part], schedule: RolloutSchedule, layout: Layout) -> Gathers:
     coordinator = Coordinator(parts, layout.zero)
     before = [0] * len(parts)
     for _ in range(_WARM_UP + 1):
@@ -61,13 +61,12 @@ def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass
 
 
 def forward_order(run: RunConfig, part: Pass) -> list[Used]:
-    """Modules in the order in which forwards call them: the first embeds x_t, and x0_prev."""
+    """Modules in the order in which forwards call them: the first embeds the latent, and the x0_prev."""
     step = [MODEL, *([0] * _uses_x0_prev(run)), *range(_BEFORE + run.model.depth + _AFTER)]
-    calls = part.before + part.calls
-    quiet = part.before or int(calls > 1)  # model calls at the beginning that meet no full graph
+    quiet = part.quiet_calls or int(len(part.calls) > 1)  # model calls at the beginning that meet no full graph
     return [
-        Used(call * len(step) + place, module, call >= part.before and not part.recompute, call >= quiet)
-        for call in range(calls)
+        Used(call * len(step) + place, module, call >= part.quiet_calls and not part.recompute, call >= quiet)
+        for call in range(len(part.calls))
         for place, module in enumerate(step)
     ]
 
@@ -78,7 +77,7 @@ def backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[
     A module is reached once for each of its outputs that has a gradient, and once more to be recomputed. It is released
     when all its inputs have their gradients, which DeepSpeed sees only for the last forward of the module.
     """
-    starts = [used.place for used in forward if used.module == MODEL][part.before :]
+    starts = [used.place for used in forward if used.module == MODEL][part.quiet_calls :]
     reached = []
     for first, end in reversed(list(zip(starts, [*starts[1:], len(forward)], strict=True))):
         reached.append(Reached(first, MODEL, False))
@@ -93,7 +92,7 @@ def backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[
 
 def _has_all_gradients(run: RunConfig, module: int) -> bool:
     """Whether every input of a module that could have a gradient gets one: embedders have none, and a dense block is
-    handed x0_prev without using it.
+    handed the x0_prev without using it.
     """
     block = module - _BEFORE
     return block >= run.model.depth or (block >= 0 and (run.model.is_moe(block) or not _uses_x0_prev(run)))

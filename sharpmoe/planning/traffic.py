@@ -12,7 +12,7 @@ from sharpmoe.families import rows_of_call
 from sharpmoe.planning.gathers import Gathers
 from sharpmoe.planning.layout import Layout, Part
 from sharpmoe.planning.memory import groups_of
-from sharpmoe.planning.schedules import Schedule
+from sharpmoe.train.rollout_schedules import RolloutSchedule
 
 
 class Traffic(NamedTuple):
@@ -30,7 +30,9 @@ class Traffic(NamedTuple):
         return self.gathers + self.reductions + self.exchanges + self.pool
 
 
-def traffic(run: RunConfig, layout: Layout, parts: Sequence[Part], schedule: Schedule, gathers: Gathers) -> Traffic:
+def traffic(
+    run: RunConfig, layout: Layout, parts: Sequence[Part], schedule: RolloutSchedule, gathers: Gathers
+) -> Traffic:
     """Weights, gradients and tokens of one optimizer step."""
     calls = _model_calls(schedule, layout.accumulation)
     return Traffic(
@@ -73,15 +75,13 @@ class _Calls(NamedTuple):
 
     forwards: int  # recomputed and repeated ones included
     backwards: int
-    choosing: int  # forwards that choose experts instead of being told
+    choosing: int  # forwards that choose experts
 
 
-def _model_calls(schedule: Schedule, accumulation: int) -> _Calls:
-    backwards = sum(part.steps for part in schedule.passes)
-    first = sum(part.before + part.steps * (not part.replayed) for part in schedule.passes)
-    recomputed = sum(part.steps for part in schedule.passes if part.recompute)
-    forwards = first + recomputed + schedule.replayed
-    return _Calls(forwards * accumulation, backwards * accumulation, (first + recomputed) * accumulation)
+def _model_calls(schedule: RolloutSchedule, accumulation: int) -> _Calls:
+    forwards = schedule.forwards + schedule.recomputed
+    choosing = forwards - schedule.rerun  # a second run is given the routing of the first
+    return _Calls(forwards * accumulation, schedule.trained * accumulation, choosing * accumulation)
 
 
 def _exchanges(run: RunConfig, layout: Layout, calls: _Calls) -> int:

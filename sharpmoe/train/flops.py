@@ -1,19 +1,23 @@
-"""The ledger: FLOPs of one optimizer step, by what they are spent on.
+"""FLOPs of one optimizer step, by what they are spent on, and the peak rate of a device.
 
 Model FLOPs are a forward and a backward of every trained rollout step, each once: what the mathematics needs.
-Everything else a schedule computes is booked as wasted: first passes, recomputed blocks, steps that train nothing.
+Everything else that a schedule computes is counted as wasted: first passes, recomputed blocks, steps that train
+nothing.
 """
 
+import re
 from dataclasses import replace
 from typing import NamedTuple
+
+import torch
 
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
-from sharpmoe.train.terms import has_routing_loss
+from sharpmoe.train.rollout_schedules import schedule_of
 
 
-class Ledger(NamedTuple):
+class StepFlops(NamedTuple):
     """FLOPs per trained image, over all of its rollout steps."""
 
     dense: float
@@ -23,55 +27,59 @@ class Ledger(NamedTuple):
 
     @property
     def model(self) -> float:
-        """What the mathematics needs: model FLOP utilisation is told of these."""
+        """What the mathematics needs: model FLOP utilisation counts these."""
         return self.dense + self.routed + self.router
 
 
-class Passes(NamedTuple):
-    """How often a trajectory goes through the model in one optimizer step."""
+class _Peak(NamedTuple):
+    """TFLOP/s of matrix products, as the maker states them without sparsity."""
 
-    trained: int  # rollout steps with a forward and a backward
-    forwards: int  # of the whole model
-    first: int = 0  # of them: forwards of steps that are run again, without what only losses need
-    recomputed: bool = False  # the blocks of trained steps run a second time, in backward
+    bf16: float
+    fp32: float  # of the float32 units; TensorFloat-32 does half of bf16 on all of these
 
 
-def passes(run: RunConfig) -> Passes:
-    """Count the passes of the run's schedule (docs/design/0003)."""
-    rollout = run.rollout
-    if run.stage == "pretrain":
-        return Passes(1, 1)
-    steps = rollout.num_steps
-    if rollout.schedule in ("plain", "checkpoint"):
-        return Passes(steps, steps, recomputed=rollout.schedule == "checkpoint")
-    if rollout.schedule == "segments":
-        again = rollout.segment_steps - rollout.steps_kept
-        return Passes(rollout.segment_steps, steps + again, again)
-    if not has_routing_loss(run) and rollout.merged_steps == 1:
-        return Passes(steps, steps)
-    again = steps - rollout.steps_kept
-    return Passes(steps, steps + again, again)
+# Words of a device's name, the more specific first, and NVIDIA's data sheets (their figures with sparsity, halved).
+_PEAKS: dict[tuple[str, ...], _Peak] = {
+    ("B200",): _Peak(2250, 75),
+    ("GH200",): _Peak(989.5, 67),
+    ("H200", "NVL"): _Peak(835.5, 60),
+    ("H200",): _Peak(989.5, 67),
+    ("H100", "NVL"): _Peak(835.5, 60),
+    ("H100", "PCIE"): _Peak(756.5, 51),
+    ("H100",): _Peak(989.5, 67),
+    ("H800", "PCIE"): _Peak(756.5, 51),
+    ("H800",): _Peak(989.5, 67),
+    ("H20",): _Peak(148, 44),
+    ("A100",): _Peak(312, 19.5),
+    ("A800",): _Peak(312, 19.5),
+    ("A40",): _Peak(149.7, 37.4),
+    ("A30",): _Peak(165, 10.3),
+    ("A10",): _Peak(125, 31.2),
+    ("L40S",): _Peak(362, 91.6),
+    ("L40",): _Peak(181, 90.5),
+    ("L4",): _Peak(121, 30.3),
+}
 
 
-def ledger(run: RunConfig, text_tokens: int, rows: float) -> Ledger:
-    """Book one trained image.
+def step_flops(run: RunConfig, text_tokens: int, rows: float) -> StepFlops:
+    """Count the FLOPs of one trained image.
 
-    text_tokens: per caption, padding included. rows: that experts computed for an image at a rollout step, over all MoE
-    layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training looks at the time.
+    text_tokens: per caption, padding included. rows: computed by experts for an image at a rollout step, over all MoE
+    layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training depends on the time.
     """
     uses_x0_prev = run.stage == "posttrain" and run.model.saliency_router
     call = Call(rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev)
     done, first = products(run.model, call), products(run.model, replace(call, for_losses=False))
-    forward, backward, count = forward_flops(done), backward_flops(done), passes(run)
-    dense, routed, router = (count.trained * (there + back) for there, back in zip(forward, backward, strict=True))
-    wasted = (count.forwards - count.trained - count.first) * forward.total + count.first * forward_flops(first).total
-    if count.recomputed:
-        wasted += count.trained * forward_flops(product for product in done if product.in_block).total
-    return Ledger(dense, routed, router, wasted)
+    forward, backward, schedule = forward_flops(done), backward_flops(done), schedule_of(run)
+    dense, routed, router = (schedule.trained * (there + back) for there, back in zip(forward, backward, strict=True))
+    whole = schedule.forwards - schedule.trained - schedule.rerun
+    wasted = whole * forward.total + schedule.rerun * forward_flops(first).total
+    wasted += schedule.recomputed * forward_flops(product for product in done if product.in_block).total
+    return StepFlops(dense, routed, router, wasted)
 
 
 def rows_expected(run: RunConfig, pool: int) -> float:
-    """Rows of an image at a rollout step by the selection rule, where `pool` images compete in a call.
+    """Return the rows of an image at a rollout step by the selection rule, where `pool` images compete in a call.
 
     What was really taken differs only by how many images happen to have no class.
     """
@@ -81,3 +89,19 @@ def rows_expected(run: RunConfig, pool: int) -> float:
         dropped = run.rollout.caption_dropout
         rows = (1 - dropped) * rows + dropped * config.num_tokens
     return rows * config.num_moe_layers
+
+
+def peak_tflops(run: RunConfig, device: torch.device) -> float | None:
+    """TFLOP/s of one device in the run's precision: log.peak_tflops, or by its name; None where unknown."""
+    if run.log.peak_tflops is not None:
+        return run.log.peak_tflops
+    return _named_peak(torch.cuda.get_device_name(device), run.train.precision) if device.type == "cuda" else None
+
+
+def _named_peak(name: str, precision: str) -> float | None:
+    """TFLOP/s of a CUDA device by its name in fp32 or bf16; None where it is not in the table."""
+    words = set(re.findall(r"[A-Z0-9]+", name.upper()))
+    peak = next((peak for needed, peak in _PEAKS.items() if words.issuperset(needed)), None)
+    if peak is None or precision == "bf16":
+        return None if peak is None else peak.bf16
+    return peak.fp32 if torch.get_float32_matmul_precision() == "highest" else peak.bf16 / 2

@@ -1,7 +1,7 @@
-"""Numbers that go wrong: which optimizer steps are taken, from figures that every rank has alike. Pure.
+"""Which optimizer steps are taken, from figures that are the same on every rank. Pure.
 
 A step with a loss or gradient that is not finite is never taken. A spike, a gradient norm far above its moving average,
-is told, and skipped where the run asks for that.
+is reported, and skipped where guard.skip_spikes is set.
 """
 
 import math
@@ -12,7 +12,7 @@ from sharpmoe.config import GuardConfig
 
 
 class Watch(NamedTuple):
-    """What is remembered from step to step: the same on every rank, and part of a checkpoint."""
+    """State from step to step: the same on every rank, and part of a checkpoint."""
 
     average: float = 0.0  # moving average of the gradient norm
     seen: int = 0  # norms in it, at most spike_window
@@ -20,7 +20,7 @@ class Watch(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What was found and done about one optimizer step; the same on every rank."""
+    """What is wrong with one optimizer step, and whether it was taken; the same on every rank."""
 
     fault: str = ""  # what is wrong with its figures; empty where nothing is
     applied: bool = True  # False: skipped, nothing moved
@@ -34,21 +34,21 @@ def bad_loss(losses: Mapping[str, float]) -> str:
 
 
 def bad_norm(norm: float, watch: Watch, guard: GuardConfig) -> str:
-    """Say what is wrong with a gradient norm; empty where nothing is."""
+    """Return what is wrong with a gradient norm; empty where nothing is."""
     if not math.isfinite(norm):
         return "gradient norm is not finite"
-    if norm > limit(watch, guard):
+    if norm > _spike_limit(watch, guard):
         return f"gradient norm {norm:.4g} is {norm / watch.average:.3g} times its moving average {watch.average:.4g}"
     return ""
 
 
-def limit(watch: Watch, guard: GuardConfig) -> float:
-    """Gradient norm above which a step is a spike; infinite while the average is young, or zero."""
+def _spike_limit(watch: Watch, guard: GuardConfig) -> float:
+    """Gradient norm above which a step is a spike; infinite until spike_window norms were seen, or at average zero."""
     return guard.spike_factor * watch.average if watch.seen >= guard.spike_window and watch.average else math.inf
 
 
-def after(watch: Watch, norm: float, applied: bool, guard: GuardConfig) -> Watch:
-    """Watch after a step with this norm.
+def next_watch(watch: Watch, norm: float, applied: bool, guard: GuardConfig) -> Watch:
+    """Return the state after a step with this norm.
 
     The average is a plain mean of the first spike_window norms and moves by 1/spike_window from then on. A spike counts
     as the limit that it broke, so that a lasting change of level is followed, and one spike moves the average little.
@@ -57,5 +57,5 @@ def after(watch: Watch, norm: float, applied: bool, guard: GuardConfig) -> Watch
     if not math.isfinite(norm):
         return watch._replace(skipped=skipped)
     seen = min(watch.seen + 1, guard.spike_window)
-    counted = min(norm, limit(watch, guard))
+    counted = min(norm, _spike_limit(watch, guard))
     return Watch(watch.average + (counted - watch.average) / seen, seen, skipped)

@@ -1,7 +1,7 @@
 """Gradients of all backwards of an optimizer step but its last, added up on this rank.
 
 ZeRO reduces whatever reaches a parameter, at every backward. So all graphs but the last of a step are differentiated
-apart from the parameters, and their sum joins the last backward: it is reduced once, at the price of one whole gradient
+apart from the parameters, and their sum joins the last backward: it is reduced once, at the cost of one whole gradient
 per rank, which a graph of several rollout steps takes too (autograd holds it until a parameter's last use).
 """
 
@@ -23,8 +23,8 @@ class LocalGradients:
     def add(self, loss: Tensor) -> None:
         """Differentiate `loss` and free its graph. Sums are float32 or better, whatever the parameters are.
 
-        A gradient is added as soon as it is there, while the processor still has it at hand, and then let go: two whole
-        sets of gradients never stand side by side.
+        A gradient is added as soon as it is computed, while it is still in the cache, and then freed: there are never
+        two whole sets of gradients at one time.
         """
         handles = [parameter.register_hook(partial(self._take, parameter)) for parameter in self._parameters]
         torch.autograd.grad(loss, self._parameters, allow_unused=True)
@@ -32,7 +32,7 @@ class LocalGradients:
             handle.remove()
 
     def _take(self, parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
-        """Hook on a parameter: add its gradient, and hand on a nought that takes no memory."""
+        """Hook on a parameter: add its gradient, and return a zero that takes no memory."""
         if gradient is None:
             return None
         if parameter in self._sums:
@@ -53,7 +53,7 @@ class LocalGradients:
 
 
 class _Join(torch.autograd.Function):
-    """The identity on a loss; backward hands out sums that are there already, times the gradient of the loss."""
+    """The identity on a loss; its backward returns the given sums, times the gradient of the loss."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, sums: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -62,5 +62,5 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        # Taken from the list one by one: wide and rounded copies of the whole never stand side by side.
+        # Taken from the list one by one: there is never a wide and a rounded copy of the whole at one time.
         return gradient, None, *[ctx.sums.pop(0).mul_(gradient).to(dtype) for dtype in ctx.dtypes]

@@ -18,7 +18,7 @@ from torch import Tensor
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.routing import Routing, score_logits
 from sharpmoe.moe.selection import RULES, RuleInput
-from sharpmoe.train.flops import Ledger
+from sharpmoe.train.flops import StepFlops
 
 SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
 
@@ -26,7 +26,7 @@ SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per exper
 class Effort(NamedTuple):
     """FLOPs of a step, and the devices that computed them."""
 
-    ledger: Ledger
+    flops: StepFlops
     ranks: int
     peak_tflops: float | None = None  # of one device; None where it is not known
 
@@ -48,17 +48,17 @@ class StepStats:
     @property
     def tflops(self) -> float | None:
         """Model TFLOP/s of one rank: without what was computed twice."""
-        return None if self.effort is None else self._tflops(self.effort, self.effort.ledger.model)
+        return None if self.effort is None else self._tflops(self.effort, self.effort.flops.model)
 
     @property
     def mfu(self) -> float | None:
         """Model FLOP utilisation: `tflops` over the device's peak."""
-        return None if self.effort is None else self._share(self.effort, self.effort.ledger.model)
+        return None if self.effort is None else self._share(self.effort, self.effort.flops.model)
 
     @property
     def hfu(self) -> float | None:
         """Hardware FLOP utilisation: with what was computed twice."""
-        return None if self.effort is None else self._share(self.effort, sum(self.effort.ledger))
+        return None if self.effort is None else self._share(self.effort, sum(self.effort.flops))
 
     def _tflops(self, effort: Effort, per_image: float) -> float:
         return per_image * self.images / max(self.seconds, 1e-9) / effort.ranks / 1e12
@@ -149,6 +149,6 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
 def _effort_scalars(stats: StepStats) -> dict[str, float]:
     if stats.effort is None:
         return {}
-    spent = {f"flops/per_image/{part}": float(value) for part, value in stats.effort.ledger._asdict().items()}
+    spent = {f"flops/per_image/{part}": float(value) for part, value in stats.effort.flops._asdict().items()}
     speeds = {"tflops_per_rank": stats.tflops, "mfu": stats.mfu, "hfu": stats.hfu}
     return spent | {f"throughput/{name}": value for name, value in speeds.items() if value is not None}

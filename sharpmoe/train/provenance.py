@@ -1,4 +1,4 @@
-"""What a run was started with, and what is different when it goes on. No communication."""
+"""What a run was started with, what is different when it resumes, and the banner. No communication."""
 
 import importlib.metadata
 import json
@@ -8,39 +8,63 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sharpmoe.config import RunConfig
-from sharpmoe.config_io import PROJECT_ROOT
+from sharpmoe.config_io import PROJECT_ROOT, BatchLayout
+from sharpmoe.model.dit import DiT, count_parameters
 from sharpmoe.parallel.ranks.launch import World
 
 _PACKAGES = ("sharpmoe", "torch", "deepspeed", "megatron-core")
-_TO_BE_EXPECTED = ("checkpoint.resume",)  # says where to go on from: never the same twice
+_EXPECTED = ("checkpoint.resume",)  # says where to resume from: different each time
 
 Settings = dict[str, Any]  # dotted key -> JSON value
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> (value before, value now)
 
 
+def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: World) -> str:
+    """Return what a run prints before its first step: size, world, batch arithmetic, versions. `stage` is ZeRO's."""
+    total, active = count_parameters(model)
+    config, parallel = run.model, run.parallel
+    moe = "" if not config.family.has_experts else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
+    experts = "" if parallel.ep_size == 1 else f", experts over {parallel.ep_size} ranks ({parallel.dispatcher})"
+    rollout = "1 time" if run.stage == "pretrain" else f"T = {run.rollout.num_steps}, {run.rollout.schedule}"
+    rows = {
+        "run": f"{run.name}: {run.stage}, {run.train.steps} steps, seed {run.seed}",
+        "model": f"{config.router} DiT {config.width}/{config.depth}/{config.num_heads}{moe}, {config.conditioning}",
+        "parameters": f"{total / 1e6:.3f} M total, {active / 1e6:.3f} M active per token",
+        "world": f"{world.size} rank(s) on {world.device.type}, ZeRO-{stage}, {run.train.precision}{experts}",
+        "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
+        f"{layout.world} rank(s)",
+        "rollout": f"{rollout}, {config.num_tokens} tokens per image",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "threads": f"{torch.get_num_threads()} per rank",
+    }
+    return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
 def versions() -> dict[str, str]:
-    """Versions of what computes: Python, packages, and the commit of the code where it is a git checkout."""
+    """Return the versions of Python, of the packages, and the commit of the code where it is a git checkout."""
     found = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 
 
 def settings(run: RunConfig, ds_config: Mapping[str, Any], world: World) -> Settings:
-    """Everything that a run is started with, flat: the run file's keys, zero.*, version.*, world."""
+    """Return everything that a run is started with, flat: the run file's keys, zero.*, version.*, world."""
     parts = {**run.model_dump(mode="json"), "zero": dict(ds_config), "version": versions()}
     parts |= {"world": world.size, "device": world.device.type}
     return dict(_flat(json.loads(json.dumps(parts))))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """All that differs; a key that one side lacks counts as null there."""
-    keys = [key for key in {**before, **now} if key not in _TO_BE_EXPECTED]
+    """Return all that differs; a key that one side lacks counts as null there."""
+    keys = [key for key in {**before, **now} if key not in _EXPECTED]
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 
-def in_words(changed: Changes) -> str:
-    """Lay out changes as one line."""
+def changes_text(changed: Changes) -> str:
+    """Return changes as one line."""
     if not changed:
         return "nothing changed in configuration and versions"
     return "changed: " + ", ".join(f"{key} {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard from step 1, log.jsonl, one progress line. Written on rank 0 only.
+"""The log of a run: TensorBoard from step 1, log.jsonl, one progress line. Written on rank 0 only.
 
 `sharpmoe.log_file` has the format of log.jsonl.
 """
@@ -23,8 +23,8 @@ from sharpmoe.train.metrics import StepStats, due, step_scalars
 class RunLog:
     """Writer of one run folder: TensorBoard events, log.jsonl and the progress line.
 
-    What was written for steps from `first_step` on, by a process that died after the checkpoint, is hidden from then
-    on (`purge_step`). A folder that cannot be written costs figures, not the run: it is said once.
+    What was written for steps from `first_step` on, by a process that died after the checkpoint, is hidden
+    (`purge_step`). A folder that cannot be written costs figures, not the run: a note is printed once.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class RunLog:
         self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
         self.lines = open_log(self.folder)
-        self.progress = Progress(total_steps, first_step, sys.stdout if stream is None else stream)
+        self.progress = _ProgressLine(total_steps, first_step, sys.stdout if stream is None else stream)
         self._complained = False
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.event("start", first_step - 1, time=now, settings=dict(settings or {}))
 
     def due(self, step: int) -> bool:
-        """Tell whether the figures of this step are written: the first, the last and every `every`-th."""
+        """Whether the figures of this step are written: the first, the last and every `every`-th."""
         return step in (self.first_step, self.total_steps) or due(step, self.every)
 
     def step(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
@@ -111,7 +111,7 @@ class RunLog:
             self._complained = True
 
 
-class Progress:
+class _ProgressLine:
     """One line that moves on a terminal; one line per written step elsewhere (a file, a Slurm log)."""
 
     def __init__(self, total_steps: int, first_step: int, stream: TextIO) -> None:
@@ -130,7 +130,7 @@ class Progress:
         self.stream.flush()
 
     def render(self, stats: StepStats) -> str:
-        """Lay out a step: counter, losses, gradient norm, learning rate, speed, utilisation, data wait, time left."""
+        """Return counter, losses, gradient norm, learning rate, speed, utilisation, data wait, time left."""
         done = stats.step - self.first_step + 1
         left = (time.monotonic() - self.started) / done * (self.total_steps - stats.step)
         losses = "  ".join(f"{name} {value:.4g}" for name, value in stats.losses.items() if value)
@@ -140,7 +140,7 @@ class Progress:
         counter = f"{stats.step:>{len(str(self.total_steps))}}/{self.total_steps}"
         return (
             f"step {counter}  {losses}  grad {stats.grad_norm:.3g}  lr {stats.lr:.2e}  {speed:.1f} images/s"
-            f"{used}  data {wait:.0%}  left {clock(left)}"
+            f"{used}  data {wait:.0%}  left {_clock(left)}"
         )
 
     def say(self, text: str) -> None:
@@ -155,7 +155,7 @@ class Progress:
         self.stream.flush()
 
 
-def clock(seconds: float) -> str:
+def _clock(seconds: float) -> str:
     """Show a duration as m:ss or h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,10 +1,10 @@
-"""The moving parts of one run, and what is done with all of them at once: opened, averaged, saved."""
+"""The objects of one run - engine, average, monitor, saver - and what needs several of them."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,31 +18,34 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
+from sharpmoe.parallel.zero.settings import regather_warnings
 from sharpmoe.train import provenance
-from sharpmoe.train.monitor import Looks, make_looks
+from sharpmoe.train.monitor import Monitor, open_monitor
 from sharpmoe.train.objective import Objective
+from sharpmoe.train.rollout_schedules import schedule_of
 from sharpmoe.train.runlog import RunLog
-from sharpmoe.train.setup import Initial, Plan
+from sharpmoe.train.setup import InitialModel, RunPlan
 
 
-class Session(NamedTuple):
-    """The moving parts of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The objects of a run; made once, on every rank."""
 
-    plan: Plan
+    plan: RunPlan
     world: World
     objective: Objective
     engine: Engine
     ema: ShardEma
-    looks: Looks
+    monitor: Monitor
     saver: Saver
 
     @property
     def log(self) -> RunLog | None:
         """The run's log, on rank 0."""
-        return self.looks.log
+        return self.monitor.log
 
 
-def open_session(plan: Plan, world: World, initial: Initial) -> Session:
+def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
     """Partition the model, load the checkpoint, open the log. Communicates; raises SharpMoEError on every rank."""
     objective = Objective(initial.model, plan.run)
     engine = Engine(objective, plan.run, plan.ds_config, world, objective.values(initial.weights))
@@ -54,26 +57,36 @@ def open_session(plan: Plan, world: World, initial: Initial) -> Session:
     saver = Saver(plan.checkpoints, Facts(plan.layout, settings), contents, plan.run.checkpoint)
     share = Share(world.rank, world.size, lambda table: sum_over_ranks(table, world))
     with raise_on_all_ranks(world):
-        log = _open_log(plan, [*plan.notes, *initial.notes, *engine.notes], settings) if world.is_main else None
-        looks = make_looks(plan.run, plan.data.held_out, plan.folder, world.device, share, log)
-    return Session(plan, world, objective, engine, ema, looks, saver)
+        uses = schedule_of(plan.run).model_uses * plan.batch.accumulation
+        warnings = regather_warnings(plan.ds_config, engine.num_parameters, uses)
+        log = _open_log(plan, [*plan.notes, *initial.notes, *warnings], settings) if world.is_main else None
+        monitor = open_monitor(plan.run, plan.data.held_out, plan.folder, world.device, share, log)
+    return Session(
+        plan=plan,
+        world=world,
+        objective=objective,
+        engine=engine,
+        ema=ema,
+        monitor=monitor,
+        saver=saver,
+    )
 
 
-def _open_log(plan: Plan, notes: Sequence[str], settings: provenance.Settings) -> RunLog:
+def _open_log(plan: RunPlan, notes: Sequence[str], settings: provenance.Settings) -> RunLog:
     log = RunLog(plan.folder, plan.run.train.steps, plan.start.step + 1, plan.run.log.every, settings=settings)
     (plan.folder / "config.yaml").write_text(dump_run_config(plan.run), encoding="utf-8")
     (plan.folder / "zero.json").write_text(json.dumps(plan.ds_config, indent=2), encoding="utf-8")
     if plan.saved is not None:
         changed = provenance.changes(plan.saved.settings, settings)
         log.event("resume", plan.start.step, checkpoint=str(plan.saved.folder), changed=changed)
-        log.say(f"going on from {plan.saved.folder}; {provenance.in_words(changed)}")
+        log.say(f"going on from {plan.saved.folder}; {provenance.changes_text(changed)}")
     for note in notes:
         log.say(f"note: {note}")
     return log
 
 
 def ema_model(session: Session) -> DiT:
-    """Build a plain model with the averaged weights on every rank, in eval mode: looks need no engine. Communicates.
+    """Build a plain model with the averaged weights on every rank, in eval mode, for the monitor. Communicates.
 
     It takes 4 bytes per parameter for as long as it lives. Running the partitioned module outside of the engine's
     forward would make DeepSpeed record a parameter order without end, and every call slower than the one before.
@@ -83,19 +96,22 @@ def ema_model(session: Session) -> DiT:
     with torch.device("meta"):
         twin = DiT(session.plan.run.model)
     twin.load_state_dict(state, assign=True)
-    twin.register_forward_pre_hook(partial(_heed_signals, session.world))
+    twin.register_forward_pre_hook(partial(_stop_on_signal, session.world))
     return twin.eval()
 
 
-def _heed_signals(world: World, *_: object) -> None:
+def _stop_on_signal(world: World, *_: object) -> None:
     with raise_on_all_ranks(world, stop_on_signal=True):
         pass
 
 
-def save(session: Session, progress: Progress) -> Path:
-    """Make sure that a state is on the disk, as the newest checkpoint. Communicates; CheckpointError on every rank."""
+def ensure_saved(session: Session, progress: Progress) -> Path:
+    """Save a state unless it is on the disk already; returns the folder of its checkpoint.
+
+    Communicates; raises CheckpointError on every rank.
+    """
     plan, outcome = session.plan, session.saver.wait()
-    tell_saved(session, outcome)
+    log_save(session, outcome)
     if outcome is not None and outcome.error is None and outcome.progress.step == progress.step:
         return outcome.folder
     if plan.saved is not None and plan.run.checkpoint.resume == "auto" and plan.start.step == progress.step:
@@ -103,8 +119,8 @@ def save(session: Session, progress: Progress) -> Path:
     return session.saver.save(progress)
 
 
-def tell_saved(session: Session, outcome: Outcome | None) -> None:
-    """Put a save that ended on record; one that failed costs the run nothing but that checkpoint."""
+def log_save(session: Session, outcome: Outcome | None) -> None:
+    """Log a save that ended; one that failed costs the run nothing but that checkpoint."""
     if outcome is None or session.log is None:
         return
     step, error = outcome.progress.step, outcome.error

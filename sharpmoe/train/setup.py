@@ -1,31 +1,37 @@
-"""What is known and checked before a run does real work. Pure on every rank: nothing here communicates."""
+"""Everything known and checked before a run starts: its plan, its data, its initial model, and a rehearsal of all.
+
+Only `choose_checkpoint` communicates.
+"""
 
 import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from data_pipeline.index import Bucket
+from data_pipeline.index import INDEX_FILE, Bucket
 from data_pipeline.read.mixture import Mixture, open_mixture
 from data_pipeline.read.shards import ShardSet
+from data_pipeline.safety import scheme_of
 from sharpmoe.checkpoint import load
 from sharpmoe.checkpoint.manifest import Layout, Manifest, Progress
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.weights import StartingWeights
+from sharpmoe.model.weights import StartingWeights, check_architecture, read_header
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import check_schedule
 from sharpmoe.train.step import EmptyText
 
 
-class Data(NamedTuple):
+class RunData(NamedTuple):
     """The two splits of a run and the embedding of the empty caption."""
 
     train: Mixture
@@ -33,20 +39,21 @@ class Data(NamedTuple):
     empty_text: EmptyText
 
     def origin(self) -> dict[str, str]:
-        """Identities of codec and text encoder, for the header of weights trained on these latents and texts."""
+        """Return the identities of codec and text encoder, for the header of weights trained on these data."""
         return {"codec": json.dumps(self.train.codec), "encoder": json.dumps(self.train.encoder)}
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
     """A run, its data and where it starts; the same on every rank."""
 
     run: RunConfig
     ds_config: dict[str, Any]
     batch: BatchLayout
-    data: Data
+    data: RunData
     layout: Layout
-    saved: Manifest | None  # checkpoint to go on from
-    found: load.Found = load.Found()  # that one, and others should it be damaged
+    saved: Manifest | None = None  # checkpoint to resume from
+    found: load.Found = field(default_factory=load.Found)  # that one, and others should it be damaged
     notes: tuple[str, ...] = ()  # what the user should know
 
     @property
@@ -66,11 +73,11 @@ class Plan(NamedTuple):
 
     @property
     def start(self) -> Progress:
-        """How far the run is already."""
+        """How far the run is when it starts."""
         return Progress(0, 0) if self.saved is None else self.saved.progress
 
 
-class Initial(NamedTuple):
+class InitialModel(NamedTuple):
     """The model a run starts from, before the engine takes it."""
 
     model: DiT  # on the meta device: it may be too large for one rank
@@ -78,7 +85,7 @@ class Initial(NamedTuple):
     notes: tuple[str, ...]  # what the user should know
 
 
-def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> Plan:
+def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> RunPlan:
     """Check everything that can be checked without a model: data, batch, checkpoint. `notes` go before its own.
 
     Raises ConfigError, DataError, CheckpointError.
@@ -87,11 +94,36 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tu
     _check_output(Path(run.output) / run.name)
     batch = batch_arithmetic(run, world.size)
     check_schedule(run, batch.micro_batch)
-    data = open_data(run)
+    data = _open_data(run)
     layout = load.layout_of(run, data.train.fingerprint)
-    plan = Plan(run, ds_config, batch, data, layout, None, notes=notes)
+    plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, layout=layout, notes=notes)
     found = load.find(plan.checkpoints, run.checkpoint.resume)
-    return _going_on_from(next(iter(found.readable), None), plan._replace(found=found))
+    return _resume(next(iter(found.readable), None), replace(plan, found=found))
+
+
+def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> str:
+    """Check a run as `make_plan` does and return its banner, with `notes` and one more for each thing still missing.
+
+    Data and initial weights that exist must fit (ConfigError, DataError, CheckpointError); a recipe may be rehearsed
+    before its data are prepared. No weights are made; no communication.
+    """
+    found = [*notes]
+    layout = batch_arithmetic(run, world.size)
+    check_ep_size(run, world.size)
+    local = [Path(place) for place, _ in run.data.places if scheme_of(place) is None]
+    missing = [folder for folder in local if not (folder / INDEX_FILE).is_file()]
+    found += [f"{folder} is not prepared yet: not checked against the model" for folder in missing]
+    if not missing:
+        make_plan(run, ds_config, world)
+    init = run.checkpoint.init
+    if init is not None and Path(init).is_file():
+        check_architecture(read_header(init)[0], run.model, init)
+    elif init is not None:
+        found.append(f"{init} is not there yet: not checked against the model")
+    with torch.device("meta"):
+        model = DiT(run.model)
+    stage = int(ds_config["zero_optimization"]["stage"])
+    return "\n".join([banner(run, model, layout, stage, world), *(f"  note: {note}" for note in found)])
 
 
 def _check_output(folder: Path) -> None:
@@ -102,26 +134,26 @@ def _check_output(folder: Path) -> None:
         raise ConfigError(f"output: {folder} cannot be made: {there} {reason}; set output to a folder of your own")
 
 
-def settle(plan: Plan, world: World) -> Plan:
-    """Have a plan go on from a checkpoint whose every file is sound. Communicates; see `load.choose`."""
+def choose_checkpoint(plan: RunPlan, world: World) -> RunPlan:
+    """Return the plan with a checkpoint to resume from whose every file is sound. Communicates; see `load.choose`."""
     choice = load.choose(plan.found, plan.checkpoints, plan.run.checkpoint.resume, world)
-    return _going_on_from(choice.saved, plan._replace(notes=(*plan.notes, *choice.notes)))
+    return _resume(choice.saved, replace(plan, notes=(*plan.notes, *choice.notes)))
 
 
-def _going_on_from(saved: Manifest | None, plan: Plan) -> Plan:
+def _resume(saved: Manifest | None, plan: RunPlan) -> RunPlan:
     if saved is not None:
         load.check_fits(saved, plan.run.model, plan.layout)
-    return plan._replace(saved=saved)
+    return replace(plan, saved=saved)
 
 
-def open_data(run: RunConfig) -> Data:
+def _open_data(run: RunConfig) -> RunData:
     """Open both splits and check that they fit the model. Raises DataError."""
     data = run.data
     remote = data.remote.options()
     train = open_mixture(data.places, data.train_split, remote, accept_damage=data.max_bad_fraction > 0)
     for bucket in train.buckets.values():
         _check_bucket(train, bucket, run)
-    return Data(train, ShardSet.open(data.first_place, data.validation_split, remote), train.empty_text())
+    return RunData(train, ShardSet.open(data.first_place, data.validation_split, remote), train.empty_text())
 
 
 def _check_bucket(train: Mixture, bucket: Bucket, run: RunConfig) -> None:
@@ -146,26 +178,28 @@ def _check_bucket(train: Mixture, bucket: Bucket, run: RunConfig) -> None:
             )
 
 
-def initial_model(plan: Plan) -> Initial:
-    """Plan the model: seeded weights, or those of load.init unless the run goes on from a checkpoint.
+def initial_model(plan: RunPlan) -> InitialModel:
+    """Plan the model: seeded weights, or those of checkpoint.init unless the run resumes from a checkpoint.
 
-    Raises CheckpointError where load.init is of another architecture, DataError where it was trained on latents
+    Raises CheckpointError where checkpoint.init is of another architecture, DataError where it was trained on latents
     or texts of another kind.
     """
     with torch.device("meta"):
         model = DiT(plan.run.model)
     init = plan.run.checkpoint.init
     if init is None or plan.saved is not None:
-        return Initial(model, StartingWeights(plan.run.model, plan.run.seed), ())
+        return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed), ())
     weights = StartingWeights(plan.run.model, plan.run.seed, init)
-    return Initial(model, weights, origin_notes(weights.meta, plan.data.origin(), init, plan.run.data.first_place))
+    return InitialModel(
+        model, weights, _origin_notes(weights.meta, plan.data.origin(), init, plan.run.data.first_place)
+    )
 
 
-def origin_notes(meta: Mapping[str, str], origin: Mapping[str, str], weights: str, shards: str) -> tuple[str, ...]:
+def _origin_notes(meta: Mapping[str, str], origin: Mapping[str, str], weights: str, shards: str) -> tuple[str, ...]:
     """Compare the codec and encoder that weights were trained with to those of the shards (`Data.origin`).
 
     Settings must agree (DataError). A fitted part that differs in its numbers alone is a note: another processor may
-    have rounded the same fit differently. Weights that do not tell where they come from pass.
+    have rounded the same fit differently. Weights without an origin pass.
     """
     notes = []
     for what in ("codec", "encoder"):

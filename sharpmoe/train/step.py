@@ -1,4 +1,9 @@
-"""One optimizer step: micro-batches, the one exchange of figures between ranks, and everything that moves once."""
+"""One optimizer step, from a batch of the stream to the update.
+
+`draw_trajectories` turns batches into trajectories with all randomness drawn; `train_step` runs them through the
+objective, exchanges the figures of the step once between ranks, updates the weights, and moves what moves once per
+step: thresholds, biases, the moving average.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,30 +13,31 @@ import torch
 from torch import Tensor
 
 from data_pipeline.schema import Batch
-from sharpmoe import draws
-from sharpmoe.config import RunConfig
+from sharpmoe import draws, flow
+from sharpmoe.config import OptimConfig, RunConfig
+from sharpmoe.errors import DataError
+from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
 from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import TrajectoryBatch
-from sharpmoe.train.guard import Verdict, Watch, after, bad_loss, bad_norm
-from sharpmoe.train.items import make_item
+from sharpmoe.train.guard import Verdict, Watch, bad_loss, bad_norm, next_watch
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.schedule import learning_rate
+from sharpmoe.train.rollout_schedules import num_segments
 from sharpmoe.train.tally import StepRecord
 from sharpmoe.train.terms import LossTerms
 
-EmptyText = tuple[Tensor, Tensor, Tensor]
+EmptyText = tuple[Tensor, Tensor, Tensor]  # stored embedding of the empty caption: (L, D_text), (L,), (D_pooled)
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step tells, the same on every rank but for `terms`."""
+    """Figures of one optimizer step, the same on every rank except `terms`."""
 
     losses: dict[str, float]  # mean over the global batch
     grad_norm: float  # before clipping; infinite where it is not finite
     lr: float
-    routing: Tensor | None  # (MoE layers, 4 + E) float64 sums over the global batch, where they were asked for
+    routing: Tensor | None  # (MoE layers, 4 + E) float64 sums over the global batch, of a step `with_routing`
     verdict: Verdict
     watch: Watch  # for the next step
     terms: Tensor  # (micro-batches, 5) float64 loss terms of this rank's own micro-batches
@@ -46,24 +52,15 @@ class _Exchange(NamedTuple):
     routing: Tensor | None  # (MoE layers, 4 + E) float64, summed
 
 
-def prepare(
+def draw_trajectories(
     batches: Sequence[Batch], empty_text: EmptyText, run: RunConfig, device: torch.device
 ) -> list[TrajectoryBatch]:
-    """Move a step's micro-batches to the device and draw their randomness. Raises DataError; no communication."""
-    return [make_item(to_device(batch, device), empty_text, run) for batch in batches]
+    """Move a step's micro-batches to `device` and draw their noise, times and caption dropout.
 
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move what the model sees; positions key draws made on the host and stay there."""
-    return batch._replace(
-        latent=batch.latent.to(device),
-        text=batch.text.to(device),
-        text_mask=batch.text_mask.to(device),
-        pooled=batch.pooled.to(device),
-        label=batch.label.to(device),
-        saliency=batch.saliency.to(device),
-        foreground=batch.foreground.to(device),
-    )
+    Each draw is keyed by (seed, position), so it is the same on any layout of ranks. stage pretrain: one logit-normal
+    time; posttrain: T descending times that start at first_time. Raises DataError; no communication.
+    """
+    return [_draw(_to_device(batch, device), empty_text, run) for batch in batches]
 
 
 def train_step(
@@ -83,7 +80,7 @@ def train_step(
     """
     run = objective.run
     engine.train()
-    answer = engine(StepRequest(tuple(items), trained_block(run, step), with_routing))
+    answer = engine(StepRequest(tuple(items), trained_segment(run, step), with_routing))
     engine.backward(answer.loss)
     terms = torch.stack([torch.stack(list(record.terms)).double() for record in answer.records])
     exchange = _exchange(answer.records, terms.mean(0), engine)
@@ -97,31 +94,76 @@ def train_step(
     norm, applied = engine.step(lr, admit)
     if applied:
         _move(objective, ema, exchange)
-    watched = after(watch, math.inf if fault else norm, applied, run.guard)
-    verdict = Verdict(fault or bad_norm(norm, watch, run.guard), applied)
-    return StepResult(losses, norm, lr, exchange.routing, verdict, watched, terms)
+    return StepResult(
+        losses=losses,
+        grad_norm=norm,
+        lr=lr,
+        routing=exchange.routing,
+        verdict=Verdict(fault or bad_norm(norm, watch, run.guard), applied),
+        watch=next_watch(watch, math.inf if fault else norm, applied, run.guard),
+        terms=terms,
+    )
 
 
-def _bad_thresholds(exchange: _Exchange) -> str:
-    good = exchange.thresholds is None or bool(exchange.thresholds.isfinite().all())
-    return "" if good else "an expert's threshold is not finite"
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (0 is the first) of a run of `total_steps`.
+
+    Linear warm-up over warmup_steps, then constant, or a half cosine that ends at final_lr in the last step.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    span = max(1, total_steps - 1 - optim.warmup_steps)
+    progress = min(1.0, (step - optim.warmup_steps) / span)
+    return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _move(objective: Objective, ema: ShardEma, exchange: _Exchange) -> None:
-    """Move what moves once after an update: thresholds, biases, the average."""
-    optim, layers = objective.run.optim, objective.model.moe_layers()
-    if exchange.thresholds is not None:
-        update_thresholds([layer.expert_threshold for layer in layers], exchange.thresholds, optim.threshold_decay)
-    if exchange.loads is not None:
-        update_biases([layer.expert_bias for layer in layers], exchange.loads, optim.bias_rate)
-    ema.update()
+def trained_segment(run: RunConfig, step: int) -> int:
+    """Which segment of the rollout is trained at optimizer step `step`; 0 where the schedule trains all steps."""
+    count = num_segments(run)
+    return draws.rollout_block(run.seed, step, count) if count > 1 else 0
 
 
-def trained_block(run: RunConfig, step: int) -> int:
-    """Which segment of the rollout is trained at optimizer step `step`; 0 where there are none."""
-    if run.stage == "pretrain" or run.rollout.schedule != "segments":
-        return 0
-    return draws.rollout_block(run.seed, step, run.rollout.num_steps // run.rollout.segment_steps)
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move what the model reads; positions key draws made on the host and stay there."""
+    return batch._replace(
+        latent=batch.latent.to(device),
+        text=batch.text.to(device),
+        text_mask=batch.text_mask.to(device),
+        pooled=batch.pooled.to(device),
+        label=batch.label.to(device),
+        saliency=batch.saliency.to(device),
+        foreground=batch.foreground.to(device),
+    )
+
+
+def _draw(batch: Batch, empty_text: EmptyText, run: RunConfig) -> TrajectoryBatch:
+    x0 = batch.latent
+    x1 = draws.noise(run.seed, batch.position, x0.shape[1:]).to(x0)
+    if run.stage == "pretrain":
+        times = flow.logit_normal_times(draws.normal_times(run.seed, batch.position))
+    else:
+        uniform = draws.uniform_times(run.seed, batch.position, run.rollout.num_steps - 1)
+        times = flow.descending_times(uniform, run.rollout.first_time)
+    dropped = draws.drop_caption(run.seed, batch.position, run.rollout.caption_dropout).to(x0.device)
+    return TrajectoryBatch(x0, x1, times.to(x0), _condition(batch, empty_text, run, dropped), batch.saliency)
+
+
+def _condition(batch: Batch, empty_text: EmptyText, run: RunConfig, dropped: Tensor) -> Condition:
+    """Condition of a batch with the `dropped` (B,) bool replaced by the empty caption, or by the null class."""
+    if run.model.conditioning == "text":
+        tokens, mask, pooled = (field.to(batch.latent.device) for field in empty_text)
+        return TextCondition(
+            torch.where(dropped[:, None, None], tokens.to(batch.text), batch.text),
+            torch.where(dropped[:, None], mask, batch.text_mask),
+            torch.where(dropped[:, None], pooled.to(batch.pooled), batch.pooled),
+        )
+    if (batch.label < 0).any():
+        key = batch.keys[int((batch.label < 0).nonzero()[0])]
+        raise DataError(f"sample {key} has no class label, but model.conditioning is class: use conditioning text")
+    null = torch.full_like(batch.label, run.model.num_classes)
+    return ClassCondition(torch.where(dropped, null, batch.label) if run.model.class_dropout else batch.label)
 
 
 def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _Exchange:
@@ -146,3 +188,18 @@ def _mean(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Mean over micro-batches, float64; empty where there is nothing to average."""
     present = [part.double() for part in parts if part is not None]
     return torch.stack(present).mean(0) if present else like.new_zeros(0)
+
+
+def _bad_thresholds(exchange: _Exchange) -> str:
+    good = exchange.thresholds is None or bool(exchange.thresholds.isfinite().all())
+    return "" if good else "an expert's threshold is not finite"
+
+
+def _move(objective: Objective, ema: ShardEma, exchange: _Exchange) -> None:
+    """Move what moves once after an update: thresholds, biases, the moving average."""
+    optim, layers = objective.run.optim, objective.model.moe_layers()
+    if exchange.thresholds is not None:
+        update_thresholds([layer.expert_threshold for layer in layers], exchange.thresholds, optim.threshold_decay)
+    if exchange.loads is not None:
+        update_biases([layer.expert_bias for layer in layers], exchange.loads, optim.bias_rate)
+    ema.update()

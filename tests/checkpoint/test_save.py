@@ -21,8 +21,8 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
+from sharpmoe.train.loop import Timetable
 from sharpmoe.train.setup import initial_model
-from sharpmoe.train.timetable import Timetable
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, identical, make_run, plan_for
 

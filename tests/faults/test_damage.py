@@ -18,7 +18,7 @@ from sharpmoe.errors import CheckpointError, SharpMoEError
 from sharpmoe.model.weights import load_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
-from sharpmoe.train.setup import initial_model, settle
+from sharpmoe.train.setup import choose_checkpoint, initial_model
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, make_run, plan_for
 
@@ -105,7 +105,7 @@ def test_a_file_that_the_manifest_does_not_know_is_refused(root: Path) -> None:
 
 
 def resumed(world: World, run: RunConfig) -> tuple[int, tuple[str, ...]]:
-    plan = settle(plan_for(run, world), world)
+    plan = choose_checkpoint(plan_for(run, world), world)
     return plan.start.step, plan.notes
 
 

@@ -18,9 +18,8 @@ from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.gradients import Admit, Update
 from sharpmoe.parallel.zero.placement import gather_experts, is_expert
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.schedule import learning_rate
-from sharpmoe.train.setup import Plan
-from sharpmoe.train.step import prepare, train_step, trained_block
+from sharpmoe.train.setup import RunPlan
+from sharpmoe.train.step import draw_trajectories, learning_rate, train_step, trained_segment
 from tests.train.setting import ALONE, plan_for, stirred_model, worst
 
 Prepare = Callable[[DiT], DiT]
@@ -84,7 +83,7 @@ def watched(engine: Engine, objective: Objective, taken: dict[str, Tensor]) -> E
     return engine
 
 
-def items_of(plan: Plan, world: World, steps: int) -> list[list]:
+def items_of(plan: RunPlan, world: World, steps: int) -> list[list]:
     batches = stream(
         plan.data.train,
         seed=plan.run.seed,
@@ -94,7 +93,7 @@ def items_of(plan: Plan, world: World, steps: int) -> list[list]:
         world=world.size,
     )
     taken = itertools.islice(batches, steps)
-    return [prepare(loaded.batches, plan.data.empty_text, plan.run, world.device) for loaded in taken]
+    return [draw_trajectories(loaded.batches, plan.data.empty_text, plan.run, world.device) for loaded in taken]
 
 
 def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = unchanged) -> Trace:
@@ -107,7 +106,7 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
     losses, norms, taken = [], [], {}
     for step, items in enumerate(items_of(plan, ALONE, steps)):
         optimizer.zero_grad()
-        answer = objective(StepRequest(tuple(items), trained_block(run, step)))
+        answer = objective(StepRequest(tuple(items), trained_segment(run, step)))
         answer.loss.backward()
         records = answer.records
         taken = taken or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

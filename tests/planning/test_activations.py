@@ -8,7 +8,7 @@ import pytest
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.planning.activations import Activations, Kept, Linear, _count, measure
-from sharpmoe.planning.schedules import schedule_of, schedules_of, with_schedule
+from sharpmoe.train.rollout_schedules import all_schedules, schedule_of, with_schedule
 from tests.train.setting import make_run
 
 
@@ -38,7 +38,8 @@ def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
 def test_what_each_schedule_keeps() -> None:
     """T = 6; a graph of n steps is 10 + 100 n, and a step that is run again leaves 5."""
     activations = Activations(Linear(10, 100), Linear(10, 20), 5, 80)
-    kept = {schedule.name: [graph.most for graph in activations.of(schedule)] for schedule in schedules_of(run_with())}
+    schedules = [schedule_of(run) for run in all_schedules(run_with())]
+    kept = {schedule.name: [graph.most for graph in activations.of(schedule)] for schedule in schedules}
     assert kept == {
         "plain": [610],
         "checkpoint": [210],

@@ -15,12 +15,11 @@ from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import RESERVE, usable
-from sharpmoe.planning.auto import decide
+from sharpmoe.planning.auto import cheapest, resolve_schedule
 from sharpmoe.planning.estimate import Planner
-from sharpmoe.planning.schedules import schedule_of, with_schedule
 from sharpmoe.train import loop
-from sharpmoe.train.rehearsal import rehearse
-from sharpmoe.train.setup import make_plan
+from sharpmoe.train.rollout_schedules import schedule_of, with_schedule
+from sharpmoe.train.setup import make_plan, rehearse
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, CONFIGS, make_run
 
@@ -40,9 +39,37 @@ def tiny(router: str = "diffmoe", **sections: Any) -> RunConfig:
     return make_run(Path("shards"), Path("runs"), router, rollout={"schedule": "auto"}, **sections)
 
 
+def of_ten_steps(router: str = "diffmoe") -> RunConfig:
+    return make_run(Path("none"), Path("none"), router, rollout={"num_steps": 10, "schedule": "auto"})
+
+
 def between(*peaks: float) -> float:
     """Memory of a device, GiB, that has room for the lower of two peaks."""
     return sum(peaks) / 2 / (1 - RESERVE)
+
+
+def graphs(run: RunConfig) -> float:
+    """A memory plan: the graphs that a schedule keeps, of one GiB; blocks' inputs are a twentieth."""
+    rollout = run.rollout
+    kept = {"plain": rollout.num_steps, "hybrid": rollout.kept_steps or 0, "two_pass": 1}
+    return 2**30 * kept.get(rollout.schedule, rollout.num_steps / 20)
+
+
+def named(run: RunConfig, room: float) -> tuple[str, int | None]:
+    chosen = cheapest(run, graphs, room * 2**30)
+    chosen.check()
+    return chosen.run.rollout.schedule, chosen.run.rollout.kept_steps
+
+
+def test_the_cheapest_that_fits() -> None:
+    assert [named(of_ten_steps(), room) for room in (10, 9.5, 4.2, 1, 0.5)] == [
+        ("plain", None), ("hybrid", 9), ("hybrid", 4), ("hybrid", 1), ("checkpoint", None)
+    ]  # fmt: skip
+    assert [named(of_ten_steps("tc"), room)[0] for room in (10, 9, 0.6)] == ["plain", "two_pass", "checkpoint"]
+    with pytest.raises(ConfigError, match=r"no schedule that fits 0\.4 GiB, the smallest takes 0\.5"):
+        named(of_ten_steps(), 0.4)
+    smallest = cheapest(of_ten_steps(), graphs, 0)
+    assert (smallest.run.rollout.schedule, smallest.fits) == ("checkpoint", False)
 
 
 def test_ten_graphs_of_l_at_32_images_fit_a_device_of_139_gib() -> None:
@@ -50,7 +77,7 @@ def test_ten_graphs_of_l_at_32_images_fit_a_device_of_139_gib() -> None:
     run = load_run_config(L_RUN, ["--rollout.schedule=auto"])
     ds_config = resolve_ds_config(ZERO3, run, 8)
     assert (run.train.global_batch, run.train.precision, run.rollout.num_steps) == (256, "bf16", 10)
-    found, (note,) = decide(run, ds_config, 8, 139)
+    found, (note,) = resolve_schedule(run, ds_config, 8, 139)
     assert found.rollout.schedule == "plain"
     assert peak(found, 8, schedule="plain") < 120
     assert note.startswith("rollout.schedule: auto took plain (30 forwards' worth per micro-batch): ")
@@ -59,7 +86,7 @@ def test_ten_graphs_of_l_at_32_images_fit_a_device_of_139_gib() -> None:
 def test_less_memory_keeps_fewer_graphs() -> None:
     run = load_run_config(L_RUN, ["--rollout.schedule=auto"])
     ds_config = resolve_ds_config(ZERO3, run, 8)
-    found, (note,) = decide(run, ds_config, 8, 80)
+    found, (note,) = resolve_schedule(run, ds_config, 8, 80)
     kept = found.rollout.kept_steps
     assert found.rollout.schedule == "hybrid"
     assert kept is not None
@@ -68,26 +95,26 @@ def test_less_memory_keeps_fewer_graphs() -> None:
     assert "cheaper, and too large: plain " in note
     assert f"hybrid, kept_steps {kept + 1} " in note
     with pytest.raises(ConfigError, match=r"auto finds no schedule that fits 3\.6 GiB, the smallest takes"):
-        decide(run, ds_config, 8, 4)
+        resolve_schedule(run, ds_config, 8, 4)
 
 
 def test_without_a_routing_loss_two_passes_are_one() -> None:
     run = tiny("tc", train={"micro_batch": 8})
     ds_config = resolve_ds_config(ZERO3, run, 1)
     all_graphs, one = (peak(run, 1, schedule=name) for name in ("plain", "two_pass"))
-    assert decide(run, ds_config, 1, between(all_graphs, one)).run.rollout.schedule == "two_pass"
-    assert decide(run, ds_config, 1, between(all_graphs, 2 * all_graphs)).run.rollout.schedule == "plain"
+    assert resolve_schedule(run, ds_config, 1, between(all_graphs, one)).run.rollout.schedule == "two_pass"
+    assert resolve_schedule(run, ds_config, 1, between(all_graphs, 2 * all_graphs)).run.rollout.schedule == "plain"
 
 
 def test_what_is_asked_for_is_not_touched() -> None:
     run = tiny().model_copy(update={"rollout": with_schedule(tiny(), schedule="segments").rollout})
-    assert decide(run, {}, 1, 0.0) == (run, ())
+    assert resolve_schedule(run, {}, 1, 0.0) == (run, ())
 
 
 def test_a_dry_run_shows_the_choice(shards: Path, tmp_path: Path) -> None:
     run = make_run(shards, tmp_path, rollout={"schedule": "auto"})
     ds_config = resolve_ds_config(ZERO3, run, 1)
-    found, notes = decide(run, ds_config, 1, 8)
+    found, notes = resolve_schedule(run, ds_config, 1, 8)
     told = rehearse(found, ds_config, ALONE, notes)
     assert "T = 3, plain" in told
     assert told.splitlines()[-1].startswith("  note: rollout.schedule: auto took plain")
@@ -97,7 +124,7 @@ def start(world: World, run: RunConfig, memories: list[float]) -> tuple[str, ...
     """A run as the launcher starts it, on devices of so many GiB each; the notes."""
     launch._own_memory = lambda world: memories[world.rank]
     ds_config = resolve_ds_config(ZERO3, run, world.size)
-    found, notes = decide(run, ds_config, world.size, launch.least_memory(world))
+    found, notes = resolve_schedule(run, ds_config, world.size, launch.least_memory(world))
     loop.train(make_plan(found, ds_config, world, notes), world)
     return notes
 

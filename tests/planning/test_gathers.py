@@ -10,7 +10,7 @@ from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning import gathers as gathers_module
 from sharpmoe.planning.gathers import count_gathers
 from sharpmoe.planning.layout import Layout, parts_of
-from sharpmoe.planning.schedules import schedule_of
+from sharpmoe.train.rollout_schedules import schedule_of
 from tests.train.setting import make_run
 
 ZERO = ZeroSettings(3, 20_000, 5_000, 500, 10**9, 10**9, 10**9, True, False, True, True, 4, 4, 4, False, False)

@@ -10,7 +10,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.train.setup import Plan, make_plan
+from sharpmoe.train.setup import RunPlan, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODEL = {"width": 24, "depth": 4, "num_heads": 2, "latent_size": 8, "num_experts": 4}
@@ -36,7 +36,7 @@ def make_run(shards: Path, output: Path, router: str = "diffmoe", **sections: di
     return RunConfig.model_validate(values)
 
 
-def plan_for(run: RunConfig, world: World, stage: int = 3) -> Plan:
+def plan_for(run: RunConfig, world: World, stage: int = 3) -> RunPlan:
     return make_plan(run, resolve_ds_config(CONFIGS / f"zero{stage}.json", run, world.size), world)
 
 

@@ -15,10 +15,10 @@ from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.rollout import first_x0_prev, rollout_step
-from sharpmoe.train.items import make_item
 from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars
 from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.step import _draw
 from sharpmoe.train.tally import StepRecord
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
@@ -82,7 +82,7 @@ def base(run: RunConfig) -> DiT:
 
 def gradients(run: RunConfig, model: DiT, shards: ShardSet, step: int) -> StepRecord:
     objective = Objective(model, run)
-    item = make_item(read(shards, run, 8 * step), shards.empty_text(), run)
+    item = _draw(read(shards, run, 8 * step), shards.empty_text(), run)
     answer = objective(StepRequest((item,), with_routing=True))
     answer.loss.backward()
     return answer.records[0]
@@ -92,7 +92,7 @@ def gradients(run: RunConfig, model: DiT, shards: ShardSet, step: int) -> StepRe
 def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
     run = run_of(name, shards.location, "plain")
     model = base(run)
-    item = make_item(read(shards, run, 0), shards.empty_text(), run)
+    item = _draw(read(shards, run, 0), shards.empty_text(), run)
     before = rollout_step(model, item, 0, None)
     if run.model.saliency_router:
         attach(model)
@@ -128,7 +128,7 @@ def test_two_passes_give_the_gradient_of_one(name: str, shards: ShardSet) -> Non
         for layer in model.moe_layers():
             torch.nn.init.normal_(layer.saliency_router.out.weight, std=0.1)
         batch = read(shards, run, 0)
-        run_item = make_item(batch._replace(latent=batch.latent.double()), shards.empty_text(), run)
+        run_item = _draw(batch._replace(latent=batch.latent.double()), shards.empty_text(), run)
         objective = Objective(model, run)
         objective(StepRequest((run_item,))).loss.backward()
         found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})

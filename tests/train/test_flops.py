@@ -1,4 +1,4 @@
-"""What a step is said to compute against the operators that run: every schedule, integers."""
+"""Counted FLOPs against the operators that run: every schedule, integers."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
-from sharpmoe.train.flops import ledger, passes, rows_expected
-from sharpmoe.train.items import make_item
+from sharpmoe.train.flops import _named_peak, peak_tflops, rows_expected, step_flops
 from sharpmoe.train.metrics import rows_taken
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.peak import named_peak, peak_tflops
+from sharpmoe.train.rollout_schedules import schedule_of
+from sharpmoe.train.step import _draw
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
 from tests.train.setting import CONFIGS, make_run, stirred_model
 
@@ -43,7 +43,7 @@ def computed(run: RunConfig) -> tuple[int, float]:
     """FLOPs of an optimizer step of two micro-batches, and the rows that experts took."""
     samples = ToySamples()
     empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
-    items = tuple(make_item(samples.batch([first]), empty, run) for first in range(IMAGES))
+    items = tuple(_draw(samples.batch([first]), empty, run) for first in range(IMAGES))
     objective = Objective(stirred_model(run), run).train()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         answer = objective(StepRequest(items, 1, with_routing=True))
@@ -58,26 +58,27 @@ def computed(run: RunConfig) -> tuple[int, float]:
     + [(router, schedule) for router in ("tc", "promoe_ec") for schedule in ("checkpoint", "two_pass", "segments")]
     + [("dense", "plain"), ("ec", "hybrid"), ("dsmoe", "checkpoint")],
 )
-def test_the_ledger_is_what_runs(router: str, schedule: str) -> None:
+def test_the_count_is_what_runs(router: str, schedule: str) -> None:
     run = run_of(router, **SCHEDULES[schedule])
     flops, rows = computed(run)
     rows /= IMAGES * STEPS
     assert rows == rows_expected(run, 1)
-    booked = ledger(run, TEXT_LENGTH, rows)
+    booked, plan = step_flops(run, TEXT_LENGTH, rows), schedule_of(run)
     assert IMAGES * sum(booked) == flops
-    assert (booked.wasted > 0) == (passes(run).forwards > passes(run).trained or schedule == "checkpoint")
+    assert (booked.wasted > 0) == (plan.forwards > plan.trained or plan.recomputed > 0)
 
 
+@pytest.mark.parametrize("schedule", ["plain", "checkpoint", "two_pass", "hybrid", "segments"])
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
-def test_pretraining_wastes_nothing(router: str) -> None:
-    run = run_of(router, "pretrain")
-    booked = ledger(run, TEXT_LENGTH, rows_expected(run, 1))
+def test_pretraining_wastes_only_recomputed_blocks(router: str, schedule: str) -> None:
+    run = run_of(router, "pretrain", **SCHEDULES[schedule])
+    booked = step_flops(run, TEXT_LENGTH, rows_expected(run, 1))
     assert IMAGES * sum(booked) == computed(run)[0]
-    assert booked.wasted == 0
+    assert (booked.wasted > 0) == (schedule == "checkpoint")
 
 
-def test_what_is_wasted_is_not_told_as_utilisation() -> None:
-    booked = {name: ledger(run_of("diffmoe", **fields), 3, 32.0) for name, fields in SCHEDULES.items()}
+def test_what_is_wasted_is_no_utilisation() -> None:
+    booked = {name: step_flops(run_of("diffmoe", **fields), 3, 32.0) for name, fields in SCHEDULES.items()}
     assert len({entry.model for name, entry in booked.items() if "segments" not in name}) == 1
     assert booked["segments"].model == booked["plain"].model / 2
     assert booked["two_pass"].wasted > booked["checkpoint"].wasted > booked["hybrid"].wasted > 0
@@ -91,17 +92,17 @@ def test_images_without_class_are_expected_as_often_as_they_are_drawn() -> None:
 
 
 def test_the_peak_of_a_device_by_its_name() -> None:
-    assert named_peak("NVIDIA H200", "bf16") == 989.5
-    assert named_peak("NVIDIA H200 NVL", "bf16") == 835.5
-    assert named_peak("NVIDIA H100 80GB HBM3", "bf16") == 989.5
-    assert named_peak("NVIDIA H100 PCIe", "bf16") == 756.5
-    assert named_peak("NVIDIA A100-SXM4-80GB", "fp32") == 19.5
-    assert named_peak("NVIDIA L40S", "bf16") == 362
-    assert named_peak("NVIDIA L4", "bf16") == 121
-    assert named_peak("NVIDIA GeForce RTX 4090", "bf16") is None
+    assert _named_peak("NVIDIA H200", "bf16") == 989.5
+    assert _named_peak("NVIDIA H200 NVL", "bf16") == 835.5
+    assert _named_peak("NVIDIA H100 80GB HBM3", "bf16") == 989.5
+    assert _named_peak("NVIDIA H100 PCIe", "bf16") == 756.5
+    assert _named_peak("NVIDIA A100-SXM4-80GB", "fp32") == 19.5
+    assert _named_peak("NVIDIA L40S", "bf16") == 362
+    assert _named_peak("NVIDIA L4", "bf16") == 121
+    assert _named_peak("NVIDIA GeForce RTX 4090", "bf16") is None
 
 
-def test_a_peak_is_told_or_unknown() -> None:
+def test_a_peak_is_configured_or_unknown() -> None:
     quickstart = str(CONFIGS / "runs" / "quickstart.yaml")
     assert peak_tflops(load_run_config(quickstart), torch.device("cpu")) is None
     assert peak_tflops(load_run_config(quickstart, ["--log.peak_tflops", "0.2"]), torch.device("cpu")) == 0.2

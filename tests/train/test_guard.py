@@ -20,9 +20,9 @@ from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train import loop
-from sharpmoe.train.guard import Watch, after, bad_loss, bad_norm, limit
+from sharpmoe.train.guard import Watch, _spike_limit, bad_loss, bad_norm, next_watch
 from sharpmoe.train.objective import Objective
-from sharpmoe.train.setup import Plan
+from sharpmoe.train.setup import RunPlan
 from sharpmoe.train.step import StepResult, train_step
 from tests.distributed import run_ranks
 from tests.parallel.reference import items_of
@@ -138,7 +138,7 @@ def test_a_poisoned_step_on_one_rank_moves_nothing_on_any(shards: Path, tmp_path
             assert seen.adam == {STEPS - 2.0}, case
 
 
-def poison_samples(plan: Plan, positions: range) -> None:
+def poison_samples(plan: RunPlan, positions: range) -> None:
     """Samples at these places of the data order come as infinities."""
     read = plan.data.train.load
 
@@ -222,7 +222,7 @@ def test_spikes_are_told_but_taken_by_default() -> None:
     watch = Watch()
     for norm in (1.0, 2.0, 3.0):
         assert bad_norm(norm * 1000, watch, guard) == ""  # too young to judge
-        watch = after(watch, norm, True, guard)
+        watch = next_watch(watch, norm, True, guard)
     assert watch == Watch(2.0, 3, 0)
     assert bad_norm(20.0, watch, guard) == ""
     assert bad_norm(21.0, watch, guard) == "gradient norm 21 is 10.5 times its moving average 2"
@@ -234,13 +234,13 @@ def test_the_watch_stays_between_the_norms_it_saw(norms: list[float], window: in
     guard = GuardConfig(spike_window=window, spike_factor=factor)
     watch = Watch()
     for norm in norms:
-        ceiling = limit(watch, guard)
-        watch = after(watch, norm, taken, guard)
+        ceiling = _spike_limit(watch, guard)
+        watch = next_watch(watch, norm, taken, guard)
         slack = 1e-9 * max(norms)
         assert min(min(norms), ceiling) - slack <= watch.average <= max(norms) + slack
         assert watch.seen <= window
     assert watch.skipped == (0 if taken else len(norms))
-    assert after(watch, math.inf, False, guard)[:2] == watch[:2]  # what is no number teaches nothing
+    assert next_watch(watch, math.inf, False, guard)[:2] == watch[:2]  # what is no number teaches nothing
 
 
 def test_a_change_of_level_is_followed() -> None:
@@ -248,7 +248,7 @@ def test_a_change_of_level_is_followed() -> None:
     watch = Watch(1.0, 10, 0)
     spikes = 0
     while bad_norm(100.0, watch, guard):
-        watch, spikes = after(watch, 100.0, False, guard), spikes + 1
+        watch, spikes = next_watch(watch, 100.0, False, guard), spikes + 1
     assert 5 < spikes < 20
 
 

@@ -12,8 +12,8 @@ from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.train import loop
-from sharpmoe.train.flops import ledger, rows_expected
-from sharpmoe.train.setup import Plan
+from sharpmoe.train.flops import rows_expected, step_flops
+from sharpmoe.train.setup import RunPlan
 from tests.distributed import run_ranks
 from tests.train.setting import make_run, plan_for
 
@@ -30,7 +30,7 @@ def error_of(world: World, run: RunConfig, fault: str) -> tuple[str, list[str]]:
     return "no error", []
 
 
-def unreadable_sample(plan: Plan) -> None:
+def unreadable_sample(plan: RunPlan) -> None:
     read = plan.data.train.load
 
     def load(stream, index, draw):  # type: ignore[no-untyped-def]
@@ -41,7 +41,7 @@ def unreadable_sample(plan: Plan) -> None:
     plan.data.train.load = load  # type: ignore[method-assign]
 
 
-def overflowing_sample(plan: Plan) -> None:
+def overflowing_sample(plan: RunPlan) -> None:
     read = plan.data.train.load
 
     def load(stream, index, draw):  # type: ignore[no-untyped-def]
@@ -118,7 +118,7 @@ def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
         assert name in names
     assert any(name.startswith("run/tensorboard/events") for name in names)
     figures = read_log(tmp_path / "run" / "log.jsonl")
-    booked = ledger(run, ShardSet.open(shards, "train").text_length, rows_expected(run, 4))
+    booked = step_flops(run, ShardSet.open(shards, "train").text_length, rows_expected(run, 4))
     assert {part: figures[f"flops/per_image/{part}"][1] for part in booked._fields} == booked._asdict()
     per_rank = booked.model * figures["throughput/images_per_second"][1] / 2 / 1e12
     assert figures["throughput/tflops_per_rank"][1] == pytest.approx(per_rank)

@@ -7,7 +7,7 @@ import torch
 from sharpmoe.evaluation.held_out import held_out_item
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import rollout
-from sharpmoe.train.flops import Ledger
+from sharpmoe.train.flops import StepFlops
 from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, routing_sums, rows_taken, step_scalars
 from tests.toys import ToySamples, toy_config, toy_model
 
@@ -93,7 +93,7 @@ def test_rows_are_those_that_experts_took() -> None:
 
 
 def test_speed_is_told_of_model_flops_per_rank() -> None:
-    spent = Ledger(dense=4e12, routed=2e12, router=1e12, wasted=3e12)
+    spent = StepFlops(dense=4e12, routed=2e12, router=1e12, wasted=3e12)
     named = step_scalars(replace(stats(2), effort=Effort(spent, ranks=4, peak_tflops=224)))
     assert named["throughput/tflops_per_rank"] == pytest.approx(32 * 7 / 0.5 / 4)
     assert named["throughput/mfu"] == pytest.approx(0.5)
@@ -107,7 +107,7 @@ def test_speed_is_told_of_model_flops_per_rank() -> None:
 
 
 def test_no_utilisation_without_a_peak() -> None:
-    named = step_scalars(replace(stats(2), effort=Effort(Ledger(1e9, 0, 0, 0), ranks=1)))
+    named = step_scalars(replace(stats(2), effort=Effort(StepFlops(1e9, 0, 0, 0), ranks=1)))
     assert "throughput/mfu" not in named
     assert named["throughput/tflops_per_rank"] == pytest.approx(32e-3 / 0.5)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sharpmoe.train.provenance import _commit, changes, in_words, settings, versions
+from sharpmoe.train.provenance import _commit, changes, changes_text, settings, versions
 from tests.train.setting import ALONE, make_run
 
 
@@ -18,8 +18,8 @@ def test_a_changed_key_an_added_one_and_a_version_are_told(tmp_path: Path) -> No
         "version.torch": (before["version.torch"], "9.9"),
         "world": (1, 2),
     }
-    assert in_words({"train.steps": (4, 9), "world": (1, 2)}) == "changed: train.steps 4 -> 9, world 1 -> 2"
-    assert in_words(changes(now, now)) == "nothing changed in configuration and versions"
+    assert changes_text({"train.steps": (4, 9), "world": (1, 2)}) == "changed: train.steps 4 -> 9, world 1 -> 2"
+    assert changes_text(changes(now, now)) == "nothing changed in configuration and versions"
 
 
 def test_settings_are_json_values_by_dotted_key(tmp_path: Path) -> None:

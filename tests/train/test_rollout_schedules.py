@@ -1,125 +1,170 @@
-"""Every schedule under ZeRO-3 on two ranks: the numbers of `plain` on one process, the traffic of one plain step."""
+"""The description of rollout schedules: what `Objective` really calls is what it says."""
 
-from typing import NamedTuple
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sharpmoe.config import RunConfig
-from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.parallel.zero.ema import ShardEma
-from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.train.objective import Objective
-from sharpmoe.train.step import train_step
-from sharpmoe.train.terms import LossTerms
-from tests.counting import CollectiveCounter
-from tests.distributed import run_ranks
-from tests.fixtures_data import make_shards
-from tests.parallel.reference import Trace, items_of, watched, with_plain_torch
-from tests.train.setting import make_run, plan_for, stirred_model
+from sharpmoe.errors import ConfigError
+from sharpmoe.flow import descending_times
+from sharpmoe.model.embed import TextCondition
+from sharpmoe.rollout import StepOutput, TrajectoryBatch
+from sharpmoe.train import objective as objective_module
+from sharpmoe.train.local_gradients import LocalGradients
+from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.rollout_schedules import (
+    SCHEDULES,
+    RolloutSchedule,
+    check_schedule,
+    exact_schedules,
+    num_segments,
+    schedule_of,
+)
+from tests.train.setting import make_run, stirred_model
 
-STEPS = 3  # the first records the order of use, the second may meet what the first left gathered
-ZERO = ("all_gather", "reduce_scatter")
-SCHEDULES: dict[str, dict[str, object]] = {
-    "plain": {},
-    "checkpoint": {"schedule": "checkpoint"},
-    "two_pass": {"schedule": "two_pass"},
-    "two_pass, merged": {"schedule": "two_pass", "merged_steps": 2},
-    "hybrid": {"schedule": "hybrid", "kept_steps": 2},
-    "segments": {"schedule": "segments", "segment_steps": 1},
-}
-LAYOUTS = {"ep 1": 1, "ep 2": 2}
-Key = tuple[str, str]
+CASES = 60
 
 
-class Outcome(NamedTuple):
-    """What a few steps showed."""
+class Seen(NamedTuple):
+    """A call of the model, and a backward where `steps` is empty."""
 
-    losses: list[float]
-    gradients: dict[str, Tensor]  # of the first step
-    sizes: dict[str, int]  # bytes of all messages of the last step, by kind; experts may have a group of their own
-    sent: int  # bytes that left this rank in the last step, without the exchange of tokens
-    reduced: list[int]  # bytes of every all-reduce of the last step
-    figures: int  # bytes of what every step averages over ranks: loss terms, and the thresholds of all layers
-    parameters: int  # bytes of the part of the model that is partitioned: all of it, or all but the experts
+    steps: tuple[int, ...]
+    graph: bool = False
+    rerun: bool = False
+    replayed: bool = False
+    recompute: bool = False
 
 
-def train_and_count(world: World, runs: dict[Key, RunConfig]) -> dict[Key, Outcome]:
-    return {key: outcome(world, run) for key, run in runs.items()}
+def expected(schedule: RolloutSchedule) -> list[Seen]:
+    """Calls and backwards in the order of the description, the last backward left out: it is the engine's."""
+    seen = []
+    for each in schedule.passes:
+        seen += [Seen(tuple(c.steps), c.graph, c.rerun, c.replayed, c.recompute) for c in each.calls]
+        seen.append(Seen(()))
+    return seen[:-1]
 
 
-def outcome(world: World, run: RunConfig) -> Outcome:
-    plan = plan_for(run, world)
-    plan.ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    objective = Objective(stirred_model(run), run)
-    engine = Engine(objective, run, plan.ds_config, world)
-    ema, gradients, losses = ShardEma(engine, 0.9), dict[str, Tensor](), []
-    for step, items in enumerate(items_of(plan, world, STEPS)):
-        watching = watched(engine, objective, gradients)
-        with CollectiveCounter() as counter:
-            losses.append(train_step(watching, objective, ema, items, step, with_routing=False).losses["total"])
-    sizes = {
-        name: sum(call.size for call in counter.calls if call.name == name and call.group_size > 1) for name in ZERO
-    }
-    sent = counter.sent() - counter.sent("all_to_all")
-    reduced = [call.size for call in counter.calls if call.name == "all_reduce" and call.group_size > 1]
-    figures = len(LossTerms._fields) + sum(layer.expert_threshold.numel() for layer in objective.model.moe_layers())
-    shared = [p for name, p in objective.named_parameters() if run.parallel.ep_size == 1 or ".experts." not in name]
-    parameters = sum(p.ds_numel for p in shared)
-    return Outcome(losses, gradients, sizes, sent, reduced, 8 * figures, 4 * parameters)
+def executed(run: RunConfig, segment: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Seen], int]:
+    """What an optimizer step of one micro-batch calls, and how often a block runs, in backwards too."""
+    objective, seen, blocks = Objective(stirred_model(run), run).train(), list[Seen](), list[int]()
+    objective.model.blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
+    step, replay, add = objective_module.rollout_step, objective_module.replay_steps, LocalGradients.add
+
+    def rollout_step(*args: Any, recompute: bool = False, for_losses: bool = True) -> StepOutput:
+        output = step(*args, recompute=recompute, for_losses=for_losses)
+        seen.append(Seen((args[2],), output.flow.requires_grad, not for_losses, False, recompute))
+        return output
+
+    def replay_steps(*args: Any) -> list[StepOutput]:
+        outputs = replay(*args)
+        seen.append(Seen(tuple(args[2]), all(output.flow.requires_grad for output in outputs), replayed=True))
+        return outputs
+
+    def backward(local: LocalGradients, loss: Tensor) -> None:
+        seen.append(Seen(()))
+        add(local, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective_module, "rollout_step", rollout_step)
+        patch.setattr(objective_module, "replay_steps", replay_steps)
+        patch.setattr(LocalGradients, "add", backward)
+        objective(StepRequest((an_item(run),), segment)).loss.backward()
+    return seen, len(blocks)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, RunConfig]:
-    """DiffMoE, T = 3, two micro-batches of two images on each rank; and one plain denoising step of the same."""
-    shards, output = make_shards(tmp_path_factory.mktemp("shards") / "shapes"), tmp_path_factory.mktemp("runs")
-    made = {}
-    for layout, ep_size in LAYOUTS.items():
-        sections = {"optim": {"name": "sgd", "lr": 0.05}, "parallel": {"ep_size": ep_size}}
-        for name, fields in SCHEDULES.items():
-            rollout = {"num_steps": 3} | fields
-            made[name, layout] = make_run(shards, output, rollout=rollout, train={"micro_batch": 2}, **sections)
-        made["one step", layout] = make_run(shards, output, stage="pretrain", **sections)
-    return made
+def an_item(run: RunConfig) -> TrajectoryBatch:
+    x0, x1 = torch.randn(2, 2, 4, 4, 4)
+    steps = 1 if run.stage == "pretrain" else run.rollout.num_steps
+    condition = TextCondition(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool), torch.randn(2, 8))
+    return TrajectoryBatch(x0, x1, descending_times(torch.rand(steps - 1, 2), 0.999), condition, torch.rand(2, 4))
 
 
-@pytest.fixture(scope="module")
-def outcomes(runs: dict[Key, RunConfig]) -> dict[Key, Outcome]:
-    return run_ranks(train_and_count, 2, runs, timeout=400)[0]
+def random_run(draw: random.Random) -> RunConfig:
+    """A valid run of one of all schedules, with and without a routing loss."""
+    router, steps = draw.choice(["tc", "ec", "diffmoe"]), draw.randint(1, 6)
+    rollout: dict[str, Any] = {"num_steps": steps, "schedule": draw.choice(list(SCHEDULES))}
+    rollout |= {"kept_steps": draw.choice([None, *range(steps + 1)])} if draw.random() < 0.7 else {}
+    rollout |= {"segment_steps": draw.randint(1, steps)} if rollout["schedule"] == "segments" else {}
+    rollout |= {"merged_steps": draw.randint(1, steps)} if draw.random() < 0.4 else {}
+    model = {"width": 8, "depth": 2, "num_heads": 1, "latent_size": 4, "num_experts": 2, "text_width": 8}
+    stage = draw.choice(["posttrain", "posttrain", "posttrain", "pretrain"])
+    try:
+        return make_run(
+            Path("none"), Path("none"), router, stage=stage, rollout=rollout, model=model | {"pooled_width": 8}
+        )
+    except ValidationError:
+        return random_run(draw)
 
 
-@pytest.fixture(scope="module")
-def references(runs: dict[Key, RunConfig]) -> dict[str, Trace]:
-    return {name: with_plain_torch(runs[name, "ep 1"], STEPS) for name in ("plain", "segments")}
+@pytest.mark.parametrize("seed", range(CASES))
+def test_what_is_called_is_what_is_described(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    run = random_run(draw)
+    segment = draw.randrange(num_segments(run))
+    schedule = schedule_of(run, segment=segment)
+    seen, blocks = executed(run, segment, monkeypatch)
+    assert seen == expected(schedule)
+    assert blocks == len(list(schedule.calls)) + schedule.recomputed
+    trained = [step for call in seen for step in call.steps if call.graph]
+    assert sorted(trained) == sorted(set(trained))  # each once
+    assert len(trained) == schedule.trained
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_losses_and_gradients_equal_one_process(
-    name: str, layout: str, outcomes: dict[Key, Outcome], references: dict[str, Trace]
-) -> None:
-    ours, reference = outcomes[name, layout], references["segments" if name == "segments" else "plain"]
-    assert max(abs(a - b) for a, b in zip(ours.losses, reference.losses, strict=True)) < 1e-5
-    for key, gradient in reference.gradients.items():
-        assert float((ours.gradients[key] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()) + 1e-9, key
+def test_random_runs_cover_every_schedule() -> None:
+    runs = [random_run(random.Random(seed)) for seed in range(CASES)]
+    assert {run.rollout.schedule for run in runs if run.stage == "posttrain"} == set(SCHEDULES)
+    calls = [call for run in runs for call in schedule_of(run).calls]
+    assert {call.replayed for call in calls} == {call.recompute for call in calls} == {True, False}
+    assert any(call.replayed and len(call.steps) > 1 for call in calls)
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_rollout_gathers_and_reduces_the_model_once(name: str, layout: str, outcomes: dict[Key, Outcome]) -> None:
-    ours, one_step = outcomes[name, layout], outcomes["one step", layout]
-    assert ours.sizes == dict.fromkeys(ZERO, ours.parameters)
-    assert ours.sent <= 1.1 * one_step.sent
+def test_a_segment_changes_where_graphs_are_and_no_count() -> None:
+    run = a_run(rollout={"num_steps": 6, "schedule": "segments", "segment_steps": 2, "kept_steps": 1})
+    first, last = schedule_of(run, segment=0), schedule_of(run)
+    assert [call.steps for call in first.calls if call.graph] == [range(1, 2), range(1)]
+    assert [call.steps for call in last.calls if call.graph] == [range(5, 6), range(4, 5)]
+    assert (first.forwards, first.trained, first.cost) == (last.forwards, last.trained, last.cost) == (7, 2, 11)
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_figures_of_all_layers_and_steps_go_in_one_all_reduce(
-    name: str, layout: str, outcomes: dict[Key, Outcome]
-) -> None:
-    """The engine's own reductions, of norms and flags, are single numbers."""
-    ours = outcomes[name, layout]
-    assert [size for size in ours.reduced if size > 16] == [ours.figures]
+def test_uses_of_the_model() -> None:
+    assert schedule_of(a_run(rollout={"num_steps": 3, "schedule": "two_pass"})).model_uses == 9  # 3 + 3 and 3 backwards
+    assert schedule_of(a_run("tc", rollout={"num_steps": 3, "schedule": "two_pass"})).model_uses == 6
+    assert schedule_of(a_run(rollout={"num_steps": 3, "schedule": "plain"})).model_uses == 6
+
+
+def cost_of(run: RunConfig) -> int:
+    return schedule_of(run).cost
+
+
+def a_run(router: str = "diffmoe", rollout: dict[str, object] | None = None, **sections: object) -> RunConfig:
+    steps = {"num_steps": 10, "schedule": "auto"} | (rollout or {})
+    return make_run(Path("none"), Path("none"), router, rollout=steps, **sections)
+
+
+def test_costs_rise_along_the_exact_schedules() -> None:
+    costs = [cost_of(run) for run in exact_schedules(a_run())]
+    assert costs == [30, *range(31, 40), 40]
+    segments = a_run(rollout={"schedule": "segments", "segment_steps": 5})
+    assert cost_of(segments) == 20
+    assert cost_of(a_run(rollout={"schedule": "segments", "segment_steps": 5, "kept_steps": 0})) == 25
+    assert cost_of(a_run(rollout={"schedule": "two_pass"})) == 40
+    assert cost_of(a_run("tc", rollout={"schedule": "two_pass"})) == 30
+    assert [run.rollout.schedule for run in exact_schedules(a_run(stage="pretrain"))] == ["plain", "checkpoint"]
+
+
+def test_what_cannot_run_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.schedule is auto"):
+        check_schedule(a_run(), 4)
+    merged = {"schedule": "two_pass", "merged_steps": 3}
+    with pytest.raises(ConfigError, match="promoe_tc compares the tokens of a whole call"):
+        check_schedule(a_run("promoe_tc", merged, model={"conditioning": "class"}), 4)
+    uneven = a_run("diffmoe", merged, model={"num_experts": 3})
+    with pytest.raises(ConfigError, match=r"16 tokens \* capacity 1\.0 do not split evenly over 3 experts"):
+        check_schedule(uneven, 1)
+    check_schedule(uneven, 3)
+    check_schedule(a_run("ec", merged, model={"num_experts": 3}), 1)

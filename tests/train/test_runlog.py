@@ -12,9 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sharpmoe.log_file import read_log, read_log_lines
-from sharpmoe.train.flops import Ledger
+from sharpmoe.train.flops import StepFlops
 from sharpmoe.train.metrics import Effort, StepStats
-from sharpmoe.train.runlog import RunLog, clock
+from sharpmoe.train.runlog import RunLog, _clock
 
 
 class Terminal(io.StringIO):
@@ -95,7 +95,7 @@ def test_a_file_gets_one_line_per_written_step(tmp_path: Path) -> None:
 def test_the_line_tells_the_utilisation_where_the_peak_is_known(tmp_path: Path) -> None:
     stream = io.StringIO()
     log = RunLog(tmp_path, 2, every=1, stream=stream)
-    spent = Ledger(dense=1e9, routed=0, router=0, wasted=9e9)  # 32 images in half a second: 0.064 TFLOP/s
+    spent = StepFlops(dense=1e9, routed=0, router=0, wasted=9e9)  # 32 images in half a second: 0.064 TFLOP/s
     log.step(replace(stats(1), effort=Effort(spent, ranks=1, peak_tflops=0.128)))
     log.step(replace(stats(2), effort=Effort(spent, ranks=1)))
     log.close()
@@ -184,4 +184,4 @@ def test_a_full_disk_costs_figures_not_the_run(tmp_path: Path) -> None:
 
 
 def test_durations_as_clocks() -> None:
-    assert (clock(61), clock(3725)) == ("1:01", "1:02:05")
+    assert (_clock(61), _clock(3725)) == ("1:01", "1:02:05")

@@ -6,10 +6,17 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from launcher.train import main
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
+from sharpmoe.model.attach import attach
 from sharpmoe.model.weights import save_weights
-from sharpmoe.train.setup import Initial, initial_model, origin_notes
-from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.train.setup import InitialModel, _origin_notes, initial_model, rehearse
+from tests.fixtures_data import make_shards
+from tests.toys import toy_model
+from tests.train.setting import ALONE, CONFIGS, identical, make_run, plan_for, stirred_model
+
+RUNS = sorted((CONFIGS / "runs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +34,7 @@ def test_shards_of_another_codec_or_encoder_are_refused(
         plan_for(make_run(shards, tmp_path, model=model), ALONE)
 
 
-def values(initial: Initial) -> dict[str, Tensor]:
+def values(initial: InitialModel) -> dict[str, Tensor]:
     return {name: initial.weights(name, planned.shape) for name, planned in initial.model.state_dict().items()}
 
 
@@ -56,12 +63,12 @@ def test_a_run_starts_from_its_base(shards: Path, tmp_path: Path) -> None:
 def test_weights_of_another_codec_are_refused_and_another_fit_is_noted() -> None:
     codec = {"kind": "patch_pca", "channels": 16, "sha256": "a"}
     here = {"codec": json.dumps(codec), "encoder": json.dumps({"kind": "hash"})}
-    assert origin_notes({}, here, "w", "s") == ()
-    assert origin_notes(here, here, "w", "s") == ()
-    (note,) = origin_notes({"codec": json.dumps(codec | {"sha256": "b"})}, here, "w", "s")
+    assert _origin_notes({}, here, "w", "s") == ()
+    assert _origin_notes(here, here, "w", "s") == ()
+    (note,) = _origin_notes({"codec": json.dumps(codec | {"sha256": "b"})}, here, "w", "s")
     assert "another fit" in note
     with pytest.raises(DataError, match="w: trained with codec channels 8, s has 16"):
-        origin_notes({"codec": json.dumps(codec | {"channels": 8})}, here, "w", "s")
+        _origin_notes({"codec": json.dumps(codec | {"channels": 8})}, here, "w", "s")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(shards: Path, tmp_path: Path) -> None:
@@ -73,3 +80,33 @@ def test_an_output_that_cannot_be_a_folder_is_found_before_the_first_step(shards
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"output: .*file/run cannot be made: .*file is not a folder; set output to"):
         plan_for(make_run(shards, tmp_path / "file"), ALONE)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_shipped_run_file_passes_a_dry_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # neither data nor weights are here
+    assert main(["--deepspeed", str(CONFIGS / "zero3.json"), "--config", str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "M active per token" in said
+    assert "is not prepared yet" in said
+
+
+def test_what_a_rehearsal_finds_must_fit(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards")
+
+    def rehearsed(**sections: object) -> str:
+        run = make_run(shards, tmp_path, "ec", **sections)
+        return rehearse(run, resolve_ds_config(CONFIGS / "zero3.json", run, 1), ALONE)
+
+    assert "note" not in rehearsed()
+    with pytest.raises(DataError, match=r"made for model\.latent_size 8"):
+        rehearsed(model={"latent_size": 16})
+    path = tmp_path / "base.safetensors"
+    model = attach(toy_model("ec", text_width=32, pooled_width=32))
+    save_weights(path, model.state_dict(), model.config)
+    assert "note" not in rehearsed(checkpoint={"init": str(path)})
+    with pytest.raises(CheckpointError, match=r"model\.num_experts is 4 there, 2 in the run"):
+        rehearsed(checkpoint={"init": str(path)}, model={"num_experts": 2})
+    assert "is not there yet" in rehearsed(checkpoint={"init": str(tmp_path / "none.safetensors")})

@@ -18,7 +18,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks import signals, watchdog
 from sharpmoe.parallel.ranks.launch import World, barrier
-from sharpmoe.train import loop, monitor, stopping
+from sharpmoe.train import loop, monitor
 from tests.distributed import run_ranks, start_ranks
 from tests.train.setting import identical, make_run, plan_for
 
@@ -37,10 +37,10 @@ class Place(NamedTuple):
 DRAWN, MEASURED = ("sampling", "routing sheet"), ("first look", "last look")
 # Three steps, validated and saved after each.
 PLACES = {
-    "data": Place(loop, "prepare", 2, 1),
+    "data": Place(loop, "draw_trajectories", 2, 1),
     "step": Place(loop, "train_step", 2, 2, looked=False),  # before the validation that follows
     "save": Place(save, "_write_own", 1, 1),
-    "last save": Place(loop, "save", 1, 3),
+    "last save": Place(loop, "ensure_saved", 1, 3),
     "first look": Place(monitor, "measure_allocation", 1, 0, looked=False),
     "validation": Place(monitor, "validate", 2, 2, looked=False),
     "sampling": Place(monitor, "draw_images", 2, 1, looked=False),
@@ -86,7 +86,7 @@ def interrupted(world: World, run: RunConfig, place: Place) -> Seen:
         loop.train(plan_for(run, world), world)
     took = time.monotonic() - told[0] if told else 0.0
     barrier(world)  # rank 0 writes
-    file = folder / stopping.FILE
+    file = folder / loop.STOPPED_FILE
     stopped = json.loads(file.read_text()) if file.exists() else None
     latest = (folder / "checkpoints" / "latest").read_text()
     manifest.verify(folder / "checkpoints" / latest)

@@ -78,7 +78,6 @@ class Engine:
         if self.stage == 3:
             spare_copies(self._optimizer, lambda: self._gate.norm)
         _restore_buffers(module, buffers)
-        self.notes = regather_warnings(ds_config, self.num_parameters, run)  # what the user should know
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward through the engine."""
@@ -301,38 +300,3 @@ def _deepspeed_adam(device: torch.device, settings: dict[str, Any]) -> Optimizer
     if device.type == "cuda":
         return partial(FusedAdam, adam_w_mode=True, **settings)
     return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
-
-
-def regather_warnings(ds_config: dict[str, Any], num_parameters: int, run: RunConfig) -> list[str]:
-    """Say which ZeRO-3 limits have a step gather parameters again, and how often at the most.
-
-    Both limits at the model's size are enough: what is gathered is then asked for again before it would be released,
-    and DeepSpeed looks ahead to the end of the step. Without looking ahead four times the size are needed (counted).
-    """
-    zero = ds_config["zero_optimization"]
-    if int(zero["stage"]) != 3:
-        return []
-    limits = {key: float(zero.get(key, 1e9)) for key in ("stage3_max_reuse_distance", "stage3_max_live_parameters")}
-    reuse, live = limits.values()
-    if reuse >= 4 * num_parameters or min(reuse, live) >= num_parameters:
-        return []
-    passes = model_passes(run) * int(ds_config["gradient_accumulation_steps"])
-    width = 2 if ds_config["bf16"]["enabled"] else 4
-    return [
-        f"zero_optimization.{key} is {int(limit)}, below the model's {num_parameters} parameters: an optimizer step "
-        f"gathers {width * num_parameters / 2**20:.0f} MiB up to {passes} times instead of once; set it to at least "
-        f"{num_parameters}"
-        for key, limit in limits.items()
-        if limit < num_parameters
-    ]
-
-
-def model_passes(run: RunConfig) -> int:
-    """Forwards and backwards of the model in the rollout of one micro-batch, at the most."""
-    rollout = run.rollout
-    if run.stage == "pretrain":
-        return 2
-    if rollout.schedule in ("plain", "checkpoint"):
-        return 2 * rollout.num_steps
-    trained = rollout.segment_steps if rollout.schedule == "segments" else rollout.num_steps
-    return rollout.num_steps + 2 * trained - rollout.steps_kept

@@ -56,3 +56,27 @@ def zero_settings(ds_config: dict[str, Any]) -> ZeroSettings:
 
 def _is_on_host(offload: Any) -> bool:
     return offload is not None and offload.device is not None and offload.device.value in ("cpu", "nvme")
+
+
+def regather_warnings(ds_config: dict[str, Any], num_parameters: int, uses: int) -> list[str]:
+    """Say which ZeRO-3 limits make a step gather parameters again, and how often at the most.
+
+    uses: forwards and backwards through the model in an optimizer step. Both limits at the model's size are enough:
+    what is gathered is then needed again before it would be released, and DeepSpeed looks ahead to the end of the step.
+    Without looking ahead four times the size are needed (counted).
+    """
+    zero = ds_config["zero_optimization"]
+    if int(zero["stage"]) != 3:
+        return []
+    limits = {key: float(zero.get(key, 1e9)) for key in ("stage3_max_reuse_distance", "stage3_max_live_parameters")}
+    reuse, live = limits.values()
+    if reuse >= 4 * num_parameters or min(reuse, live) >= num_parameters:
+        return []
+    width = 2 if ds_config["bf16"]["enabled"] else 4
+    return [
+        f"zero_optimization.{key} is {int(limit)}, below the model's {num_parameters} parameters: an optimizer step "
+        f"gathers {width * num_parameters / 2**20:.0f} MiB up to {uses} times instead of once; set it to at least "
+        f"{num_parameters}"
+        for key, limit in limits.items()
+        if limit < num_parameters
+    ]

@@ -9,7 +9,8 @@ import torch
 from sharpmoe.config import OptimConfig, RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.parallel.zero.engine import Engine, optimizer_factory, regather_warnings
+from sharpmoe.parallel.zero.engine import Engine, optimizer_factory
+from sharpmoe.parallel.zero.settings import regather_warnings
 from tests.distributed import run_ranks
 from tests.parallel.reference import Case, Trace, assert_same, with_engine, with_plain_torch
 from tests.train.setting import make_run, plan_for
@@ -104,21 +105,19 @@ def test_a_refused_step_moves_nothing_and_leaves_no_gradient(
         assert (applied, moved) == (False, False)
 
 
-def test_limits_below_the_model_size_are_named(make: Callable[..., RunConfig]) -> None:
-    def warned(size: int, run: RunConfig, **limits: int) -> list[str]:
+def test_limits_below_the_model_size_are_named() -> None:
+    def warned(size: int, **limits: int) -> list[str]:
         zero = {"stage": 3} | {f"stage3_max_{name}": value for name, value in limits.items()}
-        engine = {"zero_optimization": zero, "gradient_accumulation_steps": 2, "bf16": {"enabled": False}}
-        return regather_warnings(engine, size, run)
+        return regather_warnings({"zero_optimization": zero, "bf16": {"enabled": False}}, size, 18)
 
-    run = make("diffmoe", "two_pass")
-    (message,) = warned(2**20, run, live_parameters=2**19, reuse_distance=2**20)
+    (message,) = warned(2**20, live_parameters=2**19, reuse_distance=2**20)
     assert "stage3_max_live_parameters is 524288" in message
-    assert "gathers 4 MiB up to 18 times" in message  # 2 micro-batches of 3 forwards, 3 forwards and 3 backwards
-    assert len(warned(2**20, run, live_parameters=0, reuse_distance=0)) == 2
-    assert warned(2**20, run, live_parameters=2**20, reuse_distance=2**20) == []
-    assert warned(2**20, run, live_parameters=0, reuse_distance=2**22) == []
-    assert warned(2**20, run) == []
-    assert regather_warnings({"zero_optimization": {"stage": 2}}, 2**20, run) == []
+    assert "gathers 4 MiB up to 18 times" in message
+    assert len(warned(2**20, live_parameters=0, reuse_distance=0)) == 2
+    assert warned(2**20, live_parameters=2**20, reuse_distance=2**20) == []
+    assert warned(2**20, live_parameters=0, reuse_distance=2**22) == []
+    assert warned(2**20) == []
+    assert regather_warnings({"zero_optimization": {"stage": 2}}, 2**20, 18) == []
 
 
 def test_apex_that_is_not_there_names_the_trap() -> None:

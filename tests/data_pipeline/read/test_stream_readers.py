@@ -10,9 +10,8 @@ import psutil
 import pytest
 
 from data_pipeline.read.shards import ShardSet
-from data_pipeline.read.stream import stream
+from data_pipeline.read.stream import _watched, stream
 from sharpmoe.errors import DataError
-from sharpmoe.train.feed import watched
 
 
 def readers() -> list[psutil.Process]:
@@ -34,7 +33,7 @@ def test_a_killed_reader_is_one_line_at_the_next_batch(workers: int, shards: Pat
     train = ShardSet.open(shards, "train")
     before = {child.pid for child in readers()}
     handler = signal.getsignal(signal.SIGCHLD)
-    batches = watched(stream(train, seed=0, global_batch=4, micro_batch=4, rank=0, world=1, num_workers=workers))
+    batches = stream(train, seed=0, global_batch=4, micro_batch=4, rank=0, world=1, num_workers=workers)
     for _ in range(3):
         next(batches)
     started = [child for child in readers() if child.pid not in before]
@@ -53,7 +52,7 @@ def test_a_killed_reader_is_one_line_at_the_next_batch(workers: int, shards: Pat
 def test_closing_ends_the_readers(shards: Path) -> None:
     train = ShardSet.open(shards, "train")
     before = {child.pid for child in readers()}
-    batches = watched(stream(train, seed=0, global_batch=4, micro_batch=4, rank=0, world=1, num_workers=2))
+    batches = stream(train, seed=0, global_batch=4, micro_batch=4, rank=0, world=1, num_workers=2)
     next(batches)
     started = [child for child in readers() if child.pid not in before]
     assert started
@@ -66,8 +65,8 @@ def test_other_errors_and_the_end_pass() -> None:
         yield 1
         raise RuntimeError("something else")
 
-    batches = watched(broken())  # type: ignore[arg-type]
+    batches = _watched(broken())  # type: ignore[arg-type]
     assert next(batches) == 1
     with pytest.raises(RuntimeError, match="something else"):
         next(batches)
-    assert list(watched(iter([1, 2]))) == [1, 2]
+    assert list(_watched(iter([1, 2]))) == [1, 2]

@@ -1,7 +1,7 @@
 import pytest
 
 from sharpmoe.config import OptimConfig
-from sharpmoe.train.schedule import learning_rate
+from sharpmoe.train.step import learning_rate
 
 
 def test_constant_after_warm_up() -> None:
