@@ -14,7 +14,7 @@ published layer, and how close to the dense one, a layer of these products could
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ from benchmarks.published import (
 from sharpmoe.config import ModelConfig
 from sharpmoe.families import tokens_per_expert
 from sharpmoe.model.flops import Product
-from sharpmoe.moe.dispatch import LocalDispatcher
-from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
+from sharpmoe.moe.dispatch import Assignment, Counts, LocalDispatcher
+from sharpmoe.moe.experts import Mlp, gelu_tanh
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import Routing
 from sharpmoe.moe.selection import RULES, RuleInput
@@ -235,11 +235,13 @@ def dispatch(size: Size, options: Options) -> Case:
     leaves = [x.requires_grad_(), scores.requires_grad_()]
     count = size.images * tokens_per_expert(TOKENS, config.num_experts, config.capacity)
 
-    echo = cast(Experts, _echo)
+    dispatcher = LocalDispatcher()
 
     def ours() -> tuple[Tensor, ...]:
         chosen = RULES["ec"].train(RuleInput(scores.detach()), config).flatten(0, 1)
-        y = LocalDispatcher()(x.flatten(0, 1), chosen, scores.flatten(0, 1), echo, count).view_as(x)
+        assignment = Assignment(chosen, scores.flatten(0, 1), Counts(per_expert=count))
+        rows, _, ticket = dispatcher.dispatch(x.flatten(0, 1), assignment)
+        y = dispatcher.combine(rows, ticket).view_as(x)
         return y, *torch.autograd.grad(y, leaves, dy)
 
     def one_hot() -> tuple[Tensor, ...]:
@@ -253,11 +255,6 @@ def dispatch(size: Size, options: Options) -> Case:
         assert_close(got, expected, TOLERANCE[options.precision])
 
     return Case(f"moe_layer.dispatch_ec_{size}", _once(ours), _once(one_hot), None, Goals(DISPATCH), check)
-
-
-def _echo(rows: Tensor, counts: Tensor | int) -> Tensor:
-    """Return the input: identity experts."""
-    return rows
 
 
 def _once(work: Callable[[], object]) -> Work:

@@ -19,6 +19,7 @@ from sharpmoe import flow, sampling
 from sharpmoe.config import SIZES, ModelConfig, SampleConfig
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, Request
 
 _STEPS = 2
@@ -205,7 +206,7 @@ class _InParts:
         self.model, self.parts = model, parts
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Any, x0_prev: Tensor | None = None, *, pools: int = 1
+        self, x_t: Tensor, t: Tensor, condition: Any, x0_prev: Tensor | None = None, mode: CallMode = CallMode()
     ) -> ModelOutput:
         assert x0_prev is not None
         columns = [part.chunk(self.parts) for part in (x_t, t, x0_prev, *condition)]

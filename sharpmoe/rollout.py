@@ -14,7 +14,7 @@ from sharpmoe.flow import clean_prediction, interpolate, velocity_target
 from sharpmoe.losses import flow_matching
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import Condition
-from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.routing import CallMode, Routing
 
 
 class TrajectoryBatch(NamedTuple):
@@ -58,16 +58,12 @@ def rollout_step(
     item: TrajectoryBatch,
     step: int,
     x0_prev: Tensor | None,
-    recompute: bool = False,
-    for_losses: bool = True,
+    mode: CallMode = CallMode(),
 ) -> StepOutput:
-    """Denoise at the item's times[step] (0-based) with `x0_prev`; gradients are the caller's choice.
-
-    recompute, for_losses: see `DiT.forward`.
-    """
+    """Denoise at the item's times[step] (0-based) with `x0_prev`; gradients are the caller's choice."""
     t = item.times[step]
     x_t = interpolate(item.x0, item.x1, t)
-    output = model(x_t, t, item.condition, x0_prev, recompute=recompute, for_losses=for_losses)
+    output = model(x_t, t, item.condition, x0_prev, mode)
     return _step_output(item, x_t, t, output)
 
 
@@ -86,7 +82,13 @@ def replay_steps(
     x0_prevs = [each.x0_prev for each in replays if each.x0_prev is not None]
     maps = tuple(torch.cat(layer) for layer in zip(*(each.routing_maps for each in replays), strict=True))
     condition = _repeat(item.condition, len(steps))
-    output = model(torch.cat(x_t), torch.cat(times), condition, torch.cat(x0_prevs) if x0_prevs else None, maps)
+    output = model(
+        torch.cat(x_t),
+        torch.cat(times),
+        condition,
+        torch.cat(x0_prevs) if x0_prevs else None,
+        CallMode(routing_maps=maps),
+    )
     return [
         _step_output(item, x_t[index], times[index], _part(output, index, len(steps), each.cutoffs))
         for index, each in enumerate(replays)
@@ -120,12 +122,12 @@ def _part(output: ModelOutput, index: int, count: int, cutoffs: tuple[Tensor, ..
     return ModelOutput(output.v.chunk(count)[index], tuple(records))
 
 
-def rollout(model: DiT, item: TrajectoryBatch, uses_x0_prev: bool, recompute: bool = False) -> list[StepOutput]:
+def rollout(model: DiT, item: TrajectoryBatch, uses_x0_prev: bool, mode: CallMode = CallMode()) -> list[StepOutput]:
     """All T steps in order, each graph kept (under grad mode); x0_hat is handed on where the model `uses_x0_prev`."""
     x0_prev = first_x0_prev(item, uses_x0_prev)
     outputs: list[StepOutput] = []
     for step in range(len(item.times)):
-        output = rollout_step(model, item, step, x0_prev, recompute)
+        output = rollout_step(model, item, step, x0_prev, mode)
         outputs.append(output)
         x0_prev = output.x0_hat if uses_x0_prev else None
     return outputs

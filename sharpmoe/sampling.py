@@ -21,15 +21,21 @@ from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.dit import DiT, ModelOutput, Prepared
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.moe.routing import CallMode
 
 
 class Denoiser(Protocol):
     """What the samplers need of a model; a `DiT` in eval mode is one."""
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Condition | Prepared, x0_prev: Tensor | None = None, *, pools: int = 1
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition | Prepared,
+        x0_prev: Tensor | None = None,
+        mode: CallMode = CallMode(),
     ) -> ModelOutput:
-        """Predict the velocity of x_t (B, C, H, W) at t (B,); pools: equal parts of the batch that choose apart."""
+        """Predict the velocity of x_t (B, C, H, W) at t (B,)."""
         ...
 
 
@@ -92,7 +98,7 @@ def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSe
         x0_prev_all = torch.cat(x0_prev) if settings.saliency_router else None
         pools = {"all": 1, "call": len(branches), "image": rows}[settings.pool]
         own = (
-            model(x.repeat(len(branches), 1, 1, 1), times, fixed, x0_prev_all, pools=pools)
+            model(x.repeat(len(branches), 1, 1, 1), times, fixed, x0_prev_all, CallMode(pools=pools))
             .v.float()
             .chunk(len(branches))
         )

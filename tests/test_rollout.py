@@ -1,6 +1,7 @@
 """The rollout and its exact forms, in float64 on one process."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -199,9 +200,10 @@ def test_half_precision_replays_the_routing_of_the_first_pass(merged: int) -> No
     first, second = list[Tensor](), list[Tensor]()
     layer = objective.model.moe_layers()[0]
 
-    def see(_: object, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Routing]) -> None:
-        (first if inputs[2] is None else second).append(output[1].routing_map)
-        assert inputs[2] is None or torch.equal(inputs[2], output[1].routing_map)
+    def see(_: object, inputs: tuple[Any, ...], output: tuple[Tensor, Routing]) -> None:
+        replayed = inputs[3].replayed
+        (first if replayed is None else second).append(output[1].routing_map)
+        assert replayed is None or torch.equal(replayed, output[1].routing_map)
 
     layer.register_forward_hook(see)
     objective(StepRequest((make_item(),))).loss.backward()
@@ -215,9 +217,9 @@ def test_x0_prev_is_the_former_clean_prediction_and_detached() -> None:
     item, seen = make_item(), []
     forward = objective.model.forward
 
-    def spy(x_t: Tensor, t: Tensor, condition: object, x0_prev: Tensor, **rest: object) -> object:
+    def spy(x_t: Tensor, t: Tensor, condition: object, x0_prev: Tensor, *rest: object) -> object:
         seen.append((x_t, x0_prev))
-        return forward(x_t, t, condition, x0_prev, **rest)
+        return forward(x_t, t, condition, x0_prev, *rest)
 
     objective.model.forward = spy
     outputs = rollout(objective.model, item, uses_x0_prev=True)

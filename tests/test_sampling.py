@@ -9,6 +9,7 @@ from sharpmoe.config import SampleConfig
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.dit import ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, Request, euler, generate, heun, make_field
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model
 
@@ -23,10 +24,15 @@ class Recorder:
         self.pools: list[int] = []
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Condition, x0_prev: Tensor | None = None, *, pools: int = 1
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        x0_prev: Tensor | None = None,
+        mode: CallMode = CallMode(),
     ) -> ModelOutput:
         self.calls.append((x_t, t, condition, x0_prev))
-        self.pools.append(pools)
+        self.pools.append(mode.pools)
         labels = condition.labels if isinstance(condition, ClassCondition) else torch.zeros(len(x_t))
         return ModelOutput(x_t * (1.0 + labels.view(-1, 1, 1, 1)), ())
 

@@ -19,6 +19,7 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import ClassCondition, Condition
+from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, generate, make_field
 from tests.test_sampling import Recorder, captions, empty_text, request
 from tests.toys import toy_config, toy_model
@@ -62,7 +63,7 @@ class Split:
         self.model, self.parts = model, parts
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Any, x0_prev: Tensor | None = None, *, pools: int = 1
+        self, x_t: Tensor, t: Tensor, condition: Any, x0_prev: Tensor | None = None, mode: CallMode = CallMode()
     ) -> ModelOutput:
         rows = [torch.chunk(part, self.parts) for part in (x_t, t, *condition)]
         x0_prevs: Sequence[Tensor | None] = [None] * self.parts if x0_prev is None else x0_prev.chunk(self.parts)

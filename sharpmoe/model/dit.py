@@ -30,7 +30,7 @@ from sharpmoe.model.initial import fill_parameters
 from sharpmoe.moe.experts import feed_forward
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.router import at_least_float32
-from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.routing import CallMode, Routing
 
 
 class ModelOutput(NamedTuple):
@@ -63,8 +63,6 @@ class Context(NamedTuple):
     text: TextContext | None
     rope: Tensor | None  # (2, N, D / heads) cosines and sines
     unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
-    pools: int = 1  # equal parts of the batch, each a pool of its own: see `MoELayer`
-    for_losses: bool = True  # see `MoELayer`
     read: Tensor | None = None  # (B, L, 2 D) keys and values of the text in this block, where they are at hand
 
 
@@ -136,17 +134,17 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.width, 6 * config.width)
 
     def forward(
-        self, x: Tensor, context: "Context", x0_prev_tokens: Tensor | None, routing_map: Tensor | None
+        self, x: Tensor, context: "Context", x0_prev_tokens: Tensor | None, mode: CallMode
     ) -> tuple[Tensor, Routing | None]:
         """X (B, N, D); returns the tokens and, from an MoE block, the routing record."""
-        c, text, rope, unconditional, pools, for_losses, read = context
+        c, text, rope, unconditional, read = context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(normalise(x, self.norm1), shift_a, scale_a), rope)
         if self.cross_attn is not None and text is not None:
             x = x + self.cross_attn(layer_norm(x), text.tokens, text.mask, read)
         h = modulate(normalise(x, self.norm2), shift_m, scale_m)
         if self.moe is not None:
-            y, routing = self.moe(h, x0_prev_tokens, routing_map, unconditional, pools, for_losses)
+            y, routing = self.moe(h, x0_prev_tokens, unconditional, mode)
             return x + gate_m.unsqueeze(1) * y, routing
         assert self.mlp is not None
         return x + gate_m.unsqueeze(1) * self.mlp(h), None
@@ -204,26 +202,20 @@ class DiT(nn.Module):
         t: Tensor,
         condition: Condition | Prepared | Tensor,
         x0_prev: Tensor | None = None,
-        routing_maps: tuple[Tensor, ...] | None = None,
-        recompute: bool = False,
-        pools: int = 1,
-        for_losses: bool = True,
+        mode: CallMode = CallMode(),
     ) -> ModelOutput:
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
         x_t need not be square, but has as many tokens as a square one of the configured size; ValueError otherwise.
         condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. x0_prev (B, C, H, W):
-        clean latent predicted by the previous step, detached here; None gives the base routing. routing_maps: per MoE
-        layer (B, N, E) bool, choices to replay. recompute: keep only block inputs for backward (non-reentrant; the
-        reentrant form gives wrong gradients under ZeRO-3). pools, for_losses: see `MoELayer`. v is float32 or better.
+        clean latent predicted by the previous step, detached here; None gives the base routing. v is float32 or better.
         """
-        how = (recompute, pools, for_losses)
         condition = self._embed_condition(condition) if not isinstance(condition, Prepared) else condition
         if self.config.prediction == "ddpm_noise":
             scaled, step = ddpm_input(x_t, t)
-            noise, records = self._network(scaled, step, condition, x0_prev, routing_maps, *how)
+            noise, records = self._network(scaled, step, condition, x0_prev, mode)
             return ModelOutput(ddpm_velocity(scaled, noise, step), records)
-        return ModelOutput(*self._network(x_t, t, condition, x0_prev, routing_maps, *how))
+        return ModelOutput(*self._network(x_t, t, condition, x0_prev, mode))
 
     def _network(
         self,
@@ -231,10 +223,7 @@ class DiT(nn.Module):
         t: Tensor,
         condition: Prepared,
         x0_prev: Tensor | None,
-        routing_maps: tuple[Tensor, ...] | None,
-        recompute: bool,
-        pools: int,
-        for_losses: bool,
+        mode: CallMode,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
         grid = self._grid(x_t)
@@ -242,13 +231,14 @@ class DiT(nn.Module):
         x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach(), grid)
         c = functional.silu(self.t_embedder(t) + condition.c)
         rope = self._rotary(t.device, grid)
-        context = Context(c, condition.text, rope, condition.unconditional, pools, for_losses)
+        context = Context(c, condition.text, rope, condition.unconditional)
         read = condition.text.read if condition.text is not None else ()
         records: list[Routing] = []
         for index, block in enumerate(self.blocks):
-            replay = routing_maps[len(records)] if routing_maps is not None and block.moe is not None else None
-            inputs = (tokens, context._replace(read=read[index]) if read else context, x0_prev_tokens, replay)
-            tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            own_mode = mode.for_layer(len(records)) if block.moe is not None else mode._replace(routing_maps=None)
+            inputs = (tokens, context._replace(read=read[index]) if read else context, x0_prev_tokens, own_mode)
+            # Non-reentrant: the reentrant form gives wrong gradients under ZeRO-3.
+            tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if mode.recompute else block(*inputs)
             if routing is not None:
                 records.append(routing)
         return self._latent(self.final_layer(tokens, context.c), grid), tuple(records)

@@ -1,13 +1,13 @@
-"""One MoE layer: route -> select -> dispatch -> experts -> combine."""
+"""One MoE layer: route, dispatch, experts, combine, shared expert."""
 
 from torch import Tensor
 
+from sharpmoe import families
 from sharpmoe.config import ModelConfig
-from sharpmoe.families import rows_per_expert, total_rows
-from sharpmoe.moe.dispatch import Dispatcher, LocalDispatcher
+from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher, LocalDispatcher
 from sharpmoe.moe.experts import Experts, feed_forward
 from sharpmoe.moe.router import Router
-from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.routing import CallMode, Routing
 
 
 class MoELayer(Router):
@@ -29,35 +29,28 @@ class MoELayer(Router):
         self,
         h: Tensor,
         x0_prev_tokens: Tensor | None = None,
-        routing_map: Tensor | None = None,
         unconditional: Tensor | None = None,
-        pools: int = 1,
-        for_losses: bool = True,
+        mode: CallMode = CallMode(),
     ) -> tuple[Tensor, Routing]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record. No side effects.
 
-        x0_prev_tokens (B, N, D): the embedded x0_prev; None leaves the base routing. routing_map (B, N, E):
-        replay this choice instead of making one (two-pass training in half precision, where a near-tie can flip).
-        unconditional (B,) bool: images without class, where the layer has an expert of their own. pools: equal parts
-        of the batch in which DiffMoE counts and ranks its tokens apart in inference; no other choice depends on it.
-        for_losses: in training, make what only losses and thresholds read (capacity logits, similarity of prototypes,
-        the layer's own prediction); for a first pass, whose steps are run again, those fields stay None.
+        x0_prev_tokens (B, N, D): the embedded x0_prev; None leaves the base routing. unconditional (B,) bool: images
+        without class, where the layer has an expert of their own. mode: how the call is made, with this layer's own
+        routing map where it replays one.
         """
-        record = self.route(
-            h,
-            x0_prev_tokens,
-            routing_map=routing_map,
-            unconditional=unconditional,
-            pools=pools,
-            for_losses=for_losses,
-        )
-        return self._serve(h, record, is_replay=routing_map is not None), record
+        routing = self.route(h, x0_prev_tokens, unconditional, mode)
+        counts = self._fixed_counts(h, is_replay=mode.replayed is not None)
+        assignment = Assignment(routing.routing_map.flatten(0, 1), routing.gates.flatten(0, 1), counts)
+        rows, rows_per_expert, ticket = self.dispatcher.dispatch(h.flatten(0, 1), assignment)
+        out = self.experts(rows, rows_per_expert)
+        y = self.dispatcher.combine(out, ticket).view_as(h)
+        return (y if self.shared is None else y + self.shared(h)), routing
 
-    def _serve(self, h: Tensor, record: Routing, is_replay: bool) -> Tensor:
-        tokens, chosen, gates = (part.flatten(0, 1) for part in (h, record.routing_map, record.gates))
-        images, count = h.shape[:2]
+    def _fixed_counts(self, h: Tensor, is_replay: bool) -> Counts:
+        """What the family fixes about the rows of experts for tokens h (B, N, D)."""
+        images, tokens, _ = h.shape
         how = {"training": self.training, "pool_is_call": self.pool.is_call}
-        each = rows_per_expert(self.config, images, count, **how)
-        total = total_rows(self.config, images, count, **how, is_replay=is_replay)
-        y = self.dispatcher(tokens, chosen, gates, self.experts, each, total).view_as(h)
-        return y if self.shared is None else y + self.shared(h)
+        return Counts(
+            per_expert=families.rows_per_expert(self.config, images, tokens, **how),
+            total=families.total_rows(self.config, images, tokens, **how, is_replay=is_replay),
+        )

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.pool import CallPool, Pool
-from sharpmoe.moe.routing import Routing, score_logits
+from sharpmoe.moe.routing import CallMode, Routing, score_logits
 from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
 
 
@@ -38,22 +38,17 @@ class Router(nn.Module):
         self,
         features: Tensor,
         x0_prev_tokens: Tensor | None = None,
-        *,
-        routing_map: Tensor | None = None,
         unconditional: Tensor | None = None,
-        pools: int = 1,
-        for_losses: bool = True,
+        mode: CallMode = CallMode(),
     ) -> Routing:
         """Choose experts for B x N tokens. No side effects; communicates where the pool does.
 
         features (B, N, F): what gate, capacity predictor and heads read. They need not be what the experts are given:
         a gate may read the state before modulation beside the time. x0_prev_tokens (B, N, D): the embedded clean
-        latent of the step before, which the saliency router reads; None leaves the base routing. routing_map
-        (B, N, E): replay this choice instead of making one (in half precision a near-tie can flip in a second pass).
-        unconditional (B,) bool: images without class, where the layer has an expert of their own. pools: equal parts
-        of the batch, each a pool of its own in inference that ranks tokens of a call; no other choice depends on it.
-        for_losses: in training, make what only losses and thresholds read (capacity logits, similarity of prototypes,
-        the layer's own prediction); for a first pass, whose steps are run again, those fields stay None.
+        latent of the step before, which the saliency router reads; None leaves the base routing. unconditional (B,)
+        bool: images without class, where the layer has an expert of their own. mode: with this layer's own routing map
+        where a choice is replayed; without for_losses the capacity logits, the similarity of prototypes and the
+        layer's own prediction stay None in training.
         """
         config = self.config
         read = at_least_float32(features)  # one copy; in half precision each reader would keep its own for backward
@@ -62,11 +57,13 @@ class Router(nn.Module):
         if x0_prev_tokens is not None and self.saliency_router is not None:
             logits = gate_logits + self.saliency_router(x0_prev_tokens)
         scores = score_logits(logits, config.score)
-        has_losses = self.training and for_losses
+        has_losses = self.training and mode.for_losses
         capacity_logits = None
         if self.capacity_predictor is not None and (has_losses or not self.training):
             capacity_logits = self.capacity_predictor(read)
-        chosen = self._choose(scores.detach(), capacity_logits, pools) if routing_map is None else routing_map
+        chosen = mode.replayed
+        if chosen is None:
+            chosen = self._choose(scores.detach(), capacity_logits, mode.pools)
         if unconditional is not None:
             scores, chosen = _send_unconditional(scores, chosen, unconditional)
         return Routing(

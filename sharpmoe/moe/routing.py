@@ -5,6 +5,24 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class CallMode(NamedTuple):
+    """How one model call is made. A NamedTuple, because ZeRO-3 hooks see tensors only inside tuples."""
+
+    recompute: bool = False  # keep only the inputs of blocks for backward, and run each block again there
+    pools: int = 1  # equal parts of the batch whose tokens DiffMoE counts and ranks apart in inference
+    for_losses: bool = True  # in training, compute what only losses and thresholds read; else those fields stay None
+    routing_maps: tuple[Tensor, ...] | None = None  # per MoE layer (B, N, E) bool: choices to replay, none are made
+
+    def for_layer(self, index: int) -> "CallMode":
+        """The mode as MoE layer `index` (in depth order) gets it: with its own routing map alone."""
+        return self if self.routing_maps is None else self._replace(routing_maps=(self.routing_maps[index],))
+
+    @property
+    def replayed(self) -> Tensor | None:
+        """The choice (B, N, E) that a layer replays: in half precision a near-tie can flip between two passes."""
+        return None if self.routing_maps is None else self.routing_maps[0]
+
+
 class Routing(NamedTuple):
     """What one MoE layer decided in one call. A NamedTuple, because ZeRO-3 hooks see tensors only inside tuples.
 

@@ -18,8 +18,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
-from sharpmoe.moe.dispatch import LocalDispatcher
-from sharpmoe.moe.experts import Experts
+from sharpmoe.moe.dispatch import Assignment, Counts, Dispatched, LocalDispatcher
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule, with_schedule
@@ -94,23 +93,18 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _EvenDispatcher:
-    """All experts are taken to be here and to take as many rows each: the row counts of real routing are data."""
+class _EvenDispatcher(LocalDispatcher):
+    """Assumes that all experts are here and take as many rows each: the row counts of real routing are data.
+
+    An exchange between ranks keeps nothing but the places of rows.
+    """
 
     def __init__(self, rows: int) -> None:
-        self._rows, self._local = rows, LocalDispatcher()
+        self._rows = rows
 
-    def __call__(
-        self,
-        x: Tensor,
-        routing_map: Tensor,
-        gates: Tensor,
-        experts: Experts,
-        rows_per_expert: int | None,
-        total: int | None = None,
-    ) -> Tensor:
-        """See `Dispatcher`. An exchange between ranks keeps nothing but places of rows."""
-        return self._local(x, routing_map, gates, experts, max(1, self._rows // routing_map.shape[1]))
+    def dispatch(self, x: Tensor, assignment: Assignment) -> Dispatched:
+        per_expert = max(1, self._rows // assignment.routing_map.shape[1])
+        return super().dispatch(x, assignment._replace(counts=Counts(per_expert)))
 
 
 def measure(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:

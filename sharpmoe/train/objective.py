@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
 from sharpmoe.model.dit import DiT
+from sharpmoe.moe.routing import CallMode
 from sharpmoe.parallel.zero.build import Values
 from sharpmoe.rollout import Replay, StepOutput, TrajectoryBatch, first_x0_prev, replay, replay_steps, rollout_step
 from sharpmoe.train.local_gradients import LocalGradients
@@ -114,7 +115,11 @@ class _Trajectory:
         (step,) = call.steps
         with torch.set_grad_enabled(call.graph):
             output = rollout_step(
-                self._model, self._item, step, self._x0_prev, recompute=call.recompute, for_losses=not call.rerun
+                self._model,
+                self._item,
+                step,
+                self._x0_prev,
+                CallMode(recompute=call.recompute, for_losses=not call.rerun),
             )
             if call.rerun:
                 self._tally.add_mass(step_mass(output.routing, self._run))

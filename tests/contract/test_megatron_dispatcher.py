@@ -6,7 +6,7 @@ import pytest
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sharpmoe.parallel.experts.megatron import PortableDispatcher
+from sharpmoe.parallel.experts.megatron import _PortableDispatcher
 
 STAGES = {  # in the order of a call -> parameters after self
     "dispatch_preprocess": ["hidden_states", "routing_map", "probs"],
@@ -32,13 +32,13 @@ KEPT = (  # attributes that we set, or that the stages read where we override th
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_call_has_the_stages_that_we_go_through(stage: str) -> None:
     method = getattr(MoEAlltoAllTokenDispatcher, stage, None)
-    assert method is not None, f"Megatron-core has no {stage} any more: see sharpmoe/parallel/megatron.py"
+    assert method is not None, f"Megatron-core has no {stage} any more: see sharpmoe/parallel/experts/megatron.py"
     assert list(inspect.signature(method).parameters)[1:] == STAGES[stage]
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_what_the_portable_class_overrides_is_there_to_override(name: str) -> None:
-    assert name in vars(PortableDispatcher)
+    assert name in vars(_PortableDispatcher)
     assert name in vars(MoEAlltoAllTokenDispatcher), f"Megatron-core calls {name} no more: the override does nothing"
 
 

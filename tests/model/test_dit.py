@@ -6,6 +6,7 @@ import torch
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.dit import DiT, count_parameters
 from sharpmoe.model.embed import ClassCondition, TextCondition, patchify, rotary_positions, sincos_positions, unpatchify
+from sharpmoe.moe.routing import CallMode
 
 PUBLISHED = {  # millions, as published: class-conditional, 1000 classes, learn_sigma, positions counted
     ("s", "dense", 8): 32.963,
@@ -74,9 +75,9 @@ def inputs(model: DiT, batch: int = 3) -> tuple:
 def test_zero_initialised_saliency_router_is_the_base_bitwise(router: str, conditioning: str, training: bool) -> None:
     model = tiny(router, conditioning).train(training)
     x_t, t, condition, x0_prev = inputs(model)
-    base, guided = model(x_t, t, condition), model(x_t, t, condition, x0_prev)
-    assert torch.equal(base.v, guided.v)
-    for one, other in zip(base.routing, guided.routing, strict=True):
+    base, previousd = model(x_t, t, condition), model(x_t, t, condition, x0_prev)
+    assert torch.equal(base.v, previousd.v)
+    for one, other in zip(base.routing, previousd.routing, strict=True):
         assert torch.equal(one.routing_map, other.routing_map)
 
 
@@ -107,7 +108,7 @@ def test_recomputed_blocks_give_the_same_gradients(router: str) -> None:
     gradients = []
     for recompute in (False, True):
         model.zero_grad(set_to_none=True)
-        model(x_t, t, condition, x0_prev, recompute=recompute).v.square().mean().backward()
+        model(x_t, t, condition, x0_prev, CallMode(recompute=recompute)).v.square().mean().backward()
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
@@ -119,8 +120,8 @@ def test_replayed_routing_is_the_routing(router: str) -> None:
     x_t, t, condition, x0_prev = inputs(model)
     output = model(x_t, t, condition, x0_prev)
     maps = tuple(record.routing_map for record in output.routing)
-    assert torch.equal(output.v, model(x_t, t, condition, x0_prev, maps).v)
-    other = model(x_t, t, condition, x0_prev, tuple(m.roll(1, dims=2) for m in maps))
+    assert torch.equal(output.v, model(x_t, t, condition, x0_prev, CallMode(routing_maps=maps)).v)
+    other = model(x_t, t, condition, x0_prev, CallMode(routing_maps=tuple(m.roll(1, dims=2) for m in maps)))
     assert not torch.equal(output.v, other.v)
 
 
@@ -173,13 +174,13 @@ def test_patches_come_back_on_any_grid() -> None:
 def test_latents_of_another_aspect_and_as_many_tokens(router: str, positions: str) -> None:
     model = tiny(router, positions=positions).eval()
     x_t, t, condition, x0_prev = inputs(model)
-    wide, guide = x_t.reshape(3, 4, 4, 16), x0_prev.reshape(3, 4, 4, 16)
-    output = model(wide, t, condition, guide)
+    wide, previous = x_t.reshape(3, 4, 4, 16), x0_prev.reshape(3, 4, 4, 16)
+    output = model(wide, t, condition, previous)
     assert output.v.shape == wide.shape
     assert all(record.routing_map.shape[1] == model.num_tokens for record in output.routing)
-    moved = model(wide.roll(2, dims=3), t, condition, guide.roll(2, dims=3)).v
+    moved = model(wide.roll(2, dims=3), t, condition, previous.roll(2, dims=3)).v
     assert not torch.allclose(moved, output.v.roll(2, dims=3))  # it knows where a token stands
-    loss = model(wide, t, condition, guide, recompute=True).v.square().mean()
+    loss = model(wide, t, condition, previous, CallMode(recompute=True)).v.square().mean()
     loss.backward()
     assert model.x_embedder.proj.weight.grad.isfinite().all()
 

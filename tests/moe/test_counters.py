@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import SavedBytes
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.layer import MoELayer
-from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.routing import CallMode, Routing
 
 IMAGES, TOKENS, WIDTH, HIDDEN, EXPERTS = 2, 32, 16, 64, 16
 EQUAL, VARYING = ("ec", "diffmoe"), ("tc", "race", "dit_moe")
@@ -41,7 +41,8 @@ class Run:
         self.x0_prev.requires_grad_()
 
     def forward(self, routing_map: Tensor | None = None) -> tuple[Tensor, Routing]:
-        return self.layer(self.h, self.x0_prev, routing_map)
+        maps = None if routing_map is None else (routing_map,)
+        return self.layer(self.h, self.x0_prev, None, CallMode(routing_maps=maps))
 
     def __call__(self, routing_map: Tensor | None = None) -> list[Tensor]:
         self.layer.zero_grad()

@@ -55,9 +55,9 @@ def executed(run: RunConfig, segment: int, monkeypatch: pytest.MonkeyPatch) -> t
     objective.model.blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
     step, replay, add = objective_module.rollout_step, objective_module.replay_steps, LocalGradients.add
 
-    def rollout_step(*args: Any, recompute: bool = False, for_losses: bool = True) -> StepOutput:
-        output = step(*args, recompute=recompute, for_losses=for_losses)
-        seen.append(Seen((args[2],), output.flow.requires_grad, not for_losses, False, recompute))
+    def rollout_step(*args: Any) -> StepOutput:
+        output, mode = step(*args), args[4]
+        seen.append(Seen((args[2],), output.flow.requires_grad, not mode.for_losses, False, mode.recompute))
         return output
 
     def replay_steps(*args: Any) -> list[StepOutput]:

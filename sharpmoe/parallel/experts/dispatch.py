@@ -1,4 +1,4 @@
-"""Dispatchers over several ranks: tokens travel to the ranks that hold their experts, the answers travel back.
+"""Dispatchers over several ranks: tokens travel to the ranks that hold their experts, the outputs travel back.
 
 An expert-parallel group shares the experts of a layer: its rank r holds the r-th run of E / ep_size experts.
 """
@@ -11,16 +11,23 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sharpmoe.config import RunConfig
-from sharpmoe.moe.dispatch import Choices, Dispatcher, LocalDispatcher, check_equal_counts, combine, find_choices, take
-from sharpmoe.moe.experts import Experts
-from sharpmoe.parallel.experts.exchange import Sizes, exchange
+from sharpmoe.moe.dispatch import (
+    Assignment,
+    Dispatched,
+    Dispatcher,
+    LocalDispatcher,
+    Pairs,
+    check_equal_counts,
+    find_pairs,
+)
+from sharpmoe.parallel.experts.exchange import SplitSizes, exchange
 from sharpmoe.parallel.experts.groups import ExpertGroups
 
 
 def make_dispatcher(run: RunConfig, groups: ExpertGroups) -> Dispatcher:
-    """The dispatcher that a run asks for. No communication."""
+    """Build the dispatcher that parallel.dispatcher names. No communication."""
     if run.parallel.dispatcher == "megatron":
-        # Imported only where it is asked for: Megatron-core takes more than three seconds to import.
+        # Imported only where it is used: Megatron-core takes more than three seconds to import.
         from sharpmoe.parallel.experts.megatron import MegatronDispatcher  # noqa: PLC0415
 
         return MegatronDispatcher(groups, run.model.total_experts, run.model.width)
@@ -30,69 +37,75 @@ def make_dispatcher(run: RunConfig, groups: ExpertGroups) -> Dispatcher:
 
 
 class NativeDispatcher:
-    """All-to-all on one process group.
+    """All-to-all on one process group, in forward and backward.
 
-    Every rank of the group makes the same calls, each on its own tokens: none at all is fine. Where `rows_per_expert`
-    is given it is the same on all ranks of the group (equal shapes), nothing is read back from the device, and two
-    all-to-alls move the rows. Otherwise one more, of the counts, goes before them, and the host reads them once. In
-    both cases backward takes two. Rows travel in the dtype of x; no gate does.
+    Every rank of the group makes the same calls, each on its own tokens: none at all is fine. Where the counts per
+    expert are fixed they are the same on all ranks of the group (equal shapes), nothing is read back from the device,
+    and two all-to-alls move the rows, one in `dispatch` and one in `combine`. Otherwise one more, of the counts, goes
+    before them, and the host reads them once; a fixed total does not help, for what comes from other ranks varies. In
+    both cases backward takes two. Rows travel in the dtype of x; gates do not travel.
     """
 
     def __init__(self, group: ProcessGroup, num_experts: int) -> None:
         self._group, self._num_experts, self._ranks = group, num_experts, dist.get_world_size(group)
         assert num_experts % self._ranks == 0  # check_ep_size
 
-    def __call__(
-        self,
-        x: Tensor,
-        routing_map: Tensor,
-        gates: Tensor,
-        experts: Experts,
-        rows_per_expert: int | None,
-        total: int | None = None,
-    ) -> Tensor:
-        """See `Dispatcher`. `experts` holds this rank's part. Communicates on the group, in backward too.
+    def dispatch(self, x: Tensor, assignment: Assignment) -> Dispatched:
+        """Send tokens x (R, D) to the ranks of their experts. Communicates on the group, in backward too."""
+        assert assignment.routing_map.shape[1] == self._num_experts
+        per_expert = assignment.counts.per_expert
+        return self._varying(x, assignment) if per_expert is None else self._equal(x, assignment, per_expert)
 
-        `total` is of no use here: what comes from other ranks has no fixed number of rows.
-        """
-        assert routing_map.shape[1] == self._num_experts
-        if rows_per_expert is None:
-            out, choices = self._varying(x, routing_map, experts)
+    def combine(self, out: Tensor, ticket: "_Ticket") -> Tensor:
+        """Send outputs (P, D) back to their tokens' rank and sum them. Communicates on the group, in backward too."""
+        if ticket.varying is None:
+            local, width = self._num_experts // self._ranks, out.shape[1]
+            by_expert = out.view(local, self._ranks, ticket.per_expert, width)
+            answers = exchange(by_expert.transpose(0, 1).reshape(out.shape), self._group, None)
         else:
-            out, choices = self._equal(x, routing_map, experts, rows_per_expert)
-        return combine(out, choices, gates)
+            order, sizes = ticket.varying
+            answers = exchange(out.index_select(0, order.by_rank), self._group, sizes.reversed)
+        return ticket.pairs.combine(answers, ticket.gates)
 
-    def _varying(self, x: Tensor, routing_map: Tensor, experts: Experts) -> tuple[Tensor, Choices]:
-        sent = routing_map.sum(0)
+    def _varying(self, x: Tensor, assignment: Assignment) -> Dispatched:
+        sent = assignment.routing_map.sum(0)
         received = torch.empty_like(sent)  # by source rank, then local expert
         dist.all_to_all_single(received, sent, group=self._group)
         # The one moment at which the host waits for the device.
-        sizes = torch.stack([sent, received]).view(2, self._ranks, -1).sum(-1).tolist()
-        choices = find_choices(routing_map, sum(sizes[0]))
-        rows = exchange(take(x, choices), self._group, Sizes(*sizes))
-        order = chunk_order(received.view(self._ranks, -1), sum(sizes[1]))
-        out = experts(rows.index_select(0, order.by_expert), received.view(self._ranks, -1).sum(0))
-        return exchange(out.index_select(0, order.by_rank), self._group, Sizes(sizes[1], sizes[0])), choices
+        sizes = SplitSizes(*torch.stack([sent, received]).view(2, self._ranks, -1).sum(-1).tolist())
+        pairs = find_pairs(assignment.routing_map, sum(sizes.sent))
+        rows = exchange(pairs.take(x), self._group, sizes)
+        by_rank = received.view(self._ranks, -1)
+        order = _regroup(by_rank, sum(sizes.received))
+        ticket = _Ticket(pairs, assignment.gates, varying=(order, sizes))
+        return Dispatched(rows.index_select(0, order.by_expert), by_rank.sum(0), ticket)
 
-    def _equal(self, x: Tensor, routing_map: Tensor, experts: Experts, each: int) -> tuple[Tensor, Choices]:
-        check_equal_counts(routing_map, each)
-        choices = find_choices(routing_map, each * self._num_experts)
-        rows = exchange(take(x, choices), self._group, None)
-        local, width = self._num_experts // self._ranks, x.shape[1]
-        by_rank = rows.view(self._ranks, local, each, width)
-        out = experts(by_rank.transpose(0, 1).reshape(rows.shape), self._ranks * each)
-        by_expert = out.view(local, self._ranks, each, width)
-        return exchange(by_expert.transpose(0, 1).reshape(rows.shape), self._group, None), choices
+    def _equal(self, x: Tensor, assignment: Assignment, per_expert: int) -> Dispatched:
+        check_equal_counts(assignment.routing_map, per_expert)
+        pairs = find_pairs(assignment.routing_map, per_expert * self._num_experts)
+        rows = exchange(pairs.take(x), self._group, None)
+        by_rank = rows.view(self._ranks, self._num_experts // self._ranks, per_expert, x.shape[1])
+        ticket = _Ticket(pairs, assignment.gates, per_expert=per_expert)
+        return Dispatched(by_rank.transpose(0, 1).reshape(rows.shape), self._ranks * per_expert, ticket)
 
 
-class Order(NamedTuple):
+class _Regrouping(NamedTuple):
     """Two inverse permutations of received rows (P,): into order by expert, and back to order by source rank."""
 
     by_expert: Tensor
     by_rank: Tensor
 
 
-def chunk_order(counts: Tensor, total: int) -> Order:
+class _Ticket(NamedTuple):
+    """What `NativeDispatcher.combine` needs of its `dispatch`; either the count per expert, or how rows were sent."""
+
+    pairs: Pairs
+    gates: Tensor  # (R, E)
+    per_expert: int = 0
+    varying: tuple[_Regrouping, SplitSizes] | None = None
+
+
+def _regroup(counts: Tensor, total: int) -> _Regrouping:
     """How to regroup `total` rows that lie by source rank, then expert: counts (ranks, experts). Does not sort rows."""
     ends = counts.flatten().cumsum(0).view_as(counts)
     ends_by_expert = counts.t().flatten().cumsum(0).view_as(counts.t())
@@ -100,4 +113,4 @@ def chunk_order(counts: Tensor, total: int) -> Order:
     place = torch.arange(total, device=counts.device)
     by_expert = place + shift.repeat_interleave(counts.t().flatten(), output_size=total)
     by_rank = place - shift.view_as(counts.t()).t().flatten().repeat_interleave(counts.flatten(), output_size=total)
-    return Order(by_expert, by_rank)
+    return _Regrouping(by_expert, by_rank)

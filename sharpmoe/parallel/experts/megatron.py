@@ -1,12 +1,12 @@
 """Megatron-core's dispatcher on our groups. parallel_state is never initialised: the groups come as a collection.
 
-Megatron-core 0.16.1 keeps what it learns of a call (splits, permutations, shapes) on the dispatcher between its six
+Megatron-core 0.16.1 keeps what it computes for a call (splits, permutations, shapes) on the dispatcher between its six
 stages. A layer runs many times in one graph here and again under recomputation, so each call works on its own shallow
 copy of one template: calls share the configuration and nothing else.
 """
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,65 +15,66 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sharpmoe.moe.dispatch import check_equal_counts
-from sharpmoe.moe.experts import Experts
-from sharpmoe.parallel.experts.exchange import Sizes, exchange
+from sharpmoe.moe.dispatch import Assignment, Dispatched, check_equal_counts
+from sharpmoe.parallel.experts.exchange import SplitSizes, exchange
 from sharpmoe.parallel.experts.groups import ExpertGroups
 
 
 class MegatronDispatcher:
     """Megatron-core's MoEAlltoAllTokenDispatcher: the stock class on CUDA, a portable subclass elsewhere.
 
-    The same calls on every rank of the group, each on its own tokens. Gates travel beside the rows and are applied
+    Every rank of the group makes the same calls, each on its own tokens. Gates travel beside the rows and are applied
     where the experts are, so a forward takes one collective more than `NativeDispatcher`: counts (gathered), rows,
-    gates, answers; three where `rows_per_expert` is given (the same on all ranks of the group), and then nothing is
-    read back from the device. Backward takes three.
+    gates, outputs; three where the counts per expert are fixed (the same on all ranks of the group), and then nothing
+    is read back from the device. A fixed total does not help, for what comes from other ranks varies. Backward takes
+    three.
     """
 
     def __init__(self, groups: ExpertGroups, num_experts: int, width: int) -> None:
-        self._template = make_template(groups, num_experts, width)
+        self._template = _make_template(groups, num_experts, width)
 
-    def __call__(
-        self,
-        x: Tensor,
-        routing_map: Tensor,
-        gates: Tensor,
-        experts: Experts,
-        rows_per_expert: int | None,
-        total: int | None = None,
-    ) -> Tensor:
-        """See `Dispatcher`. `experts` holds this rank's part. Communicates on the ep group, in backward too.
+    def dispatch(self, x: Tensor, assignment: Assignment) -> Dispatched:
+        """Send tokens x (R, D) and gates to the ranks of their experts. Communicates on the group, in backward too."""
+        call, per_expert = copy.copy(self._template), assignment.counts.per_expert
+        if per_expert is not None:
+            check_equal_counts(assignment.routing_map, per_expert)
+            _fix_counts(call, len(x), per_expert)
+        rows, gates = call.dispatch_preprocess(x, assignment.routing_map, assignment.gates)
+        rows, gates = call.token_dispatch(rows, gates)
+        rows, counts, gates = call.dispatch_postprocess(rows, gates)
+        ticket = _Ticket(call, gates)
+        return Dispatched(rows, counts.to(rows.device) if per_expert is None else per_expert * call.ep_size, ticket)
 
-        `total` is of no use here: what comes from other ranks has no fixed number of rows.
+    def combine(self, out: Tensor, ticket: "_Ticket") -> Tensor:
+        """Gate outputs (P, D) and send them back to their tokens' rank. Communicates on the group, in backward too.
+
+        The gates are rounded to the dtype of the outputs.
         """
-        call = copy.copy(self._template)
-        if rows_per_expert is not None:
-            check_equal_counts(routing_map, rows_per_expert)
-            take_equal_counts(call, len(x), rows_per_expert)
-        rows, weights = call.dispatch_preprocess(x, routing_map, gates)
-        rows, weights = call.token_dispatch(rows, weights)
-        rows, counts, weights = call.dispatch_postprocess(rows, weights)
-        if rows_per_expert is None:
-            out = experts(rows, counts.to(rows.device))
-        else:
-            out = experts(rows, rows_per_expert * call.ep_size)
-        out = out * weights.to(out.dtype).unsqueeze(-1)
+        call = ticket.call
+        out = out * ticket.gates.to(out.dtype).unsqueeze(-1)
         y: Tensor = call.combine_postprocess(call.token_combine(call.combine_preprocess(out)))
         return y
 
 
-def take_equal_counts(call: MoEAlltoAllTokenDispatcher, tokens: int, rows_per_expert: int) -> None:
-    """Set one call to Megatron's mode of fixed shapes: each rank sends `rows_per_expert` rows to each expert.
+class _Ticket(NamedTuple):
+    """What `MegatronDispatcher.combine` needs of its `dispatch`."""
 
-    That mode takes any map and is right for equal counts only. It computes the count as ceil(tokens * top_k / experts *
-    factor), so the factor aims half a row lower, clear of rounding.
+    call: MoEAlltoAllTokenDispatcher  # holds the splits and permutations of this call
+    gates: Tensor  # (P,) of the rows that are here
+
+
+def _fix_counts(call: MoEAlltoAllTokenDispatcher, tokens: int, per_expert: int) -> None:
+    """Set one call to Megatron's mode of fixed shapes: each rank sends `per_expert` rows to each expert.
+
+    That mode accepts any map and is right for equal counts only. It computes the count as ceil(tokens * top_k /
+    experts * factor), so the factor aims half a row lower, clear of rounding.
     """
     call.drop_and_pad = True
     even = tokens * call.config.moe_router_topk / call.num_experts
-    call.moe_expert_capacity_factor = (rows_per_expert - 0.5) / even if rows_per_expert else 0.0
+    call.moe_expert_capacity_factor = (per_expert - 0.5) / even if per_expert else 0.0
 
 
-def make_template(groups: ExpertGroups, num_experts: int, width: int) -> MoEAlltoAllTokenDispatcher:
+def _make_template(groups: ExpertGroups, num_experts: int, width: int) -> MoEAlltoAllTokenDispatcher:
     """Build the dispatcher that calls are copied from. No communication."""
     config = TransformerConfig(
         num_layers=1,
@@ -86,8 +87,8 @@ def make_template(groups: ExpertGroups, num_experts: int, width: int) -> MoEAllt
         moe_router_topk=1,
         moe_router_pre_softmax=True,
         add_bias_linear=False,
-        # The router is ours and nothing is dropped. This only makes Megatron count the rows of the map instead of
-        # taking tokens * top_k for it.
+        # Routing is done already and nothing is dropped. This only makes Megatron count the rows of the map instead
+        # of assuming tokens * top_k.
         moe_expert_capacity_factor=1.0,
     )
     each = num_experts // groups.ep_size
@@ -95,17 +96,17 @@ def make_template(groups: ExpertGroups, num_experts: int, width: int) -> MoEAllt
     collection = ProcessGroupCollection(
         ep=groups.ep_group, expt_tp=groups.singleton, tp_ep=groups.ep_group, expt_dp=groups.edp_group
     )
-    kind = MoEAlltoAllTokenDispatcher if torch.cuda.is_available() else PortableDispatcher
+    kind = MoEAlltoAllTokenDispatcher if torch.cuda.is_available() else _PortableDispatcher
     return kind(each, list(range(first, first + each)), config, collection)
 
 
-class PortableDispatcher(MoEAlltoAllTokenDispatcher):
+class _PortableDispatcher(MoEAlltoAllTokenDispatcher):
     """The same stages without CUDA: no streams, counts gathered and rows exchanged on the tensors' own device."""
 
     def __init__(
         self, num_local_experts: int, indices: list[int], config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
-        MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = NO_STREAM  # or the constructor asks for a CUDA stream
+        MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NO_STREAM  # or the constructor creates a CUDA stream
         super().__init__(num_local_experts, indices, config, groups)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
@@ -125,20 +126,20 @@ class PortableDispatcher(MoEAlltoAllTokenDispatcher):
         return received.sum(0)
 
     def token_dispatch(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and gates to their experts' ranks. Communicates."""
+        """Send rows and gates to their experts' ranks. Communicates."""
         sizes = self._sizes()
         return exchange(rows, self.ep_group, sizes), exchange(weights, self.ep_group, sizes)
 
     def token_combine(self, rows: Tensor, *unused: Any, **options: Any) -> Tensor:
-        """Answers to their tokens' ranks. Communicates."""
+        """Send outputs to their tokens' ranks. Communicates."""
         sizes = self._sizes()
-        return exchange(rows, self.ep_group, sizes and Sizes(sizes.received, sizes.sent))
+        return exchange(rows, self.ep_group, sizes and sizes.reversed)
 
-    def _sizes(self) -> Sizes | None:
-        return None if self.drop_and_pad else Sizes(self.input_splits, self.output_splits)
+    def _sizes(self) -> SplitSizes | None:
+        return None if self.drop_and_pad else SplitSizes(self.input_splits, self.output_splits)
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         return tokens_per_expert  # all counts are on the host already
 
 
-NO_STREAM = object()  # stands where the constructor looks for a stream; never used
+_NO_STREAM = object()  # a placeholder for the constructor, which looks for a CUDA stream; never used

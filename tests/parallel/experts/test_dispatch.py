@@ -1,7 +1,6 @@
 """Dispatchers over ranks against every expert on every token in one process: both kinds, the same cases."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,13 +11,14 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sharpmoe.moe.dispatch import Dispatcher
-from sharpmoe.parallel.experts.dispatch import chunk_order
+from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher
+from sharpmoe.parallel.experts.dispatch import _regroup
 from sharpmoe.parallel.experts.groups import ExpertGroups, expert_groups
-from sharpmoe.parallel.experts.megatron import take_equal_counts
+from sharpmoe.parallel.experts.megatron import _fix_counts
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from tests.distributed import run_ranks
+from tests.moe.dense import apply_experts
 from tests.parallel.dispatching import (
     CASES,
     DISPATCHERS,
@@ -38,7 +38,7 @@ Errors = dict[tuple[int, int, str, str], list[float]]  # world, ep_size, dispatc
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
-def dispatched(case: Case, groups: ExpertGroups, dispatch: Dispatcher, world: World) -> Outcome:
+def dispatched(case: Case, groups: ExpertGroups, dispatcher: Dispatcher, world: World) -> Outcome:
     alike = [tokens_of(world.rank, case.map, call) for call in range(case.calls)]
     drawn = [Tokens(*(tensor.to(world.device) for tensor in tokens)) for tokens in alike]
     experts = local_part(groups, case).to(world.device)
@@ -46,18 +46,14 @@ def dispatched(case: Case, groups: ExpertGroups, dispatch: Dispatcher, world: Wo
     gates = [d.gates.to(case.dtype).requires_grad_() for d in drawn]
 
     def layer(call: int, h: Tensor, gate: Tensor) -> Tensor:
-        args: tuple[Any, ...] = (dispatch, h, drawn[call].chosen, gate, experts, case.each)
-        return checkpoint(apply, *args, use_reentrant=False) if case.recompute else apply(*args)
+        args = (dispatcher, experts, h, Assignment(drawn[call].chosen, gate, Counts(per_expert=case.each)))
+        return checkpoint(apply_experts, *args, use_reentrant=False) if case.recompute else apply_experts(*args)
 
     y = chain(x, gates, layer)
     with torch.no_grad():
         assert torch.equal(chain(x, gates, layer), y)
     (y * drawn[0].weight.to(case.dtype)).sum().backward()
     return Outcome(y.detach(), x.grad, torch.stack([g.grad for g in gates]), [p.grad for p in experts.parameters()])
-
-
-def apply(dispatch: Dispatcher, *args: Any) -> Tensor:
-    return dispatch(*args)
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -75,8 +71,8 @@ def compare(world: World) -> Errors:
     objects = [(groups, name, make(groups)) for groups in layouts for name, make in DISPATCHERS.items()]
     for case_name, case in CASES.items():
         outcomes = reference(case, world.size)
-        for groups, name, dispatch in objects:
-            got, expected = dispatched(case, groups, dispatch, world), share_of(groups, world, outcomes)
+        for groups, name, dispatcher in objects:
+            got, expected = dispatched(case, groups, dispatcher, world), share_of(groups, world, outcomes)
             pairs = [*zip(got[:3], expected[:3], strict=True), *zip(got.dweights, expected.dweights, strict=True)]
             errors[world.size, groups.ep_size, name, case_name] = [distance(*pair) for pair in pairs]
     assert not parallel_state.is_initialized()
@@ -128,7 +124,7 @@ def test_megatron_computes_the_count_that_it_is_given(tokens: int, num_experts: 
     each = data.draw(st.integers(0, tokens))
     config = SimpleNamespace(moe_router_topk=1)
     call = SimpleNamespace(num_experts=num_experts, config=config, drop_and_pad=False, moe_expert_capacity_factor=1.0)
-    take_equal_counts(call, tokens, each)
+    _fix_counts(call, tokens, each)
     assert call.drop_and_pad
     assert get_capacity(tokens, num_experts, call.moe_expert_capacity_factor) == each
 
@@ -138,7 +134,7 @@ def test_chunks_are_regrouped_like_a_stable_sort() -> None:
     for _ in range(50):
         counts = torch.randint(0, 4, (3, 5), generator=g)
         total = int(counts.sum())
-        order = chunk_order(counts, total)
+        order = _regroup(counts, total)
         expert = torch.arange(5).repeat(3).repeat_interleave(counts.flatten())
         assert torch.equal(order.by_expert, expert.argsort(stable=True))
         assert torch.equal(order.by_expert[order.by_rank], torch.arange(total))

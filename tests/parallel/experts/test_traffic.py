@@ -6,11 +6,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sharpmoe.moe.dispatch import Dispatcher
+from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher
 from sharpmoe.parallel.experts.groups import ExpertGroups, expert_groups
 from sharpmoe.parallel.ranks.launch import World
 from tests.counting import Collective, CollectiveCounter
 from tests.distributed import run_ranks
+from tests.moe.dense import apply_experts
 from tests.parallel.dispatching import DISPATCHERS, Case, D, E, local_part, tokens_of
 
 
@@ -37,14 +38,15 @@ def traffic_of(groups: ExpertGroups, world: World, name: str, each: int | None) 
     x = torch.randn(512, D, generator=g).requires_grad_()
     gates = draw.clone().requires_grad_()
     experts = local_part(groups, Case("", torch.float32))
-    dispatch = DISPATCHERS[name](groups)
-    before = held(dispatch)
+    dispatcher = DISPATCHERS[name](groups)
+    before = held(dispatcher)
     with CollectiveCounter() as counter:
-        loss = dispatch(x, chosen, gates, experts, each).square().sum()
+        assignment = Assignment(chosen, gates, Counts(per_expert=each))
+        loss = apply_experts(dispatcher, experts, x, assignment).square().sum()
         forward = counter.take()
         loss.backward()
         backward = counter.take()
-    assert held(dispatch) == before
+    assert held(dispatcher) == before
     rows = torch.zeros(2, 2, dtype=torch.int64)  # from, to
     rows[groups.ep_rank] = chosen.sum(0).view(2, -1).sum(1)
     torch.distributed.all_reduce(rows, group=groups.ep_group)
@@ -52,13 +54,13 @@ def traffic_of(groups: ExpertGroups, world: World, name: str, each: int | None) 
     return Traffic(forward, backward, int(rows[here, there]) * D * 4, int(rows[there, here]) * D * 4)
 
 
-def held(dispatch: Dispatcher) -> dict[str, int]:
+def held(dispatcher: Dispatcher) -> dict[str, int]:
     """What a dispatcher refers to: nothing of a call may stay, or its graph would stay with it."""
-    inner = getattr(dispatch, "_template", dispatch)
+    inner = getattr(dispatcher, "_template", dispatcher)
     return {name: id(value) for name, value in vars(inner).items()}
 
 
-# dispatcher, rows_per_expert -> collectives of one layer: forward, backward
+# dispatcher, rows of each expert where fixed -> collectives of one layer: forward, backward
 COLLECTIVES = {
     ("native", None): (["all_to_all"] * 3, ["all_to_all"] * 2),  # counts, rows, answers
     ("native", 64): (["all_to_all"] * 2, ["all_to_all"] * 2),
@@ -92,7 +94,7 @@ def refusals(groups: ExpertGroups) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for name, each in itertools.product(DISPATCHERS, (3, 40)):
         with pytest.raises(RuntimeError) as caught:
-            DISPATCHERS[name](groups)(x, chosen, gates, local_part(groups, Case("")), each)
+            DISPATCHERS[name](groups).dispatch(x, Assignment(chosen, gates, Counts(per_expert=each)))
         said.setdefault(name, []).append(str(caught.value))
     return said
 
@@ -102,5 +104,5 @@ def test_equal_splits_refuse_an_uneven_map(on_two_ranks: list[tuple[object, dict
     for _, refused in on_two_ranks:
         assert refused.keys() == DISPATCHERS.keys()
         for few, many in refused.values():
-            assert "not every expert took 3 rows; pass rows_per_expert=None" in few
+            assert "not every expert took 3 rows; where counts vary, pass Counts()" in few
             assert "not every expert took 40 rows" in many
