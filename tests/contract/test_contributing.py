@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.sources import open as sources
 from sharpmoe.families import FAMILIES
 from sharpmoe.moe.selection import RULES
 
@@ -14,7 +15,8 @@ TABLES = (FAMILIES, RULES)  # what the pages add a row to
 
 
 @pytest.fixture(autouse=True)
-def _same_tables_afterwards():
+def _same_tables_afterwards(monkeypatch):
+    monkeypatch.setattr(sources, "SOURCES", sources.SOURCES)
     before = [dict(table) for table in TABLES]
     yield
     for table, rows in zip(TABLES, before, strict=True):
