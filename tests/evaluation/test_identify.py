@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from data_pipeline.read.shards import ShardSet
-from launcher.identify import main
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
 from sharpmoe.evaluation.identify import identify
@@ -47,22 +45,19 @@ def trained(shards: ShardSet, family: str, router: str = "ec", steps: int = 150)
 
 
 @pytest.mark.parametrize("family", ["promoe", "kwai"])
-def test_a_wrong_time_convention_is_caught(
-    family: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_time_convention_is_caught(family: str, folder: Path) -> None:
     model = trained(ShardSet.open(folder, "train"), family)
-    path = tmp_path / "exported.safetensors"
-    save_file(to_published(model.state_dict(), model.config, family), path)
-    common = [str(path), "--shards", str(folder), "--num-heads", "2"]
-    assert main(common) == 0
-    printed = capsys.readouterr().out
-    assert "promoe/ec, kwai/ec, dsmoe/ec" in printed
-    best = printed.partition("flow loss")[2].splitlines()[1]
-    assert family in best
-    assert main([*common, "--family", family]) == 0
+    published = to_published(model.state_dict(), model.config, family)
+    found = identify(published, ShardSet.open(folder, "unseen"), sizes={"num_heads": 2})
+    assert found.candidates[:3] == (("promoe", "ec"), ("kwai", "ec"), ("dsmoe", "ec"))
+    assert family in found.losses[0].families
+    assert found.problem() is None
+    assert found.problem(family) is None
     wrong = "kwai" if family == "promoe" else "promoe"
-    assert main([*common, "--family", wrong]) == 1
-    assert f"not that of family {wrong}" in capsys.readouterr().err
+    assert f"not that of family {wrong}" in (found.problem(wrong) or "")
+    printed = str(found)
+    assert "promoe/ec, kwai/ec, dsmoe/ec" in printed
+    assert family in printed.partition("flow loss")[2].splitlines()[1]  # lowest loss first
 
 
 def test_an_untrained_checkpoint_and_a_foreign_name_are_said(folder: Path) -> None:
@@ -71,11 +66,3 @@ def test_an_untrained_checkpoint_and_a_foreign_name_are_said(folder: Path) -> No
     found = identify(to_published(model.state_dict(), model.config, "promoe"), shards, 4, {"num_heads": 2})
     assert "predicting zero" in (found.problem() or "")
     assert "does not have the key names" in (found.problem("dit_moe") or "")
-
-
-@pytest.mark.parametrize("arguments", [["/no/such/file.pth"], ["FILE", "--shards", "/no/such/folder"]])
-def test_a_mistake_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "file.safetensors"
-    save_file({"a": torch.zeros(1)}, path)
-    assert main([word.replace("FILE", str(path)) for word in arguments]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -1,7 +1,9 @@
 """Images for captions and labels, from the command line."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -104,3 +106,31 @@ def test_a_class_conditional_model_is_drawn_by_label(run_folder: Path, tmp_path:
     argv = [str(tmp_path / "class.safetensors"), "--labels", "0", "3", "--shards", shards, "--steps", "2"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "001_class-3.png").is_file()
+
+
+def test_the_command_writes_batch_and_protocol(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards")
+    model = toy_model("ec", conditioning="class", num_classes=3)
+    save_weights(tmp_path / "toy.safetensors", model.state_dict(), model.config)
+    words = ["--shards", str(shards), "--npz", str(tmp_path / "batch.npz"), "--num", "5", "--steps", "2"]
+    assert main([str(tmp_path / "toy.safetensors"), *words, "--cfg-scale", "1.0", "--batch-size", "4"]) == 0
+    with np.load(tmp_path / "batch.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 32, 32, 3)
+    assert json.loads((tmp_path / "batch.json").read_text())["cfg_scale"] == 1.0
+
+
+def test_parts_join_to_the_batch_of_one_process(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards")
+    model = toy_model("ec", conditioning="class", num_classes=3)
+    save_weights(tmp_path / "toy.safetensors", model.state_dict(), model.config)
+    common = [str(tmp_path / "toy.safetensors"), "--shards", str(shards), "--num", "7", "--steps", "2"]
+    words = [*common, "--batch-size", "2", "--npz"]
+    parts = str(tmp_path / "parts.npz")
+    assert main([*words, str(tmp_path / "whole.npz")]) == 0
+    assert main([*words, parts, "--part", "1/3"]) == main([*words, parts, "--part", "2/3"]) == 0
+    assert main([*words, parts, "--join", "3"]) == 2  # one is missing
+    assert not (tmp_path / "parts.npz").exists()
+    assert main([*words, parts, "--part", "3/3"]) == main([*words, parts, "--join", "3"]) == 0
+    with np.load(tmp_path / "whole.npz") as whole, np.load(parts) as joined:
+        assert (whole["arr_0"] == joined["arr_0"]).all()
+    assert (tmp_path / "whole.json").read_text() == (tmp_path / "parts.json").read_text()
