@@ -1,5 +1,6 @@
 # make quickstart   from nothing to pictures of a post-trained model (Python 3.11, npm, make; no GPU needed)
 # make test         the test suite          make check   ruff, mypy, import-linter
+# make test-fast    what needs no second process           make test-all   make test, then the sweeps (make test-sweep)
 # make clean        remove what the tools leave behind; make clean-all also the environment, data and runs
 #
 # Every target first brings .venv up to date; that costs nothing when the pinned requirements have not changed.
@@ -19,7 +20,7 @@ GRID   := $(RUN)/samples/drawn/grid.png
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: setup quickstart test check format clean clean-all
+.PHONY: setup quickstart test test-fast test-sweep test-all check format clean clean-all
 
 setup: $(READY)
 
@@ -53,8 +54,20 @@ $(GRID): $(LATEST)
 	@echo "== 3/3 samples"
 	@python launcher/sample.py $(RUN)
 
+# Two processes (PROCESSES=N for others), each takes whole files; a test may start ranks of its own beside them.
+PROCESSES ?= 2
+PYTEST    := $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not sweep" --durations=10
+
+test-fast: $(READY)
+	$(PYTEST) -m fast
+
+test-sweep: $(READY)
+	$(PYTEST) -m sweep --durations=10
+
+test-all: test test-sweep
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
-"""What every test gets: CPU, one thread, no compiler, and a skip for what this machine lacks."""
+"""Set up every test: CPU, one thread, a skip for what the machine lacks, and which tests each make target selects."""
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -11,12 +13,16 @@ from tests.fixtures_data import make_shards
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # as the launchers do: AMX is not always there
+# As sharpmoe.parallel.ranks.launch, which may be imported later: not every machine has AMX.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault(
-        "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16"
-    )  # as sharpmoe.parallel.ranks.launch, which may come later
+
+# The same examples in every run; a failure comes back. No deadline: the machine may be busy.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
+
+NOT_FAST = ("dist", "slow", "sweep", "slurm")  # markers that keep a test out of `make test-fast`
 
 
 def _without_slurm() -> str | None:
@@ -27,7 +33,13 @@ def _without_slurm() -> str | None:
     return None if os.geteuid() == 0 else "starts the daemons of Slurm, as root"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _mark(items)
+    _long_files_first(items)
+
+
+def _mark(items: list[pytest.Item]) -> None:
     lacking = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "slurm": _without_slurm(),
@@ -36,6 +48,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in lacking.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("slurm"):
+            item.add_marker("sweep")
+        if not any(item.get_closest_marker(marker) for marker in NOT_FAST):
+            item.add_marker("fast")
+
+
+def _long_files_first(items: list[pytest.Item]) -> None:
+    """Order whole files by how many slow tests they hold, so that no process ends long after the others.
+
+    pytest-xdist hands out files in this order (--dist loadfile --no-loadscope-reorder). A file's tests stay together:
+    they share what its fixtures trained.
+    """
+    weights = Counter[Path]()
+    for item in items:
+        weights[item.path] += sum(10 for marker in NOT_FAST if item.get_closest_marker(marker)) or 0.01
+    items.sort(key=lambda item: (-weights[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="session")

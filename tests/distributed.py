@@ -1,5 +1,6 @@
 """Run a function on N gloo ranks: processes forked from a server that has imported everything once."""
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -7,7 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from sharpmoe.parallel.ranks import launch
 
+_PORTS = itertools.count(os.getpid())  # sessions beside each other begin at different ports
 CONTEXT = multiprocessing.get_context("forkserver")
 # What a rank needs takes ten seconds and more to import: DeepSpeed decorates with torch.compile, Megatron-core is big.
 CONTEXT.set_forkserver_preload(
@@ -75,10 +77,17 @@ def _started(
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nothing listens on.
+
+    It lies below those that the system hands out by itself, and test processes have ranges of their own: nothing takes
+    it between this probe and its use.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 16_384 + worker % 8 * 2_000 + next(_PORTS) % 2_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _collect(ends: dict[Connection, int], deadline: float) -> list[Any]:

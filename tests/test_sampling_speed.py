@@ -178,7 +178,7 @@ def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:
     assert layers == 0 or name not in ("dense", "ec")  # counts that a rule fixes are never read
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_compiled_blocks_draw_the_same() -> None:
     settings = SampleConfig(num_steps=3, cfg_scale=2.0)
     expected = generate(family("diffmoe"), toy_config("diffmoe"), settings, request(2))

@@ -36,7 +36,7 @@ def report(tmp_path_factory) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "folder": folder}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_nothing_is_executed_followed_or_written_outside(report: dict[str, Any]) -> None:
     assert report["seen"] == []
     assert not report["executed"]
@@ -45,7 +45,7 @@ def test_nothing_is_executed_followed_or_written_outside(report: dict[str, Any])
     assert "prepared: train 4" in report["warm"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_input_is_refused_in_one_line(report: dict[str, Any]) -> None:
     assert set(SHARDS) < set(report["results"])
     for name, result in report["results"].items():
@@ -55,7 +55,7 @@ def test_every_input_is_refused_in_one_line(report: dict[str, Any]) -> None:
             assert len(result) < 700, name
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_hostile_pictures_are_left_out_and_named(report: dict[str, Any]) -> None:
     result = report["results"]["a tar of hostile pictures"]
     lines = [line for line in result.splitlines() if "skipped " in line]
@@ -65,13 +65,13 @@ def test_hostile_pictures_are_left_out_and_named(report: dict[str, Any]) -> None
     assert "12 pictures skipped" in result
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_memory_stays_below_a_cap(report: dict[str, Any]) -> None:
     """The largest input that is read at all is a sample just below its cap; without caps it would be gigabytes."""
     assert 200 < report["peak_mib"] < CAP_MIB
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_same_shard_is_executed_by_webdataset(tmp_path: Path) -> None:
     """So the table above can fail: its payloads are alive."""
     folder = store(added("pyd", PICKLE), tmp_path / "shards")

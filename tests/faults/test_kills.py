@@ -7,7 +7,7 @@ import pytest
 from tests.faults import kills
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.dist
 def test_killed_runs_go_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     tally = kills.campaign(tmp_path, kills.killed_run(shards, tmp_path), ranks=2, kills=4, seed=1)

@@ -14,6 +14,7 @@ from sharpmoe.errors import ConfigError
 from tests.distributed import free_port
 from tests.fixtures_data import make_shards
 from tests.launcher.ranks import ranks_of
+from tests.selection import selected, sweep
 from tests.train.setting import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,12 +37,13 @@ Started = dict[str, "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+def started(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Started]:
     """All forms at once: most of their time is spent in imports."""
     folder = tmp_path_factory.mktemp("launch")
     run = make_run(make_shards(folder / "shards"), folder, stage="pretrain", train={"micro_batch": None})
     (folder / "run.yaml").write_text(dump_run_config(run))
-    processes = {name: start(form, folder / "run.yaml") for name, form in FORMS.items()}
+    names = [*selected(request, "name"), "error"]
+    processes = {name: start(FORMS[name], folder / "run.yaml") for name in names}
     yield processes
     for process in processes.values():
         process.kill()
@@ -61,7 +63,7 @@ def start(form: tuple[list[str], list[str], dict[str, str], int], config: Path) 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["python", "torchrun", "deepspeed", "LOCAL_SIZE"])
+@pytest.mark.parametrize("name", sweep(["python", "torchrun", "deepspeed", "LOCAL_SIZE"], ["python", "deepspeed"]))
 def test_every_form_reaches_the_same_banner(name: str, started: Started) -> None:
     out, err = started[name].communicate(timeout=120)
     ranks = FORMS[name][3]

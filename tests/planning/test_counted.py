@@ -13,6 +13,7 @@ from sharpmoe.planning.estimate import Estimate, Planner
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.planning.real import Case, Counted, count
+from tests.selection import selected, sweep
 from tests.train.setting import make_run
 
 ZERO3 = {
@@ -52,6 +53,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any], str, str, str]] = {
 FIGURES = ("weights", "masters", "gradients", "optimizer", "ema", "gathered", "gathers", "reductions", "exchanges")
 FEW = 4096  # bytes: counters, figures of the step
 
+USUAL = ("zero3 merged", "zero3 short hybrid", "zero2 segments", "ep 2")
+
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -77,11 +80,13 @@ def case_of(name: str, folder: Path) -> Case:
 
 
 @pytest.fixture(scope="module")
-def counted(folder: Path) -> dict[str, Counted]:
+def counted(folder: Path, request: pytest.FixtureRequest) -> dict[str, Counted]:
     found: dict[str, Counted] = {}
     for ranks in (2, 4):
-        cases = {name: case_of(name, folder) for name in CASES if CASES[name][0] == ranks}
-        found |= run_ranks(count, ranks, cases, folder, timeout=500)[0]
+        names = [name for name in selected(request, "name") if CASES[name][0] == ranks]
+        if names:
+            cases = {name: case_of(name, folder) for name in names}
+            found |= run_ranks(count, ranks, cases, folder, timeout=500)[0]
     return found
 
 
@@ -93,7 +98,7 @@ def planned(name: str, folder: Path) -> tuple[Planner, Estimate]:
     return planner, planner.budget(layout).own
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sweep(CASES, USUAL))
 def test_what_a_rank_holds_and_sends(name: str, counted: dict[str, Counted], folder: Path) -> None:
     memory, traffic = planned(name, folder)[1][2:]
     plan = memory._asdict() | traffic._asdict()
@@ -106,7 +111,7 @@ def test_what_a_rank_holds_and_sends(name: str, counted: dict[str, Counted], fol
     assert (real["exchanges"] > 0) == (CASES[name][1] > 1)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2] is not SHORT])
+@pytest.mark.parametrize("name", sweep([name for name in CASES if CASES[name][2] is not SHORT], USUAL))
 def test_what_a_rollout_keeps(name: str, counted: dict[str, Counted], folder: Path) -> None:
     """Between the forward and the backward: the last graph of the last micro-batch, and the sum of what came before."""
     planner, estimate = planned(name, folder)
@@ -118,7 +123,7 @@ def test_what_a_rollout_keeps(name: str, counted: dict[str, Counted], folder: Pa
     assert abs(plan - counted[name].kept) < 0.05 * counted[name].kept
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sweep(CASES, USUAL))
 def test_the_peak_of_a_step(name: str, counted: dict[str, Counted], folder: Path) -> None:
     """All that is allocated in a step, also what no line of the plan names; it may be too high rather than too low."""
     memory = planned(name, folder)[1].memory

@@ -72,7 +72,7 @@ def output(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("other", OTHERS, ids=title)
 def test_a_run_goes_on_in_another_layout(other: tuple[int, int, int], output: Path, shards: Path) -> None:
     ranks, ep_size, stage = other
@@ -88,7 +88,7 @@ def test_a_run_goes_on_in_another_layout(other: tuple[int, int, int], output: Pa
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_run_shrinks_and_grows_on_its_way(output: Path, shards: Path) -> None:
     """4 ranks, then 2, then 3, then 1: the same samples in the same order, and the losses of the run that stayed."""
     for steps, (ranks, ep_size) in zip((4, 8, 12, WHOLE), ((4, 2), (2, 2), (3, 1), (1, 1)), strict=True):

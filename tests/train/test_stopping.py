@@ -117,7 +117,7 @@ def outcome(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(420)
 def test_a_signal_anywhere_costs_nothing(shards: Path, tmp_path: Path) -> None:
     log = {"validate_every": 1, "allocation_images": 4}

@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_at_ten_moments_the_result_is_that_of_an_uninterrupted_run(
     size: int, whole: dict[str, bytes], tmp_path: Path
