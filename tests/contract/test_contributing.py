@@ -9,9 +9,10 @@ import torch
 from data_pipeline.sources import open as sources
 from sharpmoe.families import FAMILIES
 from sharpmoe.moe.selection import RULES
+from sharpmoe.train.rollout_schedules import SCHEDULES
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "contributing"
-TABLES = (FAMILIES, RULES)  # what the pages add a row to
+TABLES = (FAMILIES, RULES, SCHEDULES)  # what the pages add a row to
 
 
 @pytest.fixture(autouse=True)

@@ -92,3 +92,11 @@ def test_every_module_says_what_it_is():
 def test_the_readme_lists_every_router_family():
     row = next(line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("| `model.router` |"))
     assert re.findall(r"`(\w+)`", row.split("|")[2]) == list(FAMILIES)
+
+
+def test_tests_selected_by_a_word_exist():
+    """`pytest FILE -k WORD` selects a test of that file."""
+    commands = [found for page in PAGES for found in re.findall(r"pytest (tests/\S+\.py) -k (\w+)", text_of(page))]
+    assert commands
+    for file, word in commands:
+        assert any(word in name for name in re.findall(r"^def (test_\w+)", text_of(ROOT / file), re.MULTILINE)), word
