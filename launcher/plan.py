@@ -1,7 +1,7 @@
-"""What a layout takes, before anything is started: `python launcher/plan.py --config RUN --world 64 --ep 8 --zero 3`.
+"""Estimate memory and traffic of a run: `python launcher/plan.py --config RUN --world 64 --ep 8 --zero 3`.
 
 Prints bytes per rank and bytes sent per optimizer step for every rollout schedule (docs/planning.md). Nothing is
-allocated; exit code 1 where the run as configured does not fit the device.
+allocated; exit code 1 if the run as configured does not fit the device.
 """
 
 import argparse
@@ -15,13 +15,26 @@ from sharpmoe.planning.advice import advise, usable
 from sharpmoe.planning.auto import resolve_planner
 from sharpmoe.planning.estimate import Planner
 from sharpmoe.planning.table import as_json, text
+from sharpmoe.train.rollout_schedules import SCHEDULES, schedule_overrides
 
-# What --schedule stands for in the run file; keys that go with the schedule that is there are unset.
-_UNSET = ("--rollout.kept_steps=null", "--rollout.segment_steps=1", "--rollout.merged_steps=1")
-SCHEDULES = {name: (f"--rollout.schedule={name}", *_UNSET) for name in ("auto", "plain", "checkpoint", "two_pass")} | {
-    "hybrid": ("--rollout.schedule=hybrid", *_UNSET[1:]),
-    "segments": ("--rollout.schedule=segments", *_UNSET[2:]),
-}
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="run file (default: configs/runs/quickstart.yaml)")
+    add("--world", type=int, default=8, help="ranks")
+    add("--ep", type=int, help="ranks that share the experts of a layer (default: parallel.ep_size of the run)")
+    add("--zero", type=int, choices=(2, 3), help="ZeRO stage (default: that of the DeepSpeed file, 3 without one)")
+    add("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON (default: configs/zero<stage>.json)")
+    add("--micro-batch", type=int, help="images per rank and engine call (default: train.micro_batch)")
+    add(
+        "--schedule",
+        choices=("auto", *SCHEDULES),
+        help="rollout schedule (default: that of the run); auto: the cheapest that fits",
+    )
+    add("--kept-steps", type=int, help="rollout.kept_steps, for --schedule hybrid and segments")
+    add("--segment-steps", type=int, help="rollout.segment_steps, for --schedule segments")
+    add("--device-memory", type=float, default=80.0, metavar="GIB", help="memory of a device in GiB")
+    add("--json", action="store_true", help="print JSON")
 
 
 def _act(arguments: argparse.Namespace) -> int:
@@ -34,8 +47,10 @@ def _act(arguments: argparse.Namespace) -> int:
     planner, notes = resolve_planner(planner, layout, arguments.device_memory)
     budget = planner.budget(layout)
     advice = advise(planner, budget, arguments.device_memory)
-    told = as_json(budget, advice, arguments.device_memory, notes) if arguments.json else None
-    print(text(budget, advice, arguments.device_memory, notes) if told is None else json.dumps(told, indent=1))
+    if arguments.json:
+        print(json.dumps(as_json(budget, advice, arguments.device_memory, notes), indent=1))
+    else:
+        print(text(budget, advice, arguments.device_memory, notes))
     return 0 if budget.own.memory.peak <= usable(arguments.device_memory) else 1
 
 
@@ -47,26 +62,7 @@ def _shorthands(arguments: argparse.Namespace) -> list[str]:
         "rollout.segment_steps": arguments.segment_steps,
     }
     words = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    return [*SCHEDULES.get(arguments.schedule, ()), *words]
-
-
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="run file (default configs/runs/quickstart.yaml)")
-    add("--world", type=int, default=8, help="ranks (default 8)")
-    add("--ep", type=int, help="ranks that share the experts of a layer (default: parallel.ep_size of the run)")
-    add("--zero", type=int, choices=(2, 3), help="ZeRO stage (default: that of the DeepSpeed file, 3 without one)")
-    add("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON (default configs/zero<stage>.json)")
-    add("--micro-batch", type=int, help="images per rank and engine call (default: train.micro_batch)")
-    add(
-        "--schedule",
-        choices=SCHEDULES,
-        help="rollout schedule (default: that of the run); auto: the cheapest that fits",
-    )
-    add("--kept-steps", type=int, help="rollout.kept_steps, for --schedule hybrid and segments")
-    add("--segment-steps", type=int, help="rollout.segment_steps, for --schedule segments")
-    add("--device-memory", type=float, default=80.0, metavar="GIB", help="memory of a device (default 80)")
-    add("--json", action="store_true", help="print numbers for a program")
+    return [*(schedule_overrides(arguments.schedule) if arguments.schedule else ()), *words]
 
 
 main = Command(text=__doc__, arguments=_arguments, act=_act, overrides=True, epilog=OVERRIDES_HELP)

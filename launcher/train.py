@@ -52,11 +52,11 @@ def _act(arguments: argparse.Namespace) -> None:
         with launch.raise_on_all_ranks(world):
             run, notes = resolve_schedule(asked, ds_config, world.size, memory)
             plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
-            told = rehearse(run, ds_config, world, notes) if plan is None else ""
+            text = rehearse(run, ds_config, world, notes) if plan is None else ""
         if plan is not None:
             train(plan, world)
         elif world.is_main:
-            print(told, flush=True)
+            print(text, flush=True)
 
 
 main = Command(

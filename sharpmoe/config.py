@@ -266,6 +266,13 @@ class DataConfig(Section):
         return self.places[0][0]
 
 
+SCHEDULE_SETTINGS: dict[str, tuple[str, ...]] = {  # settings of rollout schedules, with the schedules that have them
+    "kept_steps": ("hybrid", "segments"),
+    "segment_steps": ("segments",),
+    "merged_steps": ("two_pass", "hybrid", "segments"),
+}
+
+
 class RolloutConfig(Section):
     """The recursive denoising rollout (SharpMoE section 3)."""
 
@@ -286,8 +293,7 @@ class RolloutConfig(Section):
             raise ValueError(f"schedule: hybrid needs kept_steps from 1 to num_steps ({self.num_steps})")
         if self.schedule == "segments" and (self.kept_steps or 0) > self.segment_steps:
             raise ValueError(f"kept_steps ({self.kept_steps}) must be at most segment_steps ({self.segment_steps})")
-        users = {"kept_steps": ["hybrid", "segments"], "segment_steps": ["segments"]}
-        for key, schedules in (users | {"merged_steps": ["two_pass", "hybrid", "segments"]}).items():
+        for key, schedules in SCHEDULE_SETTINGS.items():
             if getattr(self, key) not in (None, 1) and self.schedule not in schedules:
                 raise ValueError(f"{key} needs schedule: {' | '.join(schedules)}")
         return self

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sharpmoe.config import RunConfig
+from sharpmoe.config import SCHEDULE_SETTINGS, RolloutConfig, RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.families import tokens_per_expert
 from sharpmoe.train.terms import has_routing_loss
@@ -132,8 +132,16 @@ def num_segments(run: RunConfig) -> int:
 
 def with_schedule(run: RunConfig, **fields: Any) -> RunConfig:
     """Return the run with another schedule, given as fields of `RolloutConfig`; settings of its own are reset."""
-    unset = {"kept_steps": None, "segment_steps": 1, "merged_steps": 1}
+    unset = {key: RolloutConfig.model_fields[key].default for key in SCHEDULE_SETTINGS}
     return run.model_copy(update={"rollout": run.rollout.model_copy(update=unset | fields)})
+
+
+def schedule_overrides(name: str) -> list[str]:
+    """Return overrides of a run file that select a schedule and reset the settings of others, and merged_steps."""
+    reset = [key for key, users in SCHEDULE_SETTINGS.items() if name not in users or key == "merged_steps"]
+    defaults = {key: RolloutConfig.model_fields[key].default for key in reset}
+    words = [f"--rollout.{key}={'null' if value is None else value}" for key, value in defaults.items()]
+    return [f"--rollout.schedule={name}", *words]
 
 
 def all_schedules(run: RunConfig) -> list[RunConfig]:

@@ -24,6 +24,7 @@ from sharpmoe.train.rollout_schedules import (
     exact_schedules,
     num_segments,
     schedule_of,
+    schedule_overrides,
 )
 from tests.train.setting import make_run, stirred_model
 
@@ -168,3 +169,12 @@ def test_what_cannot_run_is_named() -> None:
         check_schedule(uneven, 1)
     check_schedule(uneven, 3)
     check_schedule(a_run("ec", merged, model={"num_experts": 3}), 1)
+
+
+@pytest.mark.parametrize("name", ["auto", *SCHEDULES])
+def test_overrides_that_select_a_schedule_reset_what_it_does_not_have(name: str) -> None:
+    words = schedule_overrides(name)
+    kept = {"hybrid": {"kept_steps"}, "segments": {"kept_steps", "segment_steps"}}.get(name, set())
+    reset = {"--rollout.kept_steps=null", "--rollout.segment_steps=1", "--rollout.merged_steps=1"}
+    assert words[0] == f"--rollout.schedule={name}"
+    assert set(words[1:]) == {word for word in reset if word.split(".")[1].split("=")[0] not in kept}
