@@ -51,7 +51,7 @@ class Encoded(NamedTuple):
     text_length: int  # tokens of its longest caption
 
 
-class DecodedBatch(NamedTuple):
+class _DecodedBatch(NamedTuple):
     """Images that are encoded together, and those that could not be read."""
 
     items: list[Item]
@@ -59,9 +59,9 @@ class DecodedBatch(NamedTuple):
     skipped: list[Skipped]
 
 
-def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, int]) -> Iterator[DecodedBatch]:
+def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, int]) -> Iterator[_DecodedBatch]:
     """Decode in threads; every batch but the last holds `BATCH` images that could be read."""
-    batch = DecodedBatch([], [], [])
+    batch = _DecodedBatch([], [], [])
     for item, picture in decoded_pictures(worker.source, items, image_size, worker.threads):
         if isinstance(picture, Skipped):
             batch.skipped.append(picture)
@@ -70,7 +70,7 @@ def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, in
         batch.pictures.append(picture)
         if len(batch.items) == BATCH:
             yield batch
-            batch = DecodedBatch([], [], [])
+            batch = _DecodedBatch([], [], [])
     yield batch
 
 
@@ -103,7 +103,7 @@ def _try_load(source: ImageSource, item: Item, size: tuple[int, int]) -> Picture
         return Skipped(item.name, unreadable(error))
 
 
-def encode_batch(worker: Worker, resolution: Resolution, batch: DecodedBatch) -> Iterator[Encoded]:
+def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -> Iterator[Encoded]:
     """Encode every image of a batch. Raises DataError where a result is not finite."""
     images = torch.from_numpy(np.stack([picture.pixels for picture in batch.pictures]))
     latents = _latents(worker, batch.items, images)

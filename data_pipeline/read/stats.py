@@ -24,7 +24,7 @@ class _Spread(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleStats:
+class _SampleStats:
     """Statistics of some samples."""
 
     samples: int
@@ -36,9 +36,9 @@ class SampleStats:
     captions: float  # share of samples whose caption is not empty
 
 
-def sample_stats(samples: Sequence[Sample]) -> SampleStats:
+def sample_stats(samples: Sequence[Sample]) -> _SampleStats:
     """Compute statistics of samples."""
-    return SampleStats(
+    return _SampleStats(
         samples=len(samples),
         latent=_spread([sample.latent.astype(np.float32).ravel() for sample in samples]),
         tokens=_spread([np.array([len(sample.text)]) for sample in samples]),
@@ -61,7 +61,7 @@ def some_samples(shards: ShardSet, count: int) -> list[Sample]:
     return samples
 
 
-def folder_report(location: str, index: Index, stats: dict[str, SampleStats]) -> str:
+def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -> str:
     """Format an index and the statistics of some samples of every split, as lines of text."""
     size = sum(shard.size for shard in index.shards)
     count = sum(index.splits.values())
@@ -87,7 +87,7 @@ def folder_report(location: str, index: Index, stats: dict[str, SampleStats]) ->
     return "\n".join(lines)
 
 
-def _stats_lines(seen: SampleStats) -> list[str]:
+def _stats_lines(seen: _SampleStats) -> list[str]:
     return [
         f"statistics of {seen.samples} samples",
         f"  latent     {seen.latent}",
