@@ -1,86 +1,22 @@
-"""Stores: local folders, http servers that misbehave, and clouds, all read alike."""
-
-import importlib.util
 import os
 import pickle
-import shutil
-import ssl
-import subprocess
-import threading
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
 import pytest
 
-from data_pipeline.store import remote
-from data_pipeline.store.cache import BlockCache
 from data_pipeline.store.remote import RemoteOptions
-from data_pipeline.store.store import Store, open_store
-from sharpmoe.config import DataConfig
-from sharpmoe.config_io import load_run_config
-from sharpmoe.errors import ConfigError, DamageError, DataError
-from tests.data_pipeline.range_server import RangeServer, Request, serving
-
-SIZE = 40_000
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(remote, "BLOCK", 1 << 12)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / "a.tar").write_bytes(np.random.default_rng(0).bytes(SIZE))
-    (folder / "index.json").write_bytes(b"{}")
-    return folder
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[RangeServer]:
-    with serving(folder) as running:
-        yield running
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> RemoteOptions:
-    return RemoteOptions(cache=tmp_path / "cache", cache_bytes=1 << 20, timeout_s=0.4, retries=3, pause_s=0.01)
-
-
-def _same(store: Store, folder: Path, reads: int = 30) -> None:
-    content = (folder / "a.tar").read_bytes()
-    generator = np.random.default_rng(1)
-    for _ in range(reads):
-        start, stop = sorted(int(place) for place in generator.integers(0, SIZE + 1, 2))
-        assert store.read("a.tar", start, stop - start) == content[start:stop]
-    assert store.size("a.tar") == SIZE
-    assert store.small("index.json") == b"{}"
-
-
-def _refuses_what_is_not_there(store: Store) -> None:
-    with pytest.raises(DamageError, match="ends 5 bytes before a sample does"):
-        store.read("a.tar", SIZE - 5, 10)
-    with pytest.raises(DamageError, match="b.tar"):
-        store.read("b.tar", 0, 10)
-    for name in ("../a.tar", "/etc/passwd", ".lock"):
-        for act in (lambda name: store.read(name, 0, 1), store.size, store.small):
-            with pytest.raises(DataError, match="expected letters, digits, dot, - and _ only"):
-                act(name)
+from data_pipeline.store.store import open_store
+from sharpmoe.errors import DamageError
+from tests.data_pipeline.range_server import RangeServer
+from tests.data_pipeline.store.behaviour import SIZE, check_reads, check_refusals
 
 
 def test_a_folder(folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("GOPEN_REWRITE", "set=/etc")  # what webdataset would obey
     store = open_store(folder)
-    _same(store, folder)
-    _same(pickle.loads(pickle.dumps(store)), folder)
-    _refuses_what_is_not_there(store)
+    check_reads(store, folder)
+    check_reads(pickle.loads(pickle.dumps(store)), folder)
+    check_refusals(store)
 
 
 def test_a_folder_of_more_files_than_may_be_open(folder: Path) -> None:
@@ -106,251 +42,13 @@ def test_a_file_cut_under_our_feet_is_an_error(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["folder", "http"])
 def test_a_store_survives_a_fork(kind: str, folder: Path, server: RangeServer, options: RemoteOptions) -> None:
     store = open_store(folder if kind == "folder" else server.url, options)
-    _same(store, folder, 3)
+    check_reads(store, folder, 3)
     child = os.fork()
     if child == 0:
         try:
-            _same(store, folder, 5)
+            check_reads(store, folder, 5)
             os._exit(0)
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
-    _same(store, folder, 3)
-
-
-def test_http(folder: Path, server: RangeServer, options: RemoteOptions) -> None:
-    store = open_store(server.url, options)
-    _same(store, folder)
-    asked = len(server.seen)
-    _same(pickle.loads(pickle.dumps(store)), folder)
-    assert len(server.seen) - asked == 3  # all but sizes and the index from the cache
-    assert all(request.headers["Accept-Encoding"] == "identity" for request in server.seen)
-
-
-def test_http_without_the_file(folder: Path, options: RemoteOptions) -> None:
-    with serving(folder, lambda request: "404" if "b.tar" in request.path else "ok") as server:
-        _refuses_what_is_not_there(open_store(server.url, options))
-
-
-@pytest.mark.parametrize("fault", ["503", "429", "cut", "stall", "slow", "short", "shifted"])
-def test_faults_that_pass(fault: str, folder: Path, options: RemoteOptions) -> None:
-    """Every third request goes well."""
-    with serving(folder, lambda request: fault if request.number % 3 else "ok") as server:
-        store = open_store(server.url, options)
-        content = (folder / "a.tar").read_bytes()
-        assert [store.read("a.tar", start, 4000) for start in (0, 9000)] == [content[:4000], content[9000:13000]]
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("503", r"the server answered 503 \(4 tries\); check the network"),
-        ("stall", r"no answer \(time-out\) \(4 tries\)"),
-        ("cut", r"no answer \(cut after 2048 of 4096 bytes\) \(4 tries\)"),
-        ("401", "the server answered 401; check the address and the access"),
-        ("whole", "does not answer range requests"),
-        ("gzip", "compresses its answers"),
-        ("to http://other.invalid/a", "refused a redirect to another host .other.invalid:80."),
-        ("to file:///etc/passwd", "only http.s. is followed"),
-        ("to /a.tar", "more than 5 redirects"),
-    ],
-)
-def test_faults_that_stay(fault: str, message: str, folder: Path, options: RemoteOptions) -> None:
-    """One clear line, without the login and the signature of the URL, and without what the server says."""
-    with serving(folder, lambda _: fault) as server:
-        url = server.url.replace("http://", "http://ann:hunter2@") + "?sig=signature"
-        store = open_store(url, replace(options, timeout_s=0.2))
-        with pytest.raises(DataError, match=message) as raised:
-            store.read("a.tar", 0, 10)
-    assert not isinstance(raised.value, DamageError)
-    for secret in ("hunter2", "ann", "signature", "secret"):
-        assert secret not in str(raised.value) + store.location
-    assert raised.value.__cause__ is None
-
-
-def test_a_server_that_is_not_there(options: RemoteOptions) -> None:
-    with pytest.raises(DataError, match="no answer .Connection refused. .4 tries."):
-        open_store("http://127.0.0.1:1", options).read("a.tar", 0, 10)
-
-
-def test_redirects_within_the_policy(folder: Path, options: RemoteOptions, tmp_path: Path) -> None:
-    with serving(folder) as other:
-
-        def fault(request: Request) -> str:
-            return f"to {other.url}{request.path}"
-
-        with serving(folder, fault) as server:
-            url = server.url.replace("//", "//ann:hunter2@")
-            allowed = replace(options, allow_hosts=(f"127.0.0.1:{other.server_address[1]}",))
-            _same(open_store(url, allowed), folder, 5)
-            assert {request.headers.get("Authorization") for request in server.seen} == {"Basic YW5uOmh1bnRlcjI="}
-            assert {request.headers.get("Authorization") for request in other.seen} == {None}
-            with pytest.raises(DataError, match="refused a redirect to another host"):
-                open_store(url, replace(options, cache=tmp_path / "b")).read("a.tar", 0, 10)
-
-
-def test_signed_urls_are_signed_for_every_file(server: RangeServer, folder: Path, options: RemoteOptions) -> None:
-    _same(open_store(server.url + "?sig=x", options), folder, 2)
-    assert all(request.path.endswith("?sig=x") for request in server.seen)
-    names = {path.name for path in options.cache.iterdir()}
-    assert not any("sig" in name for name in names)
-
-
-def test_threads_share_a_store(server: RangeServer, folder: Path, options: RemoteOptions) -> None:
-    store, failed = open_store(server.url, options), []
-
-    def work() -> None:
-        try:
-            _same(store, folder, 10)
-        except BaseException as error:
-            failed.append(error)
-            raise
-
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-
-
-def test_a_damaged_cache_is_read_past(server: RangeServer, folder: Path, options: RemoteOptions) -> None:
-    store, content = open_store(server.url, options), (folder / "a.tar").read_bytes()
-    store.read("a.tar", 0, 100)
-    (block,) = options.cache.glob("*.block")
-    block.write_bytes(bytes(4096))
-    assert store.read("a.tar", 0, 100) == bytes(100)
-    assert store.read("a.tar", 0, 100, fresh=True) == content[:100]
-    assert store.read("a.tar", 0, 100) == content[:100]
-    os.truncate(block, 50)  # a disk that was full, a machine that crashed
-    assert store.read("a.tar", 0, 100) == content[:100]
-
-
-def test_the_cache_is_bounded_and_keeps_what_is_used(tmp_path: Path) -> None:
-    cache = BlockCache(tmp_path, limit=80_000, block=10_000)
-    other = BlockCache(tmp_path, limit=80_000, block=10_000)  # another process sees the same folder
-    (tmp_path / "dead.1-x.part").write_bytes(bytes(9_000))
-    os.utime(tmp_path / "dead.1-x.part", (0, 0))
-    for number in range(100):
-        (cache, other)[number % 2].write(str(number), bytes([number]) * 10_000)
-        assert cache.read("0", 3, 5) == b"\0\0"
-        os.utime(cache._path("0"))
-        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 80_000 + 10
-    assert cache.read("99", 0, 10_000) == bytes([99]) * 10_000
-    assert cache.read("1", 0, 10) is None
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_a_cache_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected 32768 or more"):
-        open_store("http://h", RemoteOptions(cache=tmp_path, cache_bytes=5))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be used as a cache"):
-        open_store("http://h", RemoteOptions(cache=tmp_path / "file"))
-
-
-@pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_clouds(scheme: str, folder: Path, options: RemoteOptions, monkeypatch) -> None:
-    fsspec = pytest.importorskip("fsspec")
-    memory = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
-    calls: list[str] = []
-
-    class Flaky(memory):
-        protocol = scheme
-        cachable = False
-        store: ClassVar[dict[str, object]] = {}
-        pseudo_dirs: ClassVar[list[str]] = [""]
-
-        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
-            calls.append(path)
-            if len(calls) % 2:
-                raise OSError("slow down, key=hunter2")
-            return super().cat_file(path, start, end)
-
-    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: {scheme: Flaky}[name]())
-    for name in ("a.tar", "index.json"):
-        Flaky().pipe_file(f"/bucket/p/{name}", (folder / name).read_bytes())
-    store = open_store(f"{scheme}://bucket/p/", options)
-    _same(store, folder)
-    _same(pickle.loads(pickle.dumps(store)), folder)
-    _refuses_what_is_not_there(store)
-    monkeypatch.setattr(Flaky, "cat_file", lambda *_, **__: (_ for _ in ()).throw(OSError("key=hunter2")))
-    with pytest.raises(DataError, match=r"request failed \(OSError\) \(4 tries\)"):
-        store.read("a.tar", 0, 10, fresh=True)
-    monkeypatch.setattr(Flaky, "cat_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError("key=hunter2")))
-    with pytest.raises(DataError, match="access denied; check the credentials"):
-        store.read("a.tar", 0, 10, fresh=True)
-
-
-def test_clouds_without_their_driver_or_with_keys_in_the_url(options: RemoteOptions) -> None:
-    with pytest.raises(DataError, match="no user, password or query in the URL") as raised:
-        open_store("s3://key:hunter2@bucket", options)
-    assert "hunter2" not in str(raised.value)
-    if importlib.util.find_spec("gcsfs") is None:
-        with pytest.raises(DataError, match="needs fsspec and gcsfs; pip install gcsfs"):
-            open_store("gs://bucket", options)
-
-
-def test_credentials_come_from_the_environment(
-    server: RangeServer, folder: Path, options: RemoteOptions, monkeypatch
-) -> None:
-    url = server.url.replace("//", "//ann:${SHARDS_PASSWORD}@") + "?sig=${SHARDS_KEY}"
-    with pytest.raises(DataError, match="environment variable SHARDS_PASSWORD is not set"):
-        open_store(url, options)
-    monkeypatch.setenv("SHARDS_PASSWORD", "hunter2")
-    monkeypatch.setenv("SHARDS_KEY", "x")
-    _same(open_store(url, options), folder, 2)
-    assert server.seen[0].headers["Authorization"] == "Basic YW5uOmh1bnRlcjI="
-    assert server.seen[0].path.endswith("?sig=x")
-    assert DataConfig(shards=url).first_place == url
-
-
-@pytest.mark.parametrize(
-    "url", ["https://ann:hunter2@h/x", "https://hunter2@h/x", "s3://b/x?key=hunter2", "http://h?hunter2"]
-)
-def test_a_configuration_holds_no_credentials(url: str) -> None:
-    """It is copied into the run's folder and logged."""
-    with pytest.raises(ConfigError, match="write it as") as raised:
-        load_run_config(None, ["--data.shards", url])
-    assert "hunter2" not in str(raised.value)
-
-
-def test_a_proxy_of_the_environment_is_used(
-    server: RangeServer, folder: Path, options: RemoteOptions, monkeypatch
-) -> None:
-    monkeypatch.setenv("http_proxy", server.url)
-    monkeypatch.delenv("no_proxy", raising=False)
-    _same(open_store("http://far.invalid/", options), folder, 2)
-    assert all(request.path.startswith("http://far.invalid:80/") for request in server.seen)
-    asked = len(server.seen)
-    monkeypatch.setenv("no_proxy", "near.invalid")
-    with pytest.raises(DataError, match="no answer"):
-        open_store("http://near.invalid/", replace(options, retries=0)).size("a.tar")
-    assert len(server.seen) == asked
-
-
-def test_names_that_a_url_has_to_quote(tmp_path: Path, folder: Path, options: RemoteOptions) -> None:
-    folder.rename(tmp_path / "my säts")
-    with serving(tmp_path) as server:
-        _same(open_store(f"{server.url}/my säts", options), tmp_path / "my säts", 2)
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
-def test_certificates_are_checked(folder: Path, options: RemoteOptions, tmp_path: Path, monkeypatch) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    extra = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*command, *extra], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    with serving(folder, context=context) as server:
-        url = server.url.replace("http:", "https:")
-        with pytest.raises(DataError, match="the certificate cannot be verified"):
-            open_store(url, options).size("a.tar")
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        _same(open_store(url, options), folder, 2)
-        with serving(folder) as plain:
-            server.fault = lambda _: f"to {plain.url}/a.tar"
-            allowed = replace(options, allow_hosts=(f"127.0.0.1:{plain.server_address[1]}",))
-            with pytest.raises(DataError, match="refused a redirect"):  # to http, whatever is allowed
-                open_store(url, allowed).size("a.tar")
+    check_reads(store, folder, 3)

@@ -1,6 +1,4 @@
 import json
-import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +6,7 @@ from PIL import Image
 
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
-from data_pipeline.sources import items
-from data_pipeline.sources.items import Item, Skipped, from_json, to_json
+from data_pipeline.sources.items import Skipped
 from data_pipeline.sources.open import SourceOptions, open_source
 from data_pipeline.sources.tables import _rows
 from sharpmoe.errors import DataError
@@ -41,56 +38,6 @@ def catalog(path: Path, work: Path) -> Catalog:
     digests = [unit.digest for unit in source.units()]
     survey(source, work, digests, Rank(), read_sizes=False, threads=1)
     return Catalog(work, digests)
-
-
-# --- a caption beside every image -------------------------------------------------------------------------------------
-
-
-def test_sidecars(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png").with_suffix(".txt").write_text("a red square\n", encoding="utf-8")
-    picture(tmp_path / "deep" / "b.v2.JPG").with_suffix(".txt").write_text("größer", encoding="utf-8")
-    picture(tmp_path / "c.png")
-    picture(tmp_path / "d.png").with_suffix(".txt").write_text("  \n")
-    picture(tmp_path / "e.png").with_suffix(".txt").write_bytes(b"caf\xe9")
-    found = listed(tmp_path)
-    assert texts(tmp_path) == {"a.png": "a red square", "deep/b.v2.JPG": "größer"}
-    assert dict(entry[:2] for entry in found.skipped) == {
-        "c.png": "no caption in c.txt",
-        "d.png": "no caption in d.txt",
-        "e.png": "caption e.txt is not UTF-8 (byte 3)",
-    }
-    assert all("." not in item.key and "/" not in item.key for item in found.items)
-
-
-def test_captions_with_newlines_and_emoji_stay_as_they_are(tmp_path: Path) -> None:
-    caption = "a fox 🦊\n\n  in the snow ❄️ — “so cold”"
-    picture(tmp_path / "a.png").with_suffix(".txt").write_text(f"\ufeff{caption}\r\n", encoding="utf-8")
-    assert texts(tmp_path) == {"a.png": caption}
-
-
-def test_translations_under_a_caption_are_left_out(tmp_path: Path) -> None:
-    text = "A brown bear.\naf.utf8='n Bruin beer.\nsr@latin.utf8=Medved.\npt_BR.utf8=Um urso.\nen=sure"
-    picture(tmp_path / "a.png").with_suffix(".txt").write_text(text, encoding="utf-8")
-    assert texts(tmp_path) == {"a.png": "A brown bear.\nen=sure"}
-
-
-def test_json_beside_an_image_with_several_captions(tmp_path: Path) -> None:
-    tree = {"captions": [{"text": "one", "weight": 3}, " two "]}
-    picture(tmp_path / "a.png").with_suffix(".json").write_text(json.dumps(tree))
-    picture(tmp_path / "b.png").with_suffix(".json").write_text("{")
-    picture(tmp_path / "c.png").with_suffix(".json").write_text('{"captions": [{"text": "x", "weight": -1}]}')
-    found = listed(tmp_path)
-    assert [item.captions for item in found.items] == [(("one", 3.0), ("two", 1.0))]
-    assert {entry.name for entry in found.skipped} == {"b.png", "c.png"}
-
-
-def test_paths_that_look_alike_get_different_keys(tmp_path: Path) -> None:
-    for file in ("a/b.png", "a-b.png", "a.b.png"):
-        picture(tmp_path / file).with_suffix(".txt").write_text("x")
-    assert len({item.key for item in listed(tmp_path).items}) == 3
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def test_captions_file_with_both_spellings_and_several_captions_of_one_image(tmp_path: Path) -> None:
@@ -215,87 +162,3 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_bytes(b"file,caption\na.png,caf\xe9\n")
     with pytest.raises(DataError, match="not UTF-8"):
         list(_rows(tmp_path / "table.csv"))
-
-
-# --- sources as such --------------------------------------------------------------------------------------------------
-
-
-def test_no_folder_and_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder"):
-        open_source(SourceOptions(source=str(tmp_path / "none")))
-    with pytest.raises(DataError, match="no captioned image"):
-        listed(tmp_path)
-
-
-def identity(path: Path) -> dict[str, object]:
-    source = open_source(SourceOptions(source=str(path)))
-    return source.identity([unit.digest for unit in source.units()])
-
-
-def test_identity_follows_captions_and_files_but_not_the_place(tmp_path: Path) -> None:
-    def source(parent: str, caption: str = "x", colour: str = "red") -> dict[str, object]:
-        folder = tmp_path / parent / "set"
-        picture(folder / "a.bmp" if colour == "red" else folder / "a.png", colour)
-        (folder / "a.txt").write_text(caption)
-        return identity(folder)
-
-    first = source("one")
-    assert source("two") == first
-    assert source("three", caption="y") != first
-    assert source("four", colour="blue") != first
-
-
-def test_units_cover_a_source_and_change_with_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(items, "UNIT_RECORDS", 4)
-    for number in range(10):
-        picture(tmp_path / f"{number}.png").with_suffix(".txt").write_text(str(number))
-    before = [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()]
-    assert [len(unit.records) for unit in open_source(SourceOptions(source=str(tmp_path))).units()] == [4, 4, 2]
-    assert sorted(texts(tmp_path).values()) == [str(number) for number in range(10)]
-    (tmp_path / "5.txt").write_text("changed")
-    after = [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()]
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
-
-
-def test_a_picture_that_changed_since_it_was_listed_is_noticed(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png").with_suffix(".txt").write_text("x")
-    source = open_source(SourceOptions(source=str(tmp_path)))
-    item = listing(source).items[0]
-    assert source.read(item) == (tmp_path / "a.png").read_bytes()
-    assert source.read(item, 10) == (tmp_path / "a.png").read_bytes()[:10]
-    (tmp_path / "a.png").write_bytes(source.read(item) + b"more")
-    with pytest.raises(DataError, match="changed since it was listed"):
-        source.read(item)
-
-
-def test_items_survive_their_file(tmp_path: Path) -> None:
-    item = Item(
-        key="k",
-        split="train",
-        captions=(("a\n🦊", 2.0), ("b", 0.5)),
-        image=items.Place("f", 3, 4),
-        name="n",
-        label=7,
-        latent="m",
-        flip=True,
-        pixels=(3, 4),
-    )
-    listed = '["k","train",[["a\\n🦊",2.0],["b",0.5]],["f",3,4],"n",7,"m",true,[3,4]]'
-    assert to_json(item) == listed  # as every version has written it
-    for entry in (item, replace(item, pixels=None), Skipped("a", "b"), Skipped("a", "b", True)):
-        assert from_json(to_json(entry).encode()) == entry
-        assert "\n" not in to_json(entry)
-
-
-def test_a_file_name_that_is_not_utf8_is_left_out(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png").with_suffix(".txt").write_text("x")
-    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
-    try:
-        os.rename(tmp_path / "a.png", odd)
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
-    os.rename(tmp_path / "a.txt", odd.replace(".png", ".txt"))
-    picture(tmp_path / "b.png").with_suffix(".txt").write_text("x")
-    found = listed(tmp_path)
-    assert [item.name for item in found.items] == ["b.png"]
-    assert found.skipped == [Skipped(r"caf\udce9.png", "its name is not UTF-8")]

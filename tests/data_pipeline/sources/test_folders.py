@@ -1,0 +1,100 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_pipeline.sources.items import Skipped
+from data_pipeline.sources.open import SourceOptions, open_source
+from tests.fixtures_data import Listing, listing
+
+
+def picture(path: Path, colour: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+    return path
+
+
+def listed(path: Path) -> Listing:
+    return listing(open_source(SourceOptions(source=str(path))))
+
+
+def texts(path: Path) -> dict[str, str]:
+    return {item.name: item.captions[0][0] for item in listed(path).items}
+
+
+def test_sidecars(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("a red square\n", encoding="utf-8")
+    picture(tmp_path / "deep" / "b.v2.JPG").with_suffix(".txt").write_text("größer", encoding="utf-8")
+    picture(tmp_path / "c.png")
+    picture(tmp_path / "d.png").with_suffix(".txt").write_text("  \n")
+    picture(tmp_path / "e.png").with_suffix(".txt").write_bytes(b"caf\xe9")
+    found = listed(tmp_path)
+    assert texts(tmp_path) == {"a.png": "a red square", "deep/b.v2.JPG": "größer"}
+    assert dict(entry[:2] for entry in found.skipped) == {
+        "c.png": "no caption in c.txt",
+        "d.png": "no caption in d.txt",
+        "e.png": "caption e.txt is not UTF-8 (byte 3)",
+    }
+    assert all("." not in item.key and "/" not in item.key for item in found.items)
+
+
+def test_captions_with_newlines_and_emoji_stay_as_they_are(tmp_path: Path) -> None:
+    caption = "a fox 🦊\n\n  in the snow ❄️ — “so cold”"
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text(f"\ufeff{caption}\r\n", encoding="utf-8")
+    assert texts(tmp_path) == {"a.png": caption}
+
+
+def test_translations_under_a_caption_are_left_out(tmp_path: Path) -> None:
+    text = "A brown bear.\naf.utf8='n Bruin beer.\nsr@latin.utf8=Medved.\npt_BR.utf8=Um urso.\nen=sure"
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text(text, encoding="utf-8")
+    assert texts(tmp_path) == {"a.png": "A brown bear.\nen=sure"}
+
+
+def test_json_beside_an_image_with_several_captions(tmp_path: Path) -> None:
+    tree = {"captions": [{"text": "one", "weight": 3}, " two "]}
+    picture(tmp_path / "a.png").with_suffix(".json").write_text(json.dumps(tree))
+    picture(tmp_path / "b.png").with_suffix(".json").write_text("{")
+    picture(tmp_path / "c.png").with_suffix(".json").write_text('{"captions": [{"text": "x", "weight": -1}]}')
+    found = listed(tmp_path)
+    assert [item.captions for item in found.items] == [(("one", 3.0), ("two", 1.0))]
+    assert {entry.name for entry in found.skipped} == {"b.png", "c.png"}
+
+
+def test_paths_that_look_alike_get_different_keys(tmp_path: Path) -> None:
+    for file in ("a/b.png", "a-b.png", "a.b.png"):
+        picture(tmp_path / file).with_suffix(".txt").write_text("x")
+    assert len({item.key for item in listed(tmp_path).items}) == 3
+
+
+def identity(path: Path) -> dict[str, object]:
+    source = open_source(SourceOptions(source=str(path)))
+    return source.identity([unit.digest for unit in source.units()])
+
+
+def test_identity_follows_captions_and_files_but_not_the_place(tmp_path: Path) -> None:
+    def source(parent: str, caption: str = "x", colour: str = "red") -> dict[str, object]:
+        folder = tmp_path / parent / "set"
+        picture(folder / "a.bmp" if colour == "red" else folder / "a.png", colour)
+        (folder / "a.txt").write_text(caption)
+        return identity(folder)
+
+    first = source("one")
+    assert source("two") == first
+    assert source("three", caption="y") != first
+    assert source("four", colour="blue") != first
+
+
+def test_a_file_name_that_is_not_utf8_is_left_out(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("x")
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    try:
+        os.rename(tmp_path / "a.png", odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    os.rename(tmp_path / "a.txt", odd.replace(".png", ".txt"))
+    picture(tmp_path / "b.png").with_suffix(".txt").write_text("x")
+    found = listed(tmp_path)
+    assert [item.name for item in found.items] == ["b.png"]
+    assert found.skipped == [Skipped(r"caf\udce9.png", "its name is not UTF-8")]
