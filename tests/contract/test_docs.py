@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sharpmoe.families import FAMILIES
+from sharpmoe.train.rollout_schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -100,3 +101,8 @@ def test_tests_selected_by_a_word_exist():
     assert commands
     for file, word in commands:
         assert any(word in name for name in re.findall(r"^def (test_\w+)", text_of(ROOT / file), re.MULTILINE)), word
+
+
+def test_the_readme_lists_every_rollout_schedule():
+    row = next(line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("| `rollout.schedule` |"))
+    assert set(re.findall(r"`(\w+)`", row.split("|")[2])) == {*SCHEDULES, "auto"}
