@@ -14,7 +14,7 @@ from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import advise, usable
 from sharpmoe.planning.auto import resolve_planner
 from sharpmoe.planning.estimate import Planner
-from sharpmoe.planning.table import as_json, text
+from sharpmoe.planning.table import as_json, as_text
 from sharpmoe.train.rollout_schedules import SCHEDULES, schedule_overrides
 
 
@@ -50,7 +50,7 @@ def _act(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(as_json(budget, advice, arguments.device_memory, notes), indent=1))
     else:
-        print(text(budget, advice, arguments.device_memory, notes))
+        print(as_text(budget, advice, arguments.device_memory, notes))
     return 0 if budget.own.memory.peak <= usable(arguments.device_memory) else 1
 
 

@@ -1,4 +1,4 @@
-"""What a rollout keeps until a backward, counted by running the run's own code on tensors without storage.
+"""Bytes that a rollout keeps until a backward, counted by running the objective on tensors without storage.
 
 `Objective` runs under torch's fake tensors: the same operators, shapes, dtypes and views as in training on a host, and
 no memory. Counted are the unique storages that autograd saves or the call returns, without the parameters and the
@@ -24,38 +24,40 @@ from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule, with_schedule
 
 
-class Linear(NamedTuple):
+class LinearBytes(NamedTuple):
     """Bytes as a function of the rollout steps in a graph."""
 
     base: int
     per_step: int
 
     def at(self, steps: int) -> int:
-        """Bytes of so many steps."""
+        """Return the bytes of so many steps."""
         return self.base + steps * self.per_step
 
 
 class Activations(NamedTuple):
     """Bytes that one micro-batch keeps on a rank."""
 
-    kept: Linear  # a graph that keeps everything
-    inputs: Linear  # a graph that keeps the inputs of blocks
+    kept: LinearBytes  # a graph that keeps everything
+    inputs: LinearBytes  # a graph that keeps the inputs of blocks
     replay: int  # what one step without a graph leaves for its second run: x0_prev and routing
     block: int  # most that one recomputed block adds
 
-    def of(self, schedule: RolloutSchedule) -> tuple["Kept", ...]:
-        """What is kept when each graph of a schedule is full; replays stay until the micro-batch is done."""
+    def of(self, schedule: RolloutSchedule) -> tuple["GraphBytes", ...]:
+        """Return what is kept when each graph of a schedule is full; replays stay until the micro-batch is done."""
         beside = schedule.rerun * self.replay
         return tuple(self._graph(part, beside) for part in schedule.passes)
 
-    def _graph(self, part: Pass, beside: int) -> "Kept":
+    def _graph(self, part: Pass, beside: int) -> "GraphBytes":
         if part.recompute:
-            return Kept(self.inputs.at(part.trained) + self.block + beside, self.inputs.per_step, part.graph_calls)
+            return GraphBytes(
+                self.inputs.at(part.trained) + self.block + beside, self.inputs.per_step, part.graph_calls
+            )
         graph = self.kept.at(part.trained)
-        return Kept(graph + beside, graph if part.graph_calls == 1 else self.kept.per_step, part.graph_calls)
+        return GraphBytes(graph + beside, graph if part.graph_calls == 1 else self.kept.per_step, part.graph_calls)
 
 
-class Kept(NamedTuple):
+class GraphBytes(NamedTuple):
     """Bytes of activations on a rank when a graph is full."""
 
     most: int
@@ -63,7 +65,7 @@ class Kept(NamedTuple):
     calls: int  # model calls in the graph: how often it uses each parameter
 
 
-class Meter:
+class _StorageMeter:
     """Adds up the bytes of unique storages. Holds on to what it has seen, so that no address is seen twice."""
 
     def __init__(self, without: Iterable[Tensor]) -> None:
@@ -107,10 +109,11 @@ class _EvenDispatcher(LocalDispatcher):
         return super().dispatch(x, assignment._replace(counts=Counts(per_expert)))
 
 
-def measure(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
+def count_activations(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
     """Run the objective on tensors without storage and count; `text_tokens` per caption.
 
-    Depth is a pattern of dense and MoE blocks that repeats, and what is kept is linear in it: two shallow models tell.
+    Depth is a pattern of dense and MoE blocks that repeats, and what is kept is linear in it: two shallow models are
+    enough.
     """
     model = run.model
     short = model.dense_first + model.moe_every + (model.depth - model.dense_first) % model.moe_every
@@ -130,8 +133,8 @@ def _with_depth(run: RunConfig, depth: int) -> RunConfig:
     return run.model_copy(update={"model": run.model.model_copy(update={"depth": depth})})
 
 
-def _extend(one: Linear, two: Linear, repeats: int) -> Linear:
-    return Linear(*(first + repeats * (second - first) for first, second in zip(one, two, strict=True)))
+def _extend(one: LinearBytes, two: LinearBytes, repeats: int) -> LinearBytes:
+    return LinearBytes(*(first + repeats * (second - first) for first, second in zip(one, two, strict=True)))
 
 
 def _count(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
@@ -145,10 +148,10 @@ def _count(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
     return Activations(kept, inputs, replayed, block)
 
 
-def _line(counted: list[tuple[int, int]]) -> tuple[Linear, int]:
+def _line(counted: list[tuple[int, int]]) -> tuple[LinearBytes, int]:
     """Fit graphs of one and of two steps; the second figure is that of one step."""
     (one, block), (two, _) = counted
-    return Linear(2 * one - two, two - one), block
+    return LinearBytes(2 * one - two, two - one), block
 
 
 def _skeleton(run: RunConfig, micro_batch: int) -> DiT:
@@ -209,5 +212,5 @@ def _replay(objective: Objective, item: TrajectoryBatch) -> int:
     return meter.total
 
 
-def _meter(objective: Objective, item: TrajectoryBatch) -> Meter:
-    return Meter([*objective.parameters(), *objective.buffers(), *(t for t in tree_leaves(item))])
+def _meter(objective: Objective, item: TrajectoryBatch) -> _StorageMeter:
+    return _StorageMeter([*objective.parameters(), *objective.buffers(), *(t for t in tree_leaves(item))])

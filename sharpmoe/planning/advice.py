@@ -1,35 +1,38 @@
-"""What is wrong with a layout, and which other one would do."""
+"""Warnings on a layout, and other layouts that fit where it does not."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from sharpmoe.parallel.experts.groups import possible_ep_sizes
+from sharpmoe.planning.coordinator import version_notes
 from sharpmoe.planning.estimate import Budget, Estimate, Planner
-from sharpmoe.planning.layout import Layout
+from sharpmoe.planning.layout import RankLayout
 from sharpmoe.planning.memory import Memory
 
-GIB = 2**30
+_GIB = 2**30
 RESERVE = 0.1  # of the device: context, libraries, workspaces, fragments of the allocator
 _MOST_FITS = 4
-_LARGE_BUCKET = 0.25  # share of the peak from which an idle bucket is worth a word
+_LARGE_BUCKET = 0.25  # share of the peak from which an idle bucket is reported
 
 
 class Advice(NamedTuple):
-    """What a person should know before starting."""
+    """What a user should know before starting a run."""
 
     warnings: tuple[str, ...]
-    fits: tuple[Estimate, ...]  # where the run does not fit: what would, the least traffic first
+    fits: tuple[Estimate, ...]  # where the run does not fit: layouts that do, the least traffic first
 
 
 def usable(device_memory: float) -> float:
-    """Bytes that a run may take of a device of so many GiB."""
-    return device_memory * GIB * (1 - RESERVE)
+    """Return the bytes that a run may use of a device of so many GiB."""
+    return device_memory * _GIB * (1 - RESERVE)
 
 
 def advise(planner: Planner, budget: Budget, device_memory: float) -> Advice:
-    """Warnings on the run as configured, and the layouts that fit where it does not."""
+    """Return warnings on the run as configured, and the layouts that fit where it does not."""
     own = budget.own
     warnings = [*_memory_warnings(own, device_memory), *_gather_warnings(own, budget), *_bucket_warnings(own, budget)]
+    warnings += version_notes() if own.layout.zero.stage == 3 else ()
     if own.memory.peak <= usable(device_memory):
         return Advice(tuple(warnings), ())
     fitting = [other for other in _neighbours(planner, budget) if other.memory.peak <= usable(device_memory)]
@@ -40,7 +43,7 @@ def _memory_warnings(own: Estimate, device_memory: float) -> Iterator[str]:
     room = usable(device_memory)
     if own.memory.peak > room:
         yield (
-            f"does not fit: {own.memory.peak / GIB:.1f} GiB at the peak, {room / GIB:.1f} of {device_memory:g} GiB "
+            f"does not fit: {own.memory.peak / _GIB:.1f} GiB at the peak, {room / _GIB:.1f} of {device_memory:g} GiB "
             f"usable; most of it is {_largest(own.memory)}"
         )
 
@@ -52,7 +55,7 @@ def _largest(memory: Memory) -> str:
         "weights, masters and optimizer": memory.state,
         "gathered weights": memory.gathered + memory.arriving,
         "whole gradients, added up or waiting": memory.sums + memory.whole_gradients,
-        "the whole model of a look (log.*)": memory.look,
+        "the whole model of the monitor (log.*)": memory.look,
     }
     return max(items, key=lambda name: items[name])
 
@@ -82,11 +85,11 @@ def _neighbours(planner: Planner, budget: Budget) -> Iterator[Estimate]:
     layout = budget.own.layout
     for ep_size in possible_ep_sizes(planner.run, layout.world):
         for stage in (2, 3):
-            other = layout._replace(ep_size=ep_size, zero=layout.zero._replace(stage=stage))
+            other = layout._replace(ep_size=ep_size, zero=replace(layout.zero, stage=stage))
             yield from (planner.estimate(other, estimate.schedule) for estimate in budget.estimates)
 
 
-def describe(estimate: Estimate) -> str:
-    """A layout and schedule in a few words."""
-    layout: Layout = estimate.layout
+def layout_name(estimate: Estimate) -> str:
+    """Name a layout and its schedule in a few words."""
+    layout: RankLayout = estimate.layout
     return f"ZeRO-{layout.zero.stage}, ep {layout.ep_size}, {estimate.schedule.name}"

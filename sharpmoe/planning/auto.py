@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.planning.advice import usable
+from sharpmoe.planning.coordinator import version_notes
 from sharpmoe.planning.estimate import Planner
-from sharpmoe.planning.layout import Layout
+from sharpmoe.planning.layout import RankLayout
 from sharpmoe.train.rollout_schedules import exact_schedules, schedule_of
 
 _GIB = 2**30
@@ -50,12 +51,13 @@ def resolve_schedule(run: RunConfig, ds_config: dict[str, Any], world: int, devi
     if run.rollout.schedule != "auto":
         return ResolvedRun(run, ())
     planner = Planner(run)
-    choice = _choose(planner, planner.layout(world, ds_config), device_memory)
+    layout = planner.layout(world, ds_config)
+    choice = _choose(planner, layout, device_memory)
     choice.check()
-    return ResolvedRun(choice.run, (_note(choice, device_memory),))
+    return ResolvedRun(choice.run, (_note(choice, device_memory), *_version_notes(layout)))
 
 
-def resolve_planner(planner: Planner, layout: Layout, device_memory: float) -> tuple[Planner, tuple[str, ...]]:
+def resolve_planner(planner: Planner, layout: RankLayout, device_memory: float) -> tuple[Planner, tuple[str, ...]]:
     """Return a planner of the run with a schedule that is not auto, the smallest where none fits, and the notes."""
     if planner.run.rollout.schedule != "auto":
         return planner, ()
@@ -75,11 +77,15 @@ def cheapest(run: RunConfig, peak: Callable[[RunConfig], float], room: float) ->
     return ScheduleChoice(smallest, taken, room, tuple(tried))
 
 
-def _choose(planner: Planner, layout: Layout, device_memory: float) -> ScheduleChoice:
+def _choose(planner: Planner, layout: RankLayout, device_memory: float) -> ScheduleChoice:
     def peak(run: RunConfig) -> float:
         return planner.estimate(layout, schedule_of(run)).memory.peak
 
     return cheapest(planner.run, peak, usable(device_memory))
+
+
+def _version_notes(layout: RankLayout) -> tuple[str, ...]:
+    return version_notes() if layout.zero.stage == 3 else ()
 
 
 def _note(choice: ScheduleChoice, device_memory: float) -> str:

@@ -1,15 +1,31 @@
-"""DeepSpeed 0.19.8's parameter coordinator on numbers: what ZeRO-3 gathers, keeps and lets go, module by module."""
+"""An imitation of DeepSpeed's parameter coordinator on numbers: what ZeRO-3 gathers, keeps and releases, by module.
 
+It follows `PartitionedParameterCoordinator` of one version of DeepSpeed, `IMITATED_VERSION`, decision by decision, so
+that a plan counts gathers instead of bounding them; tests/planning/test_counted.py compares it with real runs. Under
+any other version `count_gathers` returns an upper bound, and plans say so (`version_notes`): update this file with the
+pinned version.
+"""
+
+import importlib.metadata
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sharpmoe.parallel.zero.settings import ZeroSettings
-from sharpmoe.planning.layout import Part, modules_of
+from sharpmoe.planning.layout import RankParameter, parameters_by_module
 
+IMITATED_VERSION = "0.19.8"
 # Modules that hold others and have no parameters of their own: the objective, and the model inside it.
 ROOT, MODEL = -2, -1
 _INVALID, _RECORDING, _COMPLETE = range(3)
+
+
+def version_notes() -> tuple[str, ...]:
+    """Return a note where the installed DeepSpeed is not the one that is imitated here, nothing where it is."""
+    found = importlib.metadata.version("deepspeed").partition("+")[0]
+    if found == IMITATED_VERSION:
+        return ()
+    return (f"gathers of ZeRO-3 are counted for DeepSpeed {IMITATED_VERSION}; for {found} they are upper bounds",)
 
 
 class Used(NamedTuple):
@@ -18,7 +34,7 @@ class Used(NamedTuple):
     place: int
     module: int
     has_graph: bool  # which keeps everything
-    is_late: bool  # a graph is full, or nearly: what is gathered now comes beside it
+    is_late: bool  # a graph is full, or nearly: what is gathered now is in addition to it
 
 
 class Reached(NamedTuple):
@@ -32,8 +48,8 @@ class Reached(NamedTuple):
 class Coordinator:
     """The state of `PartitionedParameterCoordinator` that decides what is gathered, and counts of it."""
 
-    def __init__(self, parts: Sequence[Part], zero: ZeroSettings) -> None:
-        self.modules = modules_of(parts)
+    def __init__(self, parts: Sequence[RankParameter], zero: ZeroSettings) -> None:
+        self.modules = parameters_by_module(parts)
         self.times = [0] * len(parts)
         self.peak = self.arriving = 0
         self._numel = [part.numel for part in parts]
@@ -53,11 +69,11 @@ class Coordinator:
         self._fetched_for: dict[int, int] = {}
         self._late = False
         self._step = 0
-        self._live = 0  # as DeepSpeed counts: from nought at each call, whatever is resident
+        self._live = 0  # as DeepSpeed counts: from zero at each call, whatever is resident
         self._held = sum(self._memory[index] for index in self._resident)
 
     def start(self) -> None:
-        """An engine call begins: what is asked for is compared with the order of the call before."""
+        """Begin an engine call: the modules that it uses are compared with the order of the call before."""
         self._drop_ahead()
         if self._mode == _INVALID:
             self._mode = _RECORDING
@@ -68,7 +84,7 @@ class Coordinator:
         self._step = self._live = 0
 
     def forward(self, order: Iterable[Used]) -> None:
-        """Modules are fetched, used and released in turn."""
+        """Fetch, use and release modules in turn."""
         for place, module, has_graph, is_late in order:
             self._late = is_late
             self._fetch(module)
@@ -77,7 +93,7 @@ class Coordinator:
             self._keep_views(module, self._release(module))
 
     def backward(self, order: Iterable[Reached]) -> None:
-        """A backward through one graph, within the call or after it."""
+        """Run a backward through one graph, within the call or after it."""
         for place, module, releases in order:
             self._fetch(module)
             if releases:
@@ -86,12 +102,12 @@ class Coordinator:
         self._since.clear()
 
     def finish(self) -> None:
-        """The last backward is done: what no hook let go is let go."""
-        self._let_go(self._gathered - self._resident)
+        """End the last backward: release what no hook has released."""
+        self._release_all(self._gathered - self._resident)
 
     def optimizer_step(self) -> None:
-        """All parameters are released, then the resident ones gathered with their new values."""
-        self._let_go(self._gathered)
+        """Release all parameters, then gather the resident ones with their new values."""
+        self._release_all(self._gathered)
         self._late = False
         self._gather(self._resident)
         self._ahead.clear()
@@ -148,7 +164,7 @@ class Coordinator:
         self.peak = max(self.peak, self._held)
         self.arriving = max(self.arriving, arriving if self._late else 0)
 
-    def _let_go(self, indices: Iterable[int]) -> None:
+    def _release_all(self, indices: Iterable[int]) -> None:
         indices = set(indices)
         self._gathered -= indices
         self._ahead -= indices
@@ -161,7 +177,7 @@ class Coordinator:
             if key not in self._may_leave:
                 self._may_leave[key] = self._not_needed_soon(set(self._own(module)) - self._resident)
             leaving &= self._may_leave[key]
-        self._let_go(leaving)
+        self._release_all(leaving)
         self._live -= sum(self._numel[index] for index in leaving)
         return leaving
 
@@ -184,5 +200,5 @@ class Coordinator:
         self._drop_ahead()
 
     def _drop_ahead(self) -> None:
-        """What was gathered ahead in vain."""
-        self._let_go(self._ahead)
+        """Release what was gathered ahead and not used."""
+        self._release_all(self._ahead)

@@ -1,4 +1,4 @@
-"""A run and a layout -> its budget, and those of its neighbours."""
+"""Estimates of memory and traffic: of a run on a layout, under its own schedule and the others."""
 
 import copy
 from collections.abc import Callable
@@ -12,27 +12,27 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.zero.settings import zero_settings
-from sharpmoe.planning.activations import Activations, measure
+from sharpmoe.planning.activations import Activations, count_activations
 from sharpmoe.planning.gathers import Gathers, count_gathers
-from sharpmoe.planning.layout import Layout, parts_of
-from sharpmoe.planning.memory import Memory, Step, memory
+from sharpmoe.planning.layout import RankLayout, rank_parameters
+from sharpmoe.planning.memory import Memory, StepNeeds, rank_memory
 from sharpmoe.planning.traffic import Traffic, traffic
 from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
 
-USUAL_TEXT_TOKENS = 32
+_USUAL_TEXT_TOKENS = 32
 
 
 class Estimate(NamedTuple):
     """One layout under one schedule."""
 
-    layout: Layout
+    layout: RankLayout
     schedule: RolloutSchedule
     memory: Memory
     traffic: Traffic
 
 
 class Budget(NamedTuple):
-    """What a run needs, under its own schedule first and then under the others."""
+    """Estimates of a run, under its own schedule first and then under the others."""
 
     run: RunConfig
     parameters: int  # of the model
@@ -50,25 +50,27 @@ class Planner:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
-        tokens = text_tokens(run)
-        self._measured: Callable[[int], Activations] = cache(lambda micro_batch: measure(run, micro_batch, tokens))
+        tokens = _text_tokens(run)
+        self._measured: Callable[[int], Activations] = cache(
+            lambda micro_batch: count_activations(run, micro_batch, tokens)
+        )
 
     def under(self, run: RunConfig) -> "Planner":
-        """The same for a run that differs in its schedule; nothing is counted again."""
+        """Return a planner of a run that differs in its schedule only; nothing is counted again."""
         other = copy.copy(self)
         other.run = run
         return other
 
-    def layout(self, world: int, ds_config: dict[str, Any]) -> Layout:
-        """Check and complete the layout that the run asks for on so many ranks. Raises ConfigError."""
+    def layout(self, world: int, ds_config: dict[str, Any]) -> RankLayout:
+        """Check and return the layout that the run is configured for on so many ranks. Raises ConfigError."""
         check_ep_size(self.run, world)
         batch = batch_arithmetic(self.run, world)
         ep_size = self.run.parallel.ep_size
-        return Layout(world, ep_size, zero_settings(ds_config), batch.micro_batch, batch.accumulation)
+        return RankLayout(world, ep_size, zero_settings(ds_config), batch.micro_batch, batch.accumulation)
 
-    def budget(self, layout: Layout) -> Budget:
+    def budget(self, layout: RankLayout) -> Budget:
         """Estimate every schedule of a layout."""
-        parts = parts_of(self.run, 1, 1)
+        parts = rank_parameters(self.run, 1, 1)
         experts = sum(part.numel for part in parts if part.is_expert)
         own = schedule_of(self.run)
         others = [schedule_of(run) for run in all_schedules(self.run)]
@@ -76,28 +78,29 @@ class Planner:
         estimates = tuple(self.estimate(layout, schedule) for schedule in schedules)
         return Budget(self.run, sum(part.numel for part in parts), experts, estimates)
 
-    def estimate(self, layout: Layout, schedule: RolloutSchedule) -> Estimate:
-        """One layout under one schedule."""
+    def estimate(self, layout: RankLayout, schedule: RolloutSchedule) -> Estimate:
+        """Estimate one layout under one schedule."""
         run, zero = self.run, layout.zero
-        parts = parts_of(run, layout.world, layout.ep_size)
+        parts = rank_parameters(run, layout.world, layout.ep_size)
         gathers = Gathers((0,) * len(parts), 0, 0)
         if zero.stage == 3:
             gathers = count_gathers(run, parts, schedule, layout)
         graphs = self._measured(layout.micro_batch).of(schedule)
         states = 2 if run.optim.name == "adamw" else 0
-        step = Step(graphs, layout.accumulation, gathers, states, self._looked_at)
-        return Estimate(layout, schedule, memory(parts, zero, step), traffic(run, layout, parts, schedule, gathers))
+        step = StepNeeds(graphs, layout.accumulation, gathers, states, self._monitored)
+        memory, sent = rank_memory(parts, zero, step), traffic(run, layout, parts, schedule, gathers)
+        return Estimate(layout=layout, schedule=schedule, memory=memory, traffic=sent)
 
     @property
-    def _looked_at(self) -> int:
-        """Parameters of the model that validation, allocation tables and samples run; 0 where the run has none."""
+    def _monitored(self) -> int:
+        """Parameters of the model that the monitor builds (validation, allocation, samples); 0 where nothing is due."""
         log = self.run.log
-        is_looking = log.validate_every or log.sample_every or log.allocation
-        return sum(part.numel for part in parts_of(self.run, 1, 1)) if is_looking else 0
+        is_monitored = log.validate_every or log.sample_every or log.allocation
+        return sum(part.numel for part in rank_parameters(self.run, 1, 1)) if is_monitored else 0
 
 
-def text_tokens(run: RunConfig) -> int:
-    """Tokens per caption: those of the prepared data, the usual limit where there are none yet. Raises DataError."""
+def _text_tokens(run: RunConfig) -> int:
+    """Return the tokens per caption: of the prepared data, else the usual limit. Raises DataError."""
     if run.model.conditioning != "text" or not (Path(run.data.first_place) / INDEX_FILE).is_file():
-        return USUAL_TEXT_TOKENS
+        return _USUAL_TEXT_TOKENS
     return ShardSet.open(run.data.first_place, run.data.train_split).text_length

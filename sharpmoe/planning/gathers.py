@@ -2,15 +2,17 @@
 
 A parameter is gathered when a module needs it, or ahead of that by the order recorded in the call before, and stays as
 long as the same order says that it is needed again within `max_reuse` elements. An optimizer step is one engine call
-in which forwards and backwards take turns, in the same order at every step.
+in which forwards and backwards take turns, in the same order at every step. `coordinator` imitates these decisions for
+one version of DeepSpeed; under any other, gathers are bounded from above.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sharpmoe.config import RunConfig
-from sharpmoe.planning.coordinator import MODEL, ROOT, Coordinator, Reached, Used
-from sharpmoe.planning.layout import Layout, Part
+from sharpmoe.planning.coordinator import MODEL, ROOT, Coordinator, Reached, Used, version_notes
+from sharpmoe.planning.layout import RankLayout, RankParameter
 from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule
 from sharpmoe.train.terms import fields_with_gradient
 
@@ -27,8 +29,15 @@ class Gathers(NamedTuple):
     arriving: int  # most elements of one gather beside a full graph: they come in one piece and are then copied out
 
 
-def count_gathers(run: RunConfig, parts: Sequence[Part], schedule: RolloutSchedule, layout: Layout) -> Gathers:
-    """Follow some optimizer steps module by module and count the last one; middle micro-batches are alike."""
+def count_gathers(
+    run: RunConfig, parts: Sequence[RankParameter], schedule: RolloutSchedule, layout: RankLayout
+) -> Gathers:
+    """Follow some optimizer steps module by module and count the last one; middle micro-batches are alike.
+
+    An upper bound where the installed DeepSpeed is not the one that is imitated.
+    """
+    if version_notes():
+        return upper_bound(run, parts, schedule, layout)
     if layout.accumulation <= _FOLLOWED:
         return _count(run, parts, schedule, layout)
     fewer, more = (_count(run, parts, schedule, layout._replace(accumulation=_FOLLOWED - n)) for n in (1, 0))
@@ -36,7 +45,33 @@ def count_gathers(run: RunConfig, parts: Sequence[Part], schedule: RolloutSchedu
     return more._replace(times=tuple(b + others * (b - a) for a, b in zip(fewer.times, more.times, strict=True)))
 
 
-def _count(run: RunConfig, parts: Sequence[Part], schedule: RolloutSchedule, layout: Layout) -> Gathers:
+def upper_bound(
+    run: RunConfig, parts: Sequence[RankParameter], schedule: RolloutSchedule, layout: RankLayout
+) -> Gathers:
+    """Bound the gathers: a module is gathered at each of its uses, and once more ahead of a use that never comes.
+
+    At the peak all parameters are gathered, and every model call of the largest graph holds a copy of the experts.
+    """
+    uses: Counter[int] = Counter()
+    for each in schedule.passes:
+        forward = forward_order(run, each)
+        uses.update(used.module for used in forward)
+        uses.update(reached.module for reached in backward_order(run, each, forward))
+    times = tuple(
+        1 if part.numel <= layout.zero.persistence else 1 + layout.accumulation * uses[part.module] for part in parts
+    )
+    copied = [part for part in parts if part.ranks > 1]  # one rank's part is the whole elsewhere: no copy
+    whole, experts = (sum(part.numel for part in some) for some in (copied, [p for p in copied if p.is_expert]))
+    calls = max(each.graph_calls for each in schedule.passes)
+    modules = Counter[int]()
+    for part in copied:
+        modules[part.module] += part.numel
+    ahead = layout.zero.prefetch_bucket + max((part.numel for part in copied), default=0)
+    arriving = min(whole, max([ahead, *modules.values()]))
+    return Gathers(times=times, peak=whole + calls * experts, arriving=arriving)
+
+
+def _count(run: RunConfig, parts: Sequence[RankParameter], schedule: RolloutSchedule, layout: RankLayout) -> Gathers:
     coordinator = Coordinator(parts, layout.zero)
     before = [0] * len(parts)
     for _ in range(_WARM_UP + 1):
@@ -44,7 +79,7 @@ def _count(run: RunConfig, parts: Sequence[Part], schedule: RolloutSchedule, lay
         _engine_call(coordinator, run, schedule.passes * layout.accumulation)
         coordinator.optimizer_step()
     times = tuple(now - then for now, then in zip(coordinator.times, before, strict=True))
-    return Gathers(times, coordinator.peak, coordinator.arriving)
+    return Gathers(times=times, peak=coordinator.peak, arriving=coordinator.arriving)
 
 
 def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass]) -> None:

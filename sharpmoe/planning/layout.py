@@ -11,7 +11,7 @@ from sharpmoe.model.dit import DiT
 from sharpmoe.parallel.zero.settings import ZeroSettings
 
 
-class Layout(NamedTuple):
+class RankLayout(NamedTuple):
     """How a run is spread over ranks."""
 
     world: int  # ranks
@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     accumulation: int  # micro-batches per optimizer step
 
 
-class Part(NamedTuple):
+class RankParameter(NamedTuple):
     """One parameter on one rank."""
 
     name: str
@@ -41,8 +41,8 @@ class Part(NamedTuple):
         return self.shard * self.ranks
 
 
-def parts_of(run: RunConfig, world: int, ep_size: int) -> list[Part]:
-    """All parameters in the order of use; `module` counts embedders, blocks and the final layer."""
+def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParameter]:
+    """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer."""
     with torch.device("meta"):
         model = DiT(run.model)
     owners = _module_names(model)
@@ -51,7 +51,7 @@ def parts_of(run: RunConfig, world: int, ep_size: int) -> list[Part]:
         is_expert = ".experts." in name
         shared_by = ep_size if is_expert else 1
         module = next(index for index, owner in enumerate(owners) if name.startswith(owner))
-        parts.append(Part(name, parameter.numel() // shared_by, world // shared_by, module, is_expert))
+        parts.append(RankParameter(name, parameter.numel() // shared_by, world // shared_by, module, is_expert))
     return parts
 
 
@@ -62,8 +62,8 @@ def _module_names(model: DiT) -> list[str]:
     return ["x_embedder.", "t_embedder.", condition, *blocks, "final_layer."]
 
 
-def modules_of(parts: Sequence[Part]) -> list[list[int]]:
-    """Indices of the parameters of each module."""
+def parameters_by_module(parts: Sequence[RankParameter]) -> list[list[int]]:
+    """Return the indices of the parameters of each module."""
     modules: list[list[int]] = [[] for _ in range(1 + max(part.module for part in parts))]
     for index, part in enumerate(parts):
         modules[part.module].append(index)

@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from sharpmoe.parallel.zero.settings import ZeroSettings
-from sharpmoe.planning.activations import Kept
+from sharpmoe.planning.activations import GraphBytes
 from sharpmoe.planning.gathers import Gathers
-from sharpmoe.planning.layout import Part
+from sharpmoe.planning.layout import RankParameter
 
-MASTER = 4  # bytes of a float32 master weight, and of each optimizer state and the EMA
+_MASTER = 4  # bytes of a float32 master weight, and of each optimizer state and the EMA
 _SUM = 4  # bytes of a gradient that is added up within a step (train/local_gradients.py)
 _ALIGN = 2  # ZeRO-2 pads a group to a multiple of this times its ranks
 
 
-class Memory(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Memory:
     """Bytes on one rank."""
 
     weights: int  # in the dtype of the forward: this rank's part (ZeRO-3) or all
@@ -30,21 +32,21 @@ class Memory(NamedTuple):
     activations: int
     backward: int  # what a backward adds to the state at the most: all of these, as far as they are there together
     update: int  # flat gradients of the optimizer call, when activations and whole gradients are gone
-    look: int  # a whole averaged model, and a second set of masters while it is made (log.*); nothing else is then kept
+    look: int  # of the monitor: a whole averaged model, and a second set of masters while it is made; nothing else then
     host: int  # what of the above is in host memory because it is offloaded
 
     @property
     def state(self) -> int:
-        """What lives from step to step."""
+        """Bytes that stay from step to step."""
         return self.weights + self.masters + self.gradients + self.optimizer + self.ema
 
     @property
     def peak(self) -> int:
-        """Most bytes on the device: in a backward, in the update, or in a look."""
+        """Most bytes on the device: in a backward, in the update, or in the monitor."""
         return self.state - self.host + max(self.backward, self.update, self.look)
 
 
-class Sizes(NamedTuple):
+class _Sizes(NamedTuple):
     """Elements on one rank."""
 
     whole: int  # all parameters, this rank's experts only
@@ -52,16 +54,16 @@ class Sizes(NamedTuple):
     largest: int  # of one parameter
 
 
-def sizes_of(parts: Sequence[Part], zero: ZeroSettings) -> Sizes:
+def _sizes(parts: Sequence[RankParameter], zero: ZeroSettings) -> _Sizes:
     """Add up parameters with the padding of the stage."""
     largest = max(part.numel for part in parts)
     if zero.stage == 3:
-        return Sizes(sum(part.numel for part in parts), sum(part.shard for part in parts), largest)
+        return _Sizes(sum(part.numel for part in parts), sum(part.shard for part in parts), largest)
     groups = groups_of(parts)
-    return Sizes(sum(groups.values()), sum(numel // ranks for (_, ranks), numel in groups.items()), largest)
+    return _Sizes(sum(groups.values()), sum(numel // ranks for (_, ranks), numel in groups.items()), largest)
 
 
-def groups_of(parts: Sequence[Part]) -> dict[tuple[bool, int], int]:
+def groups_of(parts: Sequence[RankParameter]) -> dict[tuple[bool, int], int]:
     """ZeRO-2 flattens dense weights and experts apart: (is_expert, ranks) -> elements with padding."""
     groups: dict[tuple[bool, int], int] = {}
     for part in parts:
@@ -70,14 +72,14 @@ def groups_of(parts: Sequence[Part]) -> dict[tuple[bool, int], int]:
     return {key: math.ceil(numel / (_ALIGN * key[1])) * _ALIGN * key[1] for key, numel in groups.items()}
 
 
-class Step(NamedTuple):
-    """What of a step decides memory beside the parameters."""
+class StepNeeds(NamedTuple):
+    """What determines the memory of a step beside the parameters."""
 
-    graphs: tuple[Kept, ...]  # of one micro-batch, in the order of their backwards
+    graphs: tuple[GraphBytes, ...]  # of one micro-batch, in the order of their backwards
     accumulation: int
     gathers: Gathers
     states: int  # optimizer states per weight: 2 for AdamW, 0 for SGD
-    look: int  # parameters of the model that a look makes whole; 0 without looks
+    monitored: int  # parameters of the model that the monitor makes whole; 0 where it does nothing
 
     @property
     def backwards(self) -> int:
@@ -85,41 +87,40 @@ class Step(NamedTuple):
         return len(self.graphs) * self.accumulation
 
 
-def memory(parts: Sequence[Part], zero: ZeroSettings, step: Step) -> Memory:
-    """All of it; see the fields of `Memory`."""
-    size = sizes_of(parts, zero)
+def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNeeds) -> Memory:
+    """Add up the bytes of weights, gradients, optimizer, buffers and activations on one rank."""
+    size = _sizes(parts, zero)
     weights = (size.shard if zero.stage == 3 else size.whole) * zero.compute_bytes
-    masters = size.shard * MASTER  # a copy even where the weights are float32
+    masters = size.shard * _MASTER  # a copy even where the weights are float32
     gradients = (size.shard if _is_flat(zero) else _straddled(parts)) * zero.gradient_bytes
-    optimizer = size.shard * MASTER * step.states
-    gathered, arriving = (count * zero.compute_bytes for count in step.gathers[1:])
-    waiting = Waiting(sum(part.numel for part in parts), size.largest, zero.compute_bytes)
+    optimizer = size.shard * _MASTER * step.states
+    gathered, arriving = step.gathers.peak * zero.compute_bytes, step.gathers.arriving * zero.compute_bytes
+    waiting = _WaitingGradients(sum(part.numel for part in parts), size.largest, zero.compute_bytes)
     buckets = _buckets(size, zero)
     backward = gathered + arriving + buckets + waiting.with_graphs(step)
-    if (
-        zero.stage == 2 and not zero.host_optimizer
-    ):  # a rank's part, which the state counts, is made as they are reduced
+    if zero.stage == 2 and not zero.host_optimizer:
+        # A rank's part, which the state counts, is made as gradients are reduced.
         backward = max(backward - gradients, buckets + waiting.of(step))
     return Memory(
-        weights,
-        masters,
-        gradients,
-        optimizer,
-        size.shard * MASTER,
-        gathered,
-        arriving,
-        waiting.sums if step.backwards > 1 else 0,
-        waiting.of(step),
-        buckets,
-        max(graph.most for graph in step.graphs),
-        backward,
-        _update(size, zero),
-        (step.look + size.shard) * MASTER if step.look else 0,
-        _offloaded(zero, weights, masters + gradients + optimizer),
+        weights=weights,
+        masters=masters,
+        gradients=gradients,
+        optimizer=optimizer,
+        ema=size.shard * _MASTER,
+        gathered=gathered,
+        arriving=arriving,
+        sums=waiting.sums if step.backwards > 1 else 0,
+        whole_gradients=waiting.of(step),
+        buckets=buckets,
+        activations=max(graph.most for graph in step.graphs),
+        backward=backward,
+        update=_update(size, zero),
+        look=(step.monitored + size.shard) * _MASTER if step.monitored else 0,
+        host=_offloaded(zero, weights, masters + gradients + optimizer),
     )
 
 
-class Waiting(NamedTuple):
+class _WaitingGradients(NamedTuple):
     """Gradients that are not reduced yet, and the graphs beside them."""
 
     elements: int  # of the parameters as this rank computes with them
@@ -141,12 +142,12 @@ class Waiting(NamedTuple):
         """Bytes of the largest, on its way to those that wait."""
         return self.largest * self.width
 
-    def of(self, step: Step) -> int:
+    def of(self, step: StepNeeds) -> int:
         """Bytes that wait of one backward: all where a graph uses each parameter several times, else one by one."""
         several = any(graph.calls > 1 for graph in step.graphs)
         return self.whole if several or step.backwards > 1 else self.one
 
-    def with_graphs(self, step: Step) -> int:
+    def with_graphs(self, step: StepNeeds) -> int:
         """Most bytes of gradients and activations at one time in a step."""
         last = self._reduced(step.graphs[-1], step.backwards > 1)
         rounds = [step.graphs] * min(step.accumulation, 2)  # later micro-batches are like the second
@@ -155,7 +156,7 @@ class Waiting(NamedTuple):
             del inner[-1]
         return max([last, *(self._added_up(graph, number > 0) for number, graph in enumerate(inner))])
 
-    def _reduced(self, graph: Kept, after_others: bool) -> int:
+    def _reduced(self, graph: GraphBytes, after_others: bool) -> int:
         """In the engine's backward. Sums wait there, rounded, until the last use of their parameter has added to them.
 
         Without sums, and with several model calls in a graph, all gradients wait when the last call's part is gone, and
@@ -165,7 +166,7 @@ class Waiting(NamedTuple):
             return graph.most + self.sums + self.one
         return graph.most + self.one + (max(0, self.whole - graph.last_call) if graph.calls > 1 else 0)
 
-    def _added_up(self, graph: Kept, is_there: bool) -> int:
+    def _added_up(self, graph: GraphBytes, is_there: bool) -> int:
         """In a backward of our own: a gradient is added to its sum after the last use of its parameter.
 
         With several model calls in a graph all gradients wait when the last call's part is gone.
@@ -184,7 +185,7 @@ def _is_flat(zero: ZeroSettings) -> bool:
     return zero.stage == 3 or zero.gradient_bytes != zero.compute_bytes
 
 
-def _straddled(parts: Sequence[Part]) -> int:
+def _straddled(parts: Sequence[RankParameter]) -> int:
     """Elements of all parameters of which a rank has a part, on the rank that has most (ZeRO-2)."""
     most = 0
     for (is_expert, ranks), padded in groups_of(parts).items():
@@ -198,7 +199,7 @@ def _straddled(parts: Sequence[Part]) -> int:
     return most
 
 
-def _buckets(size: Sizes, zero: ZeroSettings) -> int:
+def _buckets(size: _Sizes, zero: ZeroSettings) -> int:
     """The contiguous buffers, and the flat copy that goes over the wire: a bucket, or a parameter larger than it."""
     buffers = zero.reduce_bucket * (2 if zero.double_buffer else 1) if zero.contiguous else 0
     element = zero.wire_bytes if zero.stage == 3 else zero.compute_bytes
@@ -206,8 +207,8 @@ def _buckets(size: Sizes, zero: ZeroSettings) -> int:
     return buffers * element + sent * zero.wire_bytes
 
 
-def _update(size: Sizes, zero: ZeroSettings) -> int:
+def _update(size: _Sizes, zero: ZeroSettings) -> int:
     """Flat float32 gradients: of a sub-group under ZeRO-3, of the rank's part under ZeRO-2."""
     if zero.host_optimizer:
         return 0
-    return min(size.shard, zero.sub_group if zero.stage == 3 else size.shard) * MASTER
+    return min(size.shard, zero.sub_group if zero.stage == 3 else size.shard) * _MASTER

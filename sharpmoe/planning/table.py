@@ -1,11 +1,13 @@
-"""A budget for people, and for programs."""
+"""The plan as text and as JSON."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from sharpmoe.planning.advice import RESERVE, Advice, describe, usable
+from sharpmoe.planning.advice import RESERVE, Advice, layout_name, usable
 from sharpmoe.planning.estimate import Budget, Estimate
 from sharpmoe.planning.memory import Memory
+from sharpmoe.train.rollout_schedules import rollout_steps
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -32,16 +34,16 @@ _COLUMNS = (
 )
 
 
-def size(count: float) -> str:
-    """Bytes in a unit that leaves one to four digits."""
+def _size(count: float) -> str:
+    """Return bytes in a unit that leaves one to four digits."""
     for unit, name in _UNITS:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count:.0f} B"
 
 
-def text(budget: Budget, advice: Advice, device_memory: float, notes: Sequence[str] = ()) -> str:
-    """Lay out the plan: the run, what stays from step to step, each schedule, notes, warnings."""
+def as_text(budget: Budget, advice: Advice, device_memory: float, notes: Sequence[str] = ()) -> str:
+    """Return the plan as text: the run, what stays from step to step, each schedule, notes, warnings."""
     blocks = [
         _head(budget),
         _state(budget.own.memory, budget),
@@ -56,29 +58,28 @@ def _head(budget: Budget) -> str:
     run, layout = budget.run, budget.own.layout
     model = run.model
     experts = f", {budget.expert_parameters / 1e6:.3f} M in experts" if budget.expert_parameters else ""
-    steps = 1 if run.stage == "pretrain" else run.rollout.num_steps
     rows = {
         "run": f"{run.name}: {run.stage}, {model.router} DiT {model.width}/{model.depth}/{model.num_heads}, "
         f"{budget.parameters / 1e6:.3f} M parameters{experts}",
         "layout": f"{layout.world} rank(s), ep {layout.ep_size} (experts are partitioned over "
         f"{layout.world // layout.ep_size} rank(s)), ZeRO-{layout.zero.stage}, {run.train.precision}",
         "batch": f"{layout.micro_batch} image(s) per rank x {layout.accumulation} accumulation, "
-        f"{model.num_tokens} tokens, T = {steps}",
+        f"{model.num_tokens} tokens, T = {rollout_steps(run)}",
     }
     return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
 
 
 def _state(memory: Memory, budget: Budget) -> str:
-    words = {
+    names = {
         "dtype": budget.run.train.precision,
         "part": "this rank's part" if budget.own.layout.zero.stage == 3 else "whole",
         "optimizer": budget.run.optim.name,
     }
-    rows = [(name.format(**words), getattr(memory, field)) for field, name in _STATE.items()]
+    rows = [(name.format(**names), getattr(memory, field)) for field, name in _STATE.items()]
     rows.append(("from step to step", memory.state))
     rows += [("in host memory", memory.host)] if memory.host else []
-    lines = [f"  {name:<32}{size(value):>12}" for name, value in rows]
-    lines += [f"  {'a look (log.*), for its time':<32}{size(memory.look):>12}"] if memory.look else []
+    lines = [f"  {name:<32}{_size(value):>12}" for name, value in rows]
+    lines += [f"  {'monitor (log.*), while it runs':<32}{_size(memory.look):>12}"] if memory.look else []
     return "\n".join(["bytes per rank", *lines])
 
 
@@ -92,7 +93,7 @@ def _schedules(budget: Budget, device_memory: float) -> str:
             lines[0],
             "  " + "-" * (len(lines[0]) - 2),
             *lines[1:],
-            f"  The first is the run as configured. Usable: {size(usable(device_memory))}, {device_memory:g} GiB "
+            f"  The first is the run as configured. Usable: {_size(usable(device_memory))}, {device_memory:g} GiB "
             f"less {RESERVE:.0%} for the context, workspaces and fragments.",
         ]
     )
@@ -103,7 +104,7 @@ def _row(estimate: Estimate, device_memory: float) -> tuple[str, ...]:
     kept = (memory.activations, memory.gathered, memory.sums, memory.whole_gradients, memory.buckets, memory.peak)
     fits = "yes" if memory.peak <= usable(device_memory) else "NO"
     moved = (traffic.gathers, traffic.reductions, traffic.exchanges + traffic.pool)
-    return (estimate.schedule.name, *map(size, kept), fits, *map(size, moved))
+    return (estimate.schedule.name, *map(_size, kept), fits, *map(_size, moved))
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
@@ -114,20 +115,20 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
 def _warnings(advice: Advice, device_memory: float) -> str:
     lines = [f"warning: {warning}" for warning in advice.warnings]
     lines += [
-        f"  would fit: {describe(other)}: {size(other.memory.peak)}, sends {size(other.traffic.total)} per step"
+        f"  would fit: {layout_name(other)}: {_size(other.memory.peak)}, sends {_size(other.traffic.total)} per step"
         for other in advice.fits
     ]
     return "\n".join(lines)
 
 
 def as_json(budget: Budget, advice: Advice, device_memory: float, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as plain numbers: bytes, and the layout they belong to."""
+    """Return the same as plain numbers: bytes, and the layout that they belong to."""
     layout = budget.own.layout
     return {
         "run": budget.run.name,
         "parameters": budget.parameters,
         "expert_parameters": budget.expert_parameters,
-        "layout": {**layout._asdict(), "zero": layout.zero._asdict()},
+        "layout": {**layout._asdict(), "zero": asdict(layout.zero)},
         "device_bytes": device_memory * 2**30,
         "usable_bytes": usable(device_memory),
         "schedules": [_estimate_json(estimate, device_memory) for estimate in budget.estimates],
@@ -144,7 +145,7 @@ def _estimate_json(estimate: Estimate, device_memory: float) -> dict[str, Any]:
     memory, traffic = estimate.memory, estimate.traffic
     return {
         "schedule": estimate.schedule.name,
-        "memory": {**memory._asdict(), "state": memory.state, "peak": memory.peak},
+        "memory": {**asdict(memory), "state": memory.state, "peak": memory.peak},
         "traffic": {**traffic._asdict(), "total": traffic.total},
         "fits": memory.peak <= usable(device_memory),
     }

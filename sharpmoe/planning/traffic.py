@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.planning.gathers import Gathers
-from sharpmoe.planning.layout import Layout, Part
+from sharpmoe.planning.layout import RankLayout, RankParameter
 from sharpmoe.planning.memory import groups_of
 from sharpmoe.train.rollout_schedules import RolloutSchedule
 
@@ -26,46 +26,46 @@ class Traffic(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all kinds."""
         return self.gathers + self.reductions + self.exchanges + self.pool
 
 
 def traffic(
-    run: RunConfig, layout: Layout, parts: Sequence[Part], schedule: RolloutSchedule, gathers: Gathers
+    run: RunConfig, layout: RankLayout, parts: Sequence[RankParameter], schedule: RolloutSchedule, gathers: Gathers
 ) -> Traffic:
-    """Weights, gradients and tokens of one optimizer step."""
+    """Add up the bytes of weights, gradients and tokens of one optimizer step."""
     calls = _model_calls(schedule, layout.accumulation)
     return Traffic(
-        _gathers(parts, layout, gathers),
-        _reductions(parts, layout),
-        _exchanges(run, layout, calls),
-        _pool(run, layout, calls),
-        _passes(parts, gathers) if layout.zero.stage == 3 else 1.0,
+        gathers=_gathers(parts, layout, gathers),
+        reductions=_reductions(parts, layout),
+        exchanges=_exchanges(run, layout, calls),
+        pool=_pool(run, layout, calls),
+        passes=_passes(parts, gathers) if layout.zero.stage == 3 else 1.0,
     )
 
 
-def sent(numel: int, ranks: int) -> int:
+def _sent(numel: int, ranks: int) -> int:
     """Elements that a rank sends when a tensor is gathered or reduce-scattered over `ranks`."""
     return numel * (ranks - 1) // ranks
 
 
-def _gathers(parts: Sequence[Part], layout: Layout, gathers: Gathers) -> int:
+def _gathers(parts: Sequence[RankParameter], layout: RankLayout, gathers: Gathers) -> int:
     if layout.zero.stage == 3:
-        moved = sum(sent(part.padded, part.ranks) * n for part, n in zip(parts, gathers.times, strict=True))
+        moved = sum(_sent(part.padded, part.ranks) * n for part, n in zip(parts, gathers.times, strict=True))
     else:
-        moved = sum(sent(numel, ranks) for (_, ranks), numel in groups_of(parts).items())
+        moved = sum(_sent(numel, ranks) for (_, ranks), numel in groups_of(parts).items())
     return moved * layout.zero.compute_bytes
 
 
-def _reductions(parts: Sequence[Part], layout: Layout) -> int:
+def _reductions(parts: Sequence[RankParameter], layout: RankLayout) -> int:
     """Gradients are reduced in the one backward of the engine, whatever the schedule."""
     zero = layout.zero
-    moved = sum(sent(part.padded if zero.stage == 3 else part.numel, part.ranks) for part in parts)
+    moved = sum(_sent(part.padded if zero.stage == 3 else part.numel, part.ranks) for part in parts)
     scattered = zero.reduce_scatter if zero.stage == 3 else zero.reduce_scatter and not zero.whole_buckets
     return moved * (1 if scattered else 2) * zero.wire_bytes
 
 
-def _passes(parts: Sequence[Part], gathers: Gathers) -> float:
+def _passes(parts: Sequence[RankParameter], gathers: Gathers) -> float:
     total = sum(part.numel for part in parts)
     return sum(part.numel * n for part, n in zip(parts, gathers.times, strict=True)) / total
 
@@ -84,13 +84,13 @@ def _model_calls(schedule: RolloutSchedule, accumulation: int) -> _Calls:
     return _Calls(forwards * accumulation, schedule.trained * accumulation, choosing * accumulation)
 
 
-def _exchanges(run: RunConfig, layout: Layout, calls: _Calls) -> int:
+def _exchanges(run: RunConfig, layout: RankLayout, calls: _Calls) -> int:
     """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
     rows = rows_of_call(run.model, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
-    return 2 * sent(rows, layout.ep_size) * run.model.num_moe_layers * (calls.forwards + calls.backwards)
+    return 2 * _sent(rows, layout.ep_size) * run.model.num_moe_layers * (calls.forwards + calls.backwards)
 
 
-def _pool(run: RunConfig, layout: Layout, calls: _Calls) -> int:
+def _pool(run: RunConfig, layout: RankLayout, calls: _Calls) -> int:
     if run.parallel.pool_scope != "world" or not run.model.family.pools_calls:
         return 0
     scores = layout.micro_batch * run.model.num_tokens * run.model.num_experts * 4

@@ -77,12 +77,8 @@ class _Trajectory:
 
     def __init__(self, objective: Objective, item: TrajectoryBatch, with_routing: bool, num_trained: int) -> None:
         """num_trained: rollout steps with a backward, T or S of a segment."""
-        self._model, self._run, self._uses_x0_prev, self._item = (
-            objective.model,
-            objective.run,
-            objective.uses_x0_prev,
-            item,
-        )
+        self._model, self._run, self._item = objective.model, objective.run, item
+        self._uses_x0_prev = objective.uses_x0_prev
         self._num_steps, self._num_trained = len(item.times), num_trained
         self._tally = Tally(objective.run, with_routing)
         self._x0_prev = first_x0_prev(item, self._uses_x0_prev)
@@ -114,13 +110,8 @@ class _Trajectory:
         """Run one rollout step; returns its losses where they have a graph."""
         (step,) = call.steps
         with torch.set_grad_enabled(call.graph):
-            output = rollout_step(
-                self._model,
-                self._item,
-                step,
-                self._x0_prev,
-                CallMode(recompute=call.recompute, for_losses=not call.rerun),
-            )
+            mode = CallMode(recompute=call.recompute, for_losses=not call.rerun)
+            output = rollout_step(self._model, self._item, step, self._x0_prev, mode)
             if call.rerun:
                 self._tally.add_mass(step_mass(output.routing, self._run))
                 self._replays[step] = replay(output, self._x0_prev)

@@ -7,7 +7,7 @@ import pytest
 
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
-from sharpmoe.planning.activations import Activations, Kept, Linear, _count, measure
+from sharpmoe.planning.activations import Activations, GraphBytes, LinearBytes, _count, count_activations
 from sharpmoe.train.rollout_schedules import all_schedules, schedule_of, with_schedule
 from tests.train.setting import make_run
 
@@ -22,14 +22,14 @@ def run_with(router: str = "diffmoe", **model: Any) -> RunConfig:
 )
 def test_two_shallow_models_tell_of_a_deep_one(router: str, model: dict[str, Any]) -> None:
     run = run_with(router, **model)
-    for told, counted in zip(measure(run, 2, 4), _count(run, 2, 4), strict=True):
-        assert told == (counted if isinstance(counted, Linear) else pytest.approx(counted, rel=0.01))
+    for told, counted in zip(count_activations(run, 2, 4), _count(run, 2, 4), strict=True):
+        assert told == (counted if isinstance(counted, LinearBytes) else pytest.approx(counted, rel=0.01))
 
 
 def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
-    one, two = (measure(run_with(), batch, 4) for batch in (2, 4))
+    one, two = (count_activations(run_with(), batch, 4) for batch in (2, 4))
     assert two.kept.per_step == pytest.approx(2 * one.kept.per_step, rel=0.02)
-    half = measure(
+    half = count_activations(
         run_with().model_copy(update={"train": run_with().train.model_copy(update={"precision": "bf16"})}), 2, 4
     )
     assert 0.5 < half.kept.per_step / one.kept.per_step < 0.8  # routing stays in float32
@@ -37,7 +37,7 @@ def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
 
 def test_what_each_schedule_keeps() -> None:
     """T = 6; a graph of n steps is 10 + 100 n, and a step that is run again leaves 5."""
-    activations = Activations(Linear(10, 100), Linear(10, 20), 5, 80)
+    activations = Activations(LinearBytes(10, 100), LinearBytes(10, 20), 5, 80)
     schedules = [schedule_of(run) for run in all_schedules(run_with())]
     kept = {schedule.name: [graph.most for graph in activations.of(schedule)] for schedule in schedules}
     assert kept == {
@@ -49,13 +49,13 @@ def test_what_each_schedule_keeps() -> None:
     }
     merged = schedule_of(with_schedule(run_with(), schedule="two_pass", merged_steps=4))
     assert merged.name == "two_pass, merged_steps 4"
-    assert activations.of(merged) == (Kept(440, 410, 1), Kept(240, 210, 1))
+    assert activations.of(merged) == (GraphBytes(440, 410, 1), GraphBytes(240, 210, 1))
     again = schedule_of(with_schedule(run_with(), schedule="segments", segment_steps=2, kept_steps=1))
     assert [graph.most for graph in activations.of(again)] == 2 * [110 + 5]
 
 
 def test_without_a_routing_loss_steps_are_trained_one_by_one() -> None:
-    activations = Activations(Linear(10, 100), Linear(10, 20), 5, 80)
+    activations = Activations(LinearBytes(10, 100), LinearBytes(10, 20), 5, 80)
     for fields in ({"schedule": "two_pass"}, {"schedule": "hybrid", "kept_steps": 3}):
         schedule = schedule_of(with_schedule(run_with("tc"), **fields))
         assert [graph.most for graph in activations.of(schedule)] == 6 * [110]

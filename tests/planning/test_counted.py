@@ -1,5 +1,6 @@
 """The plan against what real ZeRO runs on gloo ranks hold, keep and send."""
 
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.planning.activations import measure
+from sharpmoe.planning.activations import count_activations
 from sharpmoe.planning.estimate import Estimate, Planner
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
@@ -101,7 +102,7 @@ def planned(name: str, folder: Path) -> tuple[Planner, Estimate]:
 @pytest.mark.parametrize("name", sweep(CASES, USUAL))
 def test_what_a_rank_holds_and_sends(name: str, counted: dict[str, Counted], folder: Path) -> None:
     memory, traffic = planned(name, folder)[1][2:]
-    plan = memory._asdict() | traffic._asdict()
+    plan = asdict(memory) | traffic._asdict()
     real = counted[name]._asdict()
     if CASES[name][2] is SHORT:  # the plan counts the copies of experts that graphs hold: see the peak
         plan["gathered"] = real["gathered"]
@@ -115,7 +116,7 @@ def test_what_a_rank_holds_and_sends(name: str, counted: dict[str, Counted], fol
 def test_what_a_rollout_keeps(name: str, counted: dict[str, Counted], folder: Path) -> None:
     """Between the forward and the backward: the last graph of the last micro-batch, and the sum of what came before."""
     planner, estimate = planned(name, folder)
-    last, activations = estimate.schedule.passes[-1], measure(planner.run, 4, text_tokens=4)
+    last, activations = estimate.schedule.passes[-1], count_activations(planner.run, 4, text_tokens=4)
     plan = (activations.inputs if last.recompute else activations.kept).at(last.steps) + estimate.memory.sums
     if last.recompute:  # what torch's checkpoint keeps of the host's random numbers, on a host a figure of its own
         plan += last.steps * planner.run.model.depth * torch.get_rng_state().numel()

@@ -1,13 +1,15 @@
 """What of a resolved DeepSpeed configuration decides memory and traffic, with DeepSpeed's own defaults filled in."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
-class ZeroSettings(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
     """ZeRO as a plan sees it; sizes of buckets and limits in elements, types in bytes per element."""
 
     stage: int
@@ -35,22 +37,22 @@ def zero_settings(ds_config: dict[str, Any]) -> ZeroSettings:
     compute = 2 if is_half else 4
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32")  # the engine's default
     return ZeroSettings(
-        stage,
-        int(zero.reduce_bucket_size),
-        int(zero.prefetch_bucket_size),
-        int(zero.param_persistence_threshold),
-        int(zero.max_live_parameters),
-        int(zero.max_reuse_distance),
-        int(zero.sub_group_size),
-        zero.contiguous_gradients,
-        stage == 2 and bool(zero.overlap_comm),
-        zero.reduce_scatter,
-        zero.use_multi_rank_bucket_allreduce,
-        compute,
-        _BYTES[accumulated] if is_half else 4,
-        _BYTES.get(ds_config.get("communication_data_type") or "", compute),
-        _is_on_host(zero.offload_optimizer),
-        _is_on_host(zero.offload_param),
+        stage=stage,
+        reduce_bucket=int(zero.reduce_bucket_size),
+        prefetch_bucket=int(zero.prefetch_bucket_size),
+        persistence=int(zero.param_persistence_threshold),
+        max_live=int(zero.max_live_parameters),
+        max_reuse=int(zero.max_reuse_distance),
+        sub_group=int(zero.sub_group_size),
+        contiguous=zero.contiguous_gradients,
+        double_buffer=stage == 2 and bool(zero.overlap_comm),
+        reduce_scatter=zero.reduce_scatter,
+        whole_buckets=zero.use_multi_rank_bucket_allreduce,
+        compute_bytes=compute,
+        gradient_bytes=_BYTES[accumulated] if is_half else 4,
+        wire_bytes=_BYTES.get(ds_config.get("communication_data_type") or "", compute),
+        host_optimizer=_is_on_host(zero.offload_optimizer),
+        host_weights=_is_on_host(zero.offload_param),
     )
 
 
