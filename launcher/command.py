@@ -1,4 +1,4 @@
-"""The form that every launcher shares: parse the words, act, report an error as one line, return an exit code."""
+"""What every launcher shares: parse the words, act, report an error as one line, return an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sharpmoe.errors import SharpMoEError
 OVERRIDES_HELP = "Any key of the run file can be overridden: --section.key VALUE or --section.key=VALUE (YAML values)."
 
 _ERROR = 2  # argparse ends with the same code
-_BROKEN_PIPE = 128 + 13  # as a process that SIGPIPE ended
+_BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,15 @@ class Command:
     """One launcher. `main = Command(...)`: `main(words)` returns the exit code, `main.run()` ends the process with it.
 
     Exit codes: what `act` returns (None is 0), 2 after wrong words or a SharpMoEError, which is printed as one line,
-    141 where the reader of standard output is gone (`... | head`). Other exceptions are bugs and keep their traceback.
+    141 where nobody reads standard output any more (`... | head`). Other exceptions are bugs and keep their traceback.
     """
 
-    text: str | None  # __doc__ of the launcher: its first lines are the help
+    text: str | None  # help text: __doc__ of the launcher
     arguments: Callable[[argparse.ArgumentParser], object]  # adds the arguments to a parser
     act: Callable[[argparse.Namespace], int | None]
-    overrides: bool = False  # collect words that are no options in `arguments.overrides`; no abbreviated options then
+    overrides: bool = (
+        False  # words that are not options go to `arguments.overrides`; options cannot be abbreviated then
+    )
     epilog: str | None = None
     reports: Callable[[], bool] = lambda: True  # whether this process prints an error; False on all ranks but one
     cleanup: Callable[[], object] = lambda: None  # called at the end, after an error has been printed
@@ -46,9 +48,9 @@ class Command:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return _ERROR
         except BrokenPipeError:
-            if not _reader_is_gone():
+            if not _nobody_reads():
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
             return _BROKEN_PIPE
         finally:
             self.cleanup()
@@ -83,13 +85,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help with the lines of the docstring as they are, and with the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.help is not None and "default" not in action.help and action.option_strings
-        if not shown or action.default in (None, False, argparse.SUPPRESS) or action.default in ((), []):
+        has_default = action.default not in (None, argparse.SUPPRESS, (), []) and action.default is not False
+        if not (action.help and action.option_strings and has_default) or "default" in action.help:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
 
-def _reader_is_gone() -> bool:
+def _nobody_reads() -> bool:
     """Whether standard output is a pipe that nobody reads; a BrokenPipeError may also come from a network."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)

@@ -46,11 +46,11 @@ def _act(arguments: argparse.Namespace) -> None:
     with signals.listening():
         world = launch.start()
         with launch.raise_on_all_ranks(world):
-            asked = load_run_config(arguments.config, arguments.overrides)
-            ds_config = resolve_ds_config(_ds_file(arguments), asked, world.size)
+            requested = load_run_config(arguments.config, arguments.overrides)
+            ds_config = resolve_ds_config(_ds_file(arguments), requested, world.size)
         memory = launch.least_memory(world)
         with launch.raise_on_all_ranks(world):
-            run, notes = resolve_schedule(asked, ds_config, world.size, memory)
+            run, notes = resolve_schedule(requested, ds_config, world.size, memory)
             plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
             text = rehearse(run, ds_config, world, notes) if plan is None else ""
         if plan is not None:

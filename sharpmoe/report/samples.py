@@ -51,9 +51,9 @@ def check_shards(model: DiT, shards: ShardSet) -> None:
     wanted: dict[str, tuple[int, ...]] = {
         "latent shape": (config.latent_channels, config.latent_size, config.latent_size)
     }
-    alike = math.prod(shards.latent_shape[1:]) == config.latent_size**2  # any aspect ratio is accepted
+    same = math.prod(shards.latent_shape[1:]) == config.latent_size**2  # any aspect ratio is accepted
     square = (shards.latent_shape[0], config.latent_size, config.latent_size)
-    found: dict[str, tuple[int, ...]] = {"latent shape": square if alike else shards.latent_shape}
+    found: dict[str, tuple[int, ...]] = {"latent shape": square if same else shards.latent_shape}
     if config.conditioning == "text":
         wanted |= {"text widths": (config.text_width, config.pooled_width)}
         found |= {"text widths": (shards.text_width, shards.pooled_width)}

@@ -48,10 +48,10 @@ def test_a_batch_is_the_same_whatever_its_chunks(tmp_path: Path) -> None:
     assert found[0].dtype == np.uint8
     assert np.abs(found[0].astype(int) - found[1].astype(int)).max() <= 1
     assert not (found[0][0] == found[0][3]).all()  # the same class, other noise
-    told = json.loads((tmp_path / "5.json").read_text())
-    assert told["figure"] == "FID of 5 images, not FID-50K"
-    assert told["grid"].startswith("linspace(1, 0, 2 + 1)")
-    assert {"images", "steps", "cfg_scale", "weights", "seed", "labels", "extractor"} <= told.keys()
+    shown = json.loads((tmp_path / "5.json").read_text())
+    assert shown["figure"] == "FID of 5 images, not FID-50K"
+    assert shown["grid"].startswith("linspace(1, 0, 2 + 1)")
+    assert {"images", "steps", "cfg_scale", "weights", "seed", "labels", "extractor"} <= shown.keys()
 
 
 def test_a_wrong_number_and_a_wrong_model_are_refused(tmp_path: Path) -> None:

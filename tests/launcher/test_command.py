@@ -18,7 +18,9 @@ def command(act: Any, **fields: Any) -> Command:
     def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--count", type=int, default=3, help="how many")
         parser.add_argument("--none", help="nothing")
-        parser.add_argument("--told", default=4, help="told (default: four)")
+        parser.add_argument("--flag", action="store_true", help="a flag")
+        parser.add_argument("--seed", type=int, default=0, help="a seed")
+        parser.add_argument("--other", default=4, help="another (default: four)")
 
     return Command(text="A test:\n    two lines", arguments=arguments, act=act, **fields)
 
@@ -70,7 +72,8 @@ def test_help_shows_the_lines_of_the_docstring_and_each_default_once(capsys: pyt
     assert "usage: sharpmoe toy " in said
     assert "A test:\n    two lines\n" in said
     assert said.count("(default: 3)") == said.count("(default: four)") == 1
-    assert said.count("default") == 2
+    assert "a seed (default: 0)" in said
+    assert said.count("default") == 3
 
 
 WRITER = """

@@ -43,18 +43,18 @@ def test_the_list_of_commands_needs_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "shown"),
     [
         ([], "no command given; expected one of prepare, train,"),
         (["prepair"], "unknown command 'prepair'; did you mean prepare?"),
         (["--config", "x"], "unknown command '--config'; expected one of prepare, train,"),
     ],
 )
-def test_no_or_a_wrong_command_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_or_a_wrong_command_is_one_line(words: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: sharpmoe: ")
-    assert told in error
+    assert shown in error
     assert error.count("\n") == 1
 
 

@@ -20,8 +20,8 @@ TINY = ("--config", str(RUNS / "posttrain-counts.yaml"))
 def plan(capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*words: str, code: int = 0) -> dict[str, Any]:
         assert main([*words, "--json"]) == code
-        told: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return told
+        shown: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return shown
 
     return run
 
@@ -29,16 +29,16 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Any:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_run_can_be_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(path)]) == 0
-    told = capsys.readouterr().out
-    assert path.stem in told
-    assert "two_pass" in told or "T = 1" in told
+    shown = capsys.readouterr().out
+    assert path.stem in shown
+    assert "two_pass" in shown or "T = 1" in shown
 
 
 def test_the_table_names_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--world", "4", "--ep", "2", "--micro-batch", "2", "--schedule", "two_pass"]) == 0
-    told = capsys.readouterr().out
-    assert [word for word in (*WORDS, "x 4 accumulation") if word not in told] == []
-    assert told.partition("-----\n")[2].startswith("  two_pass ")
+    shown = capsys.readouterr().out
+    assert [word for word in (*WORDS, "x 4 accumulation") if word not in shown] == []
+    assert shown.partition("-----\n")[2].startswith("  two_pass ")
 
 
 @pytest.mark.parametrize(
@@ -53,22 +53,22 @@ def test_the_table_names_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_every_schedule_can_be_asked_for(words: tuple[str, ...], name: str, plan: Any) -> None:
-    told = plan(*TINY, "--world", "4", "--schedule", *words)
-    assert told["schedules"][0]["schedule"] == name
-    forms = {schedule["schedule"].partition(",")[0] for schedule in told["schedules"]}
+    shown = plan(*TINY, "--world", "4", "--schedule", *words)
+    assert shown["schedules"][0]["schedule"] == name
+    forms = {schedule["schedule"].partition(",")[0] for schedule in shown["schedules"]}
     assert forms == {"plain", "checkpoint", "two_pass", "hybrid", "segments"}
-    sums = {schedule["schedule"]: schedule["memory"]["sums"] for schedule in told["schedules"]}
+    sums = {schedule["schedule"]: schedule["memory"]["sums"] for schedule in shown["schedules"]}
     assert sums["plain"] == sums["checkpoint"] == 0  # one micro-batch, one backward
-    assert sums["hybrid, kept_steps 5"] == 4 * told["parameters"]
-    assert {schedule["traffic"]["passes"] for schedule in told["schedules"]} == {1.0}
-    assert len({schedule["traffic"]["reductions"] for schedule in told["schedules"]}) == 1
+    assert sums["hybrid, kept_steps 5"] == 4 * shown["parameters"]
+    assert {schedule["traffic"]["passes"] for schedule in shown["schedules"]} == {1.0}
+    assert len({schedule["traffic"]["reductions"] for schedule in shown["schedules"]}) == 1
 
 
-def test_auto_is_settled_and_told(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    told = plan(*TINY, "--world", "4", "--schedule", "auto")
-    assert told["schedules"][0]["schedule"] == "plain"
-    assert told["notes"][0].startswith("rollout.schedule: auto took plain (30 forwards' worth per micro-batch): ")
-    room = next(s["memory"]["peak"] for s in told["schedules"] if s["schedule"].startswith("hybrid"))
+def test_auto_is_resolved_and_reported(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = plan(*TINY, "--world", "4", "--schedule", "auto")
+    assert shown["schedules"][0]["schedule"] == "plain"
+    assert shown["notes"][0].startswith("rollout.schedule: auto took plain (30 forwards' worth per micro-batch): ")
+    room = next(s["memory"]["peak"] for s in shown["schedules"] if s["schedule"].startswith("hybrid"))
     less = plan(*TINY, "--world", "4", "--schedule", "auto", "--device-memory", str(1.001 * room / 0.9 / 2**30))
     assert less["schedules"][0]["schedule"] == "hybrid, kept_steps 5"
     assert main([*TINY, "--world", "4", "--schedule", "auto", "--device-memory", "0.01"]) == 1
@@ -91,23 +91,23 @@ def test_one_rank_sends_nothing(plan: Any) -> None:
     assert {s["traffic"]["total"] for s in plan(*TINY, "--world", "1")["schedules"]} == {0}
 
 
-def test_what_does_not_fit_is_told_with_what_would(plan: Any) -> None:
+def test_what_does_not_fit_is_reported_with_what_would(plan: Any) -> None:
     small = ("--world", "4", "--device-memory", "0.35", "--deepspeed")
-    told = plan(*TINY, *small, str(ROOT / "configs" / "zero3.json"), code=1)
-    assert told["warnings"][0].startswith("does not fit: ")
-    assert "activations" in told["warnings"][0]
-    assert told["would_fit"]
-    assert all(other["memory"]["peak"] <= told["usable_bytes"] for other in told["would_fit"])
-    sent = [other["traffic"]["total"] for other in told["would_fit"]]
+    shown = plan(*TINY, *small, str(ROOT / "configs" / "zero3.json"), code=1)
+    assert shown["warnings"][0].startswith("does not fit: ")
+    assert "activations" in shown["warnings"][0]
+    assert shown["would_fit"]
+    assert all(other["memory"]["peak"] <= shown["usable_bytes"] for other in shown["would_fit"])
+    sent = [other["traffic"]["total"] for other in shown["would_fit"]]
     assert sent == sorted(sent)
 
 
-def test_a_model_above_the_limits_of_zero3_is_told(plan: Any, tmp_path: Path) -> None:
+def test_a_model_above_the_limits_of_zero3_is_reported(plan: Any, tmp_path: Path) -> None:
     zero = {"stage": 3, "stage3_max_reuse_distance": 300_000, "stage3_prefetch_bucket_size": 0}
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
-    told = plan(*TINY, "--deepspeed", str(tmp_path / "zero.json"))
-    assert told["schedules"][0]["traffic"]["passes"] > 4
-    assert any("stage3_max_reuse_distance" in warning for warning in told["warnings"])
+    shown = plan(*TINY, "--deepspeed", str(tmp_path / "zero.json"))
+    assert shown["schedules"][0]["traffic"]["passes"] > 4
+    assert any("stage3_max_reuse_distance" in warning for warning in shown["warnings"])
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,11 @@ def test_ranks_one_after_the_other(
     monkeypatch.setattr(ranks, "_POLL_S", 0.001)
     arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL, "--shard-samples", "4"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, told in (("1", "rank 1 of 2 has written its shards"), ("0", "prepared: train"), ("1", "")):
+    for rank, shown in (("1", "rank 1 of 2 has written its shards"), ("0", "prepared: train"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert main([*arguments, "--local_rank=0"]) == 0
         output = capsys.readouterr().out
-        assert told in output if told else not output
+        assert shown in output if shown else not output
 
 
 @pytest.mark.slow

@@ -30,15 +30,15 @@ def copy(folder: Path, to: Path) -> Path:
 
 def verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]], str]:
     code = main(["verify", str(folder), "--quiet", "--json"])
-    *found, told = capsys.readouterr().out.splitlines()
-    return code, [json.loads(line) for line in found], told
+    *found, shown = capsys.readouterr().out.splitlines()
+    return code, [json.loads(line) for line in found], shown
 
 
 def test_sound_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found, told = verify(folder, capsys)
+    code, found, shown = verify(folder, capsys)
     assert (code, found) == (0, [])
-    assert "30 samples" in told
-    assert told.endswith("all sound")
+    assert "30 samples" in shown
+    assert shown.endswith("all sound")
 
 
 def test_verify_names_the_sample(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,13 +49,13 @@ def test_verify_names_the_sample(folder: Path, tmp_path: Path, capsys: pytest.Ca
     content = bytearray(tar.read_bytes())
     content[places["text1.npy"][0] + 130] ^= 1  # a caption that a run may never draw
     tar.write_bytes(content)
-    code, found, told = verify(hurt, capsys)
+    code, found, shown = verify(hurt, capsys)
     assert code == 1
     assert [(Path(one["shard"]).name, one["key"], one["what"]) for one in found] == [
         (tar.name, "", "sha256 differs from the index"),
         (tar.name, key, "text1.npy: checksum differs from the index, the shard is damaged"),
     ]
-    assert told.endswith("1 samples damaged")
+    assert shown.endswith("1 samples damaged")
 
 
 @pytest.mark.parametrize("gone", [".tar", ".json"])
@@ -67,17 +67,17 @@ def test_verify_counts_what_a_lost_file_costs(
     count = len(json.loads(table.read_text())["samples"])
     table.with_suffix(gone).unlink()
     (hurt / "empty_text.npz").write_bytes(b"x")
-    code, found, told = verify(hurt, capsys)
+    code, found, shown = verify(hurt, capsys)
     assert code == 1
     assert {Path(one["shard"]).name for one in found} == {f"{table.stem}.tar", "empty_text.npz"}
-    assert told.endswith(f"{count} samples damaged")
+    assert shown.endswith(f"{count} samples damaged")
 
 
 def test_stats_tell_what_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(folder), "--samples", "8"]) == 0
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for part in ("30 in ", "train 25, unseen 5", "32x32", "16 x 64", "train: statistics of 8 samples", "4 classes"):
-        assert part in told
+        assert part in shown
 
 
 def test_show_draws_pictures_of_every_bucket(folder: Path, tmp_path: Path) -> None:

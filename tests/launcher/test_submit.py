@@ -21,8 +21,8 @@ def settings(batch: str, tmp_path: Path) -> dict[str, list[str]]:
     names = [line.split("=")[0] for line in assignments]
     tell = [f'printf "%s\\0" {name} "${{{name}[@]}}" ""' for name in names]
     (tmp_path / "tell").write_text("\n".join([*assignments, *tell]))
-    told = subprocess.run(["bash", str(tmp_path / "tell")], check=True, capture_output=True, text=True).stdout
-    groups = [group.split("\0") for group in told.split("\0\0") if group]
+    shown = subprocess.run(["bash", str(tmp_path / "tell")], check=True, capture_output=True, text=True).stdout
+    groups = [group.split("\0") for group in shown.split("\0\0") if group]
     return {group[0]: group[1:] for group in groups}
 
 
