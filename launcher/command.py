@@ -29,9 +29,7 @@ class Command:
     text: str | None  # help text: __doc__ of the launcher
     arguments: Callable[[argparse.ArgumentParser], object]  # adds the arguments to a parser
     act: Callable[[argparse.Namespace], int | None]
-    overrides: bool = (
-        False  # words that are not options go to `arguments.overrides`; options cannot be abbreviated then
-    )
+    overrides: bool = False  # put words that are not options in `arguments.overrides`; abbreviate no options
     epilog: str | None = None
     reports: Callable[[], bool] = lambda: True  # whether this process prints an error; False on all ranks but one
     cleanup: Callable[[], object] = lambda: None  # called at the end, after an error has been printed
