@@ -21,16 +21,17 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Options, Work, main
 from benchmarks.optimizer import ZERO3, run_for
-from sharpmoe.checkpoint import load, manifest
-from sharpmoe.checkpoint.manifest import Progress
-from sharpmoe.checkpoint.save import Facts, Saver
-from sharpmoe.checkpoint.snapshot import Contents
+from sharpmoe.checkpoint import manifest
+from sharpmoe.checkpoint.manifest import Progress, RunIdentity
+from sharpmoe.checkpoint.save import Checkpoints
+from sharpmoe.checkpoint.state import Contents
 from sharpmoe.config import CheckpointConfig
 from sharpmoe.model.dit import DiT
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.parallel.zero.ema import ShardEma
-from sharpmoe.parallel.zero.engine import Engine, make_states
+from sharpmoe.parallel.zero.engine import Engine
+from sharpmoe.parallel.zero.optimizers import make_states
 
 _MODEL = {"width": 128, "depth": 6, "num_heads": 4, "num_experts": 8}
 
@@ -45,7 +46,7 @@ def cases(folder: Path, options: Options, fields: dict[str, object] | None = Non
     rates = {"bytes": float(size)}
     write, read = partial(write_bytes, folder / "plain", size), partial(read_bytes, folder / "plain")
     yield Case("load.save", once(writer.save), once(plain.save), once(write), rates=rates)
-    yield Case("load.verify", once(lambda: manifest.verify(writer.saved)), limit=once(read), rates=rates)
+    yield Case("load.verify", once(lambda: manifest.verify_checkpoint(writer.saved)), limit=once(read), rates=rates)
     check = partial(check_round_trip, contents, writer)
     yield Case("load.verify_and_load", once(writer.load), once(plain.load), once(read), check=check, rates=rates)
 
@@ -56,8 +57,8 @@ def make_contents(fields: dict[str, object], options: Options) -> Contents:
     torch.manual_seed(0)
     model = DiT(run.model)
     engine = Engine(model, run, resolve_ds_config(ZERO3, run, world.size), world)
-    make_states(engine._optimizer.optimizer, engine.master_partitions())
-    for parts in engine.partitions().values():
+    make_states(engine._zero.optimizer, engine.state.masters())
+    for parts in engine.state.partitions().values():
         for part in parts:
             part.detach().normal_()
     return Contents(engine, ShardEma(engine, 0.9), model, {})
@@ -69,16 +70,16 @@ class Ours:
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.contents, self.saved = contents, folder
         run = run_for({}, Options(torch.device("cpu"), torch.float32, "fp32"))
-        facts = Facts(load.layout_of(run, "none"), {})
-        self.saver = Saver(folder / "ours", facts, contents, CheckpointConfig(asynchronous=False))
+        config, identity = CheckpointConfig(asynchronous=False), RunIdentity.of(run, "none")
+        self.checkpoints = Checkpoints(folder / "ours", config, contents, identity=identity, settings={})
 
     def save(self) -> None:
         """Write a checkpoint and wait for it."""
-        self.saved = self.saver.save(Progress(1, 0))
+        self.saved = self.checkpoints.save(Progress(1, 0))
 
     def load(self) -> None:
         """Verify every file and load it into the engine."""
-        load.load(manifest.verify(self.saved), self.contents)
+        self.checkpoints.load(manifest.verify_checkpoint(self.saved))
 
 
 class Plain:
@@ -100,16 +101,18 @@ class Plain:
         for kind, parts in self._partitions().items():
             for part, value in zip(parts, read[kind], strict=True):
                 part.detach().copy_(value)
-        self.contents.engine.refresh()
+        self.contents.engine.state.refresh_weights()
 
     def _partitions(self) -> dict[str, list[Tensor]]:
-        found = {**self.contents.engine.partitions(), "ema": self.contents.ema.shards}
+        found = {**self.contents.engine.state.partitions(), "ema": self.contents.ema.shards}
         return {kind: [part.detach() for part in parts] for kind, parts in found.items()}
 
 
 def check_round_trip(contents: Contents, ours: Ours) -> None:
     """Assert that a loaded checkpoint equals the saved one bit for bit."""
-    parts = [part.detach() for own in (*contents.engine.partitions().values(), contents.ema.shards) for part in own]
+    parts = [
+        part.detach() for own in (*contents.engine.state.partitions().values(), contents.ema.shards) for part in own
+    ]
     before = [part.clone() for part in parts]
     for part in parts:
         part.zero_()

@@ -100,7 +100,7 @@ class EngineStep:
         latent = torch.zeros(1, run.model.latent_channels, run.model.latent_size, run.model.latent_size)
         x, t = latent.to(world.device), torch.full((1,), 0.5, device=world.device)
         self.engine.backward(self.engine(x, t, torch.zeros(1, dtype=torch.long, device=world.device), x).v.sum())
-        self._zero = self.engine._optimizer
+        self._zero = self.engine._zero
         self._gradients = dict(self._zero.averaged_gradients)
 
     def give_gradients(self) -> None:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _begin_and_step(session: Session, steps: Iterator[Progress], number: int) -> None:
-    session.saver.begin(Progress(number, 0))
+    session.checkpoints.begin(Progress(number, 0))
     next(steps)
 
 
@@ -69,9 +69,9 @@ def measure(session: Session, count: int) -> list[Round]:
     for turn in range(count + 1):
         quiet = [timed(lambda: next(steps)) for _ in range(size)]
         saving = [timed(partial(_begin_and_step, session, steps, turn + 1))]
-        while not all(launch.gather_objects(session.saver._running.done(), session.world)):  # type: ignore[union-attr]
+        while not all(launch.gather_objects(session.checkpoints._running.done(), session.world)):  # type: ignore[union-attr]
             saving.append(timed(lambda: next(steps)))
-        outcome = session.saver.wait()
+        outcome = session.checkpoints.wait()
         assert outcome is not None
         assert outcome.error is None
         size = max(3, len(saving))

@@ -52,7 +52,7 @@ def measure(place: str, folder: Path, count: int, words: Sequence[str]) -> str:
         codes = [rank.wait(120) for rank in ranks]
         took = time.monotonic() - began
     checkpoints = folder / "quickstart" / "checkpoints"
-    manifest.verify(checkpoints / (checkpoints / "latest").read_text().strip())
+    manifest.verify_checkpoint(checkpoints / (checkpoints / "latest").read_text().strip())
     stopped = json.loads((folder / "quickstart" / "stopped.json").read_text())
     step = statistics.median(read_log(folder / "quickstart" / "log.jsonl")["throughput/seconds_per_step"].values())
     return f"{took:5.1f} s (a step takes {step:.1f} s)  exit codes {codes}  {stopped}"

@@ -151,7 +151,7 @@ def test_a_run_reaches_its_old_end(router: str, way: str, output: Path) -> None:
         assert list(ours[tag]) == list(range(1, WHOLE + 1))
         assert_equal(*(torch.tensor(list(log[tag].values())) for log in (ours, old)), tag, exact)
     if exact:  # optimizer state and masters too
-        ours, old = (manifest.read(checkpoint(run, WHOLE)) for run in (folder, OLD / router))
+        ours, old = (manifest.read_manifest(checkpoint(run, WHOLE)) for run in (folder, OLD / router))
         assert ours.progress == old.progress
         states = [name for name in old.files if name.startswith("state_")]
         assert len(states) == RANKS[router]

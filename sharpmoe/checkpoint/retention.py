@@ -1,4 +1,4 @@
-"""Which checkpoints stay, where the newest is, and whether another one fits on the disk. No communication."""
+"""The folder of a run's checkpoints: names, the newest, which ones stay, room on the disk. No communication."""
 
 import shutil
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ def disk_errors(place: Path) -> Iterator[None]:
 
 
 def folder_name(step: int) -> str:
-    """Name of the checkpoint after so many optimizer steps."""
+    """Return the name of the checkpoint after `step` optimizer steps."""
     return f"step{step:08d}"
 
 
 def latest(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, whether it is there or not; None where nothing sensible is named."""
+    """Return the checkpoint that `latest` names, whether it exists or not; None where the file names none."""
     try:
         name = (root / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -39,16 +39,16 @@ def latest(root: Path) -> Path | None:
 
 
 def newest_first(root: Path) -> list[Path]:
-    """All checkpoint folders, `latest` first, then by the time of their manifest (a folder without one last)."""
+    """Return all checkpoint folders: `latest` first, then by the time of their manifest, those without one last."""
     first = latest(root)
     found = [path for path in root.glob("step*") if path.is_dir() and _is_name(path.name)]
     return sorted(found, key=lambda path: (path == first, _written(path)), reverse=True)
 
 
 def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
-    """Remove all but the `keep` written last and those of every `keep_every` steps, and what cut-off saves left.
+    """Remove all but the `keep` written last and those of every `keep_every` steps; also what interrupted saves left.
 
-    Folders without a manifest are not ours to remove.
+    Folders without a manifest stay: a save did not write them.
     """
     ours = [path for path in newest_first(root) if (path / MANIFEST).is_file()]
     last = [newest, *(path for path in ours if path != newest)][: config.keep]
@@ -62,7 +62,7 @@ def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it neither counts as kept nor is tried again. Raises OSError."""
+    """Rename a damaged checkpoint, so that it is neither counted nor tried again; return the path. Raises OSError."""
     place, count = folder.with_name(f"damaged.{folder.name}"), 1
     while place.exists():
         count += 1

@@ -1,7 +1,7 @@
-"""State of the process-wide random generators, as JSON.
+"""States of the process-wide random generators, as JSON.
 
-What a step draws is keyed by seed and position (sharpmoe.draws) and needs none of this; libraries may draw without
-asking, and then a resumed run is to draw what the uninterrupted one would have.
+The draws of a step are keyed by seed and position (sharpmoe.draws) and need none of this. Libraries may draw from the
+global generators as well, and then a resumed run must draw what the uninterrupted one would have drawn.
 """
 
 import json
@@ -16,8 +16,13 @@ from torch import Tensor
 from sharpmoe.errors import CheckpointError
 
 
-def state() -> dict[str, Any]:
-    """State of Python's, numpy's and torch's generators, as plain values."""
+def generators_file(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"generators_rank{rank:05d}.json"
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the states of Python's, numpy's and torch's generators as JSON values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     cuda = {"cuda": _hex(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {}
     version, numbers, gauss = random.getstate()
@@ -29,15 +34,15 @@ def state() -> dict[str, Any]:
     }
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Write what `state` gave. Raises OSError."""
-    path.write_text(json.dumps(found), encoding="utf-8")
+def write_generators(path: Path, states: dict[str, Any]) -> None:
+    """Write what `generator_states` returned. Raises OSError."""
+    path.write_text(json.dumps(states), encoding="utf-8")
 
 
-def restore(path: Path) -> None:
-    """Set the generators to a file of `write`; those of a device that is not there are left alone.
+def restore_generators(path: Path) -> None:
+    """Set the generators to the states of a file. The state of a device that is absent is skipped.
 
-    Raises CheckpointError where the file is something else.
+    Raises CheckpointError where the file cannot be read.
     """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Writing checkpoints beside the training: copy to the host, then a thread writes, agrees and publishes.
+"""The checkpoints of a run: the one entrance for the trainer, and saving beside the training.
 
-A checkpoint is written to a hidden folder: every rank's pieces, both weights files, each flushed and hashed into the
-manifest. Then the folder is renamed to step<N>, and only then does `latest` name it. Whatever ends before leaves the
-former checkpoint as it was.
+A save copies the state to the host between two steps; then a thread writes it to a hidden folder: every rank's pieces
+and both weights files, each flushed and hashed into the manifest. Only when all is on the disk is the folder renamed to
+step<N>, and only then does `latest` name it. A run that ends before leaves the previous checkpoint as it was.
 """
 
 import os
@@ -12,61 +12,94 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sharpmoe import durable
-from sharpmoe.checkpoint import manifest, retention, rng, snapshot, weights
-from sharpmoe.checkpoint.manifest import Entry, Layout, Manifest, Progress
-from sharpmoe.checkpoint.snapshot import Contents, Snapshot
-from sharpmoe.checkpoint.state import state_file, write_state
+from sharpmoe.checkpoint import load, retention
+from sharpmoe.checkpoint.manifest import FileEntry, Manifest, Progress, RunIdentity, file_entry, write_manifest
+from sharpmoe.checkpoint.rng import generator_states, generators_file, write_generators
+from sharpmoe.checkpoint.state import Contents, state_file, write_state
+from sharpmoe.checkpoint.weights import gather_table, whole_tensors
 from sharpmoe.config import CheckpointConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.weights import weight_specs, weights_writer
 from sharpmoe.parallel.ranks.background import HostCopies, SideGroup
+from sharpmoe.parallel.zero.partitions import EMA, MASTER, Partitions, Piece
 
-_NICENESS = 10  # of the thread that writes: on a host without cores to spare, training comes first
-
-
-class Facts(NamedTuple):
-    """What a manifest tells beside the files; the same on every rank."""
-
-    layout: Layout
-    settings: Mapping[str, Any]
+_NICENESS = 10  # of the thread that writes: on a host without idle cores, training has priority
+_WEIGHTS = {"live": MASTER, "ema": EMA}  # weights files -> the kind of partitions that they are assembled from
 
 
 class Outcome(NamedTuple):
-    """What became of one save; the same on every rank but for the seconds."""
+    """The result of one save; the same on every rank, except for the seconds."""
 
     progress: Progress
     folder: Path
-    stalled: float  # seconds that training waited
-    seconds: float  # until it was published, or given up
+    stalled: float  # seconds for which training waited
+    seconds: float  # until it was published, or failed
     error: CheckpointError | None  # None: it is on the disk
 
 
-class Saver:
-    """Writes the checkpoints of one run, one at a time. Made and used by every rank alike."""
+@dataclass(frozen=True, kw_only=True)
+class _Snapshot:
+    """Host copies of one rank's state at one step. Valid until the next is taken."""
 
-    def __init__(self, root: Path, facts: Facts, contents: Contents, config: CheckpointConfig) -> None:
-        """Make the process group of the thread. Communicates."""
-        self._root, self._facts, self._contents, self._config = root, facts, contents, config
+    progress: Progress
+    partitions: Partitions  # masters, average and each tensor of the optimizer
+    pieces: list[Piece]  # of the model's parameters in those
+    scalars: dict[str, float]  # the optimizer's state that is no tensor
+    generators: dict[str, Any]
+    buffers: dict[str, Tensor]  # of the model, equal on every rank
+    num_bytes: int  # of the tensors that this rank will write, or send to the one that writes them
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank creates one and makes the same calls; one save runs at a time.
+
+    Before there is a model, `find`, `check_fits` and `first_sound` say which checkpoint the run resumes.
+    """
+
+    find = staticmethod(load.find_checkpoints)
+    check_fits = staticmethod(load.check_fits)
+    first_sound = staticmethod(load.first_sound)
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        contents: Contents,
+        *,
+        identity: RunIdentity,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Create the process group of the saving thread. Communicates.
+
+        root: the folder of all checkpoints of the run. settings: for the manifest (rank 0 writes it).
+        """
+        self._root, self._config, self._contents = root, config, contents
+        self._identity, self._settings = identity, settings
         self._peers = SideGroup(contents.engine.world)
         self._specs = weight_specs(contents.model.config)
         self._copies = HostCopies()
         self._running: Future[Outcome] | None = None
 
-    def begin(self, progress: Progress) -> Outcome | None:
-        """Copy the state to the host and start writing; returns what became of the save before, where there was one.
+    def load(self, saved: Manifest) -> None:
+        """Bring the run to the state of a checkpoint that is sound and fits. Communicates; see `load_checkpoint`."""
+        load.load_checkpoint(saved, self._contents)
 
-        Communicates. Waits for the save before, whose copies it overwrites, and, where the run is to save without a
-        thread, for this one.
+    def begin(self, progress: Progress) -> Outcome | None:
+        """Copy the state to the host and start writing; return the outcome of the save before, if there was one.
+
+        Communicates. Waits for the save before, whose copies it overwrites, and, where checkpoint.asynchronous is
+        false, for this one.
         """
         before = self.wait()
         began = time.monotonic()
-        taken = snapshot.take(progress, self._contents, self._copies)
+        taken = _take_snapshot(progress, self._contents, self._copies)
         running: Future[Outcome] = Future()
         stalled = time.monotonic() - began
         thread = threading.Thread(
@@ -76,20 +109,20 @@ class Saver:
         self._running = running
         if not self._config.asynchronous:
             thread.join()
-            self._copies = HostCopies()  # gives the memory back
+            self._copies = HostCopies()  # frees the memory
         return before
 
     def ended(self) -> Outcome | None:
-        """What became of a save that ended since it was last asked, without waiting. No communication."""
+        """Return the outcome of a save that has ended since the last call, without waiting. No communication."""
         return self.wait() if self._running is not None and self._running.done() else None
 
     def wait(self) -> Outcome | None:
-        """Wait for the save under way; None where there is none."""
+        """Wait for the running save and return its outcome; None if there is none."""
         running, self._running = self._running, None
         return None if running is None else running.result()
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint and wait for it. Communicates; raises CheckpointError on every rank where it fails."""
+        """Save and wait; return the folder. Communicates. Raises CheckpointError on every rank where it fails."""
         self.begin(progress)
         outcome = self.wait()
         assert outcome is not None
@@ -97,19 +130,19 @@ class Saver:
             raise outcome.error
         return outcome.folder
 
-    def _run(self, running: "Future[Outcome]", taken: Snapshot, stalled: float) -> None:
-        """Body of the thread: its end, good or bad, is the Future's."""
-        with suppress(OSError, AttributeError):  # no such call, or not allowed: at the priority of all
+    def _run(self, running: "Future[Outcome]", taken: _Snapshot, stalled: float) -> None:
+        """Run in the thread: whatever ends it becomes the Future's result."""
+        with suppress(OSError, AttributeError):  # no such call, or not permitted: the priority stays
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         began = time.monotonic()
         final = self._root / retention.folder_name(taken.progress.step)
         try:
             error = self._attempt(taken, final)
             running.set_result(Outcome(taken.progress, final, stalled, stalled + time.monotonic() - began, error))
-        except BaseException as error:  # noqa: BLE001 (handed to the thread that trains)
+        except BaseException as error:  # noqa: BLE001 (raised again in the thread that trains)
             running.set_exception(error)
 
-    def _attempt(self, taken: Snapshot, final: Path) -> CheckpointError | None:
+    def _attempt(self, taken: _Snapshot, final: Path) -> CheckpointError | None:
         draft = final.with_name(f".{final.name}.partial")
         try:
             self._write(taken, draft, final)
@@ -119,8 +152,8 @@ class Saver:
             return error
         return None
 
-    def _write(self, taken: Snapshot, draft: Path, final: Path) -> None:
-        """Write everything to `draft` and publish it. Communicates; CheckpointError on every rank."""
+    def _write(self, taken: _Snapshot, draft: Path, final: Path) -> None:
+        """Write everything to `draft` and publish it. Communicates; raises CheckpointError on every rank."""
         peers, is_main = self._peers, self._peers.world.is_main
         need = sum(peers.gather(taken.num_bytes))
         with peers.raise_on_all_ranks():
@@ -132,35 +165,35 @@ class Saver:
         with peers.raise_on_all_ranks():
             mine = _write_own(taken, draft, peers.world.rank)
         mine += self._write_weights(taken, draft)
-        entries: dict[str, Entry] = {}
+        entries: dict[str, FileEntry] = {}
         with peers.raise_on_all_ranks():
             for name in mine:
                 with retention.disk_errors(draft / name):
-                    entries[name] = _seal_file(draft / name)
+                    durable.flush_file(draft / name)
+                    entries[name] = file_entry(draft / name)
         files = {name: entry for part in peers.gather(entries) for name, entry in part.items()}
         with peers.raise_on_all_ranks():
             if is_main:
                 with retention.disk_errors(final):
                     self._publish(taken.progress, draft, final, files)
 
-    def _write_weights(self, taken: Snapshot, draft: Path) -> list[str]:
-        """Write live.safetensors and ema.safetensors on rank 0; returns the names of this rank's files."""
-        table = weights.gather_table(taken.pieces, self._peers)
+    def _write_weights(self, taken: _Snapshot, draft: Path) -> list[str]:
+        """Write live.safetensors and ema.safetensors on rank 0; return the names of the files of this rank."""
+        table = gather_table(taken.pieces, self._peers)
         names = []
-        for name, kind in snapshot.WEIGHTS.items():
+        for name, kind in _WEIGHTS.items():
             names.append(f"{name}.safetensors")
             parts = taken.partitions[kind]
-            tensors = weights.whole_tensors(self._specs, table, parts, taken.buffers, self._peers)
+            tensors = whole_tensors(self._specs, table, parts, taken.buffers, self._peers)
             self._write_whole(draft / names[-1], name, taken.progress, tensors)
         return names if self._peers.world.is_main else []
 
     def _write_whole(
         self, path: Path, kind: str, progress: Progress, tensors: Iterator[tuple[str, Tensor | None]]
     ) -> None:
-        """Write what rank 0 is handed, one tensor at a time; the other ranks only send."""
+        """Write one tensor after the other on rank 0; the other ranks only send."""
         model, is_main = self._contents.model.config, self._peers.world.is_main
         meta = {"step": str(progress.step), "samples": str(progress.samples), "weights": kind, **self._contents.origin}
-
         with self._peers.raise_on_all_ranks():
             try:
                 with (
@@ -171,31 +204,55 @@ class Saver:
                         if writer is not None and tensor is not None:
                             writer.write(name, tensor)
             finally:
-                for _ in tensors:  # where writing failed: the other ranks still send
+                for _ in tensors:  # after a failed write the other ranks still send
                     pass
 
-    def _publish(self, progress: Progress, draft: Path, final: Path, files: dict[str, Entry]) -> None:
-        """Complete the folder, give it its name, point `latest` at it, drop old ones."""
-        layout, settings = self._facts
-        manifest.write(Manifest(draft, progress, layout, self._contents.model.config, dict(settings), files))
+    def _publish(self, progress: Progress, draft: Path, final: Path, files: dict[str, FileEntry]) -> None:
+        """Complete the folder, give it its name, let `latest` name it, remove old checkpoints."""
+        manifest = Manifest(
+            folder=draft,
+            progress=progress,
+            identity=self._identity,
+            model=self._contents.model.config,
+            settings=dict(self._settings),
+            files=files,
+        )
+        write_manifest(manifest)
         durable.flush_tree(draft)
         durable.publish_folder(draft, final)
         durable.write_atomically(self._root / retention.LATEST, final.name)
         retention.drop_old(self._root, final, self._config)
 
 
-def _write_own(taken: Snapshot, draft: Path, rank: int) -> list[str]:
-    """Write the files that are this rank's alone; returns their names. Raises CheckpointError."""
-    names = [state_file(rank), snapshot.generators_file(rank)]
-    pieces, partitions, facts = taken.pieces, taken.partitions, taken.facts
-    with retention.disk_errors(draft / names[0]):
-        write_state(draft / names[0], pieces, partitions, facts)
-    with retention.disk_errors(draft / names[1]):
-        rng.write(draft / names[1], taken.generators)
-    return names
+def _take_snapshot(progress: Progress, contents: Contents, copies: HostCopies) -> _Snapshot:
+    """Copy this rank's state to the host, between two steps. No communication.
+
+    Costs host memory: a second copy of the rank's masters, average and optimizer state.
+    """
+    engine, ema, model, _ = contents
+    copies.start()
+    own = {**engine.state.partitions(), EMA: ema.shards}
+    partitions = {kind: [copies.tensor(part) for part in parts] for kind, parts in own.items()}
+    buffers = {name: copies.tensor(buffer) for name, buffer in model.named_buffers()}
+    pieces = engine.state.pieces(model)
+    elements = sum(piece.numel for piece in pieces)
+    copies.finish()
+    return _Snapshot(
+        progress=progress,
+        partitions=partitions,
+        pieces=pieces,
+        scalars=engine.state.scalars(),
+        generators=generator_states(),
+        buffers=buffers,
+        num_bytes=4 * elements * (len(partitions) + len(_WEIGHTS)),
+    )
 
 
-def _seal_file(path: Path) -> Entry:
-    """Flush a file and hash it."""
-    durable.flush_file(path)
-    return manifest.entry(path)
+def _write_own(taken: _Snapshot, draft: Path, rank: int) -> list[str]:
+    """Write the two files of this rank; return their names. Raises CheckpointError."""
+    state, generators = state_file(rank), generators_file(rank)
+    with retention.disk_errors(draft / state):
+        write_state(draft / state, taken.pieces, taken.partitions, taken.scalars)
+    with retention.disk_errors(draft / generators):
+        write_generators(draft / generators, taken.generators)
+    return [state, generators]

@@ -8,15 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from sharpmoe.checkpoint.manifest import Watch
 from sharpmoe.config import GuardConfig
-
-
-class Watch(NamedTuple):
-    """State from step to step: the same on every rank, and part of a checkpoint."""
-
-    average: float = 0.0  # moving average of the gradient norm
-    seen: int = 0  # norms in it, at most spike_window
-    skipped: int = 0  # steps skipped in a row
 
 
 class Verdict(NamedTuple):

@@ -56,7 +56,7 @@ def _train(plan: RunPlan, world: World) -> Path:
     try:
         return _run(session, monitor_first)
     except SharpMoEError:
-        log_save(session, session.saver.wait())
+        log_save(session, session.checkpoints.wait())
         raise
     finally:
         if session.log is not None:
@@ -85,9 +85,9 @@ def _run(session: Session, monitor_first: bool) -> Path:
                 monitored = True
                 if progress.step < plan.run.train.steps and timetable.due(progress.step):
                     watchdog.mark(f"the save of step {progress.step}")
-                    log_save(session, session.saver.begin(progress))
+                    log_save(session, session.checkpoints.begin(progress))
                 else:
-                    log_save(session, session.saver.ended())
+                    log_save(session, session.checkpoints.ended())
     except StopAskedError as stop:
         return _stop(session, progress, str(stop), monitored)
     return _finish(session, progress)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from sharpmoe.checkpoint import load
 from sharpmoe.checkpoint.manifest import Progress
-from sharpmoe.checkpoint.save import Facts, Outcome, Saver
-from sharpmoe.checkpoint.snapshot import Contents
+from sharpmoe.checkpoint.save import Checkpoints, Outcome
+from sharpmoe.checkpoint.state import Contents
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.dit import DiT
@@ -37,7 +36,7 @@ class Session:
     engine: Engine
     ema: ShardEma
     monitor: Monitor
-    saver: Saver
+    checkpoints: Checkpoints
 
     @property
     def log(self) -> RunLog | None:
@@ -51,10 +50,11 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
     engine = Engine(objective, plan.run, plan.ds_config, world, objective.values(initial.weights))
     ema = ShardEma(engine, plan.run.optim.ema_decay)
     contents = Contents(engine, ema, objective.model, plan.data.origin())
-    if plan.saved is not None:
-        load.load(plan.saved, contents)
     settings = provenance.settings(plan.run, plan.ds_config, world) if world.is_main else {}
-    saver = Saver(plan.checkpoints, Facts(plan.layout, settings), contents, plan.run.checkpoint)
+    root, config = plan.checkpoints, plan.run.checkpoint
+    checkpoints = Checkpoints(root, config, contents, identity=plan.identity, settings=settings)
+    if plan.saved is not None:
+        checkpoints.load(plan.saved)
     share = Share(world.rank, world.size, lambda table: sum_over_ranks(table, world))
     with raise_on_all_ranks(world):
         uses = schedule_of(plan.run).model_uses * plan.batch.accumulation
@@ -68,7 +68,7 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
         engine=engine,
         ema=ema,
         monitor=monitor,
-        saver=saver,
+        checkpoints=checkpoints,
     )
 
 
@@ -110,13 +110,13 @@ def ensure_saved(session: Session, progress: Progress) -> Path:
 
     Communicates; raises CheckpointError on every rank.
     """
-    plan, outcome = session.plan, session.saver.wait()
+    plan, outcome = session.plan, session.checkpoints.wait()
     log_save(session, outcome)
     if outcome is not None and outcome.error is None and outcome.progress.step == progress.step:
         return outcome.folder
     if plan.saved is not None and plan.run.checkpoint.resume == "auto" and plan.start.step == progress.step:
         return plan.saved.folder
-    return session.saver.save(progress)
+    return session.checkpoints.save(progress)
 
 
 def log_save(session: Session, outcome: Outcome | None) -> None:

@@ -17,8 +17,9 @@ from data_pipeline.index import INDEX_FILE, Bucket
 from data_pipeline.read.mixture import Mixture, open_mixture
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.safety import scheme_of
-from sharpmoe.checkpoint import load
-from sharpmoe.checkpoint.manifest import Layout, Manifest, Progress
+from sharpmoe.checkpoint.load import Found
+from sharpmoe.checkpoint.manifest import Manifest, Progress, RunIdentity
+from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.errors import ConfigError, DataError
@@ -51,9 +52,9 @@ class RunPlan:
     ds_config: dict[str, Any]
     batch: BatchLayout
     data: RunData
-    layout: Layout
+    identity: RunIdentity
     saved: Manifest | None = None  # checkpoint to resume from
-    found: load.Found = field(default_factory=load.Found)  # that one, and others should it be damaged
+    found: Found = field(default_factory=Found)  # that one, and others should it be damaged
     notes: tuple[str, ...] = ()  # what the user should know
 
     @property
@@ -95,9 +96,9 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tu
     batch = batch_arithmetic(run, world.size)
     check_schedule(run, batch.micro_batch)
     data = _open_data(run)
-    layout = load.layout_of(run, data.train.fingerprint)
-    plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, layout=layout, notes=notes)
-    found = load.find(plan.checkpoints, run.checkpoint.resume)
+    identity = RunIdentity.of(run, data.train.fingerprint)
+    plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, identity=identity, notes=notes)
+    found = Checkpoints.find(plan.checkpoints, run.checkpoint.resume)
     return _resume(next(iter(found.readable), None), replace(plan, found=found))
 
 
@@ -135,14 +136,14 @@ def _check_output(folder: Path) -> None:
 
 
 def choose_checkpoint(plan: RunPlan, world: World) -> RunPlan:
-    """Return the plan with a checkpoint to resume from whose every file is sound. Communicates; see `load.choose`."""
-    choice = load.choose(plan.found, plan.checkpoints, plan.run.checkpoint.resume, world)
+    """Return the plan with a verified checkpoint to resume from. Communicates; see `load.first_sound`."""
+    choice = Checkpoints.first_sound(plan.found, plan.checkpoints, plan.run.checkpoint.resume, world)
     return _resume(choice.saved, replace(plan, notes=(*plan.notes, *choice.notes)))
 
 
 def _resume(saved: Manifest | None, plan: RunPlan) -> RunPlan:
     if saved is not None:
-        load.check_fits(saved, plan.run.model, plan.layout)
+        Checkpoints.check_fits(saved, plan.run.model, plan.identity)
     return replace(plan, saved=saved)
 
 

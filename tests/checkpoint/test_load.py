@@ -45,7 +45,7 @@ def read(folder: Path) -> Ended:
         load_file(last / "ema.safetensors"),
         {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()},
         read_log(folder / "log.jsonl")["loss/total"],
-        manifest.verify(last).progress.samples,
+        manifest.verify_checkpoint(last).progress.samples,
     )
 
 
@@ -144,10 +144,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(saved: RunConfi
     ],
 )
 def test_each_field_of_the_layout_is_compared(field: str, value: object, part: str, saved: RunConfig) -> None:
-    found = manifest.read(root(saved) / "step00000002")
-    load.check_fits(found, saved.model, found.layout)
+    found = manifest.read_manifest(root(saved) / "step00000002")
+    load.check_fits(found, saved.model, found.identity)
     with pytest.raises(CheckpointError, match=part):
-        load.check_fits(found, saved.model, found.layout._replace(**{field: value}))
+        load.check_fits(found, saved.model, found.identity._replace(**{field: value}))
 
 
 def test_weights_are_readable_without_deepspeed(saved: RunConfig) -> None:
@@ -162,22 +162,22 @@ def test_resume_names_are_understood(saved: RunConfig, tmp_path: Path) -> None:
     last = root(saved) / "step00000002"
 
     def first(folder: Path, resume: str) -> Path | None:
-        return next((found.folder for found in load.find(folder, resume).readable), None)
+        return next((found.folder for found in load.find_checkpoints(folder, resume).readable), None)
 
     assert first(tmp_path, "auto") is None
     assert first(tmp_path, "none") is None
     assert first(root(saved), "auto") == last
-    assert [found.folder.name for found in load.find(root(saved), "auto").readable][1:] == ["step00000001"]
+    assert [found.folder.name for found in load.find_checkpoints(root(saved), "auto").readable][1:] == ["step00000001"]
     assert first(tmp_path, str(last)) == last
     assert first(tmp_path, str(root(saved))) == last
     with pytest.raises(CheckpointError, match="would mix"):
-        load.find(root(saved), "none")
+        load.find_checkpoints(root(saved), "none")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
-        load.find(tmp_path, str(tmp_path / "nothing"))
+        load.find_checkpoints(tmp_path, str(tmp_path / "nothing"))
 
 
 def test_a_manifest_tells_what_the_checkpoint_is(saved: RunConfig) -> None:
-    found = manifest.verify(root(saved) / "step00000002")
+    found = manifest.verify_checkpoint(root(saved) / "step00000002")
     assert (found.progress.step, found.progress.samples) == (2, 16)
     assert (found.settings["world"], found.settings["parallel.ep_size"]) == (1, 1)
     assert found.model == saved.model
@@ -196,7 +196,7 @@ def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], l
     session = loop.open_session(plan, world, initial_model(plan))
     folder = root(run)
     for step in (1, 2, 2, 3):
-        loop.save(session, Progress(step, step * 8))
+        loop.ensure_saved(session, Progress(step, step * 8))
     kept = sorted(os.listdir(folder))
     barrier(world)
     errors = []
@@ -204,11 +204,11 @@ def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], l
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == full:  # as if the disk were full after so many bytes of each file
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-        errors.append(message(lambda: loop.save(session, Progress(4, 32))))
+        errors.append(message(lambda: loop.ensure_saved(session, Progress(4, 32))))
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         barrier(world)
     latest = (folder / "latest").read_text()
-    manifest.verify(folder / latest)
+    manifest.verify_checkpoint(folder / latest)
     return kept, [latest, *sorted(os.listdir(folder))], errors
 
 
@@ -231,7 +231,7 @@ def whole_weights(world: World, run: RunConfig, stage: int) -> tuple[bool, bool]
     with torch.no_grad():
         for part in session.ema.shards:
             part.add_(0.25)
-    folder = loop.save(session, Progress(1, 8))
+    folder = loop.ensure_saved(session, Progress(1, 8))
     model = session.objective.model
     expected = {"live": session.engine.full_weights(model, True), "ema": session.ema.full_weights(model, True)}
     return tuple(identical(load_file(folder / f"{name}.safetensors"), state) for name, state in expected.items())

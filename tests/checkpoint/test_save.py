@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from sharpmoe import durable
 from sharpmoe.checkpoint import manifest, retention, rng, save
-from sharpmoe.checkpoint.manifest import Entry, Layout, Manifest, Progress
+from sharpmoe.checkpoint.manifest import FileEntry, Manifest, Progress, RunIdentity
 from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.log_file import read_log, read_log_lines
@@ -48,17 +49,17 @@ def train_during_a_save(world: World, run: RunConfig) -> Beside:
 
     save.write_state = held
     before = session.engine.full_weights(session.objective.model, everywhere=True)
-    session.saver.begin(Progress(1, 8))
+    session.checkpoints.begin(Progress(1, 8))
     with torch.no_grad():
-        for part in (*session.engine.master_partitions(), *session.ema.shards):
+        for part in (*session.engine.state.masters(), *session.ema.shards):
             part.add_(1.0)
     after = session.engine.full_weights(session.objective.model, everywhere=True)
-    pending = session.saver.ended() is None
+    pending = session.checkpoints.ended() is None
     go.set()
-    outcome = session.saver.wait()
+    outcome = session.checkpoints.wait()
     assert outcome is not None
     assert outcome.error is None
-    manifest.verify(outcome.folder)
+    manifest.verify_checkpoint(outcome.folder)
     return Beside(pending, load_file(outcome.folder / "live.safetensors"), before, after)
 
 
@@ -75,9 +76,9 @@ FULL_AT, STEPS = 3, 5
 
 def train_with_a_full_disk(world: World, run: RunConfig, full: int) -> None:
     """Train; rank `full` cannot write more than 20 kB a file while it saves step 3."""
-    attempt = save.Saver._attempt
+    attempt = save.Checkpoints._attempt
 
-    def limited(saver: save.Saver, taken: Any, final: Path) -> Any:
+    def limited(saver: save.Checkpoints, taken: Any, final: Path) -> Any:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == full and taken.progress.step == FULL_AT:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -86,7 +87,7 @@ def train_with_a_full_disk(world: World, run: RunConfig, full: int) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    save.Saver._attempt = limited  # type: ignore[method-assign]
+    save.Checkpoints._attempt = limited  # type: ignore[method-assign]
     loop.train(plan_for(run, world), world)
 
 
@@ -103,7 +104,7 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_nothing_else(shards: P
         names = sorted(os.listdir(folder / "checkpoints"))
         assert names == ["latest", *(retention.folder_name(step) for step in saved)]
         for step in saved:
-            manifest.verify(folder / "checkpoints" / retention.folder_name(step))
+            manifest.verify_checkpoint(folder / "checkpoints" / retention.folder_name(step))
         (failed,) = [event for event in read_log_lines(folder / "log.jsonl") if event.get("event") == "save failed"]
         assert failed["step"] == FULL_AT
         assert failed["error"].startswith(f"rank {full}: ")
@@ -127,9 +128,17 @@ def pretend(root: Path, step: int) -> Path:
     draft = root / f".{final.name}.partial"
     durable.fresh_folder(draft)
     (draft / "live.safetensors").write_text(str(step))
-    files = {"live.safetensors": manifest.entry(draft / "live.safetensors")}
-    layout = Layout("fp32", "adamw", 0, "")
-    manifest.write(Manifest(draft, Progress(step, step), layout, RunConfig().model, {}, files))
+    files = {"live.safetensors": manifest.file_entry(draft / "live.safetensors")}
+    manifest.write_manifest(
+        Manifest(
+            folder=draft,
+            progress=Progress(step, step),
+            identity=RunIdentity("fp32", "adamw", 0, ""),
+            model=RunConfig().model,
+            settings={},
+            files=files,
+        )
+    )
     durable.publish_folder(draft, final)
     durable.write_atomically(root / "latest", final.name)
     return final
@@ -173,37 +182,37 @@ def test_a_checkpoint_written_twice_is_the_second(
     final = pretend(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step00000001"]
     assert not (final / "of the first").exists()
-    manifest.verify(final)
+    manifest.verify_checkpoint(final)
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     final = pretend(tmp_path, 3)
-    found = manifest.read(final)
-    assert found.files == {"live.safetensors": Entry(1, manifest.entry(final / "live.safetensors").sha256)}
+    found = manifest.read_manifest(final)
+    assert found.files == {"live.safetensors": FileEntry(1, manifest.file_entry(final / "live.safetensors").sha256)}
     assert (found.folder, found.progress, found.model) == (final, Progress(3, 3), RunConfig().model)
-    manifest.write(found._replace(folder=tmp_path))
+    manifest.write_manifest(replace(found, folder=tmp_path))
     assert (tmp_path / "manifest.json").read_bytes() == (final / "manifest.json").read_bytes()
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"manifest.json: cannot be read \(No such file"):
-        manifest.read(tmp_path)
+        manifest.read_manifest(tmp_path)
     final = pretend(tmp_path, 1)
     text = (final / "manifest.json").read_text().replace('"schema": 2', '"schema": 99')
     for content, words in ((text, "schema 99, expected 2"), ("{}", "not understood"), ("{", "not understood")):
         (final / "manifest.json").write_text(content)
         (final / "manifest.sha256").write_text(manifest._seal(content.encode()))
         with pytest.raises(CheckpointError, match=words):
-            manifest.read(final)
+            manifest.read_manifest(final)
 
 
 def test_files_are_dealt_out_evenly_and_completely(tmp_path: Path) -> None:
-    files = {f"file{size}": Entry(size, "") for size in (90, 50, 40, 10, 0, 0)}
-    found = manifest.read(pretend(tmp_path, 1))._replace(files=files)
-    dealt = manifest.shares(found, 3)
+    files = {f"file{size}": FileEntry(size, "") for size in (90, 50, 40, 10, 0, 0)}
+    found = replace(manifest.read_manifest(pretend(tmp_path, 1)), files=files)
+    dealt = manifest.split_files(found, 3)
     assert sorted(name for part in dealt for name in part) == sorted(files)
     assert max(sum(files[name].size for name in part) for part in dealt) == 90
-    assert manifest.shares(found, 3) == dealt
+    assert manifest.split_files(found, 3) == dealt
 
 
 def test_due_by_steps_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +244,8 @@ def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
     draw()
-    rng.write(tmp_path / "rng.json", rng.state())
+    rng.write_generators(tmp_path / "rng.json", rng.generator_states())
     first = draw()
     assert draw() != first
-    rng.restore(tmp_path / "rng.json")
+    rng.restore_generators(tmp_path / "rng.json")
     assert draw() == first

@@ -123,7 +123,7 @@ def _rank(rank: int, ranks: int, port: int, run: RunConfig, notes: Path, slow: f
     if slow:
         for owner, name in BOUNDARIES:
             setattr(owner, name, _announced(getattr(owner, name), name, notes / f"saving{rank}", slow))
-        save.Saver._write = _announced(save.Saver._write, "save", notes / f"saving{rank}", 0.0)  # type: ignore
+        save.Checkpoints._write = _announced(save.Checkpoints._write, "save", notes / f"saving{rank}", 0.0)  # type: ignore
     _record(notes, rank)
     world = launch.start()
     loop.train(plan_for(run, world), world)
@@ -208,7 +208,7 @@ def _one_run(run: RunConfig, ranks: int, kills: int, reference: Reference, tally
     for number in range(4 * kills + 4):
         # A kill between the folder's name and `latest` leaves a whole checkpoint; without a former one, it is taken.
         saved = next(iter(retention.newest_first(root)), None)
-        expected = str(manifest.read(saved).progress.step) if saved else "0"
+        expected = str(manifest.read_manifest(saved).progress.step) if saved else "0"
         attempt = Attempt(run, ranks, root.parent / "notes" / str(number), SLOW)
         victim = rng.randrange(ranks) if len(tally.kills) < kills else None
         met = _kill(attempt, victim, reference, rng)
@@ -271,7 +271,7 @@ def _unsound(root: Path) -> Iterator[str]:
     if latest is None:
         return
     try:
-        manifest.verify(latest)
+        manifest.verify_checkpoint(latest)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is counted)
         yield f"{latest}: {error}"
 

@@ -5,6 +5,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from sharpmoe.checkpoint import load, manifest
-from sharpmoe.checkpoint.snapshot import Contents
+from sharpmoe.checkpoint.state import Contents
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError, SharpMoEError
 from sharpmoe.model.weights import load_model
@@ -74,10 +75,10 @@ def test_no_flipped_bit_and_no_cut_is_loaded(root: Path) -> None:
         sound = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
-            load.choose(load.find(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
+            load.first_sound(load.find_checkpoints(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
         assert NEWER in str(caught.value)
         assert "\n" not in str(caught.value)
-        choice = load.choose(load.find(root, "auto"), root, "auto", ALONE)
+        choice = load.first_sound(load.find_checkpoints(root, "auto"), root, "auto", ALONE)
         assert choice.saved is not None
         assert choice.saved.folder.name == OLDER
         assert NEWER in choice.notes[0]
@@ -87,13 +88,15 @@ def test_no_flipped_bit_and_no_cut_is_loaded(root: Path) -> None:
         path.write_bytes(sound)
         (root / "latest").write_text(NEWER)
     assert refused == FLIPS + CUTS
-    assert load.choose(load.find(root, "auto"), root, "auto", ALONE).saved == manifest.verify(root / NEWER)
+    assert load.first_sound(
+        load.find_checkpoints(root, "auto"), root, "auto", ALONE
+    ).saved == manifest.verify_checkpoint(root / NEWER)
 
 
 @pytest.mark.parametrize("content", [b"", b"step00000009", b"step0000000", b"\xff\xfe", b"../../etc", b"damaged"])
 def test_a_damaged_pointer_costs_nothing(content: bytes, root: Path) -> None:
     (root / "latest").write_bytes(content)
-    choice = load.choose(load.find(root, "auto"), root, "auto", ALONE)
+    choice = load.first_sound(load.find_checkpoints(root, "auto"), root, "auto", ALONE)
     assert choice.saved is not None
     assert choice.saved.folder.name == NEWER
 
@@ -101,7 +104,7 @@ def test_a_damaged_pointer_costs_nothing(content: bytes, root: Path) -> None:
 def test_a_file_that_the_manifest_does_not_know_is_refused(root: Path) -> None:
     shutil.copy(root / NEWER / "state_rank00000.safetensors", root / NEWER / "state_rank00002.safetensors")
     with pytest.raises(CheckpointError, match="not part of the checkpoint"):
-        manifest.verify(root / NEWER)
+        manifest.verify_checkpoint(root / NEWER)
 
 
 def resumed(world: World, run: RunConfig) -> tuple[int, tuple[str, ...]]:
@@ -113,7 +116,7 @@ def resumed(world: World, run: RunConfig) -> tuple[int, tuple[str, ...]]:
 def test_ranks_find_damage_in_each_others_share_and_go_on_alike(made: Path, shards: Path, tmp_path: Path) -> None:
     run = two_steps(shards, tmp_path, steps=3)
     root = Path(shutil.copytree(made, tmp_path / "run")) / "checkpoints"
-    shares = manifest.shares(manifest.read(root / NEWER), 2)
+    shares = manifest.split_files(manifest.read_manifest(root / NEWER), 2)
     assert all(shares)
     path = root / NEWER / shares[1][0]
     path.write_bytes(path.read_bytes()[:-1])
@@ -129,11 +132,11 @@ def test_where_nothing_is_sound_a_run_does_not_begin_again(root: Path) -> None:
     for name in (OLDER, NEWER):
         (root / name / "live.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint is sound; the newest: .*step00000002"):
-        load.choose(load.find(root, "auto"), root, "auto", ALONE)
+        load.first_sound(load.find_checkpoints(root, "auto"), root, "auto", ALONE)
     for name in (OLDER, NEWER):
         (root / name / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is sound"):
-        load.find(root, "auto")
+        load.find_checkpoints(root, "auto")
 
 
 class Malice:
@@ -161,8 +164,8 @@ def malicious(target: Path, files: list[Path]) -> Iterator[tuple[Path, bytes]]:
 
 def reseal(folder: Path) -> None:
     """Write the manifest anew, as one would who wants the files to be believed."""
-    found = manifest.read(folder)
-    manifest.write(found._replace(files={name: manifest.entry(folder / name) for name in found.files}))
+    found = manifest.read_manifest(folder)
+    manifest.write_manifest(replace(found, files={name: manifest.file_entry(folder / name) for name in found.files}))
 
 
 def test_the_pickles_do_execute_when_they_are_unpickled_freely(tmp_path: Path) -> None:
@@ -179,7 +182,7 @@ def test_no_pickle_in_any_file_is_executed(root: Path, tmp_path: Path) -> None:
         sound = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
-            load.choose(load.find(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
+            load.first_sound(load.find_checkpoints(root, str(root / NEWER)), root, str(root / NEWER), ALONE)
         assert not target.exists()
         path.write_bytes(sound)
 
@@ -191,13 +194,13 @@ def load_forged(world: World, run: RunConfig, stage: int, target: Path) -> list[
     contents = Contents(session.engine, session.ema, session.objective.model, {})
     folder = plan.checkpoints / NEWER
     told = []
-    for path, content in malicious(target, [folder / name for name in manifest.read(folder).files]):
+    for path, content in malicious(target, [folder / name for name in manifest.read_manifest(folder).files]):
         sound = path.read_bytes()
         path.write_bytes(content)
         reseal(folder)
-        saved = manifest.verify(folder)
+        saved = manifest.verify_checkpoint(folder)
         try:
-            load.load(saved, contents)
+            load.load_checkpoint(saved, contents)
             load_model(path)
             told.append((path.name, "loaded"))
         except SharpMoEError as error:

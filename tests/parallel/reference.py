@@ -15,7 +15,7 @@ from sharpmoe.moe.thresholds import update_thresholds
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.gradients import Admit, Update
+from sharpmoe.parallel.zero.patches import Admit, Update
 from sharpmoe.parallel.zero.placement import gather_experts, is_expert
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.setup import RunPlan

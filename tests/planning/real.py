@@ -112,7 +112,7 @@ class Watch:
         return answer
 
     def on_step(self, step: Callable[[], None]) -> None:
-        optimizer = self.engine._optimizer
+        optimizer = self.engine._zero
         held = [optimizer.grad_partitions_flat_buffer] if self.engine.stage == 3 else optimizer.averaged_gradients
         self.gradients = unique(tree_leaves(held if isinstance(held, list) else list(map(list, held.values()))))
         step()
@@ -128,7 +128,7 @@ class Watch:
         return unique(whole) + coming
 
     def result(self, ema: ShardEma, counter: CollectiveCounter, events: list[int | str]) -> Counted:
-        optimizer, is_three = self.engine._optimizer, self.engine.stage == 3
+        optimizer, is_three = self.engine._zero, self.engine.stage == 3
         weights = [optimizer.lp_param_buffer] if is_three else list(optimizer.bit16_groups_flat)
         states = [state for group in optimizer.optimizer.state.values() for state in group.values()]
         sent = {"all_gather": 0, "reduce": 0, "all_to_all": 0}
@@ -138,7 +138,7 @@ class Watch:
         kept, peak = self.over_time(events)
         return Counted(
             unique(weights),
-            unique([*weights, *self.engine.master_partitions()]) - unique(weights),
+            unique([*weights, *self.engine.state.masters()]) - unique(weights),
             self.gradients,
             unique(s for s in states if isinstance(s, Tensor) and s.numel() > 1),
             unique(ema.shards),

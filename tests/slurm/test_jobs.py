@@ -79,7 +79,7 @@ def outcome(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
         tag: curve for tag, curve in read_log(run / "log.jsonl").items() if tag.startswith(("loss/", "validation/"))
     }
     folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    manifest.verify(folder)
+    manifest.verify_checkpoint(folder)
     return curves, load_file(folder / "live.safetensors")
 
 

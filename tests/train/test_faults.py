@@ -34,7 +34,7 @@ def of_rank(world: World, run: RunConfig) -> tuple[str, Any]:
         folder = loop.train(plan_for(run, world), world)
     except SharpMoEError as error:
         return f"{type(error).__name__}: {error}", None
-    progress = manifest.read(folder).progress
+    progress = manifest.read_manifest(folder).progress
     return "done", (progress.step, progress.samples, progress.streams)
 
 

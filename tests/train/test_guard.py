@@ -60,11 +60,11 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step moves on this rank, cloned."""
-        masters = {f"master{i}": part for i, part in enumerate(self.engine.master_partitions())}
+        masters = {f"master{i}": part for i, part in enumerate(self.engine.state.masters())}
         ema = {f"ema{i}": part for i, part in enumerate(self.ema.shards)}
         buffers = dict(self.objective.named_buffers())
         weights = {f"forward {name}": shard(p) for name, p in self.objective.named_parameters()}
-        states = self.engine._optimizer.optimizer.state.values()
+        states = self.engine._zero.optimizer.state.values()
         moments = {
             f"{key}{i}": torch.as_tensor(value) for i, state in enumerate(states) for key, value in state.items()
         }

@@ -49,7 +49,7 @@ def copy_then_train(world: World, run: RunConfig, copy: RunConfig, stage: int) -
     """Load a checkpoint and save it at once under another name, then go on."""
     plan = plan_for(run, world, stage)
     elsewhere = plan._replace(run=copy)
-    loop.open_session(elsewhere, world, initial_model(plan)).saver.save(plan.start)
+    loop.open_session(elsewhere, world, initial_model(plan)).checkpoints.save(plan.start)
     loop.train(plan_for(run, world, stage), world)
 
 
@@ -96,5 +96,5 @@ def test_a_run_shrinks_and_grows_on_its_way(output: Path, shards: Path) -> None:
     moved, whole = (read_log(output / one / "log.jsonl")["loss/total"] for one in ("chain", "whole"))
     assert list(moved) == list(whole)
     assert max(abs(moved[step] - whole[step]) for step in whole) < 1e-5
-    ends = [manifest.read(last(output, one, WHOLE)).progress for one in ("chain", "whole")]
+    ends = [manifest.read_manifest(last(output, one, WHOLE)).progress for one in ("chain", "whole")]
     assert ends[0][:3] == ends[1][:3]

@@ -28,7 +28,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
 
 
 def of_rank(world: World, run: RunConfig) -> manifest.Progress:
-    return manifest.read(loop.train(plan_for(run, world), world)).progress
+    return manifest.read_manifest(loop.train(plan_for(run, world), world)).progress
 
 
 @pytest.mark.dist

@@ -89,7 +89,7 @@ def interrupted(world: World, run: RunConfig, place: Place) -> Seen:
     file = folder / loop.STOPPED_FILE
     stopped = json.loads(file.read_text()) if file.exists() else None
     latest = (folder / "checkpoints" / "latest").read_text()
-    manifest.verify(folder / "checkpoints" / latest)
+    manifest.verify_checkpoint(folder / "checkpoints" / latest)
     with signals.listening():
         loop.train(plan_for(run, world), world)
     barrier(world)

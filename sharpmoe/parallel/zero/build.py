@@ -1,6 +1,6 @@
-"""A model on the meta device made real, part by part, so that no rank ever holds more than it has to.
+"""Fill a model on the meta device part by part, so that no rank holds more than its share.
 
-Under ZeRO-3 each part is partitioned as soon as it is filled: the peak is the shards and one block.
+Under ZeRO-3 each part is partitioned as soon as it is filled: peak memory is the shards and one block.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from sharpmoe.parallel.zero.placement import local_experts
 
 
 class Values(Protocol):
-    """Where the tensors of a module come from."""
+    """Source of the initial values of a module's tensors."""
 
     def __call__(self, name: str, shape: torch.Size, experts: range | None) -> Tensor:
-        """Value of a parameter or buffer by its name in the module; of stacked experts only the given ones."""
+        """Return a parameter or buffer by its name in the module; of stacked experts only the given ones."""
         ...
 
 
 def whole_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The parts that ZeRO-3 handles as one, by name: embedders, blocks, final layer."""
+    """Return the parts that ZeRO-3 gathers as one, with their names: embedders, blocks, final layer."""
     parts = []
     for outer, child in module.named_children():
         for name, part in child.named_children():
@@ -33,9 +33,9 @@ def whole_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def materialise(module: nn.Module, values: Values, ds_config: dict[str, Any], world: World) -> None:
-    """Fill a module on the meta device, in place, in the dtype of training; experts must be placed already.
+    """Fill a module on the meta device, in place, in the dtype of training. Experts must be placed already.
 
-    Under ZeRO-3 communicates: every part is partitioned at once, and rank 0 of each group gives its values to all.
+    Communicates under ZeRO-3: every part is partitioned at once, and rank 0 of each group broadcasts its values.
     """
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     for prefix, part in whole_parts(module):
@@ -58,7 +58,7 @@ def is_planned(module: nn.Module) -> bool:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Name, tensor and owner of every parameter and buffer."""
+    """Yield name, tensor and owning module of every parameter and buffer."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         yield name, tensor, module.get_submodule(name.rpartition(".")[0])
 
@@ -66,7 +66,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
 def _replace(
     owner: nn.Module, name: str, planned: Tensor, value: Tensor, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put a value where the planned tensor is; parameters keep their marks, buffers float32."""
+    """Replace a tensor on the meta device by a value. Parameters keep their attributes, buffers stay float32."""
     if not isinstance(planned, nn.Parameter):
         setattr(owner, name, value.to(device))
         return

@@ -1,5 +1,7 @@
-"""Exponential moving average of the float32 master weights, on the shards: no communication, 4 bytes per parameter
-and world size. Averaging the module's own parameters would see empty tensors under ZeRO-3.
+"""Exponential moving average of the float32 master weights, computed on the shards.
+
+No communication; 4 bytes per parameter, divided by the number of ranks. The module's own parameters cannot be averaged:
+under ZeRO-3 they are empty tensors.
 """
 
 import torch
@@ -9,20 +11,20 @@ from sharpmoe.parallel.zero.engine import Engine
 
 
 class ShardEma:
-    """This rank's part of the average, beside this rank's part of the masters."""
+    """This rank's part of the average: one flat shard per partition of this rank's masters."""
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self.decay = decay
         self._engine = engine
-        self.shards: list[Tensor] = [part.detach().clone() for part in engine.master_partitions()]
+        self.shards: list[Tensor] = [part.detach().clone() for part in engine.state.masters()]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move once, after an optimizer step: ema = decay * ema + (1 - decay) * master."""
-        masters = [part.detach() for part in self._engine.master_partitions()]
+        """Update the average after an optimizer step: ema = decay * ema + (1 - decay) * master."""
+        masters = [part.detach() for part in self._engine.state.masters()]
         torch._foreach_lerp_(self.shards, masters, 1 - self.decay)
 
     def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-        """The average of `module`'s parameters, whole, with its buffers; see `Engine.full_weights`. Communicates."""
+        """Return the average of `module`'s parameters, whole, with its buffers: see `Engine.full_weights`."""
         with self._engine.masters_replaced(self.shards):
             return self._engine.full_weights(module, everywhere)

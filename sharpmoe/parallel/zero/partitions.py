@@ -1,43 +1,135 @@
-"""Which part of each parameter a rank owns: the map between flat master partitions and whole tensors.
+"""This rank's part of the float32 training state: flat partitions, and where each parameter's elements are in them.
 
-ZeRO lays a rank's share of all parameters end to end. With this map a checkpoint can say of every element whose it is,
-and any other layout (ranks, experts per rank, ZeRO stage) can find its own. Pinned to names of DeepSpeed 0.19.8.
+ZeRO concatenates a rank's share of all parameters. With the map of `Piece`s a checkpoint knows the owner of every
+element, and any other layout (ranks, experts per rank, ZeRO stage) can find its own. Reads inner names of DeepSpeed
+0.19.8.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from sharpmoe.errors import CheckpointError
+from sharpmoe.parallel.zero.optimizers import make_states
 from sharpmoe.parallel.zero.placement import local_experts
+
+MASTER, EMA = "master", "ema"  # kinds of partitions, beside those that the optimizer names itself
+
+Partitions = dict[str, list[Tensor]]  # kind -> flat float32 tensors of this rank
 
 
 class Piece(NamedTuple):
-    """A run of elements of one parameter that this rank owns."""
+    """Consecutive elements of one parameter that this rank owns."""
 
     name: str  # of the parameter
-    part: int  # which flat partition holds it
-    start: int  # where in that partition
-    place: int  # where in the whole parameter, all experts together, flat
+    part: int  # index of the flat partition that holds them
+    start: int  # index of the first element in that partition
+    place: int  # index of the first element in the whole parameter, all experts together, flat
     numel: int
 
 
-def owned_pieces(module: nn.Module, optimizer: Any, stage: int) -> list[Piece]:
-    """Pieces of `module`'s parameters in this rank's partitions, by the names of `module`. No communication.
+class SavedState(Protocol):
+    """What `ShardedState.restore` reads: the state of all ranks of some other layout."""
 
-    Over all ranks they cover every element of every parameter once; padding belongs to no piece.
-    """
-    find = _piece_of_stage3 if stage == 3 else _piece_of_stage2
-    pieces = []
-    for name, parameter in module.named_parameters():
-        found = find(name, parameter, optimizer)
-        if found is not None and found.numel > 0:
-            pieces.append(found._replace(place=found.place + _first_element(name, parameter, module)))
-    return pieces
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of partitions that were saved."""
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        """What `ShardedState.scalars` returned when it was saved."""
+
+    def piece(self, kind: str, name: str, place: int, count: int) -> Tensor:
+        """Return elements [place, place + count) of a parameter. Raises CheckpointError."""
+
+
+class ShardedState:
+    """This rank's masters and optimizer states under ZeRO-2 or ZeRO-3. No two ranks share an element."""
+
+    def __init__(self, zero: Any, stage: int) -> None:
+        """`zero` is DeepSpeed's ZeRO optimizer."""
+        self._zero, self._stage = zero, stage
+
+    def masters(self) -> list[Tensor]:
+        """Return this rank's float32 master weights, flat."""
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def partitions(self) -> Partitions:
+        """Return the masters and each tensor that the optimizer keeps beside them, of the same shapes."""
+        masters = self.masters()
+        found = {MASTER: masters}
+        for index, master in enumerate(masters):
+            for kind, value in self._zero.optimizer.state[master].items():
+                if torch.is_tensor(value) and value.shape == master.shape:
+                    found.setdefault(kind, [torch.empty(0)] * len(masters))[index] = value
+        return found
+
+    def scalars(self) -> dict[str, float]:
+        """Return the optimizer's state that is one number for all elements: Adam's step count."""
+        for state in self._zero.optimizer.state.values():
+            if "step" in state:
+                return {"step": float(state["step"])}
+        return {}
+
+    def pieces(self, module: nn.Module) -> list[Piece]:
+        """Return where the parameters of `module` are in this rank's partitions. No communication.
+
+        `module` is the wrapped module or a part of it, whose names are used. Over all ranks the pieces cover every
+        element of every parameter once; padding belongs to no piece.
+        """
+        find = _piece_of_stage3 if self._stage == 3 else _piece_of_stage2
+        pieces = []
+        for name, parameter in module.named_parameters():
+            found = find(name, parameter, self._zero)
+            if found is not None and found.numel > 0:
+                pieces.append(found._replace(place=found.place + _first_element(name, parameter, module)))
+        return pieces
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module, saved: SavedState) -> None:
+        """Fill this rank's partitions from a state that any layout has saved. `refresh_weights` must follow.
+
+        No communication. Raises CheckpointError where a part is missing or the optimizer is another.
+        """
+        if saved.kinds - {MASTER, EMA}:  # otherwise it was saved before the first step
+            make_states(self._zero.optimizer, self.masters())
+        partitions = self.partitions()
+        if saved.kinds - {EMA} != partitions.keys():
+            there, here = (", ".join(sorted(kinds)) for kinds in (saved.kinds - {EMA}, partitions.keys()))
+            raise CheckpointError(f"the checkpoint holds {there}, the run's optimizer keeps {here}; set optim.name")
+        pieces = self.pieces(module)
+        for kind, parts in partitions.items():
+            fill_pieces(parts, pieces, partial(saved.piece, kind))
+        for state in self._zero.optimizer.state.values():
+            if "step" in state:
+                step = saved.scalars["step"]
+                state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else int(step)
+
+    def refresh_weights(self) -> None:
+        """Update the weights of the forward from the masters. Every rank calls it; communicates."""
+        if self._stage == 2:
+            self._zero.update_lp_params()
+            return
+        self._zero.checkpoint_event_prologue()
+        for group in range(len(self.masters())):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._zero.checkpoint_event_epilogue()
+
+
+def fill_pieces(parts: Sequence[Tensor], pieces: Sequence[Piece], read: Callable[[str, int, int], Tensor]) -> None:
+    """Fill flat partitions of one kind, in place, with what `read(parameter, place, number of elements)` returns."""
+    for piece in pieces:
+        parts[piece.part].narrow(0, piece.start, piece.numel).copy_(read(piece.name, piece.place, piece.numel))
 
 
 def _first_element(name: str, parameter: Any, module: nn.Module) -> int:
-    """Elements of the experts that stand before this rank's."""
+    """Return the number of elements of the experts before this rank's."""
     experts = local_experts(name, module)
     if experts is None:
         return 0
@@ -45,17 +137,17 @@ def _first_element(name: str, parameter: Any, module: nn.Module) -> int:
     return int(experts.start * (local // len(experts)))
 
 
-def _piece_of_stage3(name: str, parameter: Any, optimizer: Any) -> Piece | None:
+def _piece_of_stage3(name: str, parameter: Any, zero: Any) -> Piece | None:
     """Every parameter is cut into equal parts over its group, the last one padded."""
-    part, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    part, start, size = zero.grad_position[zero.get_param_id(parameter)]
     place = dist.get_rank(parameter.ds_process_group) * size
     return Piece(name, part, start, place, min(size, parameter.ds_numel - place))
 
 
-def _piece_of_stage2(name: str, parameter: Any, optimizer: Any) -> Piece | None:
-    """All parameters of a group, end to end, are cut into equal parts: a rank owns a run of some of them."""
+def _piece_of_stage2(name: str, parameter: Any, zero: Any) -> Piece | None:
+    """All parameters of a group, concatenated, are cut into equal parts: a rank owns a run of some of them."""
     owned = parameter._hp_mapping
     if owned is None:
         return None
-    there = owned.lp_fragment_address
-    return Piece(name, owned.param_group_index, owned.hp_fragment_address.start, there.start, there.numel)
+    fragment = owned.lp_fragment_address
+    return Piece(name, owned.param_group_index, owned.hp_fragment_address.start, fragment.start, fragment.numel)

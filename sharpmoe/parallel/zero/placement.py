@@ -1,12 +1,11 @@
-"""Where a parameter lives: experts on their expert-parallel ranks, everything else on all.
+"""Place parameters on ranks: experts on their expert-parallel ranks, all other parameters on every rank.
 
-DeepSpeed 0.19.8 refuses its own MoE layer under ZeRO-3, but accepts any subclass of `AutoEPMoELayer` and then puts
-each parameter that says so into its expert-data-parallel group. So an MoE layer of ours is turned into such a subclass
-in place: same forward, same parameter names, this rank's experts only. One path for ep_size 1 and more, ZeRO-2 and
-ZeRO-3 (docs/design/0006-expert-parallelism.md).
+DeepSpeed 0.19.8 refuses its own MoE layer under ZeRO-3, but accepts any subclass of `AutoEPMoELayer` and partitions
+each parameter that is marked as an expert over its expert-data-parallel group. So an MoE layer of this project is
+converted to such a subclass in place: same forward, same parameter names, this rank's experts only. The same path
+serves ep_size 1 and more, ZeRO-2 and ZeRO-3 (docs/design/0006-expert-parallelism.md).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,13 +32,13 @@ from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.pool import Pool
 from sharpmoe.parallel.experts.groups import ExpertGroups
 
-EXPERT_FAMILY = "autoep_expert"  # DeepSpeed's word for a parameter of an expert-data-parallel group
+_EXPERT_FAMILY = "autoep_expert"  # DeepSpeed's name for a parameter of an expert-data-parallel group
 
 
 class PlacedMoELayer(MoELayer, AutoEPMoELayer):
-    """An `MoELayer` whose experts are spread over ranks. Made by `place_experts`; nothing of DeepSpeed's layer runs.
+    """An `MoELayer` whose experts are spread over ranks, made by `place_experts`. No code of DeepSpeed's layer runs.
 
-    The attributes are those that DeepSpeed's engine and checkpoints ask an `AutoEPMoELayer` for.
+    The attributes are those that DeepSpeed's engine and checkpoints read from an `AutoEPMoELayer`.
     """
 
     num_experts: int
@@ -58,10 +57,10 @@ class PlacedMoELayer(MoELayer, AutoEPMoELayer):
 
 
 def place_experts(module: nn.Module, groups: ExpertGroups, dispatcher: Dispatcher, pool: Pool) -> None:
-    """Turn every MoE layer of `module` into one that holds this rank's experts only, in place. No communication.
+    """Convert every MoE layer of `module` to one that holds this rank's experts only, in place. No communication.
 
-    The experts (E, ...) of each layer may be real or on the meta device; E is a multiple of ep_size. `dispatcher` and
-    `pool` are shared by all layers.
+    The experts (E, ...) of each layer may be real or on the meta device; E is a multiple of ep_size. All layers share
+    `dispatcher` and `pool`.
     """
     for layer in [part for part in module.modules() if isinstance(part, MoELayer)]:
         total = layer.experts.num_experts
@@ -87,12 +86,12 @@ def _keep_local(experts: Experts, layer: PlacedMoELayer, groups: ExpertGroups) -
 
 
 def _mark_expert(parameter: nn.Parameter, logical: torch.Size, layer: PlacedMoELayer, groups: ExpertGroups) -> None:
-    """Tell DeepSpeed where the parameter lives, and what it is a part of (for conversion to other layouts)."""
+    """Set the attributes by which DeepSpeed finds a parameter's group, and the tensor that it is a part of."""
     placement = layer.expert_placement_descriptor
     marks = {
         "allreduce": False,
         "group_name": groups.name,
-        "ds_zero_placement_family": EXPERT_FAMILY,
+        "ds_zero_placement_family": _EXPERT_FAMILY,
         "ds_zero_partition_group_name": groups.name,
         "ds_zero_partition_process_group": groups.edp_group,
         DS_AUTOEP_UC_META: {
@@ -108,12 +107,12 @@ def _mark_expert(parameter: nn.Parameter, logical: torch.Size, layer: PlacedMoEL
 
 
 def is_expert(parameter: Tensor) -> bool:
-    """Whether a parameter holds a part of the experts only."""
-    return getattr(parameter, "ds_zero_placement_family", "") == EXPERT_FAMILY
+    """Whether a parameter holds experts, and so only a part of the whole tensor."""
+    return getattr(parameter, "ds_zero_placement_family", "") == _EXPERT_FAMILY
 
 
 def optimizer_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameters for the optimizer, the experts apart and marked as DeepSpeed's ZeRO-2 asks for."""
+    """Return parameter groups for the optimizer, the experts in one of their own as DeepSpeed's ZeRO-2 requires."""
     experts = [parameter for parameter in module.parameters() if is_expert(parameter)]
     shared = [parameter for parameter in module.parameters() if not is_expert(parameter)]
     groups: list[dict[str, Any]] = [{"params": shared, "name": "shared"}]
@@ -123,7 +122,7 @@ def optimizer_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def local_experts(name: str, module: nn.Module) -> range | None:
-    """Which experts this rank holds of parameter `name` of `module`; None for a parameter that every rank holds."""
+    """Return which experts this rank holds of parameter `name` of `module`; None for any other parameter."""
     owner, _, last = name.rpartition(".experts.")
     layer = module.get_submodule(owner) if last in ("w1", "w2", "w3") and owner else None
     if not isinstance(layer, PlacedMoELayer):
@@ -133,14 +132,9 @@ def local_experts(name: str, module: nn.Module) -> range | None:
 
 
 def gather_experts(local: Tensor, groups: ExpertGroups) -> Tensor:
-    """Join the ranks' experts (E / ep_size, ...) to (E, ...), on every rank. Communicates on the ep group."""
+    """Concatenate the ranks' experts (E / ep_size, ...) to (E, ...), on every rank. Communicates on the ep group."""
     if groups.ep_size == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(groups.ep_size)]
     dist.all_gather(parts, local.contiguous(), group=groups.ep_group)
     return torch.cat(parts)
-
-
-def placed_layers(module: nn.Module) -> Iterator[PlacedMoELayer]:
-    """The placed MoE layers of a module, in depth order."""
-    return (part for part in module.modules() if isinstance(part, PlacedMoELayer))

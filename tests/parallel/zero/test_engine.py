@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sharpmoe.config import OptimConfig, RunConfig
-from sharpmoe.errors import ConfigError
+from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.parallel.zero.engine import Engine, optimizer_factory
-from sharpmoe.parallel.zero.settings import regather_warnings
+from sharpmoe.parallel.zero.engine import Engine
 from tests.distributed import run_ranks
 from tests.parallel.reference import Case, Trace, assert_same, with_engine, with_plain_torch
 from tests.train.setting import make_run, plan_for
@@ -83,10 +81,10 @@ def test_one_rank_and_half_precision(make: Callable[..., RunConfig]) -> None:
 def refused(world: World, run: RunConfig, stage: int, factor: float) -> tuple[float, float, bool, bool]:
     """Norms of two steps, whether the first was applied and moved the weights; it is refused where it is finite."""
     engine = Engine(torch.nn.Linear(4, 4), run, plan_for(run, world, stage).ds_config, world)
-    before = [part.detach().clone() for part in engine.master_partitions()]
+    before = [part.detach().clone() for part in engine.state.masters()]
     engine.backward(engine(torch.ones(2, 4)).sum() * (factor if world.rank == 0 else 1.0))
     first = engine.step(0.1, lambda norm: False)
-    moved = any(not torch.equal(a, b) for a, b in zip(before, engine.master_partitions(), strict=True))
+    moved = any(not torch.equal(a, b) for a, b in zip(before, engine.state.masters(), strict=True))
     engine.backward(engine(torch.ones(2, 4)).sum())
     return first.norm, engine.step(0.1, lambda norm: True).norm, first.applied, moved
 
@@ -103,31 +101,3 @@ def test_a_refused_step_moves_nothing_and_leaves_no_gradient(
         assert first == pytest.approx(expected)
         assert second == pytest.approx(norm)
         assert (applied, moved) == (False, False)
-
-
-def test_limits_below_the_model_size_are_named() -> None:
-    def warned(size: int, **limits: int) -> list[str]:
-        zero = {"stage": 3} | {f"stage3_max_{name}": value for name, value in limits.items()}
-        return regather_warnings({"zero_optimization": zero, "bf16": {"enabled": False}}, size, 18)
-
-    (message,) = warned(2**20, live_parameters=2**19, reuse_distance=2**20)
-    assert "stage3_max_live_parameters is 524288" in message
-    assert "gathers 4 MiB up to 18 times" in message
-    assert len(warned(2**20, live_parameters=0, reuse_distance=0)) == 2
-    assert warned(2**20, live_parameters=2**20, reuse_distance=2**20) == []
-    assert warned(2**20, live_parameters=0, reuse_distance=2**22) == []
-    assert warned(2**20) == []
-    assert regather_warnings({"zero_optimization": {"stage": 2}}, 2**20, 18) == []
-
-
-def test_apex_that_is_not_there_names_the_trap() -> None:
-    with pytest.raises(ConfigError, match="PyPI's 'apex' is an unrelated package"):
-        optimizer_factory(OptimConfig(impl="apex"), torch.device("cpu"))
-
-
-def test_auto_on_the_host_is_torch_adamw() -> None:
-    optim = OptimConfig(lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
-    optimizer = optimizer_factory(optim, torch.device("cpu"))([torch.nn.Parameter(torch.ones(2))])
-    assert type(optimizer) is torch.optim.AdamW
-    assert optimizer.defaults["betas"] == (0.8, 0.9)
-    assert optimizer.defaults["weight_decay"] == 0.1

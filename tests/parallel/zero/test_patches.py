@@ -13,7 +13,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.patches import euclidean, joined
+from sharpmoe.parallel.zero.patches import _euclidean, _joined
 from tests.distributed import run_ranks
 from tests.train.setting import make_run, plan_for
 
@@ -139,20 +139,20 @@ def test_nothing_the_size_of_a_partition_is_made(outcomes: dict[tuple[str, float
 @pytest.mark.parametrize("size", [1, 1023, 1024, 100_000])
 def test_the_norm_is_as_exact_as_in_float64(size: int) -> None:
     flat = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 1e-3
-    assert float(euclidean(flat)) == pytest.approx(float(flat.double().norm()), rel=1e-7)  # one chunk is one float32
+    assert float(_euclidean(flat)) == pytest.approx(float(flat.double().norm()), rel=1e-7)  # one chunk is one float32
     flat[-1] = torch.inf
-    assert float(euclidean(flat)) == float("inf")
+    assert float(_euclidean(flat)) == float("inf")
     flat[0] = torch.nan
-    assert euclidean(flat).isnan()
+    assert _euclidean(flat).isnan()
 
 
 def test_only_tensors_behind_each_other_are_joined() -> None:
     whole = torch.arange(10)
-    assert torch.equal(joined([whole[2:5], whole[5:6], whole[6:9]]), whole[2:9])  # type: ignore[arg-type]
+    assert torch.equal(_joined([whole[2:5], whole[5:6], whole[6:9]]), whole[2:9])  # type: ignore[arg-type]
     apart: list[Callable[[], list[Tensor]]] = [
         lambda: [whole[2:5], whole[6:9]],
         lambda: [whole[:5], whole[5:].clone()],
         lambda: [whole[:6:2], whole[3:]],
     ]
     for parts in apart:
-        assert joined(parts()) is None
+        assert _joined(parts()) is None
