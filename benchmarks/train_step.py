@@ -29,7 +29,7 @@ from benchmarks.published import (
 )
 from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.flow import interpolate, velocity_target
-from sharpmoe.losses import capacity, flow_matching
+from sharpmoe.losses import HEAD_LOSSES, flow_matching
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import ClassCondition
 from sharpmoe.moe.routing import Routing
@@ -151,8 +151,9 @@ class Step:
         """Compute losses and their gradients."""
         self.model.zero_grad()
         output = self.model(interpolate(self.x0, self.x1, self.t), self.t, self.condition)
-        loss = flow_matching(output.v, velocity_target(self.x0, self.x1))
-        (loss + CAPACITY_WEIGHT * capacity(output.routing)).backward()
+        v_target = velocity_target(self.x0, self.x1)
+        capacity = HEAD_LOSSES["capacity"].function(output.routing, v_target, self.model.config.patch_size)
+        (flow_matching(output.v, v_target) + CAPACITY_WEIGHT * capacity).backward()
         routing: tuple[Routing, ...] = output.routing
         return routing
 

@@ -23,7 +23,7 @@ from benchmarks.train_step import CAPACITY_WEIGHT, Step, make_model
 from sharpmoe.config import ModelConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.flow import interpolate, velocity_target
-from sharpmoe.losses import capacity, flow_matching
+from sharpmoe.losses import HEAD_LOSSES, flow_matching
 from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 from sharpmoe.moe.routing import Routing
 
@@ -90,8 +90,9 @@ class GuidedStep(Step):
         """Compute losses and their gradients."""
         self.model.zero_grad()
         output = self.model(interpolate(self.x0, self.x1, self.t), self.t, self.condition, self.x0)
-        loss = flow_matching(output.v, velocity_target(self.x0, self.x1))
-        (loss + CAPACITY_WEIGHT * capacity(output.routing)).backward()
+        v_target = velocity_target(self.x0, self.x1)
+        capacity = HEAD_LOSSES["capacity"].function(output.routing, v_target, self.model.config.patch_size)
+        (flow_matching(output.v, v_target) + CAPACITY_WEIGHT * capacity).backward()
         routing: tuple[Routing, ...] = output.routing
         return routing
 

@@ -46,13 +46,13 @@ class OneOf:
         return value
 
 
-class Section(BaseModel):
+class _Section(BaseModel):
     """Base of every section: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelConfig(Section):
+class ModelConfig(_Section):
     """The architecture. Everything needed to rebuild a model from a weights file."""
 
     preset: Literal["tiny", "s", "b", "l", "xl"] | None = None  # fills width, depth, num_heads where they are not given
@@ -207,14 +207,14 @@ class ModelConfig(Section):
         return self.family.has_experts and in_turn and block >= self.dense_first
 
 
-class ShardSource(Section):
+class ShardSource(_Section):
     """One of several shard sets of a run."""
 
     path: str  # folder or URL
     weight: float = Field(gt=0)  # samples are taken from the sources in proportion to their weights
 
 
-class RemoteConfig(Section):
+class RemoteConfig(_Section):
     """How shards at a URL are read."""
 
     cache: str | None = None  # folder on the local disk; None: ~/.cache/sharpmoe/shards
@@ -235,7 +235,7 @@ class RemoteConfig(Section):
         )
 
 
-class DataConfig(Section):
+class DataConfig(_Section):
     """Prepared shards and how they are read."""
 
     shards: str | tuple[ShardSource, ...] = "data/fluent64"  # folder, URL, or a mixture of them
@@ -273,7 +273,7 @@ SCHEDULE_SETTINGS: dict[str, tuple[str, ...]] = {  # settings of rollout schedul
 }
 
 
-class RolloutConfig(Section):
+class RolloutConfig(_Section):
     """The recursive denoising rollout (SharpMoE section 3)."""
 
     num_steps: int = Field(10, ge=1)  # T
@@ -306,7 +306,7 @@ class RolloutConfig(Section):
         return self.kept_steps or 0
 
 
-class LossConfig(Section):
+class LossConfig(_Section):
     """Weights and scales of the losses."""
 
     # The defaults are measured (docs/design/0004); the paper's values: configs/runs/posttrain-paper.yaml.
@@ -324,7 +324,7 @@ class LossConfig(Section):
     layer_weight: float = Field(0.01, ge=0)  # race: flow loss of each MoE layer's own head
 
 
-class OptimConfig(Section):
+class OptimConfig(_Section):
     """Optimizer, schedule, clipping, EMA."""
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -342,7 +342,7 @@ class OptimConfig(Section):
     bias_rate: float = Field(0.001, ge=0)  # bias_balancing: step of an expert's bias per optimizer step
 
 
-class TrainConfig(Section):
+class TrainConfig(_Section):
     """How long, how many at once, in which precision."""
 
     steps: int = Field(100_000, ge=1)
@@ -351,7 +351,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-class ParallelConfig(Section):
+class ParallelConfig(_Section):
     """How experts are distributed over ranks (docs/design/0006). Everything else is data parallel under ZeRO."""
 
     ep_size: int = Field(1, ge=1)  # ranks that share a layer's experts; must divide the ranks and the experts
@@ -360,7 +360,7 @@ class ParallelConfig(Section):
     pool_scope: Literal["rank", "world"] = "rank"
 
 
-class GuardConfig(Section):
+class GuardConfig(_Section):
     """How non-finite losses and gradient spikes are handled (docs/reliability.md)."""
 
     max_skipped: int = Field(5, ge=1)  # the run ends after this many skipped optimizer steps in a row
@@ -370,7 +370,7 @@ class GuardConfig(Section):
     replicas_every: int = Field(0, ge=0)  # compare the replicated state of ranks every so many steps; 0: never
 
 
-class PeersConfig(Section):
+class PeersConfig(_Section):
     """After how many seconds a silent rank counts as failed (docs/reliability.md)."""
 
     dead_after: float = Field(60.0, gt=0)  # a rank whose heartbeat is older than this is dead or stopped
@@ -379,7 +379,7 @@ class PeersConfig(Section):
     stuck_after: float = Field(540.0, gt=0)
 
 
-class LogConfig(Section):
+class LogConfig(_Section):
     """What is logged and shown, and how often (in optimizer steps; 0 turns it off)."""
 
     every: int = Field(10, ge=1)
@@ -392,7 +392,7 @@ class LogConfig(Section):
     peak_tflops: float | None = Field(None, gt=0)
 
 
-class SampleConfig(Section):
+class SampleConfig(_Section):
     """Fixed samples drawn during a run, and the defaults of launcher/sample.py."""
 
     captions: tuple[str, ...] = ()
@@ -403,7 +403,7 @@ class SampleConfig(Section):
     seed: int = 0
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(_Section):
     """When to save, what to keep, where to start."""
 
     every: int = Field(1000, ge=0)  # optimizer steps; the last one is always saved
@@ -415,7 +415,7 @@ class CheckpointConfig(Section):
     init: str | None = None  # weights file the model starts from (a converged base for stage: posttrain)
 
 
-class RunConfig(Section):
+class RunConfig(_Section):
     """One experiment."""
 
     name: str = "run"

@@ -116,7 +116,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class RoutedModel(Protocol):
+class _RoutedModel(Protocol):
     """The fields of `ModelConfig` that row counts depend on."""
 
     @property
@@ -146,7 +146,7 @@ def pairs_of_pool(num_pooled: int, num_experts: int, capacity: float) -> int:
     return min(num_pooled * num_experts, max(1, int(num_pooled * capacity)))
 
 
-def rows_of_call(model: RoutedModel, images: int) -> int:
+def rows_of_call(model: _RoutedModel, images: int) -> int:
     """Return the rows that the routed experts of one MoE layer compute together in a training call.
 
     All images have a class: those without one go to the unconditional expert, where there is one.
@@ -163,7 +163,7 @@ def rows_of_call(model: RoutedModel, images: int) -> int:
 
 
 def rows_per_expert(
-    model: RoutedModel, images: int, tokens: int, *, training: bool, pool_is_call: bool = True
+    model: _RoutedModel, images: int, tokens: int, *, training: bool, pool_is_call: bool = True
 ) -> int | None:
     """Return the rows that every expert of a layer computes in a call, where the rule fixes them, else None.
 
@@ -179,7 +179,7 @@ def rows_per_expert(
 
 
 def total_rows(
-    model: RoutedModel, images: int, tokens: int, *, training: bool, pool_is_call: bool = True, is_replay: bool = False
+    model: _RoutedModel, images: int, tokens: int, *, training: bool, pool_is_call: bool = True, is_replay: bool = False
 ) -> int | None:
     """Return the rows of all experts of a layer together in a call, where the rule fixes their sum, else None.
 

@@ -68,8 +68,8 @@ def trajectory_routing(mass: Tensor, saliency: Tensor, config: LossConfig, num_t
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def balance(records: Sequence[Routing]) -> Tensor:
-    """Return the Switch balance loss E * sum_e f_e P_e (arXiv 2101.03961, Eq. 4), summed over MoE layers. 0-d.
+def _balance(records: Sequence[Routing], config: LossConfig) -> Tensor:
+    """Switch balance loss E * sum_e f_e P_e (arXiv 2101.03961, Eq. 4), summed over MoE layers. 0-d.
 
     The sum over layers and the weight of 0.01 are what ProMoE's TC applies (its recorded gradients agree to 4e-9).
     """
@@ -81,12 +81,13 @@ def balance(records: Sequence[Routing]) -> Tensor:
     return torch.stack(per_layer).sum()
 
 
-def contrastive(records: Sequence[Routing], temperature: float) -> Tensor:
-    """Return ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3), summed over MoE layers. 0-d.
+def _contrastive(records: Sequence[Routing], config: LossConfig) -> Tensor:
+    """ProMoE's routing contrastive loss (arXiv 2510.24711, section 4.3), summed over MoE layers. 0-d.
 
     Each centre is pulled to the mean of its own tokens and pushed from the means of the other experts' tokens: cross
     entropy of cosine / temperature, mean over the experts that took tokens.
     """
+    temperature = config.contrastive_temperature
     losses = [_contrast(record.similarity, temperature) for record in records if record.similarity is not None]
     return torch.stack(losses).sum()
 
@@ -99,8 +100,8 @@ def _contrast(similarity: Tensor, temperature: float) -> Tensor:
     return -own.sum() / taken.sum().clamp_min(1)
 
 
-def router_similarity(records: Sequence[Routing]) -> Tensor:
-    """Return Expert Race's router similarity loss (arXiv 2503.16057, Eq. 9 to 11), mean over MoE layers.
+def _router_similarity(records: Sequence[Routing], config: LossConfig) -> Tensor:
+    """Expert Race's router similarity loss (arXiv 2503.16057, Eq. 9 to 11), mean over MoE layers.
 
     0-d, 1 if balanced. With M the choices and P the softmax of the logits over experts, M'M counts how often two
     experts took the same token and weighs P'P: loads (the diagonal) and pairs (the rest) that are frequent cost most.
@@ -128,8 +129,8 @@ def _layer_predictions(records: Sequence[Routing], v_target: Tensor, patch_size:
     return torch.stack([functional.mse_loss(prediction, target) for prediction in predictions]).mean()
 
 
-def capacity(records: Sequence[Routing]) -> Tensor:
-    """Return DiffMoE's capacity loss, 0-d: BCE of the predictor with what experts took, summed over MoE layers."""
+def _capacity(records: Sequence[Routing], v_target: Tensor, patch_size: int) -> Tensor:
+    """DiffMoE's capacity loss, 0-d: BCE of the predictor with what experts took, summed over MoE layers."""
     losses = [
         functional.binary_cross_entropy_with_logits(record.capacity_logits, record.routing_map.to(record.scores.dtype))
         for record in records
@@ -139,7 +140,7 @@ def capacity(records: Sequence[Routing]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RouterLoss:
+class _RouterLoss:
     """A loss on the router, of the records of one step."""
 
     function: Callable[[Sequence[Routing], LossConfig], Tensor]  # 0-d, unweighted
@@ -148,29 +149,21 @@ class RouterLoss:
 
 
 @dataclass(frozen=True)
-class HeadLoss:
+class _HeadLoss:
     """A loss on heads beside the router, of the records of one step, v_target (B, C, H, W) and the patch size."""
 
     function: Callable[[Sequence[Routing], Tensor, int], Tensor]  # 0-d, unweighted
-    weight_key: str  # as in `RouterLoss`
-    reads: frozenset[str]  # as in `RouterLoss`
+    weight_key: str  # as in `_RouterLoss`
+    reads: frozenset[str]  # as in `_RouterLoss`
 
 
-ROUTER_LOSSES: dict[str, RouterLoss] = {
-    "balance": RouterLoss(lambda records, config: balance(records), "balance_weight", frozenset({"scores"})),
-    "contrastive": RouterLoss(
-        lambda records, config: contrastive(records, config.contrastive_temperature),
-        "contrastive_weight",
-        frozenset({"similarity"}),
-    ),
-    "similarity": RouterLoss(
-        lambda records, config: router_similarity(records), "similarity_weight", frozenset({"logits"})
-    ),
+ROUTER_LOSSES: dict[str, _RouterLoss] = {
+    "balance": _RouterLoss(_balance, "balance_weight", frozenset({"scores"})),
+    "contrastive": _RouterLoss(_contrastive, "contrastive_weight", frozenset({"similarity"})),
+    "similarity": _RouterLoss(_router_similarity, "similarity_weight", frozenset({"logits"})),
 }
 
-HEAD_LOSSES: dict[str, HeadLoss] = {
-    "capacity": HeadLoss(
-        lambda records, v_target, patch_size: capacity(records), "capacity_weight", frozenset({"capacity_logits"})
-    ),
-    "layers": HeadLoss(_layer_predictions, "layer_weight", frozenset({"prediction"})),
+HEAD_LOSSES: dict[str, _HeadLoss] = {
+    "capacity": _HeadLoss(_capacity, "capacity_weight", frozenset({"capacity_logits"})),
+    "layers": _HeadLoss(_layer_predictions, "layer_weight", frozenset({"prediction"})),
 }

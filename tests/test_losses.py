@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sharpmoe.config import LossConfig, ModelConfig
-from sharpmoe.losses import balance, contrastive, router_similarity, routing_mass, trajectory_routing
+from sharpmoe.losses import ROUTER_LOSSES, routing_mass, trajectory_routing
 from sharpmoe.moe.routing import Routing
 from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
 
@@ -15,6 +15,10 @@ EC, TC = ModelConfig(router="ec"), ModelConfig(router="tc")
 def record(scores: torch.Tensor, chosen: torch.Tensor) -> Routing:
     logits = scores.log()
     return Routing(logits, logits, scores, scores * chosen, chosen, lowest_accepted(scores, chosen, EC))
+
+
+def router_loss(name: str, of: Routing, **config: float) -> torch.Tensor:
+    return ROUTER_LOSSES[name].function([of], LossConfig(**config))
 
 
 def test_kl_is_the_definition_and_zero_at_equality() -> None:
@@ -53,11 +57,11 @@ def test_an_expert_without_tokens_gives_no_count_gradient() -> None:
 def test_balance_is_one_when_even_and_e_when_collapsed(top_k: int) -> None:
     even = torch.full((1, 4, 4), 0.25)
     chosen = torch.stack([torch.eye(4).roll(shift, 1) for shift in range(top_k)]).sum(0).bool()[None]
-    torch.testing.assert_close(balance([record(even, chosen)]), torch.tensor(1.0))
+    torch.testing.assert_close(router_loss("balance", record(even, chosen)), torch.tensor(1.0))
     collapsed = torch.zeros(1, 4, 4)
     collapsed[..., 0] = 1.0
     torch.testing.assert_close(
-        balance([record(collapsed, RULES["tc"].train(RuleInput(collapsed), TC))]), torch.tensor(4.0)
+        router_loss("balance", record(collapsed, RULES["tc"].train(RuleInput(collapsed), TC))), torch.tensor(4.0)
     )
 
 
@@ -65,21 +69,20 @@ def test_router_similarity_is_one_where_balanced_and_grows_with_collapse() -> No
     even = torch.full((1, 12, 3), 1 / 3)
     rounds = torch.nn.functional.one_hot(torch.arange(12) % 3, 3).bool()[None]
     balanced = record(even, rounds)
-    assert router_similarity([balanced]).item() == pytest.approx(1 / 3)  # no pairs: the diagonal alone
+    assert router_loss("similarity", balanced).item() == pytest.approx(1 / 3)  # no pairs: the diagonal alone
     pairs = ~rounds
-    assert router_similarity([record(even, pairs)]).item() == pytest.approx(1.0)
+    assert router_loss("similarity", record(even, pairs)).item() == pytest.approx(1.0)
     sharp = torch.tensor([0.98, 0.01, 0.01]).expand(1, 12, 3)
     alone = torch.zeros(1, 12, 3, dtype=torch.bool)
     alone[..., 0] = True
-    assert router_similarity([record(sharp, alone)]) > 2.5
+    assert router_loss("similarity", record(sharp, alone)) > 2.5
 
 
 def test_contrast_of_centres_that_fit_their_tokens_is_small() -> None:
     similarity = torch.eye(3).unsqueeze(0)
     fits = record(torch.full((1, 3, 3), 1 / 3), torch.eye(3, dtype=torch.bool)[None])._replace(similarity=similarity)
-    assert contrastive([fits], 0.07) < 1e-5
+    assert router_loss("contrastive", fits, contrastive_temperature=0.07) < 1e-5
     idle = similarity.clone()
     idle[:, :, 2] = torch.nan  # an expert without tokens takes no part
-    assert contrastive([fits._replace(similarity=idle)], 1.0).item() == pytest.approx(
-        -torch.tensor([1.0, 0.0]).log_softmax(0)[0].item()
-    )
+    found = router_loss("contrastive", fits._replace(similarity=idle), contrastive_temperature=1.0)
+    assert found.item() == pytest.approx(-torch.tensor([1.0, 0.0]).log_softmax(0)[0].item())

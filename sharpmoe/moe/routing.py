@@ -36,7 +36,7 @@ class Routing(NamedTuple):
     routing_map: Tensor  # (B, N, E) bool
     cutoff: Tensor  # (B or 1, 1, E) float32, detached: lowest score each expert accepted in its pool
     capacity_logits: Tensor | None = None  # (B, N, E) float32, DiffMoE's capacity predictor
-    similarity: Tensor | None = None  # (G, E, E) float32, of prototypes and mean tokens: see `losses.contrastive`
+    similarity: Tensor | None = None  # (G, E, E) float32, of prototypes and mean tokens: of ProMoE's contrast
     prediction: Tensor | None = None  # (B, N, p p C) float32, the layer's own prediction of the target
     bias: Tensor | None = None  # (E,) float32, added to the scores for the choice only
 

@@ -123,7 +123,7 @@ def rows_taken(sums: Tensor) -> float:
     return float(sums[:, SUMS:].sum())
 
 
-def memory_mib() -> float:
+def _memory_mib() -> float:
     """Return peak memory in MiB: of the accelerator where there is one, else resident memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
@@ -141,7 +141,7 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
         "throughput/tokens_per_second": stats.tokens / seconds,
         "throughput/seconds_per_step": stats.seconds,
         "throughput/data_wait_share": stats.wait_seconds / seconds,
-        "memory/peak_mib": memory_mib(),
+        "memory/peak_mib": _memory_mib(),
         **_effort_scalars(stats),
     }
 

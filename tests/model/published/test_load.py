@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sharpmoe
+from sharpmoe.config import LossConfig
 from sharpmoe.errors import CheckpointError, ConfigError
 from sharpmoe.flow import ddpm_input, ddpm_velocity, interpolate
-from sharpmoe.losses import balance, contrastive, flow_matching
+from sharpmoe.losses import ROUTER_LOSSES, flow_matching
 from sharpmoe.model.attach import attach, extend_to_text
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import TextCondition
@@ -57,9 +58,9 @@ def test_same_gate_gradients(name: str) -> None:
     output = model.train()(golden["x_t"], golden["t"], golden["labels"])
     loss = flow_matching(output.v, golden["x1"] - golden["x0"])
     if "promoe" in name:
-        loss = loss + contrastive(output.routing, 0.07)
+        loss = loss + ROUTER_LOSSES["contrastive"].function(output.routing, LossConfig())
     elif "dsmoe" not in name:
-        loss = loss + 0.01 * balance(output.routing)
+        loss = loss + 0.01 * ROUTER_LOSSES["balance"].function(output.routing, LossConfig())
     loss.backward()
     _, _, family, _, _ = load(name)
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}

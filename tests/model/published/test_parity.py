@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sharpmoe.config import LossConfig
 from sharpmoe.flow import interpolate
-from sharpmoe.losses import balance, capacity, contrastive, flow_matching
-from sharpmoe.model.dit import DiT
+from sharpmoe.losses import HEAD_LOSSES, ROUTER_LOSSES, flow_matching
+from sharpmoe.model.dit import DiT, ModelOutput
 from sharpmoe.model.embed import ClassCondition
 from sharpmoe.model.published.load import load_pretrained
 from sharpmoe.model.published.names import to_published
@@ -43,6 +44,11 @@ def load(name: str) -> tuple[DiT, dict[str, Tensor], dict]:
     return model, load_file(FOLDER / f"{name}.golden.safetensors"), record
 
 
+def router_loss(name: str, output: ModelOutput) -> Tensor:
+    config = LossConfig(contrastive_temperature=CONTRASTIVE_TEMPERATURE)
+    return ROUTER_LOSSES[name].function(output.routing, config)
+
+
 def sign(name: str) -> int:
     return -1 if name.startswith("kwai") else 1
 
@@ -60,13 +66,15 @@ def test_training_forward_masks_and_gradients(name: str) -> None:
         for block, routing in zip(blocks, output.routing, strict=True):
             assert torch.equal(routing.routing_map, golden[f"train.routing_map.{block}"].bool())
             assert_recorded(routing.capacity_logits, golden[f"train.capacity_logits.{block}"])
-        loss = loss + record["figures"]["capacity_weight_used"] * capacity(output.routing)
+        loss = loss + record["figures"]["capacity_weight_used"] * HEAD_LOSSES["capacity"].function(
+            output.routing, golden["x1"], 2
+        )
     if (
         name == "promoe_tc"
     ):  # theirs enters in backward only: the recorded loss is without it, the gradients are with it
-        loss = loss + 0.01 * (balance(output.routing) - balance(output.routing).detach())
+        loss = loss + 0.01 * (router_loss("balance", output) - router_loss("balance", output).detach())
     if name == "promoe_promoe_tc":
-        contrast = contrastive(output.routing, CONTRASTIVE_TEMPERATURE)
+        contrast = router_loss("contrastive", output)
         loss = loss + contrast - contrast.detach()
     assert loss.item() == pytest.approx(record["figures"]["loss"], rel=TOLERANCE)
     loss.backward()
