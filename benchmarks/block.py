@@ -72,7 +72,7 @@ class Pass:
         c = torch.randn((images, config.width), generator=g).to(options.device, options.dtype)
         d_capacity = torch.randn((*shape[:2], config.num_experts), generator=g).to(options.device)
         self.module, self.x, self.dy, self.d_capacity = module, x.requires_grad_(), dy, d_capacity
-        self.context = Context(c.requires_grad_(), None, None, None)
+        self.context = Context(c.requires_grad_())
 
     def __call__(self) -> int:
         self.run()
@@ -82,7 +82,7 @@ class Pass:
         """Run forward and backward once and return the tokens."""
         self.module.zero_grad()
         self.x.grad = self.context.c.grad = None
-        y, record = self.module(self.x, self.context, None, None)
+        y, record = self.module(self.x, self.context)
         finish(self.module.moe or self.module, y, record, self.dy, self.d_capacity)
         return y
 

@@ -26,7 +26,7 @@ from sharpmoe.checkpoint.manifest import Progress, RunIdentity
 from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.checkpoint.state import Contents
 from sharpmoe.config import CheckpointConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.parallel.zero.ema import ShardEma
@@ -55,7 +55,7 @@ def make_contents(fields: dict[str, object], options: Options) -> Contents:
     """Return an engine of one rank with moments that are not zero."""
     world, run = launch.start(), run_for(fields, options)
     torch.manual_seed(0)
-    model = DiT(run.model)
+    model = build_model(run.model)
     engine = Engine(model, run, resolve_ds_config(ZERO3, run, world.size), world)
     make_states(engine._zero.optimizer, engine.state.masters())
     for parts in engine.state.partitions().values():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Case, Goals, Options, main
 from sharpmoe.config import RunConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
@@ -52,7 +53,7 @@ def optimizer_step(name: str, fields: dict[str, object], world: World, options: 
     """Return the steps of engine and torch on the same weights and gradients."""
     torch.manual_seed(0)
     run = run_for(fields, options)
-    model = DiT(run.model)
+    model = build_model(run.model)
     theirs = TorchStep(model, run, options)
     ours = EngineStep(model, run, world)
     bytes_moved = _BYTES[options.precision] * ours.engine.num_parameters
@@ -91,7 +92,7 @@ def gradients_for(parameters: list[Tensor]) -> Iterator[Tensor]:
 class EngineStep:
     """Our step. A call does one step; gradients stay as `give_gradients` and clipping left them."""
 
-    def __init__(self, model: DiT, run: RunConfig, world: World) -> None:
+    def __init__(self, model: Backbone, run: RunConfig, world: World) -> None:
         self.shapes = [p.shape for p in model.parameters()]
         self.module = model
         self.engine = Engine(model, run, resolve_ds_config(ZERO3, run, world.size), world)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sharpmoe.families import tokens_per_expert
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import Routing
@@ -134,7 +134,7 @@ def single_experts(experts: Experts) -> list[Mlp]:
     return singles
 
 
-def published_model(model: DiT) -> DiT:
+def published_model(model: Backbone) -> Backbone:
     """Return a copy of a DiffMoE model with MoE layers in the published form."""
     layers = {id(layer): PublishedDiffMoE(layer) for layer in model.moe_layers()}
     twin = copy.deepcopy(model, cast(dict[int, object], dict(layers)))

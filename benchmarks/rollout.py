@@ -24,8 +24,8 @@ from benchmarks.harness import Case, Goals, Options, main
 from benchmarks.memory import SavedBytes
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import ClassCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 
@@ -119,11 +119,11 @@ def cases_of(size: Size, options: Options) -> Iterator[Case]:
         yield Case(f"rollout.{size.name}_{name}", per_step(ours), reference, None, goals, check, facts)
 
 
-def make_model(size: Size, device: torch.device, dtype: torch.dtype) -> DiT:
+def make_model(size: Size, device: torch.device, dtype: torch.dtype) -> Backbone:
     """Return a model in which every parameter has an effect: none is zero. Buffers stay in float32."""
     torch.manual_seed(0)
     config = ModelConfig.model_validate({"router": "diffmoe", "conditioning": "class"} | size.model)
-    model = DiT(config).train()
+    model = build_model(config).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -133,7 +133,7 @@ def make_model(size: Size, device: torch.device, dtype: torch.dtype) -> DiT:
     return model
 
 
-def make_rollout(model: DiT, size: Size, steps: int) -> Rollout:
+def make_rollout(model: Backbone, size: Size, steps: int) -> Rollout:
     """Return a plain rollout of `steps` steps; images and noise do not depend on their number."""
     config, parameter = model.config, next(model.parameters())
     g = torch.Generator().manual_seed(1)

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Case, Goals, Options, Work, main
 from sharpmoe import flow, sampling
 from sharpmoe.config import SIZES, ModelConfig, SampleConfig
-from sharpmoe.model.dit import DiT, ModelOutput
-from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, TextCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, Request
 
@@ -48,21 +48,21 @@ def cases(options: Options) -> Iterator[Case]:
     yield prepared_text("sampling.prepared_text_tc_s_4_images", text_model(Size(**SIZES["s"]), options), 4, options)
 
 
-def class_model(router: str, size: Size, options: Options) -> DiT:
+def class_model(router: str, size: Size, options: Options) -> Backbone:
     """Return a class-conditional model with an untrained saliency router, in eval mode."""
     return _model(options, router=router, conditioning="class", num_classes=1000, **size._asdict())
 
 
-def text_model(size: Size, options: Options) -> DiT:
+def text_model(size: Size, options: Options) -> Backbone:
     """Return a text-conditional model in eval mode."""
     width = _TEXT[1]
     return _model(options, router="tc", conditioning="text", text_width=width, pooled_width=width, **size._asdict())
 
 
 @torch.no_grad()
-def _model(options: Options, **fields: Any) -> DiT:
+def _model(options: Options, **fields: Any) -> Backbone:
     torch.manual_seed(0)
-    model = DiT(ModelConfig(**fields))
+    model = build_model(ModelConfig(**fields))
     routers = {id(p) for layer in model.moe_layers() for p in _parameters(layer.saliency_router)}
     for parameter in model.parameters():
         if not parameter.any() and id(parameter) not in routers:
@@ -80,7 +80,7 @@ def _parameters(module: torch.nn.Module | None) -> list[torch.nn.Parameter]:
     return [] if module is None else list(module.parameters())
 
 
-def set_thresholds(model: DiT, device: torch.device) -> None:
+def set_thresholds(model: Backbone, device: torch.device) -> None:
     """Set DiffMoE's thresholds so that a token gets `capacity` experts on average: its predictors are untrained."""
     size, channels = model.config.latent_size, model.config.latent_channels
     x, t = torch.randn(4, channels, size, size, device=device), torch.full((4,), 0.5, device=device)
@@ -90,7 +90,7 @@ def set_thresholds(model: DiT, device: torch.device) -> None:
         layer.expert_threshold.copy_(record.capacity_logits.flatten(0, 1).sigmoid().quantile(1 - share, dim=0))
 
 
-def saliency_router(name: str, model: DiT, images: int, options: Options) -> Case:
+def saliency_router(name: str, model: Backbone, images: int, options: Options) -> Case:
     """Compare a model with saliency routers to one without; a new router changes no choice, so nothing else differs."""
     base = model.config.model_copy(update={"saliency_router": False})
     request = Request(labels(images, options), None, tuple(range(images)))
@@ -113,7 +113,7 @@ def saliency_router(name: str, model: DiT, images: int, options: Options) -> Cas
 
 
 @torch.no_grad()
-def flops_added(model: DiT, device: torch.device) -> float:
+def flops_added(model: Backbone, device: torch.device) -> float:
     """Return the fraction that x0_prev adds to the FLOPs of a call."""
     size = model.config.latent_size
     x, t = torch.randn(1, model.config.latent_channels, size, size, device=device), torch.full((1,), 0.5, device=device)
@@ -125,19 +125,19 @@ def flops_added(model: DiT, device: torch.device) -> float:
     return flops[0] / flops[1] - 1
 
 
-def joined_branches(name: str, model: DiT, images: int, options: Options) -> Case:
+def joined_branches(name: str, model: Backbone, images: int, options: Options) -> Case:
     """Compare one call for both branches of classifier-free guidance to one call for each."""
     settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5))
     return _against_parts(name, model, 2, settings, images, options)
 
 
-def pool_per_image(name: str, model: DiT, images: int, options: Options) -> Case:
+def pool_per_image(name: str, model: Backbone, images: int, options: Options) -> Case:
     """Compare one call with separate pools per image to one call per image."""
     settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5), pool_per_image=True)
     return _against_parts(name, model, 2 * images, settings, images, options)
 
 
-def prepared_text(name: str, model: DiT, images: int, options: Options) -> Case:
+def prepared_text(name: str, model: Backbone, images: int, options: Options) -> Case:
     """Compare text that is embedded once, with keys and values of every block, to embedding it at every step."""
     length, width = _TEXT
     states = torch.randn(images, length, width, device=options.device)
@@ -155,7 +155,9 @@ def prepared_text(name: str, model: DiT, images: int, options: Options) -> Case:
     )
 
 
-def _against_parts(name: str, model: DiT, parts: int, settings: CfgSettings, images: int, options: Options) -> Case:
+def _against_parts(
+    name: str, model: Backbone, parts: int, settings: CfgSettings, images: int, options: Options
+) -> Case:
     cond = labels(images, options)
     branches = (cond, sampling.empty_condition(cond, model.config, None))
 
@@ -181,7 +183,7 @@ def _euler(
     branches: tuple[Condition, ...],
     settings: CfgSettings,
     images: int,
-    model: DiT,
+    model: Backbone,
     options: Options,
     steps: int,
 ) -> Tensor:
@@ -202,7 +204,7 @@ def _steps(draw: Any, steps: int = _STEPS) -> Work:
 class _InParts:
     """A model that computes equal parts of a batch one after the other and prepares nothing."""
 
-    def __init__(self, model: DiT, parts: int) -> None:
+    def __init__(self, model: Backbone, parts: int) -> None:
         self.model, self.parts = model, parts
 
     def __call__(

@@ -30,8 +30,8 @@ from benchmarks.published import (
 from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.flow import interpolate, velocity_target
 from sharpmoe.losses import HEAD_LOSSES, flow_matching
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import ClassCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.moe.routing import Routing
 from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
 from sharpmoe.parallel.ranks import launch
@@ -111,10 +111,10 @@ def _against(
     return Case(f"train_step.{name}", ours, theirs, None, goals, check, facts)
 
 
-def make_model(config: ModelConfig, options: Options) -> DiT:
+def make_model(config: ModelConfig, options: Options) -> Backbone:
     """Return a model in which every parameter has an effect: none is zero."""
     torch.manual_seed(0)
-    model = DiT(config).train()
+    model = build_model(config).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -126,7 +126,7 @@ class Step:
 
     fused: bool | None = True
 
-    def __init__(self, model: DiT, images: int, options: Options) -> None:
+    def __init__(self, model: Backbone, images: int, options: Options) -> None:
         config, g = model.config, torch.Generator().manual_seed(1)
         shape = (images, config.latent_channels, config.latent_size, config.latent_size)
         self.x0, self.x1 = (torch.randn(shape, generator=g).to(options.device) for _ in range(2))
@@ -205,7 +205,7 @@ class PublishedStep(PublishedLayers):
 class EngineStep:
     """The step of a run, on the batch of another step."""
 
-    def __init__(self, model: DiT, given: Step, options: Options) -> None:
+    def __init__(self, model: Backbone, given: Step, options: Options) -> None:
         images, world = len(given.x0), launch.start()
         run = RunConfig.model_validate(
             {

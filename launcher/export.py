@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from launcher.command import Command
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import read_weights, save_weights, stored_as
 from sharpmoe.report.runs import find_saved_model
 
@@ -24,7 +24,7 @@ def _act(arguments: argparse.Namespace) -> None:
     source = find_saved_model(arguments.run, arguments.weights).weights
     state, config, meta = read_weights(source)
     with torch.device("meta"):
-        model = DiT(config)
+        model = build_model(config)
     save_weights(arguments.out, stored_as(state, model, getattr(torch, arguments.dtype)), config, meta)
     size = arguments.out.stat().st_size / 1e6
     print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, from {source} (step {meta.get('step', 'unknown')})")

@@ -13,7 +13,7 @@ from launcher.command import Command
 from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
 from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.runs import SavedModel, find_saved_model
 from sharpmoe.report.samples import (
@@ -81,7 +81,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _npz(
-    arguments: argparse.Namespace, settings: SampleConfig, model: DiT, shards: ShardSet, saved: SavedModel
+    arguments: argparse.Namespace, settings: SampleConfig, model: Backbone, shards: ShardSet, saved: SavedModel
 ) -> Path:
     batch = AdmBatch(
         path=arguments.npz,
@@ -97,7 +97,7 @@ def _npz(
 
 
 def _files(
-    arguments: argparse.Namespace, settings: SampleConfig, model: DiT, shards: ShardSet, saved: SavedModel
+    arguments: argparse.Namespace, settings: SampleConfig, model: Backbone, shards: ShardSet, saved: SavedModel
 ) -> Path | str:
     size, part = arguments.batch_size, arguments.part
     options = DrawOptions(part, size, arguments.pool_per_image, arguments.bucket)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sharpmoe.flow import clean_prediction, interpolate, velocity_target
 from sharpmoe.losses import flow_matching
-from sharpmoe.model.dit import DiT, ModelOutput
-from sharpmoe.model.embed import Condition
+from sharpmoe.model.backbone import Backbone, Condition, ModelOutput
 from sharpmoe.moe.routing import CallMode, Routing
 
 
@@ -54,7 +53,7 @@ def first_x0_prev(item: TrajectoryBatch, uses_x0_prev: bool) -> Tensor | None:
 
 
 def rollout_step(
-    model: DiT,
+    model: Backbone,
     item: TrajectoryBatch,
     step: int,
     x0_prev: Tensor | None,
@@ -74,7 +73,7 @@ def replay(output: StepOutput, x0_prev: Tensor | None) -> Replay:
 
 
 def replay_steps(
-    model: DiT, item: TrajectoryBatch, steps: Sequence[int], replays: Sequence[Replay]
+    model: Backbone, item: TrajectoryBatch, steps: Sequence[int], replays: Sequence[Replay]
 ) -> list[StepOutput]:
     """Run some steps (0-based) as one batch, each as the first pass had it."""
     times = [item.times[step] for step in steps]
@@ -122,7 +121,9 @@ def _part(output: ModelOutput, index: int, count: int, cutoffs: tuple[Tensor, ..
     return ModelOutput(output.v.chunk(count)[index], tuple(records))
 
 
-def rollout(model: DiT, item: TrajectoryBatch, uses_x0_prev: bool, mode: CallMode = CallMode()) -> list[StepOutput]:
+def rollout(
+    model: Backbone, item: TrajectoryBatch, uses_x0_prev: bool, mode: CallMode = CallMode()
+) -> list[StepOutput]:
     """All T steps in order, each graph kept (under grad mode); x0_hat is handed on where the model `uses_x0_prev`."""
     x0_prev = first_x0_prev(item, uses_x0_prev)
     outputs: list[StepOutput] = []

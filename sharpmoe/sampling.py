@@ -19,8 +19,7 @@ from torch import Tensor
 from sharpmoe import draws, flow
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.dit import DiT, ModelOutput, Prepared
-from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, Prepared, TextCondition
 from sharpmoe.moe.routing import CallMode
 
 
@@ -90,7 +89,7 @@ def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSe
     conditions is made here, once for all steps.
     """
     condition = _join(branches)
-    fixed = model.prepare(condition) if isinstance(model, DiT) else condition
+    fixed = model.prepare(condition) if isinstance(model, Backbone) else condition
 
     def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> Evaluation:
         rows = len(branches) * len(x)
@@ -174,7 +173,7 @@ def caption_request(
     return Request(cond, empty_condition(cond, config, empty_text), tuple(range(len(cond.pooled))))
 
 
-def compile_blocks(model: DiT) -> DiT:
+def compile_blocks(model: Backbone) -> Backbone:
     """Have torch.compile make every block's kernels, in place; returns the model.
 
     Equal to the rounding of float32 (tests: 1e-5 of a latent's range). The first call of a batch size compiles, one to

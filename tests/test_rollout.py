@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import TextCondition
+from sharpmoe.model.backbone import TextCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import TrajectoryBatch, rollout
 from sharpmoe.train.objective import Objective, StepRequest
@@ -40,7 +40,7 @@ def make_run(router: str, mass: str = "scores", weight: float = 0.5, **rollout_f
 
 def make_objective(run: RunConfig) -> Objective:
     torch.manual_seed(0)
-    model = DiT(run.model)
+    model = build_model(run.model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -7,8 +7,7 @@ from torch import Tensor
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
 from sharpmoe.flow import sampling_times
-from sharpmoe.model.dit import ModelOutput
-from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import ClassCondition, Condition, ModelOutput, TextCondition
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, Request, euler, generate, heun, make_field
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model

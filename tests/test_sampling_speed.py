@@ -17,8 +17,7 @@ from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.flow import sampling_times
-from sharpmoe.model.dit import DiT, ModelOutput
-from sharpmoe.model.embed import ClassCondition, Condition
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, generate, make_field
 from tests.test_sampling import Recorder, captions, empty_text, request
@@ -59,7 +58,7 @@ class Operators(TorchDispatchMode):
 class Split:
     """A model that serves each pool of a call by a call of its own, and prepares nothing."""
 
-    def __init__(self, model: DiT, parts: int) -> None:
+    def __init__(self, model: Backbone, parts: int) -> None:
         self.model, self.parts = model, parts
 
     def __call__(
@@ -74,7 +73,7 @@ class Split:
         return ModelOutput(torch.cat([output.v for output in outputs]), ())
 
 
-def family(name: str, **fields: Any) -> DiT:
+def family(name: str, **fields: Any) -> Backbone:
     model = toy_model(name.removesuffix("_mask"), **(FAMILIES[name] | fields))
     for layer in model.moe_layers():
         if hasattr(layer, "expert_threshold"):
@@ -82,7 +81,7 @@ def family(name: str, **fields: Any) -> DiT:
     return model
 
 
-def branches(model: DiT, count: int) -> tuple[Condition, Condition]:
+def branches(model: Backbone, count: int) -> tuple[Condition, Condition]:
     if model.config.conditioning == "class":
         cond: Condition = ClassCondition(torch.arange(count) % 3)
         return cond, sampling.empty_condition(cond, model.config, None)

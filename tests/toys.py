@@ -7,7 +7,8 @@ from torch import Tensor
 
 from data_pipeline.schema import Batch
 from sharpmoe.config import ModelConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 
 TEXT_WIDTH, POOLED_WIDTH, TEXT_LENGTH = 6, 4, 3
 
@@ -19,10 +20,10 @@ def toy_config(router: str = "diffmoe", **fields: object) -> ModelConfig:
     return ModelConfig(router=router, **(sizes | widths | fields))
 
 
-def toy_model(router: str = "diffmoe", **fields: object) -> DiT:
+def toy_model(router: str = "diffmoe", **fields: object) -> Backbone:
     """A model whose every parameter matters (zero-initialised ones are moved), in eval mode."""
     torch.manual_seed(0)
-    model = DiT(toy_config(router, **fields))
+    model = build_model(toy_config(router, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

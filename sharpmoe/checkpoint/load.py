@@ -21,7 +21,7 @@ from sharpmoe.checkpoint.rng import generators_file, restore_generators
 from sharpmoe.checkpoint.state import Contents, StateReader
 from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import check_architecture
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.parallel.zero.partitions import EMA, fill_pieces
@@ -152,7 +152,7 @@ def load_checkpoint(saved: Manifest, contents: Contents) -> None:
     engine.state.refresh_weights()
 
 
-def _load_buffers(model: DiT, path: Path) -> None:
+def _load_buffers(model: Backbone, path: Path) -> None:
     """Load buffers (thresholds, positions) from the weights file: they are equal on every rank."""
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():

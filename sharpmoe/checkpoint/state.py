@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import SafetensorsWriter, TensorSpec
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
@@ -28,7 +28,7 @@ class Contents(NamedTuple):
 
     engine: Engine
     ema: ShardEma
-    model: DiT  # the part of the engine's module that becomes live.safetensors and ema.safetensors
+    model: Backbone  # the part of the engine's module that becomes live.safetensors and ema.safetensors
     origin: Mapping[str, str]  # identities of codec and text encoder, for the headers of both files
 
 

@@ -21,8 +21,7 @@ from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import evaluating
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import ClassCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition
 
 _FULL = 50_000  # images of FID-50K
 _WHOLE = sampling.Part()
@@ -51,7 +50,7 @@ class AdmBatch:
         return self.part.rows(self.num_images, self.batch_size)
 
 
-def draw_adm_batch(model: DiT, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch) -> Path:
+def draw_adm_batch(model: Backbone, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch) -> Path:
     """Draw, decode and write a batch of a class-conditional model; return the .npz. A whole batch gets its protocol.
 
     Image i is the same for every batch size (DiffMoE's pool is the exception): its noise is keyed by (seed, i).
@@ -78,7 +77,9 @@ def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, pa
     return batch.path
 
 
-def _images(model: DiT, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch) -> Iterator[Tensor]:
+def _images(
+    model: Backbone, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch
+) -> Iterator[Tensor]:
     labels = torch.tensor(_balanced_labels(batch.num_images, model.config.num_classes))
     device = next(model.parameters()).device
     rows, size = batch.rows, batch.batch_size

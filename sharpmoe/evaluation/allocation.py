@@ -20,7 +20,7 @@ from torch import Tensor
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import ALONE, Observed, Samples, Share, observe, spread
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 
 ALLOCATION_TIMES = tuple(round(0.999 - k * (0.999 - 0.05) / 9, 6) for k in range(10))
 _RANGES: dict[str, tuple[float, float]] = {  # lower < t <= upper
@@ -64,7 +64,7 @@ class Allocation:
 
 
 def measure_allocation(
-    model: DiT, samples: Samples, *, images: int = 128, seed: int = 0, chunk: int = 16, share: Share = ALONE
+    model: Backbone, samples: Samples, *, images: int = 128, seed: int = 0, chunk: int = 16, share: Share = ALONE
 ) -> Allocation:
     """Roll the model out over held-out samples at ten fixed times from 0.999 to 0.05 and return its allocation.
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import StepOutput, TrajectoryBatch, rollout
 
@@ -69,7 +68,7 @@ class Observed(NamedTuple):
 
 
 def observe(
-    model: DiT,
+    model: Backbone,
     samples: Samples,
     indices: Sequence[int],
     times: Sequence[float],

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from sharpmoe.evaluation.held_out import ALONE, Samples, Share, observe, spread
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 
 # Descending from the first time of training's rollout, so that a model with saliency routers gets only inputs that it
 # was trained on.
@@ -23,7 +23,7 @@ class Validation(NamedTuple):
 
 
 def validate(
-    model: DiT, samples: Samples, *, images: int = 128, seed: int = 0, chunk: int = 16, share: Share = ALONE
+    model: Backbone, samples: Samples, *, images: int = 128, seed: int = 0, chunk: int = 16, share: Share = ALONE
 ) -> Validation:
     """Measure the flow loss of `images` held-out samples, spread over the split, in eval mode.
 

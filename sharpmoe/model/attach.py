@@ -1,4 +1,4 @@
-"""Parts added to a finished model without changing what it computes: saliency routers, text."""
+"""Add parts to a finished model without changing what it computes: saliency routers, text."""
 
 import logging
 
@@ -7,16 +7,17 @@ from torch import nn
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.errors import ConfigError
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.dit import DiT
 from sharpmoe.moe.router import SaliencyRouter
 
 
-def attach(model: DiT, *, seed: int = 0) -> DiT:
+def attach(model: Backbone, *, seed: int = 0) -> Backbone:
     """Add a zero-initialised saliency router to every MoE layer, in place; returns the model.
 
     The output stays bit-identical, with and without x0_prev, until the routers are trained (SharpMoE section 3.1).
     Routers that are there already stay as they are. `seed` draws the hidden layers; the global generator is not
-    touched. A model without MoE layers has nothing to route: it is returned as it is, with a warning in the log.
+    touched. A model without MoE layers is returned as it is, with a warning in the log.
     """
     layers = model.moe_layers()
     if not layers:
@@ -36,18 +37,18 @@ def attach(model: DiT, *, seed: int = 0) -> DiT:
     return model
 
 
-def extend_to_text(model: DiT, text_width: int = 384, pooled_width: int = 384) -> DiT:
+def extend_to_text(model: Backbone, text_width: int = 384, pooled_width: int = 384) -> DiT:
     """Build a text-conditional model on a class-conditional trunk; the trunk's output is unchanged at step 0.
 
     Cross-attention starts at zero, and the pooled text as the embedding of "no class" (the bias of a layer whose weight
     is zero), so that the new model computes, whatever the caption, bit by bit what the old one computes for "no class".
-    Raises ConfigError where the trunk is not class-conditional, has no row for "no class", or sends such images to an
-    expert of their own.
+    Raises ConfigError where the model is no DiT, is not class-conditional, has no row for "no class", or sends such
+    images to an expert of their own.
     """
     old = model.config
-    if old.conditioning != "class" or not old.class_dropout or old.unconditional_expert:
+    if not isinstance(model, DiT) or old.conditioning != "class" or not old.class_dropout or old.unconditional_expert:
         raise ConfigError(
-            'only a class-conditional trunk with a row for "no class" and without an unconditional expert '
+            'only a class-conditional DiT with a row for "no class" and without an unconditional expert '
             "can be extended to text"
         )
     widths = {"conditioning": "text", "text_width": text_width, "pooled_width": pooled_width}
@@ -63,7 +64,7 @@ def extend_to_text(model: DiT, text_width: int = 384, pooled_width: int = 384) -
     return extended.train(model.training)
 
 
-def _set_config(model: DiT, config: ModelConfig) -> None:
+def _set_config(model: Backbone, config: ModelConfig) -> None:
     model.config = config
     for layer in model.moe_layers():
         layer.config = config

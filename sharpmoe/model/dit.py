@@ -1,6 +1,7 @@
-"""The backbone: one diffusion transformer; router family and conditioning are fields of its configuration.
+"""The diffusion transformer (DiT, arXiv 2212.09748) with adaLN-Zero blocks, as a backbone.
 
-DiT (arXiv 2212.09748) with adaLN-Zero blocks; an MoE layer replaces the MLP of every second block (odd indices).
+An MoE layer replaces the MLP of every second block (odd indices); router family, norms, positions and conditioning are
+fields of the configuration.
 """
 
 from typing import NamedTuple
@@ -12,13 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.flow import ddpm_input, ddpm_velocity
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, Prepared, TextCondition
 from sharpmoe.model.embed import (
-    ClassCondition,
-    Condition,
     CrossAttention,
     LabelEmbed,
     PatchEmbed,
-    TextCondition,
     TextEmbed,
     TimeEmbed,
     rotary_positions,
@@ -33,67 +32,181 @@ from sharpmoe.moe.router import at_least_float32
 from sharpmoe.moe.routing import CallMode, Routing
 
 
-class ModelOutput(NamedTuple):
-    """What one denoising call returns."""
-
-    v: Tensor  # (B, C, H, W) predicted velocity, float32 or better
-    routing: tuple[Routing, ...]  # one per MoE layer, in depth order; empty for a dense model
-
-
-class TextContext(NamedTuple):
-    """Embedded caption tokens that every block attends to."""
-
-    tokens: Tensor  # (B, L, D)
-    mask: Tensor  # (B, L) bool
-    read: tuple[Tensor, ...] = ()  # (B, L, 2 D) keys and values of every block, where they were made beforehand
-
-
-class Prepared(NamedTuple):
-    """What the network makes of a condition apart from time: in a sampling run the same at every step."""
-
-    c: Tensor  # (B, D)
-    text: TextContext | None
-    unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
-
-
 class Context(NamedTuple):
-    """What every block is told besides its tokens."""
+    """What every block reads besides its tokens."""
 
     c: Tensor  # (B, D) time and condition, after SiLU
-    text: TextContext | None
-    rope: Tensor | None  # (2, N, D / heads) cosines and sines
-    unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
-    read: Tensor | None = None  # (B, L, 2 D) keys and values of the text in this block, where they are at hand
+    text: "_Text | None" = None
+    rope: Tensor | None = None  # (2, N, D / heads) cosines and sines
+    unconditional: Tensor | None = None  # (B,) bool, where the model has an unconditional expert
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN: x (B, N, D) * (1 + scale) + shift, with shift and scale (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+class DiT(Backbone):
+    """Diffusion transformer with mixture-of-experts layers and saliency routers."""
 
+    pos_embed: Tensor | None
 
-def normalise(x: Tensor, norm: nn.Module | None) -> Tensor:
-    """Apply the block's norm to x (B, N, D): the parameter-free one unless the family has its own."""
-    return layer_norm(x) if norm is None else norm(x)
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without parameters, eps 1e-6."""
-    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-class RmsNorm(nn.Module):
-    """Root-mean-square norm with a weight, eps 1e-6."""
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.config = config
+        self.x_embedder = PatchEmbed(config.latent_channels, config.patch_size, config.width)
+        self.t_embedder = TimeEmbed(config.width, config.time_scale, config.time_shift)
+        is_text = config.conditioning == "text"
+        self.text_embedder = TextEmbed(config.text_width, config.pooled_width, config.width) if is_text else None
+        self.y_embedder = None if is_text else LabelEmbed(config.num_classes, config.width, config.class_dropout)
+        side = config.latent_size // config.patch_size
+        self.register_buffer(
+            "pos_embed", sincos_positions(config.width, (side, side), side) if config.positions == "sincos" else None
+        )
+        self.blocks = nn.ModuleList([Block(config, index) for index in range(config.depth)])
+        out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
+        self.final_layer = _FinalLayer(config.width, config.patch_size**2 * out_channels)
+        fill_parameters(self, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., D) to (..., D)."""
-        return functional.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition | Prepared | Tensor,
+        x0_prev: Tensor | None = None,
+        mode: CallMode = CallMode(),
+    ) -> ModelOutput:
+        prepared = condition if isinstance(condition, _Prepared) else self._embed_condition(condition)
+        if self.config.prediction == "ddpm_noise":
+            scaled, step = ddpm_input(x_t, t)
+            noise, records = self._network(scaled, step, prepared, x0_prev, mode)
+            return ModelOutput(ddpm_velocity(scaled, noise, step), records)
+        return ModelOutput(*self._network(x_t, t, prepared, x0_prev, mode))
+
+    def prepare(self, condition: Condition) -> "_Prepared":
+        """Embed a condition once for all steps; keeps depth * B * L * 2 D numbers of text."""
+        prepared = self._embed_condition(condition)
+        if prepared.text is None:
+            return prepared
+        attentions = [module for module in self.modules() if isinstance(module, CrossAttention)]  # in depth order
+        keys_values = tuple(attention.keys_values(prepared.text.tokens) for attention in attentions)
+        return prepared._replace(text=prepared.text._replace(keys_values=keys_values))
+
+    def whole_parts(self) -> list[tuple[str, nn.Module]]:
+        condition = [("text_embedder", self.text_embedder), ("y_embedder", self.y_embedder)]
+        return [
+            ("x_embedder", self.x_embedder),
+            ("t_embedder", self.t_embedder),
+            *((name, part) for name, part in condition if part is not None),
+            *((f"blocks.{index}", block) for index, block in enumerate(self.blocks)),
+            ("final_layer", self.final_layer),
+        ]
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Count positions too, as published figures do."""
+        positions = 0 if self.pos_embed is None else self.pos_embed.numel()
+        total, active = super().count_parameters()
+        return total + positions, active + positions
+
+    def _network(
+        self, x_t: Tensor, t: Tensor, prepared: "_Prepared", x0_prev: Tensor | None, mode: CallMode
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
+        grid = self._grid(x_t)
+        tokens = self._embed(x_t, grid)
+        x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach(), grid)
+        c = functional.silu(self.t_embedder(t) + prepared.c)
+        context = Context(c, prepared.text, self._rotary(t.device, grid), prepared.unconditional)
+        records: list[Routing] = []
+        for index, block in enumerate(self.blocks):
+            own_mode = mode.for_layer(len(records)) if block.moe is not None else mode._replace(routing_maps=None)
+            inputs = (tokens, _of_block(context, index), x0_prev_tokens, own_mode)
+            # Non-reentrant: the reentrant form gives wrong gradients under ZeRO-3.
+            tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if mode.recompute else block(*inputs)
+            if routing is not None:
+                records.append(routing)
+        return self._latent(self.final_layer(tokens, c), grid), tuple(records)
+
+    def _grid(self, latent: Tensor) -> tuple[int, int]:
+        """Tokens (h, w) of a latent."""
+        (height, bottom), (width, right) = (divmod(size, self.config.patch_size) for size in latent.shape[2:])
+        if bottom or right or height * width != self.num_tokens:
+            raise ValueError(f"latent {tuple(latent.shape[1:])}: expected one of {self.num_tokens} tokens")
+        return height, width
+
+    def _embed(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
+        tokens: Tensor = self.x_embedder(latent.to(self.x_embedder.proj.weight.dtype))
+        if self.pos_embed is None:
+            return tokens
+        positions, side = self.pos_embed, self.config.latent_size // self.config.patch_size
+        if grid != (side, side):
+            positions = sincos_positions(self.config.width, grid, side, tokens.device)
+        return tokens + positions.to(tokens.dtype)
+
+    def _embed_condition(self, condition: Condition | Prepared | Tensor) -> "_Prepared":
+        condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
+        if self.text_embedder is not None:
+            if not isinstance(condition, TextCondition):
+                raise TypeError(f"a text-conditional model takes a TextCondition, got {type(condition).__name__}")
+            tokens, pooled = self.text_embedder(condition)
+            return _Prepared(pooled, _Text(tokens, condition.mask), None)
+        assert self.y_embedder is not None
+        if not isinstance(condition, ClassCondition):
+            raise TypeError(f"a class-conditional model takes a ClassCondition, got {type(condition).__name__}")
+        unconditional = None
+        if self.config.unconditional_expert:
+            label = self.config.unconditional_label
+            unconditional = condition.labels == (self.config.num_classes if label is None else label)
+        return _Prepared(self.y_embedder(condition.labels), None, unconditional)
+
+    def _rotary(self, device: torch.device, grid: tuple[int, int]) -> Tensor | None:
+        """Rotary positions where the family has them; computed at each call, because a buffer would be saved."""
+        config = self.config
+        if config.positions == "sincos":
+            return None
+        return rotary_positions(config.width // config.num_heads, grid, config.positions, device)
+
+    def _latent(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        out_channels = tokens.shape[-1] // self.config.patch_size**2
+        raw = unpatchify(tokens, self.config.patch_size, out_channels, grid)
+        return at_least_float32(raw[:, : self.config.latent_channels])  # learn_sigma: the rest is not used
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
+    """adaLN-Zero block: self-attention, cross-attention to text where there is text, then MLP or MoE."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        is_rms = config.norm == "rmsnorm"
+        self.norm1 = _RmsNorm(config.width) if is_rms else None
+        self.norm2 = _RmsNorm(config.width) if is_rms else None
+        self.attn = _Attention(config)
+        self.cross_attn = CrossAttention(config.width, config.num_heads) if config.conditioning == "text" else None
+        is_moe = config.is_moe(index)
+        self.moe = MoELayer(config) if is_moe else None
+        self.mlp = None if is_moe else feed_forward(config.mlp, config.width, int(config.width * config.mlp_ratio))
+        self.modulation = nn.Linear(config.width, 6 * config.width)
+
+    def forward(
+        self, x: Tensor, context: Context, x0_prev_tokens: Tensor | None = None, mode: CallMode = CallMode()
+    ) -> tuple[Tensor, Routing | None]:
+        """Map tokens x (B, N, D) to (B, N, D); also returns the routing record of an MoE block."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(context.c).chunk(6, dim=-1)
+        h = _modulate(_normalise(x, self.norm1), shift_a, scale_a)
+        x = x + gate_a.unsqueeze(1) * self.attn(h, context.rope)
+        if self.cross_attn is not None and context.text is not None:
+            tokens, mask, keys_values = context.text
+            x = x + self.cross_attn(_layer_norm(x), tokens, mask, keys_values[0] if keys_values else None)
+        h = _modulate(_normalise(x, self.norm2), shift_m, scale_m)
+        y, routing = self._feed_forward(h, context, x0_prev_tokens, mode)
+        return x + gate_m.unsqueeze(1) * y, routing
+
+    def _feed_forward(
+        self, h: Tensor, context: Context, x0_prev_tokens: Tensor | None, mode: CallMode
+    ) -> tuple[Tensor, Routing | None]:
+        if self.moe is not None:
+            moe_output: tuple[Tensor, Routing] = self.moe(h, x0_prev_tokens, context.unconditional, mode)
+            return moe_output
+        assert self.mlp is not None
+        return self.mlp(h), None
+
+
+class _Attention(nn.Module):
     """Multi-head self-attention, with normalised queries and keys and rotary positions where the family has them."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -118,39 +231,7 @@ class Attention(nn.Module):
         return mixed
 
 
-class Block(nn.Module):
-    """adaLN-Zero block: self-attention, cross-attention to text where there is text, then MLP or MoE."""
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__()
-        is_rms = config.norm == "rmsnorm"
-        self.norm1 = RmsNorm(config.width) if is_rms else None
-        self.norm2 = RmsNorm(config.width) if is_rms else None
-        self.attn = Attention(config)
-        self.cross_attn = CrossAttention(config.width, config.num_heads) if config.conditioning == "text" else None
-        is_moe = config.is_moe(index)
-        self.moe = MoELayer(config) if is_moe else None
-        self.mlp = None if is_moe else feed_forward(config.mlp, config.width, int(config.width * config.mlp_ratio))
-        self.modulation = nn.Linear(config.width, 6 * config.width)
-
-    def forward(
-        self, x: Tensor, context: "Context", x0_prev_tokens: Tensor | None, mode: CallMode
-    ) -> tuple[Tensor, Routing | None]:
-        """X (B, N, D); returns the tokens and, from an MoE block, the routing record."""
-        c, text, rope, unconditional, read = context
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(normalise(x, self.norm1), shift_a, scale_a), rope)
-        if self.cross_attn is not None and text is not None:
-            x = x + self.cross_attn(layer_norm(x), text.tokens, text.mask, read)
-        h = modulate(normalise(x, self.norm2), shift_m, scale_m)
-        if self.moe is not None:
-            y, routing = self.moe(h, x0_prev_tokens, unconditional, mode)
-            return x + gate_m.unsqueeze(1) * y, routing
-        assert self.mlp is not None
-        return x + gate_m.unsqueeze(1) * self.mlp(h), None
-
-
-class FinalLayer(nn.Module):
+class _FinalLayer(nn.Module):
     """adaLN and the linear map to patches; starts at zero."""
 
     def __init__(self, width: int, out_features: int) -> None:
@@ -159,157 +240,58 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """X (B, N, D), c (B, D) after SiLU; returns (B, N, p p C)."""
+        """Map x (B, N, D), with c (B, D) after SiLU, to patches (B, N, p p C)."""
         shift, scale = self.modulation(c).chunk(2, dim=-1)
-        out: Tensor = self.linear(modulate(layer_norm(x), shift, scale))
+        out: Tensor = self.linear(_modulate(_layer_norm(x), shift, scale))
         return out
 
 
-class DiT(nn.Module):
-    """Diffusion transformer with mixture-of-experts layers and saliency routers."""
+class _RmsNorm(nn.Module):
+    """Root-mean-square norm with a weight, eps 1e-6."""
 
-    pos_embed: Tensor | None
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.config = config
-        self.x_embedder = PatchEmbed(config.latent_channels, config.patch_size, config.width)
-        self.t_embedder = TimeEmbed(config.width, config.time_scale, config.time_shift)
-        is_text = config.conditioning == "text"
-        self.text_embedder = TextEmbed(config.text_width, config.pooled_width, config.width) if is_text else None
-        self.y_embedder = None if is_text else LabelEmbed(config.num_classes, config.width, config.class_dropout)
-        side = config.latent_size // config.patch_size
-        self.register_buffer(
-            "pos_embed", sincos_positions(config.width, (side, side), side) if config.positions == "sincos" else None
-        )
-        self.blocks = nn.ModuleList([Block(config, index) for index in range(config.depth)])
-        out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
-        self.final_layer = FinalLayer(config.width, config.patch_size**2 * out_channels)
-        fill_parameters(self, config)
+        self.weight = nn.Parameter(torch.ones(width))
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens per image."""
-        return self.config.num_tokens
-
-    def moe_layers(self) -> list[MoELayer]:
-        """Return the MoE layers in depth order."""
-        return [module for module in self.modules() if isinstance(module, MoELayer)]
-
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition | Prepared | Tensor,
-        x0_prev: Tensor | None = None,
-        mode: CallMode = CallMode(),
-    ) -> ModelOutput:
-        """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
-
-        x_t need not be square, but has as many tokens as a square one of the configured size; ValueError otherwise.
-        condition: what the model is conditioned on; a bare tensor (B,) is read as class labels. x0_prev (B, C, H, W):
-        clean latent predicted by the previous step, detached here; None gives the base routing. v is float32 or better.
-        """
-        condition = self._embed_condition(condition) if not isinstance(condition, Prepared) else condition
-        if self.config.prediction == "ddpm_noise":
-            scaled, step = ddpm_input(x_t, t)
-            noise, records = self._network(scaled, step, condition, x0_prev, mode)
-            return ModelOutput(ddpm_velocity(scaled, noise, step), records)
-        return ModelOutput(*self._network(x_t, t, condition, x0_prev, mode))
-
-    def _network(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Prepared,
-        x0_prev: Tensor | None,
-        mode: CallMode,
-    ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
-        grid = self._grid(x_t)
-        tokens = self._embed(x_t, grid)
-        x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach(), grid)
-        c = functional.silu(self.t_embedder(t) + condition.c)
-        rope = self._rotary(t.device, grid)
-        context = Context(c, condition.text, rope, condition.unconditional)
-        read = condition.text.read if condition.text is not None else ()
-        records: list[Routing] = []
-        for index, block in enumerate(self.blocks):
-            own_mode = mode.for_layer(len(records)) if block.moe is not None else mode._replace(routing_maps=None)
-            inputs = (tokens, context._replace(read=read[index]) if read else context, x0_prev_tokens, own_mode)
-            # Non-reentrant: the reentrant form gives wrong gradients under ZeRO-3.
-            tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if mode.recompute else block(*inputs)
-            if routing is not None:
-                records.append(routing)
-        return self._latent(self.final_layer(tokens, context.c), grid), tuple(records)
-
-    def _grid(self, latent: Tensor) -> tuple[int, int]:
-        """Tokens (h, w) of a latent."""
-        (height, bottom), (width, right) = (divmod(size, self.config.patch_size) for size in latent.shape[2:])
-        if bottom or right or height * width != self.num_tokens:
-            raise ValueError(f"latent {tuple(latent.shape[1:])}: expected one of {self.num_tokens} tokens")
-        return height, width
-
-    def _embed(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
-        tokens: Tensor = self.x_embedder(latent.to(self.x_embedder.proj.weight.dtype))
-        if self.pos_embed is None:
-            return tokens
-        positions, side = self.pos_embed, self.config.latent_size // self.config.patch_size
-        if grid != (side, side):
-            positions = sincos_positions(self.config.width, grid, side, tokens.device)
-        return tokens + positions.to(tokens.dtype)
-
-    def prepare(self, condition: Condition) -> Prepared:
-        """What a forward would make of a condition at every step anew, bit for bit, keys and values of text included.
-
-        Reads parameters outside of their blocks: the model must be whole. Keeps depth * B * L * 2 D numbers of text.
-        """
-        prepared = self._embed_condition(condition)
-        if prepared.text is None:
-            return prepared
-        attentions = [module for module in self.modules() if isinstance(module, CrossAttention)]  # in depth order
-        read = tuple(attention.read(prepared.text.tokens) for attention in attentions)
-        return prepared._replace(text=prepared.text._replace(read=read))
-
-    def _embed_condition(self, condition: Condition | Tensor) -> Prepared:
-        condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
-        if self.text_embedder is not None:
-            if not isinstance(condition, TextCondition):
-                raise TypeError(f"a text-conditional model takes a TextCondition, got {type(condition).__name__}")
-            tokens, pooled = self.text_embedder(condition)
-            return Prepared(pooled, TextContext(tokens, condition.mask), None)
-        assert self.y_embedder is not None
-        if not isinstance(condition, ClassCondition):
-            raise TypeError(f"a class-conditional model takes a ClassCondition, got {type(condition).__name__}")
-        unconditional = None
-        if self.config.unconditional_expert:
-            label = self.config.unconditional_label
-            unconditional = condition.labels == (self.config.num_classes if label is None else label)
-        return Prepared(self.y_embedder(condition.labels), None, unconditional)
-
-    def _rotary(self, device: torch.device, grid: tuple[int, int]) -> Tensor | None:
-        """Rotary positions where the family turns its heads; made anew, for a buffer would have to be saved."""
-        config = self.config
-        if config.positions == "sincos":
-            return None
-        return rotary_positions(config.width // config.num_heads, grid, config.positions, device)
-
-    def _latent(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        out_channels = tokens.shape[-1] // self.config.patch_size**2
-        raw = unpatchify(tokens, self.config.patch_size, out_channels, grid)
-        return at_least_float32(raw[:, : self.config.latent_channels])  # learn_sigma: the rest is not used
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return functional.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
 
 
-def count_parameters(model: DiT) -> tuple[int, int]:
-    """Count parameters (total, active per token): an expert counts active in proportion to its mean share of tokens.
+class _Text(NamedTuple):
+    """Embedded caption tokens that every block attends to."""
 
-    Positions are counted, thresholds are not, as in the published figures.
-    """
-    positions = 0 if model.pos_embed is None else model.pos_embed.numel()
-    total = sum(p.numel() for p in model.parameters()) + positions
-    idle = 0.0
-    for moe in model.moe_layers():
-        expert_parameters = sum(p.numel() for p in moe.experts.parameters())
-        per_token = moe.config.top_k if moe.config.family.competition == "token" else moe.config.capacity
-        idle += expert_parameters * (1 - per_token / moe.config.total_experts)
-    return total, round(total - idle)
+    tokens: Tensor  # (B, L, D)
+    mask: Tensor  # (B, L) bool
+    keys_values: tuple[Tensor, ...] = ()  # (B, L, 2 D) of every block, or of the one, where they were prepared
+
+
+class _Prepared(NamedTuple):
+    """What the network computes of a condition apart from time: the same at every step of a sampling run."""
+
+    c: Tensor  # (B, D)
+    text: _Text | None
+    unconditional: Tensor | None  # (B,) bool, where the model has an unconditional expert
+
+
+def _of_block(context: Context, index: int) -> Context:
+    """The context of one block: of keys and values that were prepared it gets its own alone."""
+    text = context.text
+    if text is None or not text.keys_values:
+        return context
+    return context._replace(text=text._replace(keys_values=(text.keys_values[index],)))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: x (B, N, D) * (1 + scale) + shift, with shift and scale (B, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _normalise(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """Apply the block's norm to x (B, N, D): the parameter-free one unless the family has its own."""
+    return _layer_norm(x) if norm is None else norm(x)
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without parameters, eps 1e-6."""
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)

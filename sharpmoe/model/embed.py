@@ -1,30 +1,14 @@
 """Embedders: patches, time, class labels, text."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sharpmoe.model.backbone import TextCondition
+
 FREQUENCIES = 256  # width of the sinusoidal time features in every published DiT
-
-
-class ClassCondition(NamedTuple):
-    """Class-conditional input."""
-
-    labels: Tensor  # (B,) int64; num_classes stands for "no class"
-
-
-class TextCondition(NamedTuple):
-    """Text-conditional input."""
-
-    tokens: Tensor  # (B, L, D_text) token states
-    mask: Tensor  # (B, L) bool, True where a token is real
-    pooled: Tensor  # (B, D_pooled)
-
-
-Condition = ClassCondition | TextCondition
 
 
 class PatchEmbed(nn.Module):
@@ -74,8 +58,8 @@ def sincos_positions(width: int, grid: tuple[int, int], side: int, device: torch
 def rotary_positions(head_width: int, grid: tuple[int, int], kind: str, device: torch.device) -> Tensor:
     """Cosines and sines (2, h w, head_width) float32 of rotary positions (RoFormer, arXiv 2104.09864) on a grid (h, w).
 
-    rope_2d: the first half of a head turns with the row, the second with the column, as in DSMoE; rope_1d: the whole
-    head turns with the token's place in the sequence.
+    rope_2d: the first half of a head rotates with the row, the second with the column, as in DSMoE; rope_1d: the whole
+    head rotates with the token's place in the sequence.
     """
     axes = 2 if kind == "rope_2d" else 1
     quarter = head_width // axes // 2
@@ -87,10 +71,10 @@ def rotary_positions(head_width: int, grid: tuple[int, int], kind: str, device: 
 
 
 def rotate(x: Tensor, rope: Tensor, axes: int) -> Tensor:
-    """Turn heads x (B, heads, N, head_width) by `rotary_positions`; pairs lie half an axis apart."""
+    """Rotate heads x (B, heads, N, head_width) by `rotary_positions`; pairs are half an axis apart."""
     first, second = x.unflatten(-1, (axes, 2, -1)).unbind(-2)
-    turned = torch.stack([-second, first], dim=-2).flatten(-3)
-    return (x * rope[0] + turned * rope[1]).to(x.dtype)
+    rotated = torch.stack([-second, first], dim=-2).flatten(-3)
+    return (x * rope[0] + rotated * rope[1]).to(x.dtype)
 
 
 class TimeEmbed(nn.Module):
@@ -153,20 +137,20 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def read(self, text: Tensor) -> Tensor:
-        """Keys and values (B, L, 2 D) of text (B, L, D): they change with the text only, not from step to step."""
-        read: Tensor = self.kv(text)
-        return read
+    def keys_values(self, text: Tensor) -> Tensor:
+        """Compute keys and values (B, L, 2 D) of text (B, L, D); they depend on the text only, not on the step."""
+        projected: Tensor = self.kv(text)
+        return projected
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor, read: Tensor | None = None) -> Tensor:
-        """X (B, N, D), text (B, L, D), mask (B, L) bool with at least one True per row; returns (B, N, D).
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, keys_values: Tensor | None = None) -> Tensor:
+        """Map x (B, N, D) to (B, N, D), given text (B, L, D) and its mask (B, L) bool, one True per row at least.
 
-        read: what `read` made of this text, where it is at hand.
+        keys_values: what `keys_values` rerotated for this text; computed here where it is not given.
         """
         b, n, d = x.shape
         q = self.q(x).view(b, n, self.num_heads, -1).transpose(1, 2)
-        read = self.read(text) if read is None else read
-        k, v = read.view(b, text.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        keys_values = self.keys_values(text) if keys_values is None else keys_values
+        k, v = keys_values.view(b, text.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(b, n, d))
         return mixed

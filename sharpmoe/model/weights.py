@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from sharpmoe.config import ModelConfig
 from sharpmoe.durable import atomic_draft
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.model.initial import initial_value
 
 _FORMAT = "sharpmoe-1"
@@ -110,7 +111,7 @@ def save_weights(
 def weight_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     """Return what a weights file of this architecture holds: parameters, then buffers, float32."""
     with torch.device("meta"):
-        model = DiT(config)
+        model = build_model(config)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: TensorSpec(tensor.shape, torch.float32) for name, tensor in tensors}
 
@@ -122,7 +123,7 @@ def weights_writer(
     return SafetensorsWriter(path, specs, {"format": _FORMAT, "model": config.model_dump_json(), **meta})
 
 
-def stored_as(state: Mapping[str, Tensor], model: DiT, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_as(state: Mapping[str, Tensor], model: Backbone, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return a state dict with the parameters of `model` in `dtype`, for a smaller file. Buffers stay float32."""
     parameters = {name for name, _ in model.named_parameters()}
     return {key: value.to(dtype) if key in parameters else value for key, value in state.items()}
@@ -176,7 +177,7 @@ class StartingWeights:
             found, self.meta = read_header(path)
             check_architecture(found, config, str(path))
             with torch.device("meta"):
-                own = {key: value.shape for key, value in DiT(config).state_dict().items()}
+                own = {key: value.shape for key, value in build_model(config).state_dict().items()}
             with safe_open(path, framework="pt") as file:
                 shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             _check_keys(own, shapes, str(path))
@@ -192,10 +193,10 @@ class StartingWeights:
         return value.float()
 
 
-def load_model(path: str | Path) -> tuple[DiT, dict[str, str]]:
+def load_model(path: str | Path) -> tuple[Backbone, dict[str, str]]:
     """Build the model of a weights file, float32, in eval mode; return it with the file's meta."""
     state, config, meta = read_weights(path)
-    model = DiT(config)
+    model = build_model(config)
     copy_state(model, state, str(path))
     return model.eval(), meta
 

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.moe.dispatch import Assignment, Counts, Dispatched, LocalDispatcher
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
@@ -154,10 +154,10 @@ def _line(counted: list[tuple[int, int]]) -> tuple[LinearBytes, int]:
     return LinearBytes(2 * one - two, two - one), block
 
 
-def _skeleton(run: RunConfig, micro_batch: int) -> DiT:
+def _skeleton(run: RunConfig, micro_batch: int) -> Backbone:
     """The model without storage, in the dtypes of training. How experts are spread changes weights, not rows."""
     with torch.device("meta"):
-        model = DiT(run.model)
+        model = build_model(run.model)
     for layer in model.moe_layers():
         layer.dispatcher = _EvenDispatcher(rows_of_call(run.model, micro_batch))
     if run.train.precision == "bf16":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.build import build_model
 from sharpmoe.parallel.zero.settings import ZeroSettings
 
 
@@ -44,8 +44,8 @@ class RankParameter(NamedTuple):
 def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParameter]:
     """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer."""
     with torch.device("meta"):
-        model = DiT(run.model)
-    owners = _module_names(model)
+        model = build_model(run.model)
+    owners = [f"{name}." for name, _ in model.whole_parts()]
     parts = []
     for name, parameter in model.named_parameters():
         is_expert = ".experts." in name
@@ -53,13 +53,6 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
         module = next(index for index, owner in enumerate(owners) if name.startswith(owner))
         parts.append(RankParameter(name, parameter.numel() // shared_by, world // shared_by, module, is_expert))
     return parts
-
-
-def _module_names(model: DiT) -> list[str]:
-    """Prefixes of the modules that the engine has ZeRO-3 gather whole, in the order of the forward."""
-    condition = "text_embedder." if model.text_embedder is not None else "y_embedder."
-    blocks = [f"blocks.{index}." for index in range(len(model.blocks))]
-    return ["x_embedder.", "t_embedder.", condition, *blocks, "final_layer."]
 
 
 def parameters_by_module(parts: Sequence[RankParameter]) -> list[list[int]]:

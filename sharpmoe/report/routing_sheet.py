@@ -13,7 +13,7 @@ from data_pipeline.encode.codecs import Codec
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES
 from sharpmoe.evaluation.held_out import ALONE, Share, observe, spread
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import Pixels, render_figure, to_pixels
 
 _HEAT = "magma"  # dark: no experts
@@ -32,7 +32,7 @@ class RoutingSheet:
 
 
 def observe_routing(
-    model: DiT, shards: ShardSet, codec: Codec, images: int = 8, seed: int = 0, share: Share = ALONE
+    model: Backbone, shards: ShardSet, codec: Codec, images: int = 8, seed: int = 0, share: Share = ALONE
 ) -> RoutingSheet:
     """Roll the model out over `images` held-out samples, spread over the main bucket, and return their routing.
 

@@ -17,8 +17,7 @@ from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.held_out import evaluating
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import ClassCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition
 from sharpmoe.report import figures
 
 
@@ -45,7 +44,7 @@ def read_captions(path: Path | str) -> tuple[str, ...]:
     return captions
 
 
-def check_shards(model: DiT, shards: ShardSet) -> None:
+def check_shards(model: Backbone, shards: ShardSet) -> None:
     """Raise DataError where a model does not fit the codec or the text encoder of the shards."""
     config = model.config
     wanted: dict[str, tuple[int, ...]] = {
@@ -93,7 +92,7 @@ def encode_prompts(
 
 
 def draw_images(
-    model: DiT,
+    model: Backbone,
     request: sampling.Request,
     settings: SampleConfig,
     decode: Callable[[Tensor], Tensor],
@@ -122,7 +121,12 @@ class DrawOptions(NamedTuple):
 
 
 def draw_to_files(
-    model: DiT, shards: ShardSet, prompts: Prompts, settings: SampleConfig, folder: Path | str, options: DrawOptions
+    model: Backbone,
+    shards: ShardSet,
+    prompts: Prompts,
+    settings: SampleConfig,
+    folder: Path | str,
+    options: DrawOptions,
 ) -> Path | None:
     """Draw one PNG per prompt and a grid, which have the same numbers and names whatever the part.
 

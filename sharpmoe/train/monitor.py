@@ -26,7 +26,7 @@ from sharpmoe.evaluation.allocation import (
 )
 from sharpmoe.evaluation.held_out import Share, spread
 from sharpmoe.evaluation.validation import validate, validation_scalars
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import Pixels, allocation_curves, sample_grid, save_png
 from sharpmoe.report.routing_sheet import draw_routing_sheet, observe_routing
 from sharpmoe.report.samples import Prompts, draw_images, encode_prompts
@@ -48,7 +48,7 @@ class Monitor:
     share: Share
     log: RunLog | None  # rank 0 only
 
-    def before_training(self, build: Callable[[], DiT]) -> None:
+    def before_training(self, build: Callable[[], Backbone]) -> None:
         """Measure and draw the model that a run starts from (not one that it resumes): allocation/before.json."""
         log = self.run.log
         measured = log.allocation and self.run.model.family.has_experts
@@ -60,7 +60,7 @@ class Monitor:
         if log.sample_every:
             self._draw(model, 0)
 
-    def after_step(self, step: int, build: Callable[[], DiT]) -> None:
+    def after_step(self, step: int, build: Callable[[], Backbone]) -> None:
         """Validate and draw where it is due after optimizer step `step`; after the last always, with the allocation."""
         log, last = self.run.log, step == self.run.train.steps
         validated = log.validate_every > 0 and (last or due(step, log.validate_every))
@@ -78,14 +78,14 @@ class Monitor:
         if measured:
             self._allocation_after(model)
 
-    def _allocation_before(self, model: DiT) -> None:
+    def _allocation_before(self, model: Backbone) -> None:
         result = self._measure(model)
         if self.log is not None:
             save_allocation(result, self.folder / "allocation" / "before.json")
             self.log.scalars(0, allocation_scalars(result))
             self.log.say(allocation_table({"before": result}))
 
-    def _allocation_after(self, model: DiT) -> None:
+    def _allocation_after(self, model: Backbone) -> None:
         """Print the allocation of the finished run beside that of its start, where that was measured."""
         result = self._measure(model)
         if self.log is None:
@@ -103,10 +103,10 @@ class Monitor:
         self.log.text(step, "allocation", allocation_table(results))
         self.log.say(allocation_table(results))
 
-    def _measure(self, model: DiT) -> Allocation:
+    def _measure(self, model: Backbone) -> Allocation:
         return measure_allocation(model, self.held_out, images=self.run.log.allocation_images, share=self.share)
 
-    def _draw(self, model: DiT, step: int) -> None:
+    def _draw(self, model: Backbone, step: int) -> None:
         """Sample grid of the fixed captions and routing sheet of held-out images, to files and TensorBoard."""
         pictures: dict[str, Pixels] = {}
         if self.request is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.parallel.zero.build import Values
 from sharpmoe.rollout import Replay, StepOutput, TrajectoryBatch, first_x0_prev, replay, replay_steps, rollout_step
@@ -40,7 +40,7 @@ class StepAnswer(NamedTuple):
 class Objective(nn.Module):
     """A model and how it is trained."""
 
-    def __init__(self, model: DiT, run: RunConfig) -> None:
+    def __init__(self, model: Backbone, run: RunConfig) -> None:
         super().__init__()
         self.model = model
         self.run = run

@@ -12,7 +12,7 @@ import torch
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT, BatchLayout
-from sharpmoe.model.dit import DiT, count_parameters
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.ranks.launch import World
 
 _PACKAGES = ("sharpmoe", "torch", "deepspeed", "megatron-core")
@@ -22,9 +22,9 @@ Settings = dict[str, Any]  # dotted key -> JSON value
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> (value before, value now)
 
 
-def banner(run: RunConfig, model: DiT, layout: BatchLayout, stage: int, world: World) -> str:
+def banner(run: RunConfig, model: Backbone, layout: BatchLayout, stage: int, world: World) -> str:
     """Return what a run prints before its first step: size, world, batch arithmetic, versions. `stage` is ZeRO's."""
-    total, active = count_parameters(model)
+    total, active = model.count_parameters()
     config, parallel = run.model, run.parallel
     moe = "" if not config.family.has_experts else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
     experts = "" if parallel.ep_size == 1 else f", experts over {parallel.ep_size} ranks ({parallel.dispatcher})"

@@ -13,7 +13,8 @@ from sharpmoe.checkpoint.save import Checkpoints, Outcome
 from sharpmoe.checkpoint.state import Contents
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.evaluation.held_out import Share
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
@@ -85,7 +86,7 @@ def _open_log(plan: RunPlan, notes: Sequence[str], settings: provenance.Settings
     return log
 
 
-def ema_model(session: Session) -> DiT:
+def ema_model(session: Session) -> Backbone:
     """Build a plain model with the averaged weights on every rank, in eval mode, for the monitor. Communicates.
 
     It takes 4 bytes per parameter for as long as it lives. Running the partitioned module outside of the engine's
@@ -94,7 +95,7 @@ def ema_model(session: Session) -> DiT:
     """
     state = session.ema.full_weights(session.objective.model, everywhere=True)
     with torch.device("meta"):
-        twin = DiT(session.plan.run.model)
+        twin = build_model(session.plan.run.model)
     twin.load_state_dict(state, assign=True)
     twin.register_forward_pre_hook(partial(_stop_on_signal, session.world))
     return twin.eval()

@@ -23,7 +23,8 @@ from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.errors import ConfigError, DataError
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights, check_architecture, read_header
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
@@ -81,7 +82,7 @@ class RunPlan:
 class InitialModel(NamedTuple):
     """The model a run starts from, before the engine takes it."""
 
-    model: DiT  # on the meta device: it may be too large for one rank
+    model: Backbone  # on the meta device: it may be too large for one rank
     weights: StartingWeights  # its values
     notes: tuple[str, ...]  # what the user should know
 
@@ -122,7 +123,7 @@ def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tup
     elif init is not None:
         found.append(f"{init} is not there yet: not checked against the model")
     with torch.device("meta"):
-        model = DiT(run.model)
+        model = build_model(run.model)
     stage = int(ds_config["zero_optimization"]["stage"])
     return "\n".join([banner(run, model, layout, stage, world), *(f"  note: {note}" for note in found)])
 
@@ -186,7 +187,7 @@ def initial_model(plan: RunPlan) -> InitialModel:
     or texts of another kind.
     """
     with torch.device("meta"):
-        model = DiT(plan.run.model)
+        model = build_model(plan.run.model)
     init = plan.run.checkpoint.init
     if init is None or plan.saved is not None:
         return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed), ())

@@ -16,7 +16,7 @@ from data_pipeline.schema import Batch
 from sharpmoe import draws, flow
 from sharpmoe.config import OptimConfig, RunConfig
 from sharpmoe.errors import DataError
-from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import ClassCondition, Condition, TextCondition
 from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma

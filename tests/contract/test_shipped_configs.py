@@ -8,7 +8,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import DEFAULT_RUN_CONFIG, dump_run_config, load_run_config
-from sharpmoe.model.dit import DiT, count_parameters
+from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import read_weights
 from sharpmoe.parallel.zero.config import read_ds_json, resolve_ds_config
 
@@ -71,7 +71,7 @@ def test_imagenet_recipes_have_the_published_size_and_the_papers_settings(path):
     run = load_run_config(path)
     posttrain = path.stem.endswith("_sharp")
     with torch.device("meta"):
-        total, _ = count_parameters(DiT(run.model.model_copy(update={"saliency_router": False})))
+        total, _ = build_model(run.model.model_copy(update={"saliency_router": False})).count_parameters()
     assert round(total / 1e6, 3) == MILLIONS[path.stem.removesuffix("_sharp")]
     assert (run.stage, run.train.steps) == (("posttrain", 100_000) if posttrain else ("pretrain", 500_000))
     assert run.model.saliency_router == posttrain

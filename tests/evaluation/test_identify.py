@@ -11,7 +11,8 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.evaluation.identify import identify
 from sharpmoe.flow import interpolate, velocity_target
 from sharpmoe.losses import flow_matching
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.model.published.names import CONVENTIONS, to_published
 from tests.fixtures_data import make_shards
 
@@ -21,11 +22,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards"), num_images=48)
 
 
-def trained(shards: ShardSet, family: str, router: str = "ec", steps: int = 150) -> DiT:
+def trained(shards: ShardSet, family: str, router: str = "ec", steps: int = 150) -> Backbone:
     """A toy that learned, in a second or two, to tell noise from shapes, fed its time as `family` feeds it."""
     torch.manual_seed(0)
     convention = CONVENTIONS[family]
-    model = DiT(
+    model = build_model(
         ModelConfig(
             width=32, depth=2, num_heads=2, latent_size=8, router=router, num_experts=2, conditioning="class",
             num_classes=4, saliency_router=False, time_scale=convention.time_scale, time_shift=convention.time_shift,

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 
 from launcher.export import main
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import load_model, save_weights
 from tests.toys import toy_config
 
 
 def test_export_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step00000003"
-    model = DiT(toy_config())
+    model = build_model(toy_config())
     for name in ("ema", "live"):
         save_weights(folder / f"{name}.safetensors", model.state_dict(), model.config, {"step": "3", "weights": name})
     (folder.parent / "latest").write_text(folder.name)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from launcher.identify import main
 from sharpmoe.config import ModelConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.build import build_model
 from sharpmoe.model.published.names import to_published
 from tests.fixtures_data import make_shards
 
@@ -23,7 +23,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     make_shards(folder / "shards")
     path = folder / "published.safetensors"
-    save_file(to_published(DiT(config).state_dict(), config, "promoe"), path)
+    save_file(to_published(build_model(config).state_dict(), config, "promoe"), path)
     return path
 
 

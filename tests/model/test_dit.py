@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sharpmoe.config import ModelConfig
-from sharpmoe.model.dit import DiT, count_parameters
-from sharpmoe.model.embed import ClassCondition, TextCondition, patchify, rotary_positions, sincos_positions, unpatchify
+from sharpmoe.model.backbone import ClassCondition, TextCondition
+from sharpmoe.model.dit import DiT
+from sharpmoe.model.embed import patchify, rotary_positions, sincos_positions, unpatchify
 from sharpmoe.moe.routing import CallMode
 
 PUBLISHED = {  # millions, as published: class-conditional, 1000 classes, learn_sigma, positions counted
@@ -35,7 +36,7 @@ def test_parameter_counts_are_the_published_ones(preset: str, router: str, exper
         preset=preset, router=router, num_experts=experts, conditioning="class", learn_sigma=True, saliency_router=False
     )
     with torch.device("meta"):
-        total, active = count_parameters(DiT(config))
+        total, active = DiT(config).count_parameters()
     assert round(total / 1e6, 3) == PUBLISHED[preset, router, experts]
     assert active <= total
 

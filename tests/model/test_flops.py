@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.families import rows_of_call
-from sharpmoe.model.dit import DiT, ModelOutput
-from sharpmoe.model.embed import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, TextCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.model.flops import (
     Call,
     backward_flops,
@@ -48,7 +48,7 @@ def loss_of(output: ModelOutput) -> Tensor:
     return output.v.sum() + sum(value.nan_to_num().sum() for value in values if value is not None)
 
 
-def counted(model: DiT, uses_x0_prev: bool) -> tuple[ModelOutput, int, int]:
+def counted(model: Backbone, uses_x0_prev: bool) -> tuple[ModelOutput, int, int]:
     """FLOPs of a forward and of its backward. Attention is plain products: the counter knows no CPU kernel."""
     x = torch.randn(IMAGES, 4, model.config.latent_size, model.config.latent_size)
     inputs = (x, torch.rand(IMAGES), condition(model.config), torch.randn_like(x) if uses_x0_prev else None)
@@ -118,7 +118,7 @@ def test_a_large_model_without_storage(router: str) -> None:
     config = ModelConfig(preset="l", router=router, conditioning="text")
     images, text_tokens = 4, 32
     with torch.device("meta"):
-        model = DiT(config).train()
+        model = build_model(config).train()
         x, t = torch.empty(images, 4, 32, 32), torch.empty(images)
         mask = torch.ones(images, text_tokens, dtype=torch.bool)
         text = TextCondition(torch.empty(images, text_tokens, 384), mask, torch.empty(images, 384))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.read.stream import stream
 from sharpmoe.config import RunConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.moe.thresholds import update_thresholds
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
@@ -22,10 +22,10 @@ from sharpmoe.train.setup import RunPlan
 from sharpmoe.train.step import draw_trajectories, learning_rate, train_step, trained_segment
 from tests.train.setting import ALONE, plan_for, stirred_model, worst
 
-Prepare = Callable[[DiT], DiT]
+Prepare = Callable[[Backbone], Backbone]
 
 
-def unchanged(model: DiT) -> DiT:
+def unchanged(model: Backbone) -> Backbone:
     return model
 
 

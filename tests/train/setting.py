@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.train.setup import RunPlan, make_plan
@@ -40,10 +41,10 @@ def plan_for(run: RunConfig, world: World, stage: int = 3) -> RunPlan:
     return make_plan(run, resolve_ds_config(CONFIGS / f"zero{stage}.json", run, world.size), world)
 
 
-def stirred_model(run: RunConfig) -> DiT:
+def stirred_model(run: RunConfig) -> Backbone:
     """A seeded model whose every parameter matters: zero-initialised ones are moved."""
     torch.manual_seed(0)
-    model = DiT(run.model)
+    model = build_model(run.model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -10,7 +10,8 @@ from data_pipeline.schema import Batch
 from sharpmoe.config import RunConfig
 from sharpmoe.families import FAMILIES as RECORDS
 from sharpmoe.model.attach import attach
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import World
@@ -71,16 +72,16 @@ def run_of(name: str, shards: Path, schedule: str) -> RunConfig:
     )
 
 
-def base(run: RunConfig) -> DiT:
+def base(run: RunConfig) -> Backbone:
     torch.manual_seed(0)
-    model = DiT(run.model.model_copy(update={"saliency_router": False}))
+    model = build_model(run.model.model_copy(update={"saliency_router": False}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.train()
 
 
-def gradients(run: RunConfig, model: DiT, shards: ShardSet, step: int) -> StepRecord:
+def gradients(run: RunConfig, model: Backbone, shards: ShardSet, step: int) -> StepRecord:
     objective = Objective(model, run)
     item = _draw(read(shards, run, 8 * step), shards.empty_text(), run)
     answer = objective(StepRequest((item,), with_routing=True))

@@ -6,8 +6,8 @@ import torch
 from benchmarks.memory import SavedBytes
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import TextCondition
+from sharpmoe.model.backbone import TextCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 from tests.memory import LiveBytes
@@ -33,7 +33,7 @@ def an_item(steps: int) -> TrajectoryBatch:
 
 def saved(run: RunConfig, micro_batches: int = 1) -> int:
     """Most bytes that graphs held at one time."""
-    objective = Objective(DiT(run.model), run).train()
+    objective = Objective(build_model(run.model), run).train()
     items = tuple(an_item(run.rollout.num_steps) for _ in range(micro_batches))
     with SavedBytes([*objective.parameters(), *objective.buffers()]).watch() as count:
         objective(StepRequest(items)).loss.backward()
@@ -43,7 +43,7 @@ def saved(run: RunConfig, micro_batches: int = 1) -> int:
 
 def alive(run: RunConfig) -> int:
     """Most bytes of tensors that were alive at one time, gradients included."""
-    objective, item = Objective(DiT(run.model), run).train(), an_item(run.rollout.num_steps)
+    objective, item = Objective(build_model(run.model), run).train(), an_item(run.rollout.num_steps)
     with LiveBytes() as count:
         objective(StepRequest((item,))).loss.backward()
     return count.peak
@@ -70,6 +70,6 @@ def test_memory_of_two_pass_hardly_grows_with_the_steps() -> None:
     few, many = (alive(a_run(steps, schedule="two_pass")) for steps in (2, 12))
     x0_prev, maps, figures = BATCH * 4 * 16 * 16 * 4, 2 * BATCH * 64 * 4, 256
     assert many - few <= 10 * (x0_prev + maps + figures)  # what a second pass is told of ten more steps
-    sums = 4 * sum(p.numel() for p in DiT(a_run(1).model).parameters())
+    sums = 4 * sum(p.numel() for p in build_model(a_run(1).model).parameters())
     assert few <= 1.05 * (alive(a_run(1)) + sums)
     assert alive(a_run(6, schedule="checkpoint")) < 0.25 * alive(a_run(6))

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.flow import descending_times
-from sharpmoe.model.embed import TextCondition
+from sharpmoe.model.backbone import TextCondition
 from sharpmoe.rollout import StepOutput, TrajectoryBatch
 from sharpmoe.train import objective as objective_module
 from sharpmoe.train.local_gradients import LocalGradients

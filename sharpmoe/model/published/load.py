@@ -12,7 +12,8 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.families import FAMILIES
 from sharpmoe.model.attach import extend_to_text
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.build import build_model
 from sharpmoe.model.published.names import (
     CONVENTIONS,
     ROUTERS,
@@ -48,7 +49,7 @@ def load_pretrained(
     conditioning: Literal["class", "text"] = "class",
     weights: Literal["ema", "model"] = "ema",
     **sizes: Any,
-) -> DiT:
+) -> Backbone:
     """Build the model of a published checkpoint in our convention: v = model(x_t, t, labels).v, t = 0 data, 1 noise.
 
     source: .pth/.pt (read with weights_only), .safetensors, a folder of shards, or a state dict. family and router name
@@ -69,7 +70,7 @@ def load_pretrained(
 
 def read_pretrained(
     source: str | Path | Mapping[str, Any], family: Family, router: str, *, weights: str = "ema", **sizes: Any
-) -> tuple[DiT, PretrainedReport]:
+) -> tuple[Backbone, PretrainedReport]:
     """Build the model as `load_pretrained` does, without extending it to text; return it with a report of its keys."""
     if family not in ROUTERS or router not in ROUTERS[family]:
         known = "; ".join(f"{name}: {', '.join(routers)}" for name, routers in ROUTERS.items())
@@ -79,10 +80,10 @@ def read_pretrained(
 
 def build_published(
     state: Mapping[str, Tensor], convention: Convention, router: str, where: str, **sizes: Any
-) -> tuple[DiT, PretrainedReport]:
+) -> tuple[Backbone, PretrainedReport]:
     """Build the model of a published state dict under any convention, in eval mode. CheckpointError names `where`."""
     config, assumed = _published_config(state, convention, router, sizes)
-    model = DiT(config)
+    model = build_model(config)
     new = copy_state(model, convert_published(state, convention), where)
     loaded = tuple(key for key in model.state_dict() if key not in new)
     return model.eval(), PretrainedReport(loaded, new, assumed)

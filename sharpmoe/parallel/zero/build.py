@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.placement import local_experts
 
@@ -23,13 +24,9 @@ class Values(Protocol):
 
 
 def whole_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the parts that ZeRO-3 gathers as one, with their names: embedders, blocks, final layer."""
-    parts = []
-    for outer, child in module.named_children():
-        for name, part in child.named_children():
-            inner = part.named_children() if isinstance(part, nn.ModuleList) else [("", part)]
-            parts += [(".".join(filter(None, (outer, name, index))), piece) for index, piece in inner]
-    return parts
+    """Return the parts that ZeRO-3 gathers whole, with their names in `module`, which holds backbones."""
+    backbones = [(name, child) for name, child in module.named_children() if isinstance(child, Backbone)]
+    return [(f"{outer}.{name}", part) for outer, backbone in backbones for name, part in backbone.whole_parts()]
 
 
 def materialise(module: nn.Module, values: Values, ds_config: dict[str, Any], world: World) -> None:

@@ -18,8 +18,7 @@ from sharpmoe.errors import CheckpointError, ConfigError
 from sharpmoe.flow import ddpm_input, ddpm_velocity, interpolate
 from sharpmoe.losses import ROUTER_LOSSES, flow_matching
 from sharpmoe.model.attach import attach, extend_to_text
-from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import TextCondition
+from sharpmoe.model.backbone import Backbone, TextCondition
 from sharpmoe.model.published.load import load_pretrained, read_pretrained
 from sharpmoe.model.published.names import CONVENTIONS, ROUTERS, to_published
 from sharpmoe.model.published.sizes import matching_families
@@ -38,7 +37,7 @@ def load(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str, str, dic
     return tensors, weights, meta["family"], meta["router"], json.loads(meta["sizes"])
 
 
-def build(name: str) -> tuple[DiT, dict[str, Tensor]]:
+def build(name: str) -> tuple[Backbone, dict[str, Tensor]]:
     tensors, weights, family, router, sizes = load(name)
     return load_pretrained(weights, family, router, **sizes), tensors
 

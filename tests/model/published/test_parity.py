@@ -15,8 +15,7 @@ from torch import Tensor
 from sharpmoe.config import LossConfig
 from sharpmoe.flow import interpolate
 from sharpmoe.losses import HEAD_LOSSES, ROUTER_LOSSES, flow_matching
-from sharpmoe.model.dit import DiT, ModelOutput
-from sharpmoe.model.embed import ClassCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, ModelOutput
 from sharpmoe.model.published.load import load_pretrained
 from sharpmoe.model.published.names import to_published
 from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
@@ -28,7 +27,7 @@ TOLERANCE = 1e-5
 CONTRASTIVE_TEMPERATURE = 0.07
 
 
-def load(name: str) -> tuple[DiT, dict[str, Tensor], dict]:
+def load(name: str) -> tuple[Backbone, dict[str, Tensor], dict]:
     family, router = name.split("_", 1)
     record = json.loads((FOLDER / f"{name}.json").read_text())
     sizes = record["config"]

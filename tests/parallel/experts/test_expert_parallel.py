@@ -9,7 +9,7 @@ import torch
 
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.experts.groups import check_ep_size
 from tests.distributed import run_ranks
 from tests.parallel.reference import Case, Trace, assert_same, unchanged, with_engine, with_plain_torch
@@ -30,7 +30,7 @@ LAYOUTS = {  # name -> world size, ep_size, dispatcher
 SGD = {"name": "sgd", "lr": 0.05}
 
 
-def tilted(model: DiT, bias: tuple[float, ...]) -> DiT:
+def tilted(model: Backbone, bias: tuple[float, ...]) -> Backbone:
     """Routers that like each expert as much as `bias` says, whatever the token."""
     with torch.no_grad():
         for layer in model.moe_layers():

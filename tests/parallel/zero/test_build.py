@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.dit import DiT
+from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights, save_weights
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.build import whole_parts
@@ -22,7 +22,7 @@ from tests.train.setting import identical, make_run, plan_for, stirred_model
 def built(world: World, run: RunConfig, stage: int, base: str | None) -> tuple[dict[str, Tensor], int, int]:
     """Weights of a model filled on the ranks; the most elements that were real at once, and what a part may have."""
     with torch.device("meta"):
-        objective = Objective(DiT(run.model), run)
+        objective = Objective(build_model(run.model), run)
     values = Objective.values(StartingWeights(run.model, run.seed, base))
     peaks: list[int] = []
 
@@ -31,7 +31,9 @@ def built(world: World, run: RunConfig, stage: int, base: str | None) -> tuple[d
         return values(name, shape, experts)
 
     engine = Engine(objective, run, plan_for(run, world, stage).ds_config, world, watched)
-    largest = max(part_elements(part, run.parallel.ep_size) for _, part in whole_parts(Objective(DiT(run.model), run)))
+    largest = max(
+        part_elements(part, run.parallel.ep_size) for _, part in whole_parts(Objective(build_model(run.model), run))
+    )
     return engine.full_weights(objective.model), max(peaks), largest
 
 
@@ -56,7 +58,7 @@ def test_parts_on_ranks_equal_the_whole_to_the_last_bit(ranks: int, ep_size: int
     weights, peak, largest = run_ranks(built, ranks, config, stage, None)[0]
     values = StartingWeights(config.model, config.seed)
     assert identical(
-        weights, {name: values(name, value.shape) for name, value in DiT(config.model).state_dict().items()}
+        weights, {name: values(name, value.shape) for name, value in build_model(config.model).state_dict().items()}
     )
     if stage == 3:
         assert 0 < peak <= largest  # one block's share, never the model
