@@ -15,17 +15,17 @@ from sharpmoe.parallel.zero.partitions import Piece
 
 _BATCH = 1 << 24  # bytes of parameters that are assembled at once
 
-Table = list[dict[str, list[Piece]]]  # per rank: its pieces by parameter
+_Table = list[dict[str, list[Piece]]]  # per rank: its pieces by parameter
 
 
-def gather_table(pieces: Sequence[Piece], peers: SideGroup) -> Table:
+def gather_table(pieces: Sequence[Piece], peers: SideGroup) -> _Table:
     """Return the pieces of all ranks, on every rank. Communicates."""
     return [_by_name(theirs) for theirs in peers.gather(list(pieces))]
 
 
 def whole_tensors(
     specs: Mapping[str, TensorSpec],
-    table: Table,
+    table: _Table,
     parts: Sequence[Tensor],
     buffers: Mapping[str, Tensor],
     peers: SideGroup,

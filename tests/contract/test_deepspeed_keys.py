@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
-from sharpmoe.parallel.zero.config import OWNED_BY_RUN, REFUSED, REMOVED, SCALARS, SECTIONS
+from sharpmoe.parallel.zero.config import _OWNED_BY_RUN, _REFUSED, _REMOVED, _SCALARS, _SECTIONS
 
 
 class Recorder(dict):
@@ -46,27 +46,27 @@ def keys_read(section: str | None = None) -> set[str]:
 
 
 def test_top_level_keys():
-    known = {*OWNED_BY_RUN, *SECTIONS, *SCALARS, *REFUSED} - {"sequence_parallel_size"}  # read for other callers only
-    assert keys_read() | set(REMOVED) == known
+    known = {*_OWNED_BY_RUN, *_SECTIONS, *_SCALARS, *_REFUSED} - {"sequence_parallel_size"}  # of other callers
+    assert keys_read() | set(_REMOVED) == known
 
 
 def test_removed_keys():
-    assert set(REMOVED) == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert set(_REMOVED) == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
 
 
-@pytest.mark.parametrize("section", [name for name, kind in SECTIONS.items() if isinstance(kind, frozenset)])
+@pytest.mark.parametrize("section", [name for name, kind in _SECTIONS.items() if isinstance(kind, frozenset)])
 def test_keys_of_sections_that_deepspeed_reads_as_plain_dicts(section):
-    assert keys_read(section) == SECTIONS[section]
+    assert keys_read(section) == _SECTIONS[section]
 
 
 def test_no_key_has_two_owners():
-    groups: list[set[str]] = [set(OWNED_BY_RUN), set(SECTIONS), set(SCALARS), set(REFUSED)]
+    groups: list[set[str]] = [set(_OWNED_BY_RUN), set(_SECTIONS), set(_SCALARS), set(_REFUSED)]
     assert sum(len(group) for group in groups) == len(set.union(*groups))
 
 
 @pytest.mark.parametrize("section", ["bf16", "zero_optimization", "compile", "comms_logger"])
 def test_typed_sections_refuse_unknown_keys_themselves(section):
     """We rely on DeepSpeed's own models for the values."""
-    kind: Callable[..., Any] = SECTIONS[section]  # type: ignore[assignment]
+    kind: Callable[..., Any] = _SECTIONS[section]  # type: ignore[assignment]
     with pytest.raises(ValueError, match="xyzzy"):
         kind(xyzzy=1)

@@ -1,7 +1,7 @@
-"""The DeepSpeed JSON: every key checked, "auto" resolved, keys that the run file owns filled in. No communication.
+"""Read the DeepSpeed JSON: check every key, resolve "auto", fill in the keys that the run file owns. No communication.
 
-DeepSpeed accepts an unknown top-level key and goes on with its defaults: `zero_optimisation` means stage 0, and a key
-that the run file owns too would be a second truth. So nothing reaches `deepspeed.initialize` that is not named here.
+DeepSpeed accepts an unknown top-level key and uses its defaults: `zero_optimisation` means stage 0, and a key that the
+run file owns too could contradict it. So nothing reaches `deepspeed.initialize` that is not named here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic, nearest
 from sharpmoe.errors import ConfigError
 
-AUTO = "auto"
+_AUTO = "auto"
 
 # Keys of the JSON that belong to the run file, and the run file's key for each.
-OWNED_BY_RUN: dict[str, str] = {
+_OWNED_BY_RUN: dict[str, str] = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
@@ -40,9 +40,9 @@ OWNED_BY_RUN: dict[str, str] = {
     "tensorboard": "log.every (each run writes TensorBoard files)",
 }
 
-# Sections with keys below them -> what checks them: a DeepSpeed model (its fields are the allowed keys), or a pinned
-# list where DeepSpeed reads a plain dict. tests/contract pins both against the installed DeepSpeed.
-SECTIONS: dict[str, type[DeepSpeedConfigModel] | frozenset[str]] = {
+# Sections with keys below them -> how they are checked: a DeepSpeed model (its fields are the allowed keys), or a
+# pinned list where DeepSpeed reads a plain dict. tests/contract pins both against the installed DeepSpeed.
+_SECTIONS: dict[str, type[DeepSpeedConfigModel] | frozenset[str]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
     "comms_logger": CommsLoggerConfig,
@@ -62,7 +62,7 @@ _NESTED_MODELS: dict[str, type[DeepSpeedConfigModel]] = {
     "leaf_module": DeepSpeedZeroLeafModuleConfig,
 }
 
-SCALARS: frozenset[str] = frozenset(
+_SCALARS: frozenset[str] = frozenset(
     {
         "communication_data_type",
         "disable_allgather",
@@ -79,7 +79,7 @@ SCALARS: frozenset[str] = frozenset(
 )
 
 # Keys of older DeepSpeed versions.
-REMOVED: tuple[str, ...] = (
+_REMOVED: tuple[str, ...] = (
     "amp",
     "compression_training",
     "curriculum_learning",
@@ -94,7 +94,7 @@ REMOVED: tuple[str, ...] = (
 )
 
 # Known to DeepSpeed, now or before, not offered here, and why.
-REFUSED: dict[str, str] = dict.fromkeys(REMOVED, "DeepSpeed 0.19 has dropped it") | {
+_REFUSED: dict[str, str] = dict.fromkeys(_REMOVED, "DeepSpeed 0.19 has removed it") | {
     "activation_checkpointing": "set rollout.schedule: checkpoint in the run file",
     "autotuning": "not supported",
     "bfloat16": "write bf16",
@@ -104,7 +104,7 @@ REFUSED: dict[str, str] = dict.fromkeys(REMOVED, "DeepSpeed 0.19 has dropped it"
     "data_efficiency": "data_pipeline orders and batches the samples",
     "dataloader_drop_last": "data_pipeline orders and batches the samples",
     "datastates_ckpt": "not supported",
-    "expert_parallel": "sharpmoe.parallel lays the experts out",
+    "expert_parallel": "parallel.ep_size distributes the experts",
     "gradient_allreduce_op": "losses are means over the global batch",
     "hybrid_engine": "not supported",
     "managed_gradient_accumulation": "the rollout sets the accumulation boundary itself",
@@ -118,9 +118,9 @@ REFUSED: dict[str, str] = dict.fromkeys(REMOVED, "DeepSpeed 0.19 has dropped it"
     "weight_quantization": "not supported",
 }
 
-# Keys of zero_optimization that DeepSpeed knows and experts over ranks or checkpoints of ours rule out: the value that
-# is allowed, and why no other is.
-ONLY: dict[str, tuple[Any, str]] = {
+# Keys of zero_optimization that DeepSpeed knows and that conflict with experts over ranks or with checkpoints: the
+# value that is allowed, and why no other is.
+_ONLY: dict[str, tuple[Any, str]] = {
     "zero_hpz_partition_size": (1, "DeepSpeed cannot place experts under it"),
     "zero_quantized_gradients": (False, "DeepSpeed cannot place experts under it"),
     "mics_shard_size": (-1, "DeepSpeed cannot place experts under it"),
@@ -138,7 +138,7 @@ _AUTO_BY_WIDTH: dict[str, Callable[[int], int]] = {
 def resolve_ds_config(path: str | Path, run: RunConfig, world: int) -> dict[str, Any]:
     """Read a DeepSpeed JSON and fill in what the run file owns, for `world` data-parallel ranks.
 
-    Pure: no communication, the same answer on every rank, so a mistake shows on every rank before the first collective.
+    Pure: no communication and the same result on every rank, so that all ranks fail before the first collective.
 
     Returns:
         A JSON-serialisable dict for `deepspeed.initialize(config=...)`.
@@ -149,8 +149,8 @@ def resolve_ds_config(path: str | Path, run: RunConfig, world: int) -> dict[str,
     path = Path(path)
     raw = read_ds_json(path)
     _check_top_level(raw, path)
-    engine = {key: value for key, value in raw.items() if key not in OWNED_BY_RUN}
-    for name in engine.keys() & SECTIONS.keys():
+    engine = {key: value for key, value in raw.items() if key not in _OWNED_BY_RUN}
+    for name in engine.keys() & _SECTIONS.keys():
         engine[name] = _check_section(name, engine[name], run, path)
     _check_stage(engine, path)
     _check_only(engine, path)
@@ -170,46 +170,46 @@ def read_ds_json(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = {key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1}
         if twice:
-            raise ConfigError(f"{path}: key {sorted(twice)[0]} stands twice; keep one")
+            raise ConfigError(f"{path}: key {sorted(twice)[0]} is given twice; keep one")
         return dict(pairs)
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}; mend the syntax there") from None
+        raise ConfigError(f"{path} is not valid JSON: {error}; correct the syntax there") from None
     if not isinstance(data, dict):
         raise ConfigError(f'{path} holds a {type(data).__name__}, expected an object like {{"zero_optimization": ...}}')
     return data
 
 
 def _check_top_level(raw: Mapping[str, Any], path: Path) -> None:
-    allowed = SCALARS | SECTIONS.keys()
+    allowed = _SCALARS | _SECTIONS.keys()
     for key, value in raw.items():
-        if key in OWNED_BY_RUN:
+        if key in _OWNED_BY_RUN:
             _check_owned(key, value, path)
-        elif key in REFUSED:
-            raise ConfigError(f"{path}: {key} cannot be set here: {REFUSED[key]}; remove it")
+        elif key in _REFUSED:
+            raise ConfigError(f"{path}: {key} cannot be set here: {_REFUSED[key]}; remove it")
         elif key not in allowed:
-            hint = nearest(key, [*allowed, *OWNED_BY_RUN]) or f"; allowed: {', '.join(sorted(allowed))}"
+            hint = nearest(key, [*allowed, *_OWNED_BY_RUN]) or f"; allowed: {', '.join(sorted(allowed))}"
             raise ConfigError(f"{path}: unknown key {key}{hint}")
-        elif value == AUTO:
+        elif value == _AUTO:
             raise ConfigError(f'{path}: {key} is "auto", which nothing resolves; write a value or remove the key')
 
 
 def _check_owned(key: str, value: Any, path: Path) -> None:
-    """Let through what says nothing of its own: "auto", or a precision section that is off or "auto"."""
+    """Accept what does not contradict the run file: "auto", or an fp16 section that is off or "auto"."""
     silent = (
-        value.get("enabled", False) in (AUTO, False) if isinstance(value, dict) and key == "fp16" else value == AUTO
+        value.get("enabled", False) in (_AUTO, False) if isinstance(value, dict) and key == "fp16" else value == _AUTO
     )
     if not silent:
-        raise ConfigError(f"{path}: {key} belongs to the run file; remove it here and set {OWNED_BY_RUN[key]} there")
+        raise ConfigError(f"{path}: {key} belongs to the run file; remove it here and set {_OWNED_BY_RUN[key]} there")
 
 
 def _check_section(name: str, section: Any, run: RunConfig, path: Path) -> dict[str, Any]:
     """Check one section's keys and values; return it with "auto" resolved."""
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: {name} is {section!r}, expected an object with keys like {_some_keys(name)}")
-    kind = SECTIONS[name]
+    kind = _SECTIONS[name]
     _check_names(name, section, kind if isinstance(kind, frozenset) else _field_names(kind), path)
     for key, model in _NESTED_MODELS.items():
         if name == "zero_optimization" and isinstance(section.get(key), dict):
@@ -230,10 +230,10 @@ def _check_names(name: str, section: Mapping[str, Any], known: Iterable[str], pa
 
 def _resolve_auto(name: str, section: Mapping[str, Any], run: RunConfig, path: Path) -> dict[str, Any]:
     resolved = dict(section)
-    if name == "bf16" and resolved.pop("enabled", AUTO) != AUTO:
+    if name == "bf16" and resolved.pop("enabled", _AUTO) != _AUTO:
         raise ConfigError(f"{path}: bf16.enabled belongs to the run file; remove it here and set train.precision there")
     for key, value in section.items():
-        if value != AUTO or key not in resolved:
+        if value != _AUTO or key not in resolved:
             continue
         rule = _AUTO_BY_WIDTH.get(key) if name == "zero_optimization" else None
         if rule is None:
@@ -266,7 +266,7 @@ def _check_stage(engine: Mapping[str, Any], path: Path) -> None:
 
 def _check_only(engine: Mapping[str, Any], path: Path) -> None:
     zero = engine["zero_optimization"]
-    for key, (allowed, why) in ONLY.items():
+    for key, (allowed, why) in _ONLY.items():
         if zero.get(key, allowed) != allowed:
             raise ConfigError(f"{path}: zero_optimization.{key} is {zero[key]!r}, allowed: {allowed!r} ({why})")
     for key in ("offload_param", "offload_optimizer"):
@@ -289,11 +289,11 @@ def _from_run(engine: Mapping[str, Any], run: RunConfig, world: int) -> dict[str
 
 
 def _field_names(model: type[DeepSpeedConfigModel]) -> list[str]:
-    """Every spelling that a DeepSpeed model accepts: field names and their aliases."""
+    """Return every spelling that a DeepSpeed model accepts: field names and their aliases."""
     fields = model.model_fields
     return [*fields, *(field.alias for field in fields.values() if field.alias)]
 
 
 def _some_keys(name: str) -> str:
-    kind = SECTIONS[name]
+    kind = _SECTIONS[name]
     return ", ".join(sorted(kind if isinstance(kind, frozenset) else _field_names(kind))[:4])

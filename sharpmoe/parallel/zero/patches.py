@@ -4,7 +4,7 @@ Written for DeepSpeed 0.19.8, which `check_version` requires: an upgrade is a re
 `partitions`, which read inner names, and of tests/contract/test_deepspeed_internals.py. One public switch must be set
 before there is an engine and is set in `ranks.launch.start`: the shared-memory operator is disabled.
 
-1. *Whether a step is taken* (`NormGate`). ZeRO-2 and ZeRO-3 measure the gradient norm at the top of their step, the
+1. *Whether a step is taken* (`_NormGate`). ZeRO-2 and ZeRO-3 measure the gradient norm at the top of their step, the
    same on every rank, and drop the step where it is not a number: gradients cleared, accumulation restarted, weights
    and optimizer state untouched. A norm that is refused here is reported to them as infinite, so that a refused step
    takes their own path, without measuring twice.
@@ -57,11 +57,11 @@ def check_version() -> None:
         )
 
 
-def patch_optimizer(zero: Any, stage: int, parts_whole: bool) -> "NormGate":
+def patch_optimizer(zero: Any, stage: int, parts_whole: bool) -> "_NormGate":
     """Apply every change to a ZeRO optimizer; return the gate through which its steps are taken."""
     if parts_whole:
         _reduce_once_per_backward(zero)
-    gate = NormGate(zero, stage)
+    gate = _NormGate(zero, stage)
     if stage == 3:
         _patch_step_in_place(zero, lambda: gate.norm)
     return gate
@@ -101,7 +101,7 @@ def float32_buffers(module: nn.Module) -> Iterator[None]:
             buffer.data = buffers[name].to(buffer.device)
 
 
-class NormGate:
+class _NormGate:
     """Decides on each step between DeepSpeed's measuring of the gradient norm and its update."""
 
     def __init__(self, zero: Any, stage: int) -> None:

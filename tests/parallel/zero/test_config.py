@@ -123,7 +123,7 @@ def test_a_hugging_face_file_with_auto_values_is_resolved(ds_file):
         ({"aio": {"blocksize": 1}}, ["aio.blocksize", "did you mean block_size?"]),
         ([1], ["holds a list", "expected an object"]),
         ('{"zero_optimization": {"stage": 3,}}', ["not valid JSON", "line 1 column"]),
-        ('{"bf16": {}, "bf16": {}}', ["key bf16 stands twice"]),
+        ('{"bf16": {}, "bf16": {}}', ["key bf16 is given twice"]),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_mend(ds_file, content, words):
