@@ -25,7 +25,7 @@ class Damage(NamedTuple):
 
 
 class DamageLedger:
-    """All damage found so far, each once. Two ledgers to which the same is added are equal."""
+    """All damage found so far, each once. Ranks that add the same damage raise the same error."""
 
     def __init__(self, num_samples: int, max_bad_fraction: float) -> None:
         """`num_samples` of the data: the fraction is of them, not of what was read so far."""

@@ -75,10 +75,10 @@ class _Steps(Dataset[Loaded | DataError]):
         for number in itertools.count(pick.number):
             index = self._orders[pick.stream].at(number).sample
             found = self._data.load(pick.stream, index, Draw(self._seed, position))
-            met = [*self._data.flaws(), *([found] if isinstance(found, Damage) else [])]
-            if met:
-                self._ledger.add(met)
-                damage += met
+            damaged = [*self._data.flaws(), *([found] if isinstance(found, Damage) else [])]
+            if damaged:
+                self._ledger.add(damaged)
+                damage += damaged
             if isinstance(found, Sample):
                 return found
         raise AssertionError("unreachable: the order is endless")
@@ -214,5 +214,5 @@ def _dead_readers_raise() -> Iterator[None]:
 
 
 def _is_torchs(handler: object) -> bool:
-    """Whether a handler is the one that torch leaves behind with the first data workers of a process."""
+    """Return whether a handler is the one that torch installs with the first data workers of a process."""
     return getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
