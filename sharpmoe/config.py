@@ -1,7 +1,7 @@
 """The run configuration: strict, read once, without torch.
 
 A run file (YAML) plus dotted overrides becomes one frozen `RunConfig`. DeepSpeed's own keys live in configs/zero*.json
-and are owned by `sharpmoe.parallel.zero.config`; no key stands in both.
+and are owned by `sharpmoe.parallel.zero.config`; no key is in both.
 """
 
 from __future__ import annotations

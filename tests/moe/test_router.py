@@ -4,6 +4,7 @@ import torch
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.layer import MoELayer
+from sharpmoe.moe.routing import CallMode
 
 
 def test_diffmoe_infers_from_thresholds_and_trains_from_the_pool() -> None:
@@ -37,3 +38,18 @@ def test_a_balancing_bias_moves_the_choice_and_not_the_gates() -> None:
     assert record.routing_map[..., 2].all()
     assert torch.equal(record.gates, record.scores * record.routing_map)
     assert torch.equal(record.bias, layer.expert_bias)
+
+
+def test_merged_calls_of_a_race_are_replayed_whatever_their_floors() -> None:
+    """Two calls of 16 tokens take 17 pairs each, one of 32 would take 35: a replay fixes no total."""
+    torch.manual_seed(0)
+    layer = MoELayer(ModelConfig(width=16, num_heads=2, num_experts=4, router="race", capacity=1.1)).train()
+    for parameter in layer.experts.parameters():
+        torch.nn.init.normal_(parameter)
+    parts = [torch.randn(1, 16, 16) for _ in range(2)]
+    apart = [layer(h) for h in parts]
+    maps = torch.cat([record.routing_map for _, record in apart])
+    assert maps.sum() == 34
+    y, record = layer(torch.cat(parts), mode=CallMode(routing_maps=(maps,)))
+    torch.testing.assert_close(y, torch.cat([part for part, _ in apart]))
+    assert torch.equal(record.routing_map, maps)
