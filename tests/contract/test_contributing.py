@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from data_pipeline.sources import open as sources
+from sharpmoe import checkpoint
 from sharpmoe.families import FAMILIES
+from sharpmoe.model.build import BACKBONES
 from sharpmoe.moe.selection import RULES
 from sharpmoe.train.rollout_schedules import SCHEDULES
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "contributing"
-TABLES = (FAMILIES, RULES, SCHEDULES)  # what the pages add a row to
+TABLES = (FAMILIES, RULES, SCHEDULES, BACKBONES)  # what the pages add a row to
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +64,9 @@ def test_a_walk_enters_each_file_once(walk):
 def test_there_are_five_walks_and_a_checkpoint_crosses_seven_files_at_most():
     assert len(walks()) == 5
     assert len(walks()["A piece of a checkpoint, out and back"]) <= 7
+
+
+def test_the_walk_of_a_checkpoint_is_that_of_its_package():
+    docstring = checkpoint.__doc__ or ""
+    listed = re.findall(r"^\d+\. `([\w/.]+)`: ", docstring, re.MULTILINE)
+    assert [f"sharpmoe/{file}" for file in listed] == walks()["A piece of a checkpoint, out and back"]
