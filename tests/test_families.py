@@ -263,6 +263,7 @@ def test_a_new_family_is_counted(toy: str) -> None:
     assert routing_scalars(routing_sums([unsteered], model.config))["routing_flipped/layer0"] == 0
 
 
+@pytest.mark.slow
 def test_a_new_family_is_planned(toy: str) -> None:
     run = make_run(Path("shards"), Path("runs"), toy, loss={"routing_weight": 0.5}, model={"capacity": 2.0})
     fewer = make_run(Path("shards"), Path("runs"), toy, loss={"routing_weight": 0.5})

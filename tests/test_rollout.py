@@ -106,6 +106,7 @@ def test_a_first_pass_leaves_out_what_only_losses_read(name: str, calls: int) ->
 
 @pytest.mark.parametrize("mass", ["scores", "counts"])
 @pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.slow
 def test_segments_are_unbiased(router: str, mass: str) -> None:
     plain, _ = gradients(make_run(router, mass))
     for size, kept, merged in ((1, None, 1), (2, 0, 1), (3, 0, 2), (3, 1, 1), (2, None, 1)):

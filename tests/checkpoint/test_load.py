@@ -26,6 +26,8 @@ from tests.train.setting import ALONE, identical, make_run, plan_for
 
 HALF, WHOLE = 3, 6
 
+pytestmark = pytest.mark.dist  # all read what ranks saved
+
 
 class Ended(NamedTuple):
     """What a finished run left in its folder."""
@@ -61,7 +63,6 @@ def with_steps(run: RunConfig, name: str, steps: int) -> RunConfig:
     return run.model_copy(update={"name": name, "train": train, "checkpoint": resume})
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (2, 2)])
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(ranks: int, stage: int, shards: Path, tmp_path: Path) -> None:
     # 20 training images, 8 a step: the order of the second epoch is passed too
@@ -113,7 +114,6 @@ def changed(run: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     return run.model_copy(update=parts)
 
 
-@pytest.mark.dist
 def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(saved: RunConfig) -> None:
     further = with_steps(saved, "run", 4)
     answers = run_ranks(
@@ -212,7 +212,6 @@ def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], l
     return kept, [latest, *sorted(os.listdir(folder))], errors
 
 
-@pytest.mark.dist
 def test_a_save_that_fails_on_one_rank_leaves_the_last_checkpoint(shards: Path, tmp_path: Path) -> None:
     run = make_run(shards, tmp_path, checkpoint={"keep": 2})
     for kept, after, errors in run_ranks(save_and_fail, 2, run):
@@ -237,7 +236,6 @@ def whole_weights(world: World, run: RunConfig, stage: int) -> tuple[bool, bool]
     return tuple(identical(load_file(folder / f"{name}.safetensors"), state) for name, state in expected.items())
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (3, 3), (2, 2)])
 def test_weights_put_together_beside_the_training_are_those_it_gathers(
     ranks: int, stage: int, shards: Path, tmp_path: Path

@@ -30,6 +30,7 @@ def test_no_launcher_hides_a_module_that_others_import(name):
 DOOR = ROOT / "sharpmoe" / "__init__.py"  # `sharpmoe.attach` and `sharpmoe.load_pretrained`, opened when asked for
 
 
+@pytest.mark.slow
 def test_asking_for_the_package_does_not_import_torch():
     code = "import sys, sharpmoe, sharpmoe.config; assert 'torch' not in sys.modules; sharpmoe.attach"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -26,6 +26,8 @@ from tests.train.setting import ALONE, make_run, plan_for
 OLDER, NEWER = "step00000001", "step00000002"
 FLIPS = CUTS = 100
 
+pytestmark = pytest.mark.dist  # all but few damage what two ranks saved
+
 
 def train(world: World, run: RunConfig, stage: int = 3) -> None:
     loop.train(plan_for(run, world, stage), world)
@@ -112,7 +114,6 @@ def resumed(world: World, run: RunConfig) -> tuple[int, tuple[str, ...]]:
     return plan.start.step, plan.notes
 
 
-@pytest.mark.dist
 def test_ranks_find_damage_in_each_others_share_and_go_on_alike(made: Path, shards: Path, tmp_path: Path) -> None:
     run = two_steps(shards, tmp_path, steps=3)
     root = Path(shutil.copytree(made, tmp_path / "run")) / "checkpoints"
@@ -209,7 +210,6 @@ def load_forged(world: World, run: RunConfig, stage: int, target: Path) -> list[
     return told
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("stage", [2, 3])
 def test_no_pickle_is_executed_where_the_manifest_vouches_for_it(stage: int, shards: Path, tmp_path: Path) -> None:
     run = two_steps(shards, tmp_path)

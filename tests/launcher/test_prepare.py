@@ -127,6 +127,7 @@ def test_two_ranks_under_torchrun_write_what_one_process_writes(pictures: Path, 
     assert one == two
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_script(pictures: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launcher/prepare.py"), "--source", str(pictures), "--out", "out", *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

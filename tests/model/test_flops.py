@@ -113,6 +113,7 @@ def test_published_sizes_cost_what_was_published(preset: str, published: float) 
 
 
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
+@pytest.mark.slow
 def test_a_large_model_without_storage(router: str) -> None:
     """L/2 at 256 x 256, text-conditional, with x0_prev: forward and backward on the meta device."""
     config = ModelConfig(preset="l", router=router, conditioning="text")

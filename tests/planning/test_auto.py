@@ -72,6 +72,7 @@ def test_the_cheapest_that_fits() -> None:
     assert (smallest.run.rollout.schedule, smallest.fits) == ("checkpoint", False)
 
 
+@pytest.mark.slow
 def test_ten_graphs_of_l_at_32_images_fit_a_device_of_139_gib() -> None:
     """As planned; 8 ranks, bfloat16, ZeRO-3."""
     run = load_run_config(L_RUN, ["--rollout.schedule=auto"])
@@ -83,6 +84,7 @@ def test_ten_graphs_of_l_at_32_images_fit_a_device_of_139_gib() -> None:
     assert note.startswith("rollout.schedule: auto took plain (30 forwards' worth per micro-batch): ")
 
 
+@pytest.mark.slow
 def test_less_memory_keeps_fewer_graphs() -> None:
     run = load_run_config(L_RUN, ["--rollout.schedule=auto"])
     ds_config = resolve_ds_config(ZERO3, run, 8)
@@ -98,6 +100,7 @@ def test_less_memory_keeps_fewer_graphs() -> None:
         resolve_schedule(run, ds_config, 8, 4)
 
 
+@pytest.mark.slow
 def test_without_a_routing_loss_two_passes_are_one() -> None:
     run = tiny("tc", train={"micro_batch": 8})
     ds_config = resolve_ds_config(ZERO3, run, 1)

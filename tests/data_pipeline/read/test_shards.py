@@ -325,6 +325,7 @@ def _first_latent(shards: ShardSet) -> float:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.slow
 def test_it_may_be_used_in_other_processes(shards: ShardSet, method: str) -> None:
     here = _first_latent(shards)
     with multiprocessing.get_context(method).Pool(1) as pool:

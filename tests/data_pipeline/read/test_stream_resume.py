@@ -77,6 +77,7 @@ def test_the_cuts_cover_every_layout() -> None:
 
 
 @pytest.mark.parametrize(("cut", "world", "workers"), CUTS)
+@pytest.mark.slow
 def test_a_cut_changes_nothing(shards: ShardSet, whole: list[Visit], cut: int, world: int, workers: int) -> None:
     layout = [(rank, world, workers) for rank in range(world)]
     before = sequence([[visits(step) for step in read(shards, Start(), cut, *place)] for place in layout])
