@@ -14,7 +14,7 @@ from launcher.command import Command
 from sharpmoe.durable import write_atomically
 from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.published.load import read_pretrained
-from sharpmoe.model.published.names import FAMILIES, NAMES, to_published
+from sharpmoe.model.published.names import CHECKPOINT_FAMILIES, NAMES, to_published
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.report.runs import find_saved_model
 
@@ -27,10 +27,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="published .pth, .pt, .safetensors or folder; with --to a weights file or run folder of this project",
     )
     add("out", type=Path, help=".safetensors file to write")
-    add("--family", choices=FAMILIES, default="promoe", help="family of the source")
+    add("--family", choices=CHECKPOINT_FAMILIES, default="promoe", help="family of the source")
     add("--router", choices=sorted(NAMES), default="dense", help="router of the source")
     add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
-    add("--to", choices=FAMILIES, help="write weights of this project under the key names of this family")
+    add("--to", choices=CHECKPOINT_FAMILIES, help="write weights of this project under the key names of this family")
     add("--num-heads", type=int, help="for a width that does not determine it")
     add("--latent-size", type=int, help="for a checkpoint without stored positions")
     add("--top-k", type=int, help="experts per token, for a family that does not determine it")

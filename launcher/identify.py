@@ -11,14 +11,14 @@ from pathlib import Path
 from data_pipeline.read.shards import ShardSet
 from launcher.command import Command
 from sharpmoe.evaluation.identify import identify
-from sharpmoe.model.published.names import FAMILIES
+from sharpmoe.model.published.names import CHECKPOINT_FAMILIES
 from sharpmoe.model.published.read import read_state
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", type=Path, help=".pth, .pt or .safetensors file, or a folder with the shards of a checkpoint")
-    add("--family", choices=FAMILIES, help="check that the checkpoint is of this family")
+    add("--family", choices=CHECKPOINT_FAMILIES, help="check that the checkpoint is of this family")
     add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
     add("--shards", help="prepared data with the latents that the checkpoint was trained on")
     add("--split", default="unseen", help="held-out split")

@@ -18,8 +18,8 @@ from sharpmoe.model.published.names import (
     CONVENTIONS,
     ROUTERS,
     SPELLINGS,
+    CheckpointFamily,
     Convention,
-    Family,
     convert_published,
 )
 from sharpmoe.model.published.read import read_state
@@ -43,7 +43,7 @@ class PretrainedReport(NamedTuple):
 
 def load_pretrained(
     source: str | Path | Mapping[str, Any],
-    family: Family,
+    family: CheckpointFamily,
     router: str,
     *,
     conditioning: Literal["class", "text"] = "class",
@@ -69,7 +69,7 @@ def load_pretrained(
 
 
 def read_pretrained(
-    source: str | Path | Mapping[str, Any], family: Family, router: str, *, weights: str = "ema", **sizes: Any
+    source: str | Path | Mapping[str, Any], family: CheckpointFamily, router: str, *, weights: str = "ema", **sizes: Any
 ) -> tuple[Backbone, PretrainedReport]:
     """Build the model as `load_pretrained` does, without extending it to text; return it with a report of its keys."""
     if family not in ROUTERS or router not in ROUTERS[family]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
 
-Family = Literal["promoe", "kwai", "dsmoe", "dit_moe", "sit", "dit"]
-FAMILIES: tuple[str, ...] = get_args(Family)
+CheckpointFamily = Literal["promoe", "kwai", "dsmoe", "dit_moe", "sit", "dit"]
+CHECKPOINT_FAMILIES: tuple[str, ...] = get_args(CheckpointFamily)
 
 
 class Convention(NamedTuple):
@@ -168,7 +168,7 @@ def _stack_experts(prefix: str, parts: Mapping[tuple[int, str], Tensor]) -> dict
     return weights | {f"{prefix}.w3": biases}
 
 
-def to_published(state: Mapping[str, Tensor], config: ModelConfig, family: Family) -> dict[str, Tensor]:
+def to_published(state: Mapping[str, Tensor], config: ModelConfig, family: CheckpointFamily) -> dict[str, Tensor]:
     """Invert `convert_published`: return our state dict (or gradients under our keys) with a family's key names.
 
     Raises CheckpointError where the model's time convention differs from the family's: the weights would compute

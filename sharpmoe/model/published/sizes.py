@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.published.names import CONVENTIONS, Family, convert_published
+from sharpmoe.model.published.names import CONVENTIONS, CheckpointFamily, convert_published
 
 _NUM_HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16, 1408: 16}  # by width, of every published size
 
@@ -110,7 +110,7 @@ def _read_places(layers: Sequence[int], depth: int) -> dict[str, int]:
     )
 
 
-def matching_families(state: Mapping[str, Tensor]) -> list[tuple[Family, str]]:
+def matching_families(state: Mapping[str, Tensor]) -> list[tuple[CheckpointFamily, str]]:
     """Return the (family, router) pairs whose key names a state dict has; often several, as key names coincide."""
     keys = "\n".join(state)
     if ".moe.experts." in keys:
