@@ -1,7 +1,7 @@
-"""The recursive denoising rollout (SharpMoE section 3.2): x0_hat is handed from step to step, detached.
+"""The recursive denoising rollout (SharpMoE section 3.2): each step reads the clean latent predicted by the one before.
 
-A trajectory is one pair (x0, x1) at T descending times. Step 1 reads x_{t_1} itself, step k by the clean latent
-that step k - 1 predicted. Nothing here communicates, and nothing is drawn here: all randomness comes in the item.
+A trajectory is one pair (x0, x1) at T descending times. x0_prev, which the saliency routers read, is x_{t_1} itself at
+step 1 and the detached x0_hat of step k - 1 at step k. Nothing here communicates or draws random numbers.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ class StepOutput(NamedTuple):
 class Replay(NamedTuple):
     """What a first pass fixed for one step of the second.
 
-    The routing is replayed because in half precision a near-tie can flip between the passes, and because a pool of
-    tokens is then not asked again: steps may share a batch.
+    The routing is replayed because in half precision a near-tie can flip between the passes, and because a replayed
+    choice depends on no pool of tokens: steps may share a batch.
     """
 
     x0_prev: Tensor | None  # (B, C, H, W) or None where the model has no saliency routers
@@ -47,40 +47,40 @@ class Replay(NamedTuple):
     cutoffs: tuple[Tensor, ...]  # one per MoE layer
 
 
-def first_x0_prev(item: TrajectoryBatch, uses_x0_prev: bool) -> Tensor | None:
-    """x_{t_1}, what the saliency routers read at the first step; None where the model has none."""
-    return interpolate(item.x0, item.x1, item.times[0]) if uses_x0_prev else None
+def first_x0_prev(batch: TrajectoryBatch, uses_x0_prev: bool) -> Tensor | None:
+    """Return x0_prev of the first step: x_{t_1}, or None where no step reads x0_prev."""
+    return interpolate(batch.x0, batch.x1, batch.times[0]) if uses_x0_prev else None
 
 
 def rollout_step(
     model: Backbone,
-    item: TrajectoryBatch,
+    batch: TrajectoryBatch,
     step: int,
     x0_prev: Tensor | None,
     mode: CallMode = CallMode(),
 ) -> StepOutput:
-    """Denoise at the item's times[step] (0-based) with `x0_prev`; gradients are the caller's choice."""
-    t = item.times[step]
-    x_t = interpolate(item.x0, item.x1, t)
-    output = model(x_t, t, item.condition, x0_prev, mode)
-    return _step_output(item, x_t, t, output)
+    """Denoise at times[step] (0-based) of the trajectories, with or without a graph as the caller's grad mode says."""
+    t = batch.times[step]
+    x_t = interpolate(batch.x0, batch.x1, t)
+    output = model(x_t, t, batch.condition, x0_prev, mode)
+    return _step_output(batch, x_t, t, output)
 
 
 def replay(output: StepOutput, x0_prev: Tensor | None) -> Replay:
-    """What a second pass needs of a step that was run with `x0_prev`."""
+    """Return what a second pass needs of a step that was run with `x0_prev`."""
     records = output.routing
     return Replay(x0_prev, tuple(r.routing_map for r in records), tuple(r.cutoff.detach() for r in records))
 
 
 def replay_steps(
-    model: Backbone, item: TrajectoryBatch, steps: Sequence[int], replays: Sequence[Replay]
+    model: Backbone, batch: TrajectoryBatch, steps: Sequence[int], replays: Sequence[Replay]
 ) -> list[StepOutput]:
-    """Run some steps (0-based) as one batch, each as the first pass had it."""
-    times = [item.times[step] for step in steps]
-    x_t = [interpolate(item.x0, item.x1, t) for t in times]
+    """Run some steps (0-based) again as one batch, with the routing and x0_prev of their first pass."""
+    times = [batch.times[step] for step in steps]
+    x_t = [interpolate(batch.x0, batch.x1, t) for t in times]
     x0_prevs = [each.x0_prev for each in replays if each.x0_prev is not None]
     maps = tuple(torch.cat(layer) for layer in zip(*(each.routing_maps for each in replays), strict=True))
-    condition = _repeat(item.condition, len(steps))
+    condition = _repeat(batch.condition, len(steps))
     output = model(
         torch.cat(x_t),
         torch.cat(times),
@@ -89,13 +89,13 @@ def replay_steps(
         CallMode(routing_maps=maps),
     )
     return [
-        _step_output(item, x_t[index], times[index], _part(output, index, len(steps), each.cutoffs))
+        _step_output(batch, x_t[index], times[index], _part(output, index, len(steps), each.cutoffs))
         for index, each in enumerate(replays)
     ]
 
 
-def _step_output(item: TrajectoryBatch, x_t: Tensor, t: Tensor, output: ModelOutput) -> StepOutput:
-    v_target = velocity_target(item.x0, item.x1)
+def _step_output(batch: TrajectoryBatch, x_t: Tensor, t: Tensor, output: ModelOutput) -> StepOutput:
+    v_target = velocity_target(batch.x0, batch.x1)
     flow = flow_matching(output.v, v_target)
     return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, v_target)
 
@@ -122,13 +122,13 @@ def _part(output: ModelOutput, index: int, count: int, cutoffs: tuple[Tensor, ..
 
 
 def rollout(
-    model: Backbone, item: TrajectoryBatch, uses_x0_prev: bool, mode: CallMode = CallMode()
+    model: Backbone, batch: TrajectoryBatch, uses_x0_prev: bool, mode: CallMode = CallMode()
 ) -> list[StepOutput]:
-    """All T steps in order, each graph kept (under grad mode); x0_hat is handed on where the model `uses_x0_prev`."""
-    x0_prev = first_x0_prev(item, uses_x0_prev)
+    """Run all T steps in order, keeping their graphs in grad mode; x0_prev is None unless `uses_x0_prev`."""
+    x0_prev = first_x0_prev(batch, uses_x0_prev)
     outputs: list[StepOutput] = []
-    for step in range(len(item.times)):
-        output = rollout_step(model, item, step, x0_prev, mode)
+    for step in range(len(batch.times)):
+        output = rollout_step(model, batch, step, x0_prev, mode)
         outputs.append(output)
         x0_prev = output.x0_hat if uses_x0_prev else None
     return outputs

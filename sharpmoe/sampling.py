@@ -1,7 +1,7 @@
 """Samplers from noise (t = 1) to data (t = 0), carrying the clean prediction that the saliency router reads.
 
-The model is a callable and knows nothing of steps: latents and one x0_hat per classifier-free branch are the state of
-the loop. One sampler is one short function over a `Field`; all about branches and guidance lives in `make_field`.
+The model is a callable without state: latents and one x0_prev per branch of classifier-free guidance are the state of
+the loop. One sampler is one short function over a `Field`; only `make_field` knows branches and guidance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sharpmoe.moe.routing import CallMode
 
 
 class Denoiser(Protocol):
-    """What the samplers need of a model; a `DiT` in eval mode is one."""
+    """What the samplers need of a model; a `Backbone` in eval mode is one."""
 
     def __call__(
         self,
@@ -49,18 +49,20 @@ Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Evaluation]  # (x_t, t 0-
 
 
 class CfgSettings(NamedTuple):
-    """How a model is asked for a velocity."""
+    """Classifier-free guidance, and what each branch of it reads."""
 
     cfg_scale: float = 1.0  # v = v_empty + cfg_scale * (v_cond - v_empty); 1 needs no empty branch
-    source: Literal["own", "guided"] = "own"  # which velocity makes the x0_hat that a branch is fed next
-    saliency_router: bool = True  # False: the model has no saliency router, so no x0_prev is passed
-    pool: Literal["all", "call", "image"] = (
-        "call"  # whose tokens an expert compares: the batch's, a branch's, an image's
+    source: Literal["own", "guided"] = (
+        "own"  # the velocity that gives a branch its next x0_prev: its own, or the guided one
     )
+    saliency_router: bool = True  # False: the model has no saliency router, so no x0_prev is passed
+    # Whose tokens an expert compares where it ranks tokens of a call: the batch's, a branch's, an image's.
+    pool: Literal["all", "call", "image"] = "call"
 
 
 def cfg_settings(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> CfgSettings:
-    """Read the guidance settings of a run; only where tokens are pooled in inference need the branches be told apart.
+    """Read the settings of classifier-free guidance; branches are pools of their own only where tokens are ranked.
+
 
     That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's own
     scores, expert choice the tokens of an image.
@@ -84,9 +86,9 @@ def empty_condition(cond: Condition, model: ModelConfig, empty_text: tuple[Tenso
 def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSettings) -> Field:
     """Turn a model and one condition per branch, (cond,) or (cond, empty), into a velocity field.
 
-    Each branch is fed its own x0_hat, made from its own unguided velocity as in training (`source="own"`), or from the
-    guided velocity (`source="guided"`). All branches are one call, in which pools stay apart. What a `DiT` makes of the
-    conditions is made here, once for all steps.
+    x0_prev of each branch is the x0_hat of its own unguided velocity, as in training (`source="own"`), or of the guided
+    velocity (`source="guided"`). All branches are one call, in which pools stay apart. A `Backbone` prepares the
+    conditions here, once for all steps.
     """
     condition = _join(branches)
     fixed = model.prepare(condition) if isinstance(model, Backbone) else condition
@@ -96,11 +98,9 @@ def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSe
         times = t.to(x).expand(rows)
         x0_prev_all = torch.cat(x0_prev) if settings.saliency_router else None
         pools = {"all": 1, "call": len(branches), "image": rows}[settings.pool]
-        own = (
-            model(x.repeat(len(branches), 1, 1, 1), times, fixed, x0_prev_all, CallMode(pools=pools))
-            .v.float()
-            .chunk(len(branches))
-        )
+        x_t = x.repeat(len(branches), 1, 1, 1)
+        output = model(x_t, times, fixed, x0_prev_all, CallMode(pools=pools))
+        own = output.v.float().chunk(len(branches))
         v = own[0] if len(own) == 1 else own[1] + settings.cfg_scale * (own[0] - own[1])
         sources = own if settings.source == "own" else (v,) * len(own)
         return Evaluation(v, tuple(flow.clean_prediction(x, u, times[: len(x)]) for u in sources))
@@ -119,7 +119,7 @@ def euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -
 def heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
     """Integrate dx/dt = v by Heun's trapezoid rule (2 S - 1 evaluations); the last step, into t = 0, is an Euler step.
 
-    Every evaluation is guided by the x0_hat of the evaluation before it, predictor and corrector alike.
+    x0_prev of every evaluation is the x0_hat of the evaluation before it, for predictor and corrector alike.
     """
     last = len(times) - 2
     for step, (t, t_next) in enumerate(pairwise(times)):
@@ -141,15 +141,21 @@ class Request(NamedTuple):
     empty: Condition | None  # rows as cond; None where cfg_scale is 1
     indices: tuple[int, ...]
 
+    def select(self, rows: range) -> Request:
+        """Return the request for some of its rows; each image stays the same."""
+        part = slice(rows.start, rows.stop)
+        empty = None if self.empty is None else _rows_of(self.empty, part)
+        return Request(_rows_of(self.cond, part), empty, self.indices[part])
 
-class Part(NamedTuple):
-    """One of several shares of what is to be drawn, for a process of its own."""
+
+class ImagePart(NamedTuple):
+    """One of several parts of the images to draw, for a process of its own."""
 
     number: int = 1  # from 1
     of: int = 1
 
     def rows(self, count: int, batch_size: int) -> range:
-        """Which of `count` images it draws: whole batches, so that all parts draw what one process would."""
+        """Return the images of this part, of `count`: whole batches, so that all parts draw what one process would."""
         batches = -(-count // batch_size)
         first, end = (number * batches // self.of * batch_size for number in (self.number - 1, self.number))
         return range(min(first, count), min(end, count))
@@ -158,26 +164,19 @@ class Part(NamedTuple):
         return f"{self.number} of {self.of}"
 
 
-def take(request: Request, rows: range) -> Request:
-    """Some rows of a request; each image stays what it is."""
-    part = slice(rows.start, rows.stop)
-    empty = None if request.empty is None else _take(request.empty, part)
-    return Request(_take(request.cond, part), empty, request.indices[part])
-
-
 def caption_request(
     text: tuple[Tensor, Tensor, Tensor], empty_text: tuple[Tensor, Tensor, Tensor], config: ModelConfig
 ) -> Request:
-    """Ask for one image per encoded caption, (B, L, D), (B, L), (B, D_pooled); indices are 0 .. B - 1."""
+    """Request one image per encoded caption, (B, L, D), (B, L), (B, D_pooled); indices are 0 .. B - 1."""
     cond = TextCondition(*text)
     return Request(cond, empty_condition(cond, config, empty_text), tuple(range(len(cond.pooled))))
 
 
 def compile_blocks(model: Backbone) -> Backbone:
-    """Have torch.compile make every block's kernels, in place; returns the model.
+    """Compile every block with torch.compile, in place; returns the model.
 
     Equal to the rounding of float32 (tests: 1e-5 of a latent's range). The first call of a batch size compiles, one to
-    three minutes; it pays where many images are drawn. Raises ConfigError where a CPU has no C++ compiler.
+    three minutes; it pays off for many images. Raises ConfigError where a CPU has no C++ compiler.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(tool) for tool in (os.environ.get("CXX", "c++"), "g++", "clang++")):
@@ -200,7 +199,7 @@ def generate(
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
-    `size` (H, W) of the latents: square ones of the model's size where it is not given, else of as many tokens.
+    `size` (H, W) of the latents: square and of the configured size by default, else with as many tokens.
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
     pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
     a pool of its own. The model must be whole and in eval mode. Nothing is communicated, and the loop reads nothing
@@ -210,10 +209,9 @@ def generate(
     shape = (config.latent_channels, *(size or (config.latent_size, config.latent_size)))
     parts = []
     for start in range(0, len(request.indices), batch_size):
-        rows = slice(start, start + batch_size)
-        cond, empty = _take(request.cond, rows), None if request.empty is None else _take(request.empty, rows)
+        cond, empty, indices = request.select(range(start, start + batch_size))
         branches = (cond,) if empty is None or settings.cfg_scale == 1 else (cond, empty)
-        noise = initial_noise(sample.seed, request.indices[rows], shape).to(cond[0].device)
+        noise = initial_noise(sample.seed, indices, shape).to(cond[0].device)
         field = make_field(model, branches, settings)
         times = flow.sampling_times(sample.num_steps).to(noise)
         parts.append(SAMPLERS[sample.method](field, noise, times, (noise,) * len(branches)))
@@ -225,7 +223,7 @@ def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]
     return draws.noise(seed, indices, shape, draws.Purpose.SAMPLE_NOISE)
 
 
-def _take(cond: Condition, rows: slice) -> Condition:
+def _rows_of(cond: Condition, rows: slice) -> Condition:
     return type(cond)(*(part[rows] for part in cond))
 
 

@@ -24,7 +24,7 @@ from sharpmoe.evaluation.held_out import evaluating
 from sharpmoe.model.backbone import Backbone, ClassCondition
 
 _FULL = 50_000  # images of FID-50K
-_WHOLE = sampling.Part()
+_WHOLE = sampling.ImagePart()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class AdmBatch:
     image_size: int  # pixels, each way
     batch_size: int  # images per model call and branch
     weights: str  # description of the weights, for the protocol
-    part: sampling.Part = _WHOLE  # which of the images
+    part: sampling.ImagePart = _WHOLE  # which of the images
 
     @property
     def file(self) -> Path:
@@ -71,7 +71,7 @@ def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, pa
 
     Raises ConfigError where a part is missing or has another size.
     """
-    files = [replace(batch, part=sampling.Part(number, parts)) for number in range(1, parts + 1)]
+    files = [replace(batch, part=sampling.ImagePart(number, parts)) for number in range(1, parts + 1)]
     _write_images(batch.path, map(_pixels_of, files), batch.num_images, batch.image_size)
     _write_protocol(model, sample, batch)
     return batch.path

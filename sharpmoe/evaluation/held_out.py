@@ -1,4 +1,4 @@
-"""Held-out rollouts with fixed noise, shared fairly and reproducibly between ranks.
+"""Held-out rollouts with fixed noise, divided evenly and reproducibly between ranks.
 
 The images are cut into the same chunks whatever the number of ranks (DiffMoE pools the tokens of a call, so the chunk
 is part of the measurement), every rank makes the same number of model calls (a partitioned model needs all ranks), and
@@ -24,12 +24,10 @@ from sharpmoe.rollout import StepOutput, TrajectoryBatch, rollout
 
 
 class Samples(Protocol):
-    """What is asked of held-out shards; a `data_pipeline.read.shards.ShardSet` is one."""
+    """What held-out shards offer; a `data_pipeline.read.shards.ShardSet` is one."""
 
     @property
-    def num_samples(self) -> int:
-        """Number of samples of the split."""
-        ...
+    def num_samples(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read the samples at `indices`, all of one bucket."""
@@ -51,7 +49,7 @@ class Share(NamedTuple):
 ALONE = Share()
 
 
-class Chunk(NamedTuple):
+class _Chunk(NamedTuple):
     """Images that share the model calls of one rollout."""
 
     rows: range  # rows of the tables
@@ -59,7 +57,7 @@ class Chunk(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What held-out rollouts showed: I images, T times, N tokens. The same on every rank, on the CPU."""
+    """Measurements of held-out rollouts: I images, T times, N tokens. The same on every rank, on the CPU."""
 
     experts: Tensor  # (I, T, N) float32: experts that took the token, summed over MoE layers
     flow: Tensor  # (I, T) float32: flow-matching loss
@@ -79,8 +77,8 @@ def observe(
 ) -> Observed:
     """Roll the model out over held-out samples at fixed descending times in (0, 1], as it was trained.
 
-    Step 1 is guided by x_t itself, step k by the model's own x0_hat of step k - 1; a model without a saliency router
-    runs unguided. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share a model call. Runs in
+    x0_prev is x_t itself at step 1 and the model's own x0_hat of step k - 1 at step k; a model without a saliency
+    router reads none. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share a model call. Runs in
     eval mode without gradients; the model's mode is restored. Communicates by `share.reduce` alone, once per table.
     """
     device = next(model.parameters()).device
@@ -89,7 +87,7 @@ def observe(
         for rows, counted in chunks_of_rank([samples.bucket_of(index) for index in indices], chunk, share):
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)
-            item = held_out_item(batch, picked, times, model.config, seed, device)
+            item = held_out_batch(batch, picked, times, model.config, seed, device)
             seen = _observed(batch, item, rollout(model, item, uses_x0_prev=model.config.saliency_router))
             tables = tables or Observed(*(part.new_zeros(len(indices), *part.shape[1:]) for part in seen))
             if counted:
@@ -101,13 +99,13 @@ def observe(
 
 
 def spread(num_samples: int, count: int) -> list[int]:
-    """At most `count` sample indices, evenly spread over a split of `num_samples`."""
+    """Return at most `count` sample indices, evenly spread over a split of `num_samples`."""
     count = min(count, num_samples)
     return [i * num_samples // count for i in range(count)]
 
 
-def chunks_of_rank(buckets: Sequence[str], chunk: int, share: Share) -> list[Chunk]:
-    """Chunks of one rank: every world-th of all chunks; the last chunk, uncounted, where a rank would run short.
+def chunks_of_rank(buckets: Sequence[str], chunk: int, share: Share) -> list[_Chunk]:
+    """Return the chunks of one rank: every world-th of all; the last chunk again, uncounted, where it would have fewer.
 
     `buckets`: bucket of every row; a chunk is of one bucket.
     """
@@ -115,7 +113,7 @@ def chunks_of_rank(buckets: Sequence[str], chunk: int, share: Share) -> list[Chu
     runs = list(pairwise([0, *edges, len(buckets)]))
     chunks = [range(at, min(at + chunk, stop)) for start, stop in runs for at in range(start, stop, chunk)]
     mine = range(share.rank, -(-len(chunks) // share.world) * share.world, share.world)
-    return [Chunk(chunks[min(i, len(chunks) - 1)], i < len(chunks)) for i in mine]
+    return [_Chunk(chunks[min(i, len(chunks) - 1)], i < len(chunks)) for i in mine]
 
 
 @contextmanager
@@ -130,10 +128,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def held_out_item(
+def held_out_batch(
     batch: Batch, indices: Sequence[int], times: Sequence[float], config: ModelConfig, seed: int, device: torch.device
 ) -> TrajectoryBatch:
-    """Trajectories of held-out samples: captions kept, noise keyed by (seed, sample index), the same times for all."""
+    """Build trajectories of held-out samples: captions kept, noise keyed by (seed, index), the same times for all."""
     x0 = batch.latent.to(device)
     x1 = draws.noise(seed, indices, x0.shape[1:], draws.Purpose.VALIDATION_NOISE).to(device)
     steps = torch.tensor(times, dtype=torch.float32, device=device)[:, None].repeat(1, len(x0))
@@ -148,13 +146,13 @@ def condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condit
 
 
 def flow_losses(item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Tensor:
-    """Flow loss of every image and time (B, T) float32, read off the predictions: x0_hat - x0 = t (v_target - v)."""
+    """Return the flow loss of every image and time (B, T) float32, from x0_hat - x0 = t (v_target - v)."""
     errors = [(step.x0_hat.float() - item.x0).square().flatten(1).mean(1) for step in steps]
     return (torch.stack(errors) / item.times.square()).T
 
 
 def experts_per_token(routing: Sequence[Routing]) -> Tensor:
-    """Experts that took each token in one model call (B, N) float32, summed over its MoE layers."""
+    """Count the experts that took each token in one model call, summed over its MoE layers: (B, N) float32."""
     return torch.stack([layer.routing_map.sum(-1) for layer in routing]).sum(0).float()
 
 

@@ -25,24 +25,24 @@ class PatchEmbed(nn.Module):
 
 
 def patchify(latent: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C p p), features in (channel, row, column) order."""
+    """Cut a latent (B, C, H, W) into patches (B, N, C p p), features in (channel, row, column) order."""
     b, c, h, w = latent.shape
     x = latent.view(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(b, (h // patch) * (w // patch), c * patch * patch)
 
 
 def unpatchify(tokens: Tensor, patch: int, channels: int, grid: tuple[int, int]) -> Tensor:
-    """(B, h w, p p C) with features in (row, column, channel) order, as DiT's final layer -> (B, C, h p, w p)."""
+    """Join patches (B, h w, p p C), features in (row, column, channel) order, to a latent (B, C, h p, w p)."""
     height, width = grid
     x = tokens.view(len(tokens), height, width, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(len(tokens), channels, height * patch, width * patch)
 
 
 def sincos_positions(width: int, grid: tuple[int, int], side: int, device: torch.device | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, h w, width) float32, as in MAE and DiT: half for x, half for y.
+    """Return fixed 2-D sine-cosine positions (1, h w, width) float32, as in MAE and DiT: half for x, half for y.
 
-    Another grid than (side, side) lies centred on it, at the same distance between tokens: so the middle of a picture
-    has one position in every aspect, and no axis is stretched.
+    Another grid than (side, side) is centred on it, with the same distance between tokens: the middle of an image has
+    one position in every aspect ratio, and no axis is stretched.
     """
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4))
     axes = []
@@ -56,7 +56,7 @@ def sincos_positions(width: int, grid: tuple[int, int], side: int, device: torch
 
 
 def rotary_positions(head_width: int, grid: tuple[int, int], kind: str, device: torch.device) -> Tensor:
-    """Cosines and sines (2, h w, head_width) float32 of rotary positions (RoFormer, arXiv 2104.09864) on a grid (h, w).
+    """Return cosines and sines (2, h w, head_width) float32 of rotary positions (arXiv 2104.09864) on a grid (h, w).
 
     rope_2d: the first half of a head rotates with the row, the second with the column, as in DSMoE; rope_1d: the whole
     head rotates with the token's place in the sequence.

@@ -1,7 +1,7 @@
-"""What a parameter is before the first step: drawn by DiT's rules, each from a stream of its own.
+"""Initial values of DiT's parameters, each drawn from a generator of its own.
 
-A draw is keyed by (seed, name of the parameter, expert) and by nothing else, so a model built whole, block by block or
-with a part of the experts only starts from the same numbers.
+A draw is keyed by (seed, name of the parameter, expert) alone, so a model built whole, block by block, or with a part
+of the experts starts from the same numbers.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.embed import sincos_positions
 
-# The model starts as an identity of its trunk, and a freshly attached part leaves it as it was.
-ZERO_INITIALISED = ("modulation.", "cross_attn.proj.", "saliency_router.out.", "final_layer.linear.")
-NORMAL_STD = 0.02  # time and label embeddings, prototypes
+# Blocks start as the identity, and a freshly attached part does not change the output.
+_ZERO_INITIALISED = ("modulation.", "cross_attn.proj.", "saliency_router.out.", "final_layer.linear.")
+_NORMAL_STD = 0.02  # time and label embeddings, prototypes
 
 
 def fill_parameters(model: nn.Module, config: ModelConfig) -> None:
-    """Draw every parameter of a model in place, from one draw of torch's global generator. Meta tensors stay."""
+    """Draw every parameter in place, by one draw of torch's global generator. Meta tensors stay as they are."""
     seed = int(torch.randint(2**62, (), device="cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -31,10 +31,10 @@ def fill_parameters(model: nn.Module, config: ModelConfig) -> None:
 def initial_value(
     name: str, shape: Sequence[int], config: ModelConfig, seed: int, experts: Iterable[int] | None = None
 ) -> Tensor:
-    """Initial value of the model's parameter or buffer `name`, float32 on the host.
+    """Return the initial value of the model's parameter or buffer `name`, float32 on the host.
 
     Xavier linears and experts, zero biases, zero adaLN, cross-attention and final outputs, zero R_sal, norms one.
-    `shape` is that of the value asked for; of a stacked expert weight that is the given `experts` (all by default).
+    `shape` is that of the returned value; a stacked expert weight holds the given `experts` only (all by default).
     """
     last = name.rpartition(".")[2]
     if name == "pos_embed":
@@ -42,14 +42,14 @@ def initial_value(
         return sincos_positions(config.width, (side, side), side)
     if ".experts." in name:
         return _expert_value(name, shape, config, seed, range(shape[0]) if experts is None else experts)
-    if last in ("bias", "expert_threshold", "expert_bias") or any(part in name for part in ZERO_INITIALISED):
+    if last in ("bias", "expert_threshold", "expert_bias") or any(part in name for part in _ZERO_INITIALISED):
         return torch.zeros(*shape)
     if len(shape) == 1:  # weight of a norm
         return torch.ones(*shape)
     generator = _generator(seed, name)
     is_prototype = config.gate == "prototypes" and name.endswith("moe.gate.weight")
     if name.startswith(("t_embedder.", "y_embedder.")) or is_prototype:
-        return NORMAL_STD * torch.randn(*shape, generator=generator)
+        return _NORMAL_STD * torch.randn(*shape, generator=generator)
     return _xavier(shape, generator)
 
 

@@ -1,4 +1,4 @@
-"""Feed-forward networks: single ones, and stacked experts."""
+"""Feed-forward networks: single, and stacked experts."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharpmoe.moe.products import Equal, Layout, Split, grouped, product, widens
+from sharpmoe.moe.products import Equal, RowLayout, Split, grouped, product, widens
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as every published DiT has it."""
+    """GELU in its tanh form, as in every published DiT."""
     return functional.gelu(x, approximate="tanh")
 
 
@@ -56,9 +56,9 @@ def feed_forward(kind: str, width: int, hidden: int) -> nn.Module:
 class Experts(nn.Module):
     """E feed-forward networks D -> F -> D of one kind, stacked: all of a layer, or the part that this rank holds.
 
-    gelu: w1 (E, F, D), w2 (E, D, F), w3 (E, 1, F + D) both biases. swiglu: w1 the gate and w3 (E, F, D) the other
-    factor, w2 the way back, no biases. Every expert takes part even without rows: ZeRO-3 needs each parameter's hooks
-    to fire on each rank. The three names are those that DeepSpeed's expert checkpoints know.
+    gelu: w1 (E, F, D), w2 (E, D, F), w3 (E, 1, F + D) both biases. swiglu: w1 the gate and w3 (E, F, D) the
+    other factor, w2 the output, no biases. Every expert takes part even without rows: ZeRO-3 needs each parameter's
+    hooks to fire on each rank. The three names are those of DeepSpeed's expert checkpoints.
     """
 
     def __init__(self, num_experts: int, width: int, hidden: int, kind: str = "gelu") -> None:
@@ -77,15 +77,15 @@ class Experts(nn.Module):
         """
         return self.apply_in(rows.contiguous(), self._layout(rows, counts))
 
-    def apply_in(self, rows: Tensor, layout: Layout) -> Tensor:
-        """Apply the experts to contiguous rows (R, D) that lie as `layout` says; returns (R, D)."""
+    def apply_in(self, rows: Tensor, layout: RowLayout) -> Tensor:
+        """Apply the experts to contiguous rows (R, D) of a layout; returns (R, D)."""
         if self.kind == "swiglu":
             inner = functional.silu(product(rows, self.w1, None, layout)) * product(rows, self.w3, None, layout)
             return product(inner, self.w2, None, layout)
         b1, b2 = self.w3.squeeze(1).split([self.hidden, self.width], dim=-1)
         return product(gelu_tanh(product(rows, self.w1, b1, layout)), self.w2, b2, layout)
 
-    def _layout(self, rows: Tensor, counts: Tensor | int) -> Layout:
+    def _layout(self, rows: Tensor, counts: Tensor | int) -> RowLayout:
         widened = widens(rows)
         if isinstance(counts, int):
             return Split((counts,) * self.num_experts, widened) if widened else Equal(self.num_experts, counts)
@@ -97,9 +97,9 @@ class Experts(nn.Module):
         return Equal(self.num_experts, sizes[0])
 
     def _grouped_applies(self, rows: Tensor) -> bool:
-        """Whether the grouped product is the way: on CUDA in bf16, with row strides of 16 bytes.
+        """Whether to use the grouped product: on CUDA in bf16, with row strides of 16 bytes.
 
-        On CPU it is as exact as the split loop and not faster. It knows no float64; without rows there is nothing to
+        On CPU it is as exact as the split loop and not faster. It has no float64; without rows there is nothing to
         gain.
         """
         aligned = self.width % 8 == 0 and self.hidden % 8 == 0

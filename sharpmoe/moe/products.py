@@ -1,9 +1,9 @@
 """Products of rows with their experts' weights: rows (P, in) sorted by expert, weights (E, out, in).
 
-One differentiable function over three ways to lie in memory. Written out instead of left to autograd for three reasons:
-the gradient of a weight comes in the weight's own layout (autograd's is transposed, and whoever keeps it copies it);
-what is saved for backward is the parameter itself, which ZeRO-3 may take away in between and bring back, where a saved
-view would hold the gathered weight until backward; and a stacked weight is never indexed, which would write a
+One differentiable function over three row layouts. It is written out instead of left to autograd for three reasons:
+the gradient of a weight has the weight's own memory layout (autograd's is transposed, and would be copied where it is
+kept); what is saved for backward is the parameter itself, which ZeRO-3 may partition and gather again in between, where
+a saved view would hold the gathered weight until backward; and a stacked weight is never indexed, which would write a
 full-size zero gradient per expert.
 """
 
@@ -19,23 +19,23 @@ from torch.nn import functional
 _FEW_ROWS, _PART = 128, 256
 
 
-class Layout(Protocol):
+class RowLayout(Protocol):
     """Which rows belong to which expert, and how they are multiplied."""
 
     def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Rows (P, in) with weight (E, out, in) and bias (E, out): (P, out)."""
+        """Multiply rows (P, in) by weight (E, out, in) and add bias (E, out): (P, out)."""
         ...
 
     def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """Gradient (P, out) with weight (E, out, in): (P, in)."""
+        """Multiply a gradient (P, out) by weight (E, out, in): (P, in)."""
         ...
 
     def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """Per expert gradient' (out, P_e) with rows (P_e, in): (E, out, in)."""
+        """Multiply, per expert, the transposed gradient (out, P_e) by rows (P_e, in): (E, out, in)."""
         ...
 
     def sums(self, gradient: Tensor) -> Tensor:
-        """Sum of each expert's rows: (E, out)."""
+        """Sum each expert's rows: (E, out)."""
         ...
 
 
@@ -46,13 +46,11 @@ class Equal(NamedTuple):
     each: int
 
     def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Layout`."""
         batched, turned = self._batched(rows), weight.transpose(1, 2)
         out = torch.bmm(batched, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), batched, turned)
         return out.view(len(rows), weight.shape[1])
 
     def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """See `Layout`."""
         left, inner = self._batched(gradient), weight.shape[1]
         in_parts = gradient.device.type == "cpu" and gradient.element_size() >= 4 and self.each <= _FEW_ROWS
         part = _PART if in_parts else inner
@@ -62,11 +60,9 @@ class Equal(NamedTuple):
         return out.view(len(gradient), weight.shape[2])
 
     def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """See `Layout`."""
         return torch.bmm(self._batched(gradient).transpose(1, 2), self._batched(rows))
 
     def sums(self, gradient: Tensor) -> Tensor:
-        """See `Layout`."""
         return self._batched(gradient).sum(1)
 
     def _batched(self, rows: Tensor) -> Tensor:
@@ -80,34 +76,29 @@ class Grouped(NamedTuple):
     one_hot: Tensor  # (P, E) of the rows' dtype: a bias and its gradient are products with it, without atomics
 
     def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Layout`."""
         out = functional.grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets)
         return out if bias is None else out.addmm_(self.one_hot, bias)
 
     def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """See `Layout`."""
         return functional.grouped_mm(gradient, weight, offs=self.offsets)
 
     def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """See `Layout`."""
         return functional.grouped_mm(gradient.t(), rows, offs=self.offsets)
 
     def sums(self, gradient: Tensor) -> Tensor:
-        """See `Layout`."""
         return self.one_hot.t() @ gradient
 
 
 class Split(NamedTuple):
     """Counts are known on the host: one product per expert, written where it belongs.
 
-    widened: operands are copied to float32, an expert at a time, and each outcome is rounded once.
+    widened: operands are copied to float32, an expert at a time, and each result is rounded once.
     """
 
     sizes: tuple[int, ...]
     widened: bool = False
 
     def times(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Layout`."""
         out = rows.new_empty(len(rows), weight.shape[1])
         parts = zip(out.split(self.sizes), rows.split(self.sizes), weight, strict=True)
         for expert, (target, part, matrix) in enumerate(parts):
@@ -115,21 +106,18 @@ class Split(NamedTuple):
         return out
 
     def back(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """See `Layout`."""
         out = gradient.new_empty(len(gradient), weight.shape[2])
         for target, part, matrix in zip(out.split(self.sizes), gradient.split(self.sizes), weight, strict=True):
             self._multiply(part, matrix, target)
         return out
 
     def outer(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """See `Layout`."""
         out = gradient.new_empty(len(self.sizes), gradient.shape[1], rows.shape[1])
         for target, left, right in zip(out, gradient.split(self.sizes), rows.split(self.sizes), strict=True):
             self._multiply(left.t(), right, target)
         return out
 
     def sums(self, gradient: Tensor) -> Tensor:
-        """See `Layout`."""
         return torch.stack([part.sum(0) for part in gradient.split(self.sizes)])
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -143,10 +131,10 @@ class Split(NamedTuple):
 
 
 def widens(rows: Tensor) -> bool:
-    """Whether products of such rows are better made in float32: in bf16 on a CPU, unless it has tiles for them.
+    """Whether products of such rows are faster in float32: in bf16 on a CPU, unless it has AMX tiles.
 
     Without AMX oneDNN's bf16 products run at half of the float32 rate with AVX512_BF16, at a quarter without, and their
-    outcome is no more exact: both sum in float32.
+    result is no more exact: both sum in float32.
     """
     return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not _amx_in_use()
 
@@ -157,13 +145,13 @@ def _amx_in_use() -> bool:
 
 
 def grouped(counts: Tensor, rows: Tensor) -> Grouped:
-    """The layout of counts (E,) int64 on the rows' device, whose sum is the number of rows. Reads nothing back."""
+    """Return the layout of counts (E,) int64 on the rows' device, with len(rows) as sum. Reads nothing back."""
     experts = torch.arange(len(counts), device=rows.device)
     owner = experts.repeat_interleave(counts, output_size=len(rows))
     return Grouped(counts.cumsum(0, dtype=torch.int32), (owner.unsqueeze(1) == experts).to(rows.dtype))
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout) -> Tensor:
     """Rows (P, in) times each expert's weight (E, out, in) transposed, plus its bias (E, out): (P, out).
 
     Differentiable once. Every expert takes part even without rows: its gradient is zero, never missing.
@@ -174,7 +162,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(rows, weight)
         return layout.times(rows, weight, bias)

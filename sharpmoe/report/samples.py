@@ -114,7 +114,7 @@ def draw_images(
 class DrawOptions(NamedTuple):
     """How images are drawn to files."""
 
-    part: sampling.Part = sampling.Part()  # which of the images
+    part: sampling.ImagePart = sampling.ImagePart()  # which of the images
     batch_size: int = 16  # images per model call
     pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
     bucket: str | None = None  # resolution of the shards, H x W pixels; None: a square
@@ -140,7 +140,7 @@ def draw_to_files(
         return None
     images = draw_images(
         model,
-        sampling.take(request, rows),
+        request.select(rows),
         settings,
         shards.codec_object().decode,
         options.batch_size,
@@ -163,12 +163,12 @@ def _latent_size(shards: ShardSet, bucket: str | None) -> tuple[int, int] | None
     return shards.buckets[bucket].latent[1:]
 
 
-def parse_part(text: str) -> sampling.Part:
+def parse_part(text: str) -> sampling.ImagePart:
     """Parse `3/8`, the third of eight parts. Raises ConfigError."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--part {text}: expected NUMBER/PARTS, such as 1/8 for the first of eight")
-    return sampling.Part(int(match[1]), int(match[2]))
+    return sampling.ImagePart(int(match[1]), int(match[2]))
 
 
 def slug(text: str, length: int = 48) -> str:

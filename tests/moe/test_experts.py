@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe.moe import products
 from sharpmoe.moe.experts import Experts
-from sharpmoe.moe.products import Equal, Layout, Split, grouped
+from sharpmoe.moe.products import Equal, RowLayout, Split, grouped
 from tests.moe.dense import dense_experts, stacked_weights
 
 WIDTH, HIDDEN = 16, 24
@@ -102,7 +102,7 @@ def test_the_grouped_way_takes_the_gradient_of_a_plain_sum(kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [Equal(4, 3), Split((5, 1, 0, 6)), "grouped"], ids=str)
-def test_backward_reads_the_weights_as_they_are_then(layout: Layout | str) -> None:
+def test_backward_reads_the_weights_as_they_are_then(layout: RowLayout | str) -> None:
     """ZeRO-3 takes a layer's weights away after its forward and brings them back for its backward."""
     rows = rows_of([3, 3, 3, 3])[0].float()
     lies = grouped(torch.tensor([5, 1, 0, 6]), rows) if isinstance(layout, str) else layout

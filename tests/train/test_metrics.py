@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sharpmoe.evaluation.held_out import held_out_item
+from sharpmoe.evaluation.held_out import held_out_batch
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import rollout
 from sharpmoe.train.flops import StepFlops
@@ -32,7 +32,7 @@ def records(router: str, untrained: bool) -> tuple[tuple[Routing, ...], ...]:
             for layer in model.moe_layers():
                 layer.saliency_router.out.weight.zero_()
                 layer.saliency_router.out.bias.zero_()
-    item = held_out_item(ToySamples().batch([0, 1, 2]), [0, 1, 2], (0.999, 0.4), model.config, 0, torch.device("cpu"))
+    item = held_out_batch(ToySamples().batch([0, 1, 2]), [0, 1, 2], (0.999, 0.4), model.config, 0, torch.device("cpu"))
     return tuple(output.routing for output in rollout(model, item, uses_x0_prev=True))
 
 

@@ -1,4 +1,4 @@
-"""Process groups of expert parallelism, built once, from DeepSpeed's own.
+"""Process groups of expert parallelism, built once from DeepSpeed's.
 
 With ep_size ranks per expert-parallel group, consecutive ranks share the experts of a layer (all-to-all between them);
 ranks that hold the same experts form an expert-data-parallel group (their gradients are reduced, ZeRO partitions the
@@ -24,22 +24,22 @@ class ExpertGroups(NamedTuple):
     ep_rank: int  # this rank's place among them: it holds the ep_rank-th run of E / ep_size experts
     ep_group: ProcessGroup
     edp_group: ProcessGroup  # ranks with the same experts
-    singleton: ProcessGroup  # this rank alone: Megatron-core asks for an expert tensor parallel group
+    singleton: ProcessGroup  # this rank alone: Megatron-core needs an expert tensor parallel group
 
     @property
     def name(self) -> str:
-        """DeepSpeed's name of the pair of groups."""
+        """Name of the pair of groups in DeepSpeed."""
         return _name(self.ep_size)
 
 
 def possible_ep_sizes(run: RunConfig, world_size: int) -> list[int]:
-    """Numbers of ranks that can share the experts of a layer: they divide the ranks and the experts."""
+    """Return the numbers of ranks that can share the experts of a layer: they divide the ranks and the experts."""
     experts = run.model.total_experts if run.model.family.has_experts else 1
     return [size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0]
 
 
 def check_ep_size(run: RunConfig, world_size: int) -> None:
-    """Raise a ConfigError naming the possible values where parallel.ep_size does not fit; no communication."""
+    """Raise a ConfigError with the possible values where parallel.ep_size does not fit. No communication."""
     ep_size, experts, possible = run.parallel.ep_size, run.model.total_experts, possible_ep_sizes(run, world_size)
     if ep_size not in possible:
         what = f"{experts} experts per layer" if run.model.family.has_experts else "a dense model has no experts"
@@ -50,9 +50,9 @@ def check_ep_size(run: RunConfig, world_size: int) -> None:
 
 
 def expert_groups(ep_size: int, world: World) -> ExpertGroups:
-    """Groups of `ep_size` for this rank; the same object at every call. The first call communicates: all ranks make it.
+    """Return the groups of `ep_size` of this rank, the same object at every call.
 
-    ep_size divides world.size (`check_ep_size`).
+    The first call communicates: all ranks make it. ep_size divides world.size (`check_ep_size`).
     """
     assert world.size % ep_size == 0
     return _built(ep_size, world.rank)

@@ -1,4 +1,4 @@
-"""The pool of all ranks: DiffMoE's selection over the global batch of one rollout step (parallel.pool_scope: world)."""
+"""The pool of all ranks: selection over the global batch of one rollout step (parallel.pool_scope: world)."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from sharpmoe.parallel.ranks.launch import World
 
 
 class WorldPool:
-    """All data-parallel ranks' tokens of the same call. Every rank calls each method; scores carry no gradient.
+    """The tokens of all data-parallel ranks in the same call. Every rank calls each method; scores have no gradient.
 
-    Price: one all-gather of B N E float32 per MoE layer and rollout step, and experts whose rows per rank vary.
+    Cost: one all-gather of B N E float32 per MoE layer and rollout step, and experts whose rows per rank vary.
     """
 
     is_call = False
@@ -22,18 +22,18 @@ class WorldPool:
         self._world = world
 
     def choose(self, scores: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """Choose over the ranks' scores (B, N, E) in rank order; all ranks have the same B. Communicates."""
+        """Apply a rule to all ranks' scores (B, N, E), in rank order; all ranks have the same B. Communicates."""
         whole = scores.new_empty(self._world.size * scores.shape[0], *scores.shape[1:])
         dist.all_gather_into_tensor(whole, scores.contiguous())
         return rule(whole).chunk(self._world.size)[self._world.rank]
 
     def lowest(self, cutoff: Tensor) -> Tensor:
-        """Minimum over ranks. Communicates."""
+        """Return the minimum over ranks. Communicates."""
         lowest = cutoff.clone()
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         return lowest
 
 
 def make_pool(run: RunConfig, world: World) -> Pool:
-    """The pool that a run asks for."""
+    """Build the pool that parallel.pool_scope names."""
     return WorldPool(world) if run.parallel.pool_scope == "world" and world.size > 1 else CallPool()
