@@ -78,8 +78,8 @@ def observe(
     """Roll the model out over held-out samples at fixed descending times in (0, 1], as it was trained.
 
     x0_prev is x_t itself at step 1 and the model's own x0_hat of step k - 1 at step k; a model without a saliency
-    router reads none. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share a model call. Runs in
-    eval mode without gradients; the model's mode is restored. Communicates by `share.reduce` alone, once per table.
+    router reads none. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share a model call.
+    Runs in eval mode without gradients and restores the mode. Communicates by `share.reduce` alone, once per table.
     """
     device = next(model.parameters()).device
     tables: Observed | None = None
