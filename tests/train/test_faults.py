@@ -39,7 +39,7 @@ def of_rank(world: World, run: RunConfig) -> tuple[str, Any]:
 
 
 @pytest.mark.dist
-def test_damage_is_borne_counted_and_named(damaged: Path, tmp_path: Path) -> None:
+def test_damage_is_tolerated_counted_and_named(damaged: Path, tmp_path: Path) -> None:
     data = {"shards": str(damaged), "max_bad_fraction": 0.1}
     run = make_run(damaged, tmp_path, data=data, train={"steps": 3})
     ends = run_ranks(of_rank, 2, run)
@@ -58,7 +58,7 @@ def test_damage_is_borne_counted_and_named(damaged: Path, tmp_path: Path) -> Non
     ("fraction", "message"),
     [
         (0.0, "checksum differs from the index"),
-        (0.05, "2 of 20 samples are damaged, more than data.max_bad_fraction 0.05 bears; the latest: "),
+        (0.05, "2 of 20 samples are damaged, more than data.max_bad_fraction 0.05 allows; the latest: "),
     ],
 )
 def test_too_much_damage_is_one_error_on_all_ranks(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ def poison_samples(plan: RunPlan, positions: range) -> None:
 
     def load(stream: int, index: int, draw: Any) -> Any:
         given = read(stream, index, draw)
-        return given._replace(latent=given.latent * np.float32(1e30)) if draw.position in positions else given
+        return replace(given, latent=given.latent * np.float32(1e30)) if draw.position in positions else given
 
     plan.data.train.load = load  # type: ignore[method-assign]
 

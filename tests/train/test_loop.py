@@ -1,5 +1,6 @@
 """Errors inside a run: the same one-line error on every rank, and nothing saved from a broken step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def overflowing_sample(plan: RunPlan) -> None:
 
     def load(stream, index, draw):  # type: ignore[no-untyped-def]
         given = read(stream, index, draw)
-        return given._replace(latent=given.latent * np.float32(1e30)) if draw.position >= 8 else given
+        return replace(given, latent=given.latent * np.float32(1e30)) if draw.position >= 8 else given
 
     plan.data.train.load = load  # type: ignore[method-assign]
 
