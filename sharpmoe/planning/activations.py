@@ -24,7 +24,7 @@ from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule, with_schedule
 
 
-class LinearBytes(NamedTuple):
+class _LinearBytes(NamedTuple):
     """Bytes as a function of the rollout steps in a graph."""
 
     base: int
@@ -38,8 +38,8 @@ class LinearBytes(NamedTuple):
 class Activations(NamedTuple):
     """Bytes that one micro-batch keeps on a rank."""
 
-    kept: LinearBytes  # a graph that keeps everything
-    inputs: LinearBytes  # a graph that keeps the inputs of blocks
+    kept: _LinearBytes  # a graph that keeps everything
+    inputs: _LinearBytes  # a graph that keeps the inputs of blocks
     replay: int  # what one step without a graph leaves for its second run: x0_prev and routing
     block: int  # most that one recomputed block adds
 
@@ -133,8 +133,8 @@ def _with_depth(run: RunConfig, depth: int) -> RunConfig:
     return run.model_copy(update={"model": run.model.model_copy(update={"depth": depth})})
 
 
-def _extend(one: LinearBytes, two: LinearBytes, repeats: int) -> LinearBytes:
-    return LinearBytes(*(first + repeats * (second - first) for first, second in zip(one, two, strict=True)))
+def _extend(one: _LinearBytes, two: _LinearBytes, repeats: int) -> _LinearBytes:
+    return _LinearBytes(*(first + repeats * (second - first) for first, second in zip(one, two, strict=True)))
 
 
 def _count(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
@@ -148,10 +148,10 @@ def _count(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
     return Activations(kept, inputs, replayed, block)
 
 
-def _line(counted: list[tuple[int, int]]) -> tuple[LinearBytes, int]:
+def _line(counted: list[tuple[int, int]]) -> tuple[_LinearBytes, int]:
     """Fit graphs of one and of two steps; the second figure is that of one step."""
     (one, block), (two, _) = counted
-    return LinearBytes(2 * one - two, two - one), block
+    return _LinearBytes(2 * one - two, two - one), block
 
 
 def _skeleton(run: RunConfig, micro_batch: int) -> Backbone:

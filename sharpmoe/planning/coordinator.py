@@ -1,6 +1,6 @@
 """An imitation of DeepSpeed's parameter coordinator on numbers: what ZeRO-3 gathers, keeps and releases, by module.
 
-It follows `PartitionedParameterCoordinator` of one version of DeepSpeed, `IMITATED_VERSION`, decision by decision, so
+It follows `PartitionedParameterCoordinator` of one version of DeepSpeed, `_IMITATED_VERSION`, decision by decision, so
 that a plan counts gathers instead of bounding them; tests/planning/test_counted.py compares it with real runs. Under
 any other version `count_gathers` returns an upper bound, and plans say so (`version_notes`): update this file with the
 pinned version.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning.layout import RankParameter, parameters_by_module
 
-IMITATED_VERSION = "0.19.8"
+_IMITATED_VERSION = "0.19.8"
 # Modules that hold others and have no parameters of their own: the objective, and the model inside it.
 ROOT, MODEL = -2, -1
 _INVALID, _RECORDING, _COMPLETE = range(3)
@@ -23,9 +23,9 @@ _INVALID, _RECORDING, _COMPLETE = range(3)
 def version_notes() -> tuple[str, ...]:
     """Return a note where the installed DeepSpeed is not the one that is imitated here, nothing where it is."""
     found = importlib.metadata.version("deepspeed").partition("+")[0]
-    if found == IMITATED_VERSION:
+    if found == _IMITATED_VERSION:
         return ()
-    return (f"gathers of ZeRO-3 are counted for DeepSpeed {IMITATED_VERSION}; for {found} they are upper bounds",)
+    return (f"gathers of ZeRO-3 are counted for DeepSpeed {_IMITATED_VERSION}; for {found} they are upper bounds",)
 
 
 class Used(NamedTuple):

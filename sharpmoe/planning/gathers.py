@@ -37,7 +37,7 @@ def count_gathers(
     An upper bound where the installed DeepSpeed is not the one that is imitated.
     """
     if version_notes():
-        return upper_bound(run, parts, schedule, layout)
+        return _upper_bound(run, parts, schedule, layout)
     if layout.accumulation <= _FOLLOWED:
         return _count(run, parts, schedule, layout)
     fewer, more = (_count(run, parts, schedule, layout._replace(accumulation=_FOLLOWED - n)) for n in (1, 0))
@@ -45,7 +45,7 @@ def count_gathers(
     return more._replace(times=tuple(b + others * (b - a) for a, b in zip(fewer.times, more.times, strict=True)))
 
 
-def upper_bound(
+def _upper_bound(
     run: RunConfig, parts: Sequence[RankParameter], schedule: RolloutSchedule, layout: RankLayout
 ) -> Gathers:
     """Bound the gathers: a module is gathered at each of its uses, and once more ahead of a use that never comes.
@@ -54,9 +54,9 @@ def upper_bound(
     """
     uses: Counter[int] = Counter()
     for each in schedule.passes:
-        forward = forward_order(run, each)
+        forward = _forward_order(run, each)
         uses.update(used.module for used in forward)
-        uses.update(reached.module for reached in backward_order(run, each, forward))
+        uses.update(reached.module for reached in _backward_order(run, each, forward))
     times = tuple(
         1 if part.numel <= layout.zero.persistence else 1 + layout.accumulation * uses[part.module] for part in parts
     )
@@ -88,14 +88,14 @@ def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass
     root = Used(-1, ROOT, has_graph=False, is_late=False)
     coordinator.forward([root])
     for number, part in enumerate(passes):
-        forward = forward_order(run, part)
+        forward = _forward_order(run, part)
         coordinator.forward(forward)
         last = [Reached(-1, ROOT, False)] if number == len(passes) - 1 else []
-        coordinator.backward([*last, *backward_order(run, part, forward)])
+        coordinator.backward([*last, *_backward_order(run, part, forward)])
     coordinator.finish()
 
 
-def forward_order(run: RunConfig, part: Pass) -> list[Used]:
+def _forward_order(run: RunConfig, part: Pass) -> list[Used]:
     """Modules in the order in which forwards call them: the first embeds the latent, and the x0_prev."""
     step = [MODEL, *([0] * _uses_x0_prev(run)), *range(_BEFORE + run.model.depth + _AFTER)]
     quiet = part.quiet_calls or int(len(part.calls) > 1)  # model calls at the beginning that meet no full graph
@@ -106,7 +106,7 @@ def forward_order(run: RunConfig, part: Pass) -> list[Used]:
     ]
 
 
-def backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[Reached]:
+def _backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[Reached]:
     """Modules as a backward reaches them: what holds others comes before them.
 
     A module is reached once for each of its outputs that has a gradient, and once more to be recomputed. It is released

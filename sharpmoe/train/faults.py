@@ -45,7 +45,7 @@ def report_fault(
     path = folder / _FAULT_FOLDER / f"step{step:08}.json"
     culprits = [rank["rank"] for rank in ranks if not rank["finite"]]
     where = f" on rank {', '.join(map(str, culprits))}" if culprits else ""
-    fate = "not taken" if not result.verdict.applied else "taken all the same"
+    fate = "not taken" if not result.verdict.applied else "taken nevertheless"
     record = {
         "step": step,
         "fault": result.verdict.fault + where,

@@ -29,7 +29,7 @@ from sharpmoe.train.session import Session, ema_model, ensure_saved, log_save, o
 from sharpmoe.train.setup import RunPlan, choose_checkpoint, initial_model
 from sharpmoe.train.step import StepResult, draw_trajectories, train_step
 
-STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is to be started again
+_STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is to be started again
 
 
 def train(plan: RunPlan, world: World) -> Path:
@@ -69,7 +69,7 @@ def _run(session: Session, monitor_first: bool) -> Path:
     monitor_first: the run was stopped while it measured the step that it resumes from, which is done now.
     """
     plan, progress, monitored = session.plan, session.plan.start, False
-    build, timetable = partial(ema_model, session), Timetable(plan.run.checkpoint, session.world)
+    build, timetable = partial(ema_model, session), _Timetable(plan.run.checkpoint, session.world)
     try:
         if progress.step == 0:
             session.monitor.before_training(build)
@@ -171,7 +171,7 @@ def _effort(session: Session, rows: float | None) -> Effort:
     return Effort(flops, world.size, peak_tflops(plan.run, world.device))
 
 
-class Timetable:
+class _Timetable:
     """When a run saves: every so many steps, and when so many minutes have passed on rank 0's clock."""
 
     def __init__(self, config: CheckpointConfig, world: World) -> None:
@@ -207,14 +207,14 @@ def _stop(session: Session, progress: Progress, signal: str, monitored: bool) ->
     folder = ensure_saved(session, progress)
     if session.log is not None:
         stopped = _Stopped(signal, progress.step, monitored)
-        durable.write_atomically(session.plan.folder / STOPPED_FILE, json.dumps(stopped._asdict()))
+        durable.write_atomically(session.plan.folder / _STOPPED_FILE, json.dumps(stopped._asdict()))
         session.log.event("stop", progress.step, signal=signal, checkpoint=str(folder))
         session.log.say(f"stopped by {signal} after step {progress.step}: {folder}; start it again to go on")
     return folder
 
 
 class _Stopped(NamedTuple):
-    """Contents of `STOPPED_FILE`."""
+    """Contents of `_STOPPED_FILE`."""
 
     signal: str
     step: int  # optimizer steps done and saved
@@ -224,7 +224,7 @@ class _Stopped(NamedTuple):
 def _monitor_was_cut_off(folder: Path, step: int) -> bool:
     """Whether a run that resumes from `step` was stopped before what was due after it. No communication."""
     try:
-        stopped = _Stopped(**json.loads((folder / STOPPED_FILE).read_text(encoding="utf-8")))
+        stopped = _Stopped(**json.loads((folder / _STOPPED_FILE).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return False
     return stopped.step == step and not stopped.looked
@@ -232,4 +232,4 @@ def _monitor_was_cut_off(folder: Path, step: int) -> bool:
 
 def _clear_stopped(folder: Path) -> None:
     """Remove the file: the run goes on, or is finished."""
-    (folder / STOPPED_FILE).unlink(missing_ok=True)
+    (folder / _STOPPED_FILE).unlink(missing_ok=True)

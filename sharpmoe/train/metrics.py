@@ -20,7 +20,7 @@ from sharpmoe.moe.routing import Routing, score_logits
 from sharpmoe.moe.selection import RULES, RuleInput
 from sharpmoe.train.flops import StepFlops
 
-SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
+_SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
 
 
 class Effort(NamedTuple):
@@ -80,7 +80,7 @@ def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig) -> T
     """
     with torch.no_grad():
         steps = [torch.stack([_layer_sums(layer, config) for layer in step]) for step in routing if step]
-        return torch.stack(steps).sum(0) if steps else torch.zeros(0, SUMS + config.total_experts, dtype=torch.float64)
+        return torch.stack(steps).sum(0) if steps else torch.zeros(0, _SUMS + config.total_experts, dtype=torch.float64)
 
 
 def _layer_sums(record: Routing, config: ModelConfig) -> Tensor:
@@ -104,8 +104,8 @@ def routing_scalars(sums: Tensor) -> dict[str, float]:
     """
     named: dict[str, float] = {}
     for layer, row in enumerate(sums.cpu().double()):
-        tokens, entropy, choices, flipped = row[:SUMS].tolist()
-        load = row[SUMS:]
+        tokens, entropy, choices, flipped = row[:_SUMS].tolist()
+        load = row[_SUMS:]
         ideal = max(choices / len(load), 1e-12)
         figures = {
             "load_min": load.min().item() / ideal,
@@ -120,7 +120,7 @@ def routing_scalars(sums: Tensor) -> dict[str, float]:
 
 def rows_taken(sums: Tensor) -> float:
     """Return the rows that experts computed, over all layers and steps of `sums`. Waits for the device."""
-    return float(sums[:, SUMS:].sum())
+    return float(sums[:, _SUMS:].sum())
 
 
 def _memory_mib() -> float:

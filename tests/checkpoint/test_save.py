@@ -22,10 +22,9 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
-from sharpmoe.train.loop import Timetable
 from sharpmoe.train.setup import initial_model
 from tests.distributed import run_ranks
-from tests.train.setting import ALONE, identical, make_run, plan_for
+from tests.train.setting import identical, make_run, plan_for
 
 
 class Beside(NamedTuple):
@@ -213,30 +212,6 @@ def test_files_are_dealt_out_evenly_and_completely(tmp_path: Path) -> None:
     assert sorted(name for part in dealt for name in part) == sorted(files)
     assert max(sum(files[name].size for name in part) for part in dealt) == 90
     assert manifest.split_files(found, 3) == dealt
-
-
-def test_due_by_steps_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    timetable = Timetable(CheckpointConfig(every=10, minutes=2), ALONE)
-    answers = []
-    for step in range(1, 16):
-        now = 30.0 * step
-        if timetable.due(step):
-            answers.append(step)
-    assert answers == [4, 8, 10, 14]
-    assert not Timetable(CheckpointConfig(every=0), ALONE).due(10)
-
-
-def due_by_the_clock_of_rank_0(world: World) -> bool:
-    timetable = Timetable(CheckpointConfig(every=0, minutes=1), world)
-    timetable._last -= 100.0 if world.is_main else 0.0
-    return timetable.due(1)
-
-
-@pytest.mark.dist
-def test_minutes_are_those_of_rank_0() -> None:
-    assert run_ranks(due_by_the_clock_of_rank_0, 2) == [True, True]
 
 
 def test_generators_go_on_where_they_were(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
-from sharpmoe.planning.activations import Activations, GraphBytes, LinearBytes, _count, count_activations
+from sharpmoe.planning.activations import Activations, GraphBytes, _count, _LinearBytes, count_activations
 from sharpmoe.train.rollout_schedules import all_schedules, schedule_of, with_schedule
 from tests.train.setting import make_run
 
@@ -20,10 +20,10 @@ def run_with(router: str = "diffmoe", **model: Any) -> RunConfig:
     ("router", "model"),
     [("diffmoe", {"depth": 8}), ("ec", {"depth": 7}), ("tc", {"depth": 8, "moe_every": 1, "dense_first": 2})],
 )
-def test_two_shallow_models_tell_of_a_deep_one(router: str, model: dict[str, Any]) -> None:
+def test_two_shallow_models_give_a_deep_one(router: str, model: dict[str, Any]) -> None:
     run = run_with(router, **model)
-    for told, counted in zip(count_activations(run, 2, 4), _count(run, 2, 4), strict=True):
-        assert told == (counted if isinstance(counted, LinearBytes) else pytest.approx(counted, rel=0.01))
+    for found, counted in zip(count_activations(run, 2, 4), _count(run, 2, 4), strict=True):
+        assert found == (counted if isinstance(counted, _LinearBytes) else pytest.approx(counted, rel=0.01))
 
 
 def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
@@ -37,7 +37,7 @@ def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
 
 def test_what_each_schedule_keeps() -> None:
     """T = 6; a graph of n steps is 10 + 100 n, and a step that is run again leaves 5."""
-    activations = Activations(LinearBytes(10, 100), LinearBytes(10, 20), 5, 80)
+    activations = Activations(_LinearBytes(10, 100), _LinearBytes(10, 20), 5, 80)
     schedules = [schedule_of(run) for run in all_schedules(run_with())]
     kept = {schedule.name: [graph.most for graph in activations.of(schedule)] for schedule in schedules}
     assert kept == {
@@ -55,7 +55,7 @@ def test_what_each_schedule_keeps() -> None:
 
 
 def test_without_a_routing_loss_steps_are_trained_one_by_one() -> None:
-    activations = Activations(LinearBytes(10, 100), LinearBytes(10, 20), 5, 80)
+    activations = Activations(_LinearBytes(10, 100), _LinearBytes(10, 20), 5, 80)
     for fields in ({"schedule": "two_pass"}, {"schedule": "hybrid", "kept_steps": 3}):
         schedule = schedule_of(with_schedule(run_with("tc"), **fields))
         assert [graph.most for graph in activations.of(schedule)] == 6 * [110]

@@ -118,9 +118,9 @@ def test_a_dry_run_shows_the_choice(shards: Path, tmp_path: Path) -> None:
     run = make_run(shards, tmp_path, rollout={"schedule": "auto"})
     ds_config = resolve_ds_config(ZERO3, run, 1)
     found, notes = resolve_schedule(run, ds_config, 1, 8)
-    told = rehearse(found, ds_config, ALONE, notes)
-    assert "T = 3, plain" in told
-    assert told.splitlines()[-1].startswith("  note: rollout.schedule: auto took plain")
+    text = rehearse(found, ds_config, ALONE, notes)
+    assert "T = 3, plain" in text
+    assert text.splitlines()[-1].startswith("  note: rollout.schedule: auto took plain")
 
 
 def start(world: World, run: RunConfig, memories: list[float]) -> tuple[str, ...]:

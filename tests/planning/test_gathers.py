@@ -10,7 +10,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning import gathers as gathers_module
 from sharpmoe.planning.coordinator import version_notes
-from sharpmoe.planning.gathers import count_gathers, upper_bound
+from sharpmoe.planning.gathers import _upper_bound, count_gathers
 from sharpmoe.planning.layout import RankLayout, rank_parameters
 from sharpmoe.train.rollout_schedules import schedule_of
 from tests.train.setting import make_run
@@ -79,12 +79,12 @@ def test_limits_below_the_model_gather_it_again_and_keep_copies_of_experts() -> 
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_many_micro_batches_are_told_from_few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_micro_batches_follow_from_few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(part.numel for part in rank_parameters(run_with(), 4, 1))
     limits = {"max_reuse": size // 3, "max_live": size // 2}
-    told = gathers(run_with(**SCHEDULES[name]), 7, **limits)
+    found = gathers(run_with(**SCHEDULES[name]), 7, **limits)
     monkeypatch.setattr(gathers_module, "_FOLLOWED", 7)
-    assert told == gathers(run_with(**SCHEDULES[name]), 7, **limits)
+    assert found == gathers(run_with(**SCHEDULES[name]), 7, **limits)
 
 
 def test_experts_that_no_other_rank_shares_take_no_memory_when_gathered() -> None:
@@ -101,7 +101,7 @@ def test_another_version_is_bounded_from_above(name: str, limits: dict[str, int]
     run = run_with(**SCHEDULES[name])
     layout = RankLayout(4, 1, replace(ZERO, **limits), 4, 2)
     parts = rank_parameters(run, 4, 1)
-    counted, bound = (count(run, parts, schedule_of(run), layout) for count in (count_gathers, upper_bound))
+    counted, bound = (count(run, parts, schedule_of(run), layout) for count in (count_gathers, _upper_bound))
     assert all(most >= n for most, n in zip(bound.times, counted.times, strict=True))
     assert bound.peak >= counted.peak
     assert bound.arriving >= counted.arriving
@@ -113,4 +113,4 @@ def test_a_plan_names_a_version_that_is_not_imitated(monkeypatch: pytest.MonkeyP
     assert version_notes() == ("gathers of ZeRO-3 are counted for DeepSpeed 0.19.8; for 0.20.0 they are upper bounds",)
     run, layout = run_with(), RankLayout(4, 1, ZERO, 4, 1)
     parts = rank_parameters(run, 4, 1)
-    assert count_gathers(run, parts, schedule_of(run), layout) == upper_bound(run, parts, schedule_of(run), layout)
+    assert count_gathers(run, parts, schedule_of(run), layout) == _upper_bound(run, parts, schedule_of(run), layout)

@@ -218,7 +218,7 @@ def test_spikes_are_skipped_alike_by_a_run_that_was_interrupted(shards: Path, tm
     assert resume["changed"] == {"train.steps": [3, 6]}
 
 
-def test_spikes_are_told_but_taken_by_default() -> None:
+def test_spikes_are_reported_but_taken_by_default() -> None:
     guard = GuardConfig(spike_window=3)
     watch = Watch()
     for norm in (1.0, 2.0, 3.0):

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.read.damage import Damage
 from data_pipeline.read.shards import ShardSet
-from sharpmoe.config import RunConfig
+from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
@@ -16,7 +16,7 @@ from sharpmoe.train import loop
 from sharpmoe.train.flops import rows_expected, step_flops
 from sharpmoe.train.setup import RunPlan
 from tests.distributed import run_ranks
-from tests.train.setting import make_run, plan_for
+from tests.train.setting import ALONE, make_run, plan_for
 
 
 def error_of(world: World, run: RunConfig, fault: str) -> tuple[str, list[str]]:
@@ -124,3 +124,27 @@ def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
     per_rank = booked.model * figures["throughput/images_per_second"][1] / 2 / 1e12
     assert figures["throughput/tflops_per_rank"][1] == pytest.approx(per_rank)
     assert figures["throughput/mfu"][1] == figures["throughput/hfu"][1] == pytest.approx(per_rank / 2.0)
+
+
+def test_due_by_steps_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    timetable = loop._Timetable(CheckpointConfig(every=10, minutes=2), ALONE)
+    answers = []
+    for step in range(1, 16):
+        now = 30.0 * step
+        if timetable.due(step):
+            answers.append(step)
+    assert answers == [4, 8, 10, 14]
+    assert not loop._Timetable(CheckpointConfig(every=0), ALONE).due(10)
+
+
+def due_by_the_clock_of_rank_0(world: World) -> bool:
+    timetable = loop._Timetable(CheckpointConfig(every=0, minutes=1), world)
+    timetable._last -= 100.0 if world.is_main else 0.0
+    return timetable.due(1)
+
+
+@pytest.mark.dist
+def test_minutes_are_those_of_rank_0() -> None:
+    assert run_ranks(due_by_the_clock_of_rank_0, 2) == [True, True]

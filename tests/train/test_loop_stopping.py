@@ -57,7 +57,7 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def signal_at(place: Place, told: list[float]) -> Iterator[None]:
+def signal_at(place: Place, sent: list[float]) -> Iterator[None]:
     """Have call number `place.call` of a function find this rank asked to stop."""
     original: Callable[..., Any] = getattr(place.module, place.name)
     calls = 0
@@ -66,7 +66,7 @@ def signal_at(place: Place, told: list[float]) -> Iterator[None]:
         nonlocal calls
         calls += 1
         if calls == place.call:
-            told.append(time.monotonic())
+            sent.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGTERM)
             while not signals.asked():
                 time.sleep(0.001)
@@ -80,13 +80,13 @@ def signal_at(place: Place, told: list[float]) -> Iterator[None]:
 
 
 def interrupted(world: World, run: RunConfig, place: Place) -> Seen:
-    told: list[float] = []
+    sent: list[float] = []
     folder = Path(run.output) / run.name
-    with signals.listening(), signal_at(place, told) if world.rank == 1 else nullcontext():
+    with signals.listening(), signal_at(place, sent) if world.rank == 1 else nullcontext():
         loop.train(plan_for(run, world), world)
-    took = time.monotonic() - told[0] if told else 0.0
+    took = time.monotonic() - sent[0] if sent else 0.0
     barrier(world)  # rank 0 writes
-    file = folder / loop.STOPPED_FILE
+    file = folder / loop._STOPPED_FILE
     stopped = json.loads(file.read_text()) if file.exists() else None
     latest = (folder / "checkpoints" / "latest").read_text()
     manifest.verify_checkpoint(folder / "checkpoints" / latest)
@@ -132,7 +132,7 @@ def test_a_signal_anywhere_costs_nothing(shards: Path, tmp_path: Path) -> None:
     for name, place in PLACES.items():
         of_signalled: Seen = seen[1][name]
         if name == "last save":
-            assert of_signalled.stopped is None  # it was finished all the same
+            assert of_signalled.stopped is None  # it was finished nevertheless
         else:
             assert of_signalled.stopped == {"signal": "SIGTERM", "step": place.step, "looked": place.looked}, name
         assert of_signalled.latest == f"step{place.step:08}", name

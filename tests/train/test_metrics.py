@@ -72,7 +72,7 @@ def test_loads_and_dead_experts_by_hand() -> None:
     assert named["routing_flipped/layer0"] == 0
 
 
-def test_a_dense_model_has_nothing_to_tell() -> None:
+def test_a_dense_model_has_no_routing_figures() -> None:
     assert routing_scalars(routing_sums([(), ()], toy_config("dense"))) == {}
 
 
@@ -92,7 +92,7 @@ def test_rows_are_those_that_experts_took() -> None:
     assert rows_taken(routing_sums(steps, toy_config())) == taken > 0
 
 
-def test_speed_is_told_of_model_flops_per_rank() -> None:
+def test_speed_counts_model_flops_per_rank() -> None:
     spent = StepFlops(dense=4e12, routed=2e12, router=1e12, wasted=3e12)
     named = step_scalars(replace(stats(2), effort=Effort(spent, ranks=4, peak_tflops=224)))
     assert named["throughput/tflops_per_rank"] == pytest.approx(32 * 7 / 0.5 / 4)

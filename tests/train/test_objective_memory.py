@@ -69,7 +69,7 @@ def test_graphs_kept() -> None:
 def test_memory_of_two_pass_hardly_grows_with_the_steps() -> None:
     few, many = (alive(a_run(steps, schedule="two_pass")) for steps in (2, 12))
     x0_prev, maps, figures = BATCH * 4 * 16 * 16 * 4, 2 * BATCH * 64 * 4, 256
-    assert many - few <= 10 * (x0_prev + maps + figures)  # what a second pass is told of ten more steps
+    assert many - few <= 10 * (x0_prev + maps + figures)  # what a second pass is given of ten more steps
     sums = 4 * sum(p.numel() for p in build_model(a_run(1).model).parameters())
     assert few <= 1.05 * (alive(a_run(1)) + sums)
     assert alive(a_run(6, schedule="checkpoint")) < 0.25 * alive(a_run(6))

@@ -6,7 +6,7 @@ from sharpmoe.train.provenance import _commit, changes, changes_text, settings, 
 from tests.train.setting import ALONE, make_run
 
 
-def test_a_changed_key_an_added_one_and_a_version_are_told(tmp_path: Path) -> None:
+def test_a_changed_key_an_added_one_and_a_version_are_listed(tmp_path: Path) -> None:
     before = settings(make_run(tmp_path, tmp_path), {"zero_optimization": {"stage": 3}}, ALONE)
     run = make_run(tmp_path, tmp_path, train={"steps": 9}, checkpoint={"resume": "auto"}, sample={"captions": ["a"]})
     now = settings(run, {"zero_optimization": {"stage": 3, "overlap_comm": True}}, ALONE._replace(size=2))

@@ -92,7 +92,7 @@ def test_a_file_gets_one_line_per_written_step(tmp_path: Path) -> None:
     assert lines[-1] == "saved"
 
 
-def test_the_line_tells_the_utilisation_where_the_peak_is_known(tmp_path: Path) -> None:
+def test_the_line_shows_the_utilisation_where_the_peak_is_known(tmp_path: Path) -> None:
     stream = io.StringIO()
     log = RunLog(tmp_path, 2, every=1, stream=stream)
     spent = StepFlops(dense=1e9, routed=0, router=0, wasted=9e9)  # 32 images in half a second: 0.064 TFLOP/s
