@@ -32,8 +32,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     # parts of a model, seen from whole models
     "sharpmoe/flow.py": "model/published/test_load.py",
     "sharpmoe/model/attach.py": "model/published/test_load.py",
-    "sharpmoe/model/backbone.py": "model/test_flops.py",
-    "sharpmoe/model/build.py": "model/test_dit.py",
+    "sharpmoe/model/build.py": "model/test_backbone.py",
     "sharpmoe/model/embed.py": "model/test_dit.py",
     "sharpmoe/model/initial.py": "parallel/zero/test_build.py",
     "sharpmoe/model/published/names.py": "model/published/test_load.py",

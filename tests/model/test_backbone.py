@@ -1,0 +1,87 @@
+"""What every backbone of the table promises to those that know the contract only."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
+from sharpmoe.model.build import BACKBONES, build_model
+from sharpmoe.moe.routing import CallMode
+from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config
+
+CONDITIONINGS = ("text", "class")
+
+
+def made(backbone: str, conditioning: str) -> Backbone:
+    torch.manual_seed(0)
+    model = build_model(toy_config("ec", conditioning=conditioning), backbone)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(conditioning: str) -> tuple[Tensor, Tensor, Condition, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    x_t, x0_prev = torch.randn(2, 2, 4, 8, 8, generator=g)
+    condition: Condition = ClassCondition(torch.tensor([0, 1]))
+    if conditioning == "text":
+        text = torch.randn(2, TEXT_LENGTH, TEXT_WIDTH, generator=g)
+        mask = torch.ones(2, TEXT_LENGTH, dtype=torch.bool)
+        condition = TextCondition(text, mask, torch.randn(2, POOLED_WIDTH, generator=g))
+    return x_t, torch.rand(2, generator=g), condition, x0_prev
+
+
+def order_of_use(parts: Sequence[tuple[str, nn.Module]], model: Backbone, conditioning: str) -> list[str]:
+    """Names of the parts by their first call in a forward."""
+    seen: dict[str, None] = {}
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: seen.setdefault(name)) for name, part in parts]
+    model(*inputs(conditioning))
+    for hook in hooks:
+        hook.remove()
+    return list(seen)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_whole_parts_hold_every_parameter_once(backbone: str, conditioning: str) -> None:
+    model = made(backbone, conditioning)
+    names = [f"{prefix}.{name}" for prefix, part in model.whole_parts() for name, _ in part.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert all(model.get_submodule(name) is part for name, part in model.whole_parts())
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_whole_parts_embed_x_t_first_and_make_the_output_last(backbone: str, conditioning: str) -> None:
+    model = made(backbone, conditioning)
+    parts = model.whole_parts()
+    used = order_of_use(parts, model, conditioning)
+    assert sorted(used) == sorted(name for name, _ in parts)
+    assert used[0] == parts[0][0]
+    assert used[-1] == parts[-1][0]
+    blocks = [name for name, part in parts if part in list(model.blocks)]
+    assert [name for name in used if name in blocks] == blocks
+    assert len(blocks) == len(model.blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_prepared_condition_gives_the_same_bits(backbone: str, conditioning: str) -> None:
+    model = made(backbone, conditioning).eval()
+    x_t, t, condition, x0_prev = inputs(conditioning)
+    expected = model(x_t, t, condition, x0_prev)
+    assert torch.equal(model(x_t, t, model.prepare(condition), x0_prev).v, expected.v)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_each_layer_replays_its_own_map(backbone: str) -> None:
+    model = made(backbone, "text")
+    records = model(*inputs("text")).routing
+    assert len(records) == len(model.moe_layers())
+    other = tuple(record.routing_map.roll(layer + 1, dims=2) for layer, record in enumerate(records))
+    replayed = model(*inputs("text"), CallMode(routing_maps=other)).routing
+    assert all(torch.equal(record.routing_map, given) for record, given in zip(replayed, other, strict=True))
