@@ -1,6 +1,7 @@
 """A run goes on in any other layout: ranks, experts per rank, ZeRO stage."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def train(world: World, runs: list[RunConfig], stage: int) -> None:
 def copy_then_train(world: World, run: RunConfig, copy: RunConfig, stage: int) -> None:
     """Load a checkpoint and save it at once under another name, then go on."""
     plan = plan_for(run, world, stage)
-    elsewhere = plan._replace(run=copy)
+    elsewhere = replace(plan, run=copy)
     loop.open_session(elsewhere, world, initial_model(plan)).checkpoints.save(plan.start)
     loop.train(plan_for(run, world, stage), world)
 
