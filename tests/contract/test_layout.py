@@ -62,7 +62,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/report/page.py": "launcher/test_report.py",
     # stages of a run, seen from whole runs
     "sharpmoe/train/local_gradients.py": "train/test_rollout_schedules.py",
-    "sharpmoe/train/monitor.py": "train/test_stopping.py",
+    "sharpmoe/train/monitor.py": "train/test_loop_stopping.py",
     "sharpmoe/train/session.py": "train/test_loop.py",
     "sharpmoe/train/terms.py": "train/test_objective.py",
     # steps of preparing and reading, seen from whole shard sets
