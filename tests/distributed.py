@@ -31,10 +31,10 @@ CONTEXT.set_forkserver_preload(
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 150.0) -> list[Any]:
-    """Call `function(world, *args)` on `num_ranks` ranks; returns their results in rank order.
+    """Call `function(world, *args)` on `num_ranks` ranks and return their results in rank order.
 
-    `function` stands at the top of a module and returns something picklable. A rank that raises fails the test with its
-    traceback; ranks that hang are ended after `timeout` seconds.
+    `function` is defined at the top of a module and returns something picklable. A rank that raises fails the test with
+    its traceback; ranks that hang are killed after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     ends: dict[Connection, int] = {}
@@ -47,7 +47,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
 
 @contextmanager
 def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterator[list[BaseProcess]]:
-    """The same ranks as processes, for tests of how they end; what is left of them is ended at the end."""
+    """Start the same ranks and yield their processes, for tests of how they end; kill at the end what still runs."""
     with _started(function, num_ranks, args, {}) as processes:
         yield processes
 
@@ -91,7 +91,7 @@ def free_port() -> int:
 
 
 def _collect(ends: dict[Connection, int], deadline: float) -> list[Any]:
-    """Wait for all; the first failure or the deadline ends the wait."""
+    """Return the results of all ranks; raise at the first failure, or at the deadline."""
     results: dict[int, Any] = {}
     pending = dict(ends)
     while pending:
@@ -125,9 +125,9 @@ def _rank(
     torch.set_num_threads(1)
     try:
         answer = (True, function(launch.start(), *args))
-    except BaseException:  # noqa: BLE001 (it is handed on as the test's failure)
+    except BaseException:  # noqa: BLE001 (it becomes the test's failure)
         answer = (False, traceback.format_exc())
-    # Plain pickle: torch's own would share tensors through files that end with this process.
+    # Plain pickle: torch's own shares tensors through files that are gone when this process ends.
     end.send_bytes(pickle.dumps(answer))
     end.close()
     if answer[0]:

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import checkpoint, optimizer, sampling
@@ -45,5 +46,6 @@ def engines(world: World) -> None:
             run_once(case)
 
 
+@pytest.mark.dist
 def test_optimizer_and_checkpoint() -> None:
     run_ranks(engines, 1)

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs" / "runs"
 SMALL = [path for path in sorted((RUNS / "imagenet256").glob("*.yaml")) if "_s" in path.stem.removesuffix("_sharp")]
 SHIPPED = [*sorted(RUNS.glob("posttrain-*.yaml")), *SMALL]
+
+pytestmark = pytest.mark.slow  # each plan measures its model
 WORDS = ("weights", "gradients", "optimizer", "EMA", "activations", "gathered", "peak", "reduce", "all-to-all")
 TINY = ("--config", str(RUNS / "posttrain-counts.yaml"))
 

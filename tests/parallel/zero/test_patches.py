@@ -107,6 +107,7 @@ def outcomes(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.dist
 def test_a_step_is_adamw_with_clipping_and_an_average(
     way: str, scale: float, outcomes: dict[tuple[str, float], Outcome]
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_step_is_adamw_with_clipping_and_an_average(
         torch.testing.assert_close(got.average[name], average[name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.dist
 def test_nothing_the_size_of_a_partition_is_made(outcomes: dict[tuple[str, float], Outcome]) -> None:
     for outcome in outcomes.values():
         assert outcome.new_in_average == 0
