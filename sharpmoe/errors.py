@@ -1,11 +1,11 @@
-"""Every error a user can mend. Imports nothing, so that any room may raise them.
+"""Every error that a user can fix. Imports nothing, so that any module may raise them.
 
-A message is one line: what is wrong, where, what was expected, how to mend it.
+A message is one line: what is wrong, where, what was given, what is allowed, how to fix it.
 """
 
 
 class SharpMoEError(Exception):
-    """Base of all errors that a user can mend; launchers print it as one line and exit with 2."""
+    """Base of all errors that a user can fix; launchers print it as one line and exit with 2."""
 
 
 class ConfigError(SharpMoEError):
@@ -17,7 +17,7 @@ class DataError(SharpMoEError):
 
 
 class DamageError(DataError):
-    """One sample, or a whole shard, is damaged or gone; data.max_bad_fraction says how many a run bears."""
+    """One sample, or a whole shard, is damaged or gone; data.max_bad_fraction says how many a run accepts."""
 
 
 class CheckpointError(SharpMoEError):
@@ -25,4 +25,4 @@ class CheckpointError(SharpMoEError):
 
 
 class TrainingError(SharpMoEError):
-    """A run cannot go on: a loss or a gradient is not finite."""
+    """A run cannot continue: a loss or a gradient is not finite."""

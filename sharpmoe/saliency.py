@@ -1,4 +1,4 @@
-"""Where an image asks for compute: the saliency map M of a clean image, on the model's token grid."""
+"""The saliency map M of a clean image, on the model's token grid."""
 
 import torch
 from torch import Tensor

@@ -1,1 +1,1 @@
-"""Pictures to latents, captions to text states."""
+"""Images to latents, captions to text states."""

@@ -1,1 +1,1 @@
-"""Where pictures and captions come from: folders, tables, tars, packaged sets."""
+"""Sources of images and captions: folders, tables, tars, packaged sets."""

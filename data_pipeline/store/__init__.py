@@ -1,1 +1,1 @@
-"""Bytes of shards, from disks and servers."""
+"""The bytes of shards, read from disks and servers."""

@@ -1,1 +1,1 @@
-"""What a trained model is measured by: allocation, distances, alignment."""
+"""Measurements of a trained model: allocation of experts, held-out loss, samples for published figures."""

@@ -1,1 +1,1 @@
-"""The diffusion transformer, its embedders, sizes and weight files."""
+"""The backbone contract, the diffusion transformer, and weights files."""

@@ -1,1 +1,1 @@
-"""One mixture-of-experts layer: routing rules, router, capacity, dispatch, experts."""
+"""One mixture-of-experts layer: router, selection rules, dispatch, experts, thresholds."""

@@ -1,1 +1,1 @@
-"""Process groups, dispatchers and the engine: the only room that knows DeepSpeed, Megatron-core and apex."""
+"""Process groups, dispatchers and the engine: the only folder that imports DeepSpeed, Megatron-core and apex."""

@@ -1,1 +1,1 @@
-"""Memory and traffic of a layout before anything is started: what `launcher/plan.py` prints."""
+"""Memory and traffic of a run before it is started: what `launcher/plan.py` prints."""

@@ -1,1 +1,1 @@
-"""One optimizer step, the loop around it, EMA, checkpoints, metrics."""
+"""One optimizer step, rollout schedules, the loop of a run, logs and monitoring."""

@@ -1,1 +1,1 @@
-"""Experts spread over ranks: process groups and dispatchers."""
+"""Expert parallelism: process groups and dispatchers."""
