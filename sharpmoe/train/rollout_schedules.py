@@ -220,7 +220,7 @@ def _one(step: int) -> range:
     return range(step, step + 1)
 
 
-class _Row(NamedTuple):
+class ScheduleRow(NamedTuple):
     """A schedule of the table."""
 
     passes: Callable[[RunConfig, int, range], tuple[Pass, ...]]  # run, T, trained steps
@@ -240,13 +240,13 @@ def _hybrids(run: RunConfig) -> list[dict[str, int]]:
     return [{"kept_steps": kept} for kept in range(1, run.rollout.num_steps)] if has_routing_loss(run) else []
 
 
-SCHEDULES: dict[str, _Row] = {
-    "plain": _Row(_one_graph, lambda steps: {}, lambda run: [{}], single_step=True),
-    "checkpoint": _Row(_recomputed_graph, lambda steps: {}, lambda run: [{}], single_step=True),
+SCHEDULES: dict[str, ScheduleRow] = {
+    "plain": ScheduleRow(_one_graph, lambda steps: {}, lambda run: [{}], single_step=True),
+    "checkpoint": ScheduleRow(_recomputed_graph, lambda steps: {}, lambda run: [{}], single_step=True),
     # Without a routing loss it costs what `plain` costs.
-    "two_pass": _Row(_two_pass, lambda steps: {}, lambda run: [] if has_routing_loss(run) else [{}]),
-    "hybrid": _Row(_two_pass, lambda steps: {"kept_steps": max(1, steps // 2)}, _hybrids),
-    "segments": _Row(
+    "two_pass": ScheduleRow(_two_pass, lambda steps: {}, lambda run: [] if has_routing_loss(run) else [{}]),
+    "hybrid": ScheduleRow(_two_pass, lambda steps: {"kept_steps": max(1, steps // 2)}, _hybrids),
+    "segments": ScheduleRow(
         _first_and_second, lambda steps: {"segment_steps": _proper_divisor(steps)}, lambda run: [], segmented=True
     ),
 }
