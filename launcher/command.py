@@ -6,15 +6,21 @@ import argparse
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from sharpmoe.errors import SharpMoEError
+from sharpmoe.config_io import nearest
+from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
 
-OVERRIDES_HELP = "Any key of the run file can be overridden: --section.key VALUE or --section.key=VALUE (YAML values)."
+OVERRIDES_HELP = (
+    "Any key of the run file can be overridden: --section.key VALUE or --section.key=VALUE. Text is taken as it is; "
+    "lists and maps are written as [0.9, 0.95] and {key: value}."
+)
 
-_ERROR = 2  # argparse ends with the same code
+_BUG = 1  # as Python ends after an exception
+_ERROR = 2  # as argparse ends
 _BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE killed
 
 
@@ -22,8 +28,10 @@ _BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE killed
 class Command:
     """One launcher. `main = Command(...)`: `main(words)` returns the exit code, `main.run()` ends the process with it.
 
-    Exit codes: what `act` returns (None is 0), 2 after wrong words or a SharpMoEError, which is printed as one line,
-    141 where nobody reads standard output any more (`... | head`). Other exceptions are bugs and keep their traceback.
+    Exit codes: what `act` returns (None is 0), 2 after wrong words or an error that is printed as one line (a
+    SharpMoEError, or one of the system, torch or safetensors: see `outside_error`), 141 where nobody reads standard
+    output any more (`... | head`), 1 after a bug: any other exception, with its traceback and a line that says so.
+    With --debug every error shows its traceback.
     """
 
     text: str | None  # help text: __doc__ of the launcher
@@ -37,19 +45,25 @@ class Command:
 
     def __call__(self, words: Sequence[str], name: str | None = None) -> int:
         """Run with these command-line words and return the exit code; `name` is the program's name in its help."""
+        debug = False
         try:
-            code = self.act(self.parse(words, name)) or 0
+            arguments = self.parse(words, name)
+            debug = getattr(arguments, "debug", False)
+            code = self.act(arguments) or 0
             sys.stdout.flush()
             return code
         except SharpMoEError as error:
             if self.reports():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                _print_error(error, debug, str(error))
             return _ERROR
-        except BrokenPipeError:
-            if not _nobody_reads():
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
-            return _BROKEN_PIPE
+        except Exception as error:  # noqa: BLE001 - the last place where an exception can become a line
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+                return _BROKEN_PIPE
+            known = outside_error(error)
+            text = str(known) if known else f"this is a bug ({type(error).__name__}): report it with the lines above"
+            _print_error(error, debug or known is None, _of_rank() + text)
+            return _ERROR if known else _BUG
         finally:
             self.cleanup()
 
@@ -58,7 +72,7 @@ class Command:
         self.leave(self(sys.argv[1:]))
 
     def parse(self, words: Sequence[str], name: str | None = None) -> argparse.Namespace:
-        """Parse command-line words; wrong ones end the process with 2, as argparse does."""
+        """Parse command-line words. Raises ConfigError for wrong ones; --help ends the process."""
         parser = self.parser(name)
         if not self.overrides:
             return parser.parse_args(words)
@@ -68,7 +82,7 @@ class Command:
 
     def parser(self, name: str | None = None) -> argparse.ArgumentParser:
         """Return a parser with the arguments of this launcher."""
-        parser = argparse.ArgumentParser(
+        parser = _Parser(
             prog=name,
             description=self.text,
             epilog=self.epilog,
@@ -76,7 +90,35 @@ class Command:
             formatter_class=_HelpFormatter,
         )
         self.arguments(parser)
+        _add_debug(parser)
         return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage, and name the nearest option."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # overloaded in argparse
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            options = [word for action in self._actions for word in action.option_strings]
+            named = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{nearest(named, options) if named else ''}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{' '.join(message.removeprefix('argument ').split())} (see --help)")
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add --debug to a parser and to those of its subcommands."""
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _add_debug(below)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -94,3 +136,16 @@ def _nobody_reads() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _print_error(error: BaseException, with_traceback: bool, text: str) -> None:
+    """Print an error as one line, after its traceback where that is wanted."""
+    if with_traceback:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _of_rank() -> str:
+    """Return "rank N: " where there are several; every rank prints an error that it alone may have."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"rank {os.environ['RANK']}: " if several and "RANK" in os.environ else ""

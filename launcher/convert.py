@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from launcher.bounds import POSITIVE, POSITIVE_REAL
 from launcher.command import Command
 from sharpmoe.durable import write_atomically
 from sharpmoe.model.attach import extend_to_text
@@ -31,11 +32,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--router", choices=sorted(NAMES), default="dense", help="router of the source")
     add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
     add("--to", choices=CHECKPOINT_FAMILIES, help="write weights of this project under the key names of this family")
-    add("--num-heads", type=int, help="for a width that does not determine it")
-    add("--latent-size", type=int, help="for a checkpoint without stored positions")
-    add("--top-k", type=int, help="experts per token, for a family that does not determine it")
-    add("--capacity", type=float, help="mean experts per token (default: 1)")
-    add("--text-width", type=int, help="extend a class-conditional model to text states of this width")
+    add("--num-heads", type=POSITIVE, help="for a width that does not determine it")
+    add("--latent-size", type=POSITIVE, help="for a checkpoint without stored positions")
+    add("--top-k", type=POSITIVE, help="experts per token, for a family that does not determine it")
+    add("--capacity", type=POSITIVE_REAL, help="mean experts per token (default: 1)")
+    add("--text-width", type=POSITIVE, help="extend a class-conditional model to text states of this width")
 
 
 def _act(arguments: argparse.Namespace) -> None:

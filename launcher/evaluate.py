@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from launcher.bounds import NOT_NEGATIVE, POSITIVE, SEED
 from launcher.command import Command
 from sharpmoe.evaluation.allocation import allocation_table
 from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison
@@ -18,10 +19,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
     add("--shards", help="prepared shards (default: those of the run)")
     add("--split", help="held-out split (default: that of the run)")
-    add("--images", type=int, default=128, help="held-out images")
-    add("--chunk", type=int, default=16, help="images per model call: the pool of DiffMoE")
-    add("--sheet-images", type=int, default=8, help="images on a routing sheet; 0 draws none")
-    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--images", type=POSITIVE, default=128, help="held-out images")
+    add("--chunk", type=POSITIVE, default=16, help="images per model call: the pool of DiffMoE")
+    add("--sheet-images", type=NOT_NEGATIVE, default=8, help="images on a routing sheet; 0 draws none")
+    add("--seed", type=SEED, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path("evaluation"), help="folder for the results")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the model")
 

@@ -2,13 +2,14 @@
 
 import argparse
 
+from launcher.bounds import POSITIVE
 from launcher.command import Command
 from sharpmoe import slurm
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--slots", type=int, help="ranks per node (default: the GPUs that Slurm gave this job per node)"
+        "--slots", type=POSITIVE, help="ranks per node (default: the GPUs that Slurm gave this job per node)"
     )
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.read.shards import ShardSet
+from launcher.bounds import POSITIVE
 from launcher.command import Command
 from sharpmoe.evaluation.identify import identify
 from sharpmoe.model.published.names import CHECKPOINT_FAMILIES
@@ -22,10 +23,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
     add("--shards", help="prepared data with the latents that the checkpoint was trained on")
     add("--split", default="unseen", help="held-out split")
-    add("--images", type=int, default=64, help="held-out images")
-    add("--num-heads", type=int, help="for a width that does not determine it")
-    add("--latent-size", type=int, help="for a checkpoint without stored positions")
-    add("--top-k", type=int, help="experts per token, for a family that does not determine it")
+    add("--images", type=POSITIVE, default=64, help="held-out images")
+    add("--num-heads", type=POSITIVE, help="for a width that does not determine it")
+    add("--latent-size", type=POSITIVE, help="for a checkpoint without stored positions")
+    add("--top-k", type=POSITIVE, help="experts per token, for a family that does not determine it")
 
 
 def _act(arguments: argparse.Namespace) -> int:

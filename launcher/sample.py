@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.read.shards import ShardSet
+from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, SEED
 from launcher.command import Command
 from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
@@ -33,7 +34,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--captions", nargs="+", help="one image each (default: sample.captions of the run)")
     prompts.add_argument("--captions-file", type=Path, help="text file with one caption per line")
-    prompts.add_argument("--labels", nargs="+", type=int, default=(), help="classes, for a class-conditional model")
+    prompts.add_argument(
+        "--labels", nargs="+", type=NOT_NEGATIVE, default=(), help="classes, for a class-conditional model"
+    )
     prompts.add_argument(
         "--npz", type=Path, help="write a batch for the ADM evaluator, with balanced labels, and its protocol"
     )
@@ -44,17 +47,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="draw only the I-th of N parts, as a job array does",
     )
-    add("--join", type=int, metavar="N", help="join the N parts of --npz that were drawn, and draw nothing")
-    add("--num", type=int, default=50_000, help="images of --npz")
+    add("--join", type=POSITIVE, metavar="N", help="join the N parts of --npz that were drawn, and draw nothing")
+    add("--num", type=POSITIVE, default=50_000, help="images of --npz")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
     add("--shards", help="prepared shards, for codec and text encoder (default: those of the run)")
     add("--bucket", metavar="HxW", help="resolution of the shards to draw in (default: a square)")
-    add("--steps", type=int, help="sampling steps (default: sample.num_steps of the run)")
+    add("--steps", type=POSITIVE, help="sampling steps (default: sample.num_steps of the run)")
     add("--method", choices=("euler", "heun"), help="sampler (default: sample.method)")
-    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is none (default: sample.cfg_scale)")
+    add("--cfg-scale", type=NOT_NEGATIVE_REAL, help="classifier-free guidance, 1 is none (default: sample.cfg_scale)")
     add("--guidance-source", choices=("own", "guided"), help="velocity behind x0_hat (default: sample.guidance_source)")
-    add("--seed", type=int, help="seed of the noise (default: sample.seed)")
-    add("--batch-size", type=int, default=16, help="images per model call")
+    add("--seed", type=SEED, help="seed of the noise (default: sample.seed)")
+    add("--batch-size", type=POSITIVE, default=16, help="images per model call")
     add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so the batch size has no effect")
     add("--compile", action="store_true", help="compile the blocks first, for many images (equal to rounding)")
     add("--out", type=Path, help="folder for the images (default: samples/drawn in the run folder)")

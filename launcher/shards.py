@@ -20,6 +20,7 @@ from data_pipeline.read.shards import ShardSet
 from data_pipeline.read.stats import folder_report, sample_stats, some_samples
 from data_pipeline.read.verify import verify_folder
 from data_pipeline.store.store import open_store
+from launcher.bounds import POSITIVE, png_file
 from launcher.command import Command
 from sharpmoe.report.contact import contact_sheet, sample_cards
 from sharpmoe.report.figures import save_png
@@ -76,18 +77,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     check = commands.add_parser("verify", help="recompute every checksum and decode every sample")
     check.set_defaults(act=_verify)
     check.add_argument("folder", help="prepared folder or URL")
-    check.add_argument("--threads", type=int, default=4, help="shards read in parallel (default: 4)")
+    check.add_argument("--threads", type=POSITIVE, default=4, help="shards read in parallel (default: 4)")
     check.add_argument("--json", action="store_true", help="print damage as JSON, one object per line")
     stats = commands.add_parser("stats", help="counts, buckets, sizes, and statistics of some samples")
     stats.set_defaults(act=_stats)
     stats.add_argument("folder", help="prepared folder or URL")
-    stats.add_argument("--samples", type=int, default=256, help="samples read in every split (default: 256)")
+    stats.add_argument("--samples", type=POSITIVE, default=256, help="samples read in every split (default: 256)")
     show = commands.add_parser("show", help="draw a contact sheet")
     show.set_defaults(act=_show)
     show.add_argument("folder", help="prepared folder or URL")
     show.add_argument("--split", help="default: the first")
-    show.add_argument("--count", type=int, default=24, help="samples (default: 24)")
-    show.add_argument("--out", type=Path, default=Path("contact.png"), help="PNG file (default: contact.png)")
+    show.add_argument("--count", type=POSITIVE, default=24, help="samples (default: 24)")
+    show.add_argument("--out", type=png_file, default=Path("contact.png"), help="PNG file (default: contact.png)")
     join = commands.add_parser("merge", help="merge several folders into one")
     join.set_defaults(act=_merge)
     join.add_argument("out", type=Path, help="new folder")

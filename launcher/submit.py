@@ -7,6 +7,7 @@ Words that are not options are passed on: overrides of the run file (`--section.
 import argparse
 from pathlib import Path
 
+from launcher.bounds import NOT_NEGATIVE, POSITIVE, Whole
 from launcher.command import Command
 from sharpmoe import slurm
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG
@@ -16,14 +17,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, default=DEFAULT_RUN_CONFIG, help="run file (default: configs/runs/quickstart.yaml)")
     add("--job", choices=tuple(slurm.TEMPLATES), default="posttrain", help="what to do with the run")
-    add("--nodes", type=int, help="nodes, with one task on each (default: 1)")
-    add("--gpus-per-node", type=int, help="GPUs, and ranks, per node; 0 on a cluster without GPUs (default: 8)")
-    add("--ranks-per-node", type=int, help="ranks per node, if not one per GPU")
-    add("--cpus-per-node", type=int, help="share nodes and take this many CPUs of each (default: whole nodes)")
-    add("--time", help="time limit, such as 24:00:00; a run that reaches it saves a checkpoint and is requeued")
-    add("--grace", type=int, help="seconds before the time limit at which the run saves (default: 180)")
+    add("--nodes", type=POSITIVE, help="nodes, with one task on each (default: 1)")
+    add(
+        "--gpus-per-node", type=NOT_NEGATIVE, help="GPUs, and ranks, per node; 0 on a cluster without GPUs (default: 8)"
+    )
+    add("--ranks-per-node", type=POSITIVE, help="ranks per node, if not one per GPU")
+    add("--cpus-per-node", type=POSITIVE, help="share nodes and take this many CPUs of each (default: whole nodes)")
+    add("--time", help="time limit, such as 24:00:00 or 2-12; a run that reaches it saves a checkpoint and is requeued")
+    add(
+        "--grace",
+        type=Whole(1, slurm.LONGEST_GRACE),
+        help="seconds before the time limit at which the run saves (default: 180)",
+    )
     add("--partition", help="partition of the cluster")
-    add("--array", type=int, help="sample: number of tasks that share the images (default: 8)")
+    add("--array", type=POSITIVE, help="sample: number of tasks that share the images (default: 8)")
     add("--sbatch", action="append", default=[], metavar="--OPTION=VALUE", help="another option of sbatch; repeatable")
     add("--deepspeed", type=Path, default=DEFAULT_DS_CONFIG, help="DeepSpeed JSON (default: configs/zero3.json)")
     add("--dry-run", action="store_true", help="print the batch file and submit nothing")

@@ -11,6 +11,7 @@ of a second signal.
 import argparse
 from pathlib import Path
 
+from launcher.bounds import Whole
 from launcher.command import OVERRIDES_HELP, Command
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.errors import ConfigError
@@ -32,7 +33,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--deepspeed_config", type=Path, metavar="FILE", help="the same, in DeepSpeed's spelling of two words")
     add("--config", type=Path, metavar="FILE", help="run file (default: configs/runs/quickstart.yaml)")
     add("--dry-run", action="store_true", help="check everything, print the banner, stop")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add("--local_rank", "--local-rank", type=Whole(-1), help=argparse.SUPPRESS)
 
 
 def _ds_file(arguments: argparse.Namespace) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from data_pipeline.safety import has_secret
@@ -26,6 +26,10 @@ SIZES: dict[str, dict[str, int]] = {
     "l": {"width": 1024, "depth": 24, "num_heads": 16},
     "xl": {"width": 1152, "depth": 28, "num_heads": 16},
 }
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,19 @@ class OneOf:
 class _Section(BaseModel):
     """Base of every section: unknown keys are errors, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true where a number is expected: pydantic takes it for 1."""
+        values = value if isinstance(value, list | tuple) else [value]
+        if (
+            any(isinstance(one, bool) for one in values)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise PydanticCustomError("not_bool", "Input should not be true or false")
+        return value
 
 
 class ModelConfig(_Section):
@@ -330,7 +346,7 @@ class OptimConfig(_Section):
     name: Literal["adamw", "sgd"] = "adamw"
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -400,7 +416,7 @@ class SampleConfig(_Section):
     method: Literal["euler", "heun"] = "euler"
     cfg_scale: float = Field(1.5, ge=0)
     guidance_source: Literal["own", "guided"] = "own"  # which x0_hat each branch of classifier-free guidance reads
-    seed: int = 0
+    seed: _Seed = 0
 
 
 class CheckpointConfig(_Section):
@@ -420,7 +436,7 @@ class RunConfig(_Section):
 
     name: str = "run"
     output: str = "runs"
-    seed: int = Field(0, ge=0)
+    seed: _Seed = 0
     stage: Literal["pretrain", "posttrain"] = "posttrain"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -434,3 +450,10 @@ class RunConfig(_Section):
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for key, text in (("name", self.name), ("output", self.output)):
+            if not text.strip() or not text.isprintable() or (key == "name" and text in (".", "..")):
+                raise ValueError(f"{key} is {text!r}, expected the name of a folder, without line breaks; change {key}")
+        return self

@@ -9,14 +9,16 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from sharpmoe.config import ModelConfig, OneOf, RunConfig
+from sharpmoe.config_names import meaning
 from sharpmoe.errors import ConfigError
 from sharpmoe.families import FAMILIES
+from sharpmoe.overrides import StrictLoader, parse_overrides, yaml_problem
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RUN_CONFIG = PROJECT_ROOT / "configs" / "runs" / "quickstart.yaml"
@@ -24,7 +26,7 @@ DEFAULT_DS_CONFIG = PROJECT_ROOT / "configs" / "zero3.json"
 
 _TYPE_WORDS = {
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "text (quote it)",
     bool: "true | false",
     type(None): "null",
@@ -45,7 +47,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
 
     Args:
         path: YAML file; None is configs/runs/quickstart.yaml.
-        overrides: command-line words, `--section.key value` or `--section.key=value`; values are parsed as YAML.
+        overrides: command-line words, `--section.key value` or `--section.key=value`: see `parse_overrides`.
 
     Raises:
         ConfigError: one line with the file or override, the key, what was given, what is allowed and how to fix it.
@@ -96,46 +98,10 @@ def batch_arithmetic(run: RunConfig, world: int) -> BatchLayout:
     return BatchLayout(micro, share // micro, total, world)
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Turn `--a.b value` and `--a.b=value` words into {"a.b": value}; the last of two equal keys wins.
-
-    Raises:
-        ConfigError: a word is not an override, has no value, or its value is not YAML.
-    """
-    given: dict[str, Any] = {}
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"argument {word!r} is not an override; write overrides as --section.key value")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not queue or queue[0].startswith("--"):
-                raise ConfigError(f"--{key} has no value; write --{key} VALUE or --{key}=VALUE")
-            text = queue.pop(0)
-        given[key] = _parse_value(key, text)
-    return given
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the known name closest to `word`, or "" when none is near."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]}?" if match else ""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that rejects a key written twice (YAML forbids it, PyYAML keeps the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -143,21 +109,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         others = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"run file {path} does not exist{_there_are(others, path.parent)}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}; fix the syntax there") from None
+        raise ConfigError(f"{path} is not valid YAML: {yaml_problem(error)}; fix the syntax there") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections like `train:` with keys below them")
     return {key: {} if value is None and _sections(RunConfig).get(key) else value for key, value in data.items()}
-
-
-def _parse_value(key: str, text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{key}: {text!r} is not valid YAML: {_yaml_problem(error)}; quote it") from None
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -204,6 +163,9 @@ def _written_keys(node: Mapping[Any, Any], section: type[BaseModel], prefix: str
 
 def _suggest(dotted: str, known: Sequence[str]) -> str:
     section, _, leaf = dotted.rpartition(".")
+    known_elsewhere = meaning(dotted)
+    if known_elsewhere is not None:
+        return f"; here it is: {known_elsewhere}"
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
@@ -271,6 +233,9 @@ def _type_words(kind: Any) -> str:
         return f"a list of {_type_words(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)}: {', '.join(_type_words(part) for part in args)}"
+    if origin is Annotated:
+        bounds = [_bound(item) for field in args[1:] for item in getattr(field, "metadata", [field])]
+        return " ".join([_type_words(args[0]), " and ".join(bound for bound in bounds if bound)])
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"{{{', '.join(kind.model_fields)}}}"
     if origin is not None:  # Literal
@@ -305,12 +270,6 @@ def _check_across_sections(run: RunConfig, path: str) -> None:
             f"{path}: log.sample_every is {run.log.sample_every}, but sample.captions is empty; "
             "list the captions to draw, or set log.sample_every to 0"
         )
-
-
-def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 
 def _there_are(names: Sequence[str], folder: Path) -> str:

@@ -6,6 +6,7 @@ OSError, unless it says otherwise; nothing communicates between ranks.
 """
 
 import ctypes
+import errno
 import glob
 import hashlib
 import os
@@ -26,18 +27,33 @@ def atomic_draft(path: Path) -> Iterator[Path]:
     """Yield the path of a draft for the body to write; then flush it and rename it to `path`.
 
     `path` is always absent, old or complete. An exception in the body removes the draft and leaves `path` as it was.
-    The draft's name contains host and process, so several processes may write the same file; the last one wins.
+    The draft's name contains host and process, so several processes may write the same file; the last one wins. An
+    OSError names `path`; a folder that cannot be written to, or that stands at `path`, raises before the body.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_unwritable(path)
     draft = _draft_of(path)
     try:
         yield draft
         flush_file(draft)
         os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        if error.filename == str(draft):
+            error.filename = str(path)
+        raise
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raise OSError where a file cannot be put at `path`: other libraries' errors do not say which path they mean."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
 def write_atomically(path: Path, content: Content) -> None:

@@ -4,6 +4,7 @@ A template is a complete batch file: `#SBATCH --key=value` lines, then `NAME=val
 them. Making a batch file replaces lines of these two kinds and nothing else.
 """
 
+import json
 import os
 import re
 import shlex
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sharpmoe.config import RunConfig
-from sharpmoe.config_io import PROJECT_ROOT, load_run_config
+from sharpmoe.config_io import PROJECT_ROOT, batch_arithmetic, load_run_config
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 
 TEMPLATES = {"posttrain": "posttrain.sbatch", "prepare": "prepare.sbatch", "sample": "sample_array.sbatch"}
 
+LONGEST_GRACE = 65535  # seconds of --signal that Slurm accepts
+
+_TIME_FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]] or UNLIMITED"
 _Setting = str | Sequence[str]  # a list becomes a shell array
 
 
@@ -62,16 +66,72 @@ def make_batch_file(job: SlurmJob, resources: Resources) -> BatchFile:
     run = load_run_config(job.run_file, job.words if job.kind == "posttrain" else ())
     if resources.array is not None and job.kind != "sample":
         raise ConfigError(f"--array: {job.kind} is one job; only --job sample is an array")
-    for option, number in (("--nodes", resources.nodes), ("--array", resources.array)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{option} is {number}, expected at least 1")
     folder = Path(run.output) / run.name / "slurm"
     log = f"{folder}/{job.kind}-{'%A_%a' if job.kind == 'sample' else '%j'}.log"
     own = {"job-name": run.name if job.kind == "posttrain" else f"{run.name}-{job.kind}", "output": log}
     template = (PROJECT_ROOT / "launcher" / "slurm" / TEMPLATES[job.kind]).read_text(encoding="utf-8")
     options = own | {"chdir": str(Path.cwd())} | _directives(resources)
+    _check_time(template, options)
     settings = {"SOURCE": str(PROJECT_ROOT), "PYTHON": sys.executable} | _settings(job, run, resources)
+    if job.kind == "posttrain":
+        _check_ds_file(job.ds_config)
+        ranks = settings.get("RANKS_PER_NODE") or _setting_of(template, "RANKS_PER_NODE")
+        batch_arithmetic(run, int(options.get("nodes") or _directive_of(template, "nodes") or 1) * int(str(ranks)))
     return BatchFile(job.kind, _render(template, options, settings), folder / TEMPLATES[job.kind], log)
+
+
+def _check_time(template: str, options: Mapping[str, str | None]) -> None:
+    """Check the time limit, and that the signal before it comes after the start. Raises ConfigError."""
+    time, signal = (options.get(name) or _directive_of(template, name) for name in ("time", "signal"))
+    limit = _seconds_of(time) if time else None
+    if limit is None or not signal:
+        return
+    match = re.search(r"@([0-9]+)", signal)
+    grace = int(match[1]) if match else 0
+    if grace >= limit:
+        raise ConfigError(
+            f"--grace is {grace} seconds, not below the time limit {time} ({limit} seconds); give a longer --time, or "
+            "a shorter --grace"
+        )
+
+
+def _seconds_of(time: str) -> int | None:
+    """Return the seconds of a time limit in a form that Slurm knows, None where there is no limit."""
+    if time.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", time)
+    if match is None:
+        raise ConfigError(f"--time {time!r}: expected {_TIME_FORMS}, such as 24:00:00")
+    days, *parts = match.groups()
+    first, second, third = (int(part or 0) for part in parts)
+    if days is not None or parts[2] is not None:
+        seconds = int(days or 0) * 86400 + first * 3600 + second * 60 + third
+    else:
+        seconds = first * 60 + second
+    if seconds == 0:
+        raise ConfigError(f"--time {time!r}: a limit of nothing; give one above 0, or UNLIMITED")
+    return seconds
+
+
+def _check_ds_file(path: Path) -> None:
+    """Check that the DeepSpeed file is there and JSON; train.py checks its keys. Raises ConfigError."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"--deepspeed {path}: cannot be read as JSON ({reason}); correct the path or the file"
+        ) from None
+
+
+def _directive_of(template: str, name: str) -> str | None:
+    found = re.search(rf"^#SBATCH --{name}=(\S+)", template, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _setting_of(template: str, name: str) -> str | None:
+    found = re.search(rf"^{name}=(\S+)", template, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _settings(job: SlurmJob, run: RunConfig, resources: Resources) -> dict[str, _Setting]:
@@ -99,6 +159,10 @@ def _directives(resources: Resources) -> dict[str, str | None]:
     if resources.time is not None:
         values["time"] = resources.time
     if resources.partition is not None:
+        if not re.fullmatch(r"[^\s]+", resources.partition):
+            raise ConfigError(
+                f"--partition {resources.partition!r}: expected the name of a partition (sinfo lists them)"
+            )
         values["partition"] = resources.partition
     if resources.grace is not None:
         values["signal"] = f"USR1@{resources.grace}"

@@ -51,7 +51,7 @@ def contact_sheet(samples: Sequence[SampleCard], title: str, columns: int | None
     columns = min(columns or max(2, round(math.sqrt(len(samples) * 0.8))), len(samples))
     font, small = load_font(_TEXT), load_font(_SMALL)
     wide = 2 * _SIDE + _BETWEEN
-    captions = [wrap(_drawable(card.caption) or "(empty caption)", wide, font, _LINES) for card in samples]
+    captions = [wrap(card.caption, wide, font, _LINES) or ["(empty caption)"] for card in samples]
     rows = [range(start, min(start + columns, len(samples))) for start in range(0, len(samples), columns)]
     heights = [_SIDE + 8 + max(len(captions[i]) for i in row) * (_TEXT + 4) + _SMALL + 8 for row in rows]
     top = GAP + _TEXT + 10
@@ -85,7 +85,7 @@ def _draw(
     for line in caption:
         pen.text((left, y), line, fill="#222222", font=fonts[0])
         y += _TEXT + 4
-    (note,) = wrap(_drawable(card.note), 2 * _SIDE, fonts[1], 1)
+    (note,) = wrap(card.note, 2 * _SIDE, fonts[1], 1)
     pen.text((left, y), note, fill="#888888", font=fonts[1])
 
 
@@ -104,8 +104,3 @@ def _fitted(pixels: Pixels) -> Image.Image:
     scale = _SIDE / max(image.size)
     how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), how)
-
-
-def _drawable(text: str) -> str:
-    """Return the text on one line, without characters that no font can draw."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "" for c in text).split())

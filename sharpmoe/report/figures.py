@@ -34,10 +34,10 @@ def to_pixels(images: Tensor) -> list[Pixels]:
 
 
 def save_png(pixels: Pixels, path: Path | str) -> Path:
-    """Write a picture as PNG, creating its folder, and return the path."""
+    """Write a picture as PNG, creating its folder, and return the path. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, format="PNG")
     return path
 
 
@@ -46,7 +46,7 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int | None = N
     columns = columns or min(len(captions), max(4, math.ceil(math.sqrt(len(captions) * 1.6))))
     rows = math.ceil(len(captions) / columns)
     font = load_font(_FONT_SIZE)
-    broken = [wrap(caption or "(empty caption)", CELL, font) for caption in captions]
+    broken = [wrap(caption, CELL, font) or ["(empty caption)"] for caption in captions]
     cell_height = CELL + max(map(len, broken)) * (_FONT_SIZE + 4) + 4
     size = (columns * (CELL + GAP) + GAP, rows * (cell_height + GAP) + GAP)
     sheet = Image.new("RGB", size, "white")
@@ -63,9 +63,12 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int | None = N
 
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont, lines: int = _CAPTION_LINES) -> list[str]:
-    """Break text into at most `lines` lines of `width` pixels, between words where possible; `…` replaces the rest."""
+    """Break text into at most `lines` lines of `width` pixels, between words where possible; `…` replaces the rest.
+
+    Line breaks become spaces, and characters that no font can draw are left out.
+    """
     broken: list[str] = []
-    rest = text.strip()
+    rest = drawable(text)
     while rest and len(broken) < lines:
         end = len(rest)
         while end > 1 and font.getlength(rest[:end]) > width:
@@ -81,11 +84,16 @@ def wrap(text: str, width: float, font: ImageFont.FreeTypeFont, lines: int = _CA
     return broken
 
 
+def drawable(text: str) -> str:
+    """Return text on one line, without the characters (of control, lone surrogates) that Pillow refuses to draw."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "" for c in text).split())
+
+
 def allocation_curves(results: Mapping[str, Allocation]) -> Pixels:
     """Plot allocations to compare: Spearman's correlation with M by t, and experts per token by saliency."""
     figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
     by_time, by_fifth = figure.subplots(1, 2)
-    for name, result in results.items():
+    for name, result in ((drawable(name).replace("$", r"\$"), result) for name, result in results.items()):
         _error_line(by_time, list(result.times), list(result.saliency_by_time.values()), name)
         fifths = result.experts_by_saliency["all t"]
         _error_line(by_fifth, list(range(1, len(fifths) + 1)), list(fifths), name)

@@ -14,7 +14,7 @@ from data_pipeline.read.shards import ShardSet
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES
 from sharpmoe.evaluation.held_out import ALONE, Share, observe, spread
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.report.figures import Pixels, render_figure, to_pixels
+from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels
 
 _HEAT = "magma"  # dark: no experts
 
@@ -76,7 +76,9 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
             drawn = axes[row, column].imshow(grid, interpolation="nearest", cmap=heat, vmin=0, vmax=top)
         if np.isnan(grids[1]).any():
             axes[row, 2].text(0.5, 0.5, "none", ha="center", va="center", transform=axes[row, 2].transAxes, fontsize=8)
-        axes[row, 0].set_xlabel(_short(sheet.captions[row], 48), fontsize=7.5, labelpad=3, loc="left")
+        axes[row, 0].set_xlabel(
+            _short(drawable(sheet.captions[row]), 48), fontsize=7.5, labelpad=3, loc="left", parse_math=False
+        )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for axis, head in zip(axes[0], heads, strict=True):
@@ -85,7 +87,7 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
         left=0.01, right=0.93, top=_top(figure, title), bottom=0.2 / figure.get_figheight(), wspace=0.06
     )
     if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
+        figure.suptitle(drawable(title), parse_math=False, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
     bar = figure.add_axes((0.942, 0.3, 0.009, 0.4))
     figure.colorbar(drawn, cax=bar).set_label("experts per token, all MoE layers", fontsize=8)
     bar.tick_params(labelsize=7)

@@ -86,6 +86,9 @@ def encode_prompts(
         return sampling.Request(cond, empty, tuple(range(len(prompts.labels))))
     if not prompts.captions:
         raise ConfigError("no captions to draw: give --captions, --captions-file, or sample.captions in the run file")
+    for number, caption in enumerate(prompts.captions, 1):
+        if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise ConfigError(f"caption {number} is {caption!r}: not UTF-8 text; write it again")
     states, mask, pooled = shards.text_encoder().encode(list(prompts.captions))
     text = (states.to(device), mask.to(device), pooled.to(device))
     return sampling.caption_request(text, shards.empty_text(), config)

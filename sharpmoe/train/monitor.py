@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from data_pipeline.encode.codecs import Codec
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import RunConfig
+from sharpmoe.errors import outside_error
 from sharpmoe.evaluation.allocation import (
     Allocation,
     allocation_scalars,
@@ -80,47 +82,62 @@ class Monitor:
 
     def _allocation_before(self, model: Backbone) -> None:
         result = self._measure(model)
-        if self.log is not None:
+
+        def write(log: RunLog) -> None:
             save_allocation(result, self.folder / "allocation" / "before.json")
-            self.log.scalars(0, allocation_scalars(result))
-            self.log.say(allocation_table({"before": result}))
+            log.scalars(0, allocation_scalars(result))
+            log.say(allocation_table({"before": result}))
+
+        self._report("the allocation before training", write)
 
     def _allocation_after(self, model: Backbone) -> None:
         """Print the allocation of the finished run beside that of its start, where that was measured."""
         result = self._measure(model)
-        if self.log is None:
-            return
-        folder = self.folder / "allocation"
-        save_allocation(result, folder / "after.json")
-        before = {"before": load_allocation(folder / "before.json")} if (folder / "before.json").is_file() else {}
-        results = {**before, "after": result}
-        pixels = allocation_curves(results)
-        save_png(pixels, folder / "allocation.png")
-        (folder / "table.txt").write_text(allocation_table(results) + "\n", encoding="utf-8")
-        step = self.run.train.steps
-        self.log.scalars(step, allocation_scalars(result))
-        self.log.image(step, "allocation", pixels)
-        self.log.text(step, "allocation", allocation_table(results))
-        self.log.say(allocation_table(results))
+
+        def write(log: RunLog) -> None:
+            folder, step = self.folder / "allocation", self.run.train.steps
+            save_allocation(result, folder / "after.json")
+            before = {"before": load_allocation(folder / "before.json")} if (folder / "before.json").is_file() else {}
+            results = {**before, "after": result}
+            table, pixels = allocation_table(results), allocation_curves(results)
+            save_png(pixels, folder / "allocation.png")
+            (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+            log.scalars(step, allocation_scalars(result))
+            log.image(step, "allocation", pixels)
+            log.text(step, "allocation", table)
+            log.say(table)
+
+        self._report("the allocation after training", write)
 
     def _measure(self, model: Backbone) -> Allocation:
         return measure_allocation(model, self.held_out, images=self.run.log.allocation_images, share=self.share)
 
     def _draw(self, model: Backbone, step: int) -> None:
         """Sample grid of the fixed captions and routing sheet of held-out images, to files and TensorBoard."""
-        pictures: dict[str, Pixels] = {}
+        pictures: dict[str, Callable[[], Pixels]] = {}
         if self.request is not None:
             images = draw_images(model, self.request, self.run.sample, self.codec.decode)
-            if self.log is not None:
-                pictures["samples"] = sample_grid(images, self.run.sample.captions)
+            pictures["samples"] = lambda: sample_grid(images, self.run.sample.captions)
         if model.moe_layers():
             sheet = observe_routing(model, self.held_out, self.codec, _SHEET_IMAGES, share=self.share)
-            if self.log is not None:
-                pictures["routing"] = draw_routing_sheet(sheet, f"{self.run.name}, step {step}")
-        if self.log is not None:
-            for kind, pixels in pictures.items():
-                save_png(pixels, self.folder / kind / f"step{step:08}.png")
-                self.log.image(step, kind, pixels)
+            pictures["routing"] = lambda: draw_routing_sheet(sheet, f"{self.run.name}, step {step}")
+        for kind, draw in pictures.items():
+            self._report(f"the picture of {kind}", partial(self._show, step, kind, draw))
+
+    def _show(self, step: int, kind: str, draw: Callable[[], Pixels], log: RunLog) -> None:
+        pixels = draw()
+        save_png(pixels, self.folder / kind / f"step{step:08}.png")
+        log.image(step, kind, pixels)
+
+    def _report(self, what: str, write: Callable[[RunLog], object]) -> None:
+        """On rank 0, draw or write what only reports, without communication. What fails is noted and left out."""
+        if self.log is None:
+            return
+        try:
+            write(self.log)
+        except Exception as error:  # noqa: BLE001 - a report that fails must not end a run
+            reason = " ".join(str(outside_error(error) or f"{type(error).__name__}: {error}").split())
+            self.log.say(f"note: {what} could not be written: {reason}; training goes on")
 
 
 def open_monitor(

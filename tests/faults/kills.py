@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from sharpmoe import durable
 from sharpmoe.checkpoint import manifest, retention, save
 from sharpmoe.config import RunConfig
-from sharpmoe.config_io import parse_overrides
 from sharpmoe.model.weights import SafetensorsWriter
+from sharpmoe.overrides import parse_overrides
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.train import loop
 from tests.distributed import CONTEXT, free_port

@@ -1,12 +1,15 @@
 """The form of a launcher: errors are one line, exit codes are kept, a closed pipe is no error, bugs stay visible."""
 
 import argparse
+import errno
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from launcher.command import Command
 from sharpmoe.errors import DataError
@@ -45,21 +48,67 @@ def test_a_rank_that_does_not_report_prints_nothing(capsys: pytest.CaptureFixtur
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     def bug(arguments: argparse.Namespace) -> None:
         raise KeyError("x")
 
-    ended: list[int] = []
-    with pytest.raises(KeyError):
-        command(bug, cleanup=lambda: ended.append(1))([])
-    assert ended == [1]
+    ended: list[str] = []
+    assert command(bug, cleanup=lambda: ended.append(capsys.readouterr().err))([]) == 1
+    lines = ended[0].splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "error: this is a bug (KeyError): report it with the lines above"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FileExistsError(errno.EEXIST, "File exists", "a"), "a: exists already and is no folder; choose another place"),
+        (IsADirectoryError(errno.EISDIR, "x", "a", None, "b"), "b: is a folder, expected a file; add a file name"),
+        (PermissionError(errno.EACCES, "x", "a"), "a: permission denied; choose another place"),
+        (OSError(errno.ENOSPC, "x", "a"), "a: no space left on this disk; free some"),
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+        (BrokenPipeError("a server hung up"), "a server hung up"),
+        (SafetensorError("Error while serializing:\nmore"), "safetensors: Error while serializing: (at tests/"),
+        (RuntimeError("Invalid device string: 'gpu'\nmore"), "torch: Invalid device string: 'gpu' (at tests/"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "torch: CUDA out of memory. Tried (at tests/"),
+        (NotImplementedError("'neg_cpu' not implemented"), "torch: 'neg_cpu' not implemented (at tests/"),
+        (MemoryError(), "out of memory on this host (at tests/"),
+    ],
+)
+def test_errors_of_the_system_and_of_torch_are_one_line(
+    error: Exception, line: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act(arguments: argparse.Namespace) -> None:
+        raise error
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert command(act)([]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1
+    assert command(act)(["--debug"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("Traceback (most recent call last):")
+    assert said.splitlines()[-1].startswith(f"error: {line}")
+
+
+def test_a_rank_names_itself_where_it_alone_may_have_failed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act(arguments: argparse.Namespace) -> None:
+        raise OSError(errno.ENOSPC, "x", "a")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert command(act, reports=lambda: False)([]) == 2
+    assert capfd.readouterr().err.startswith("error: rank 1: a: no space left")
 
 
 def test_words_that_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        command(fail)(["--section.key", "1"])
-    assert ended.value.code == 2
-    assert "unrecognized arguments: --section.key 1" in capsys.readouterr().err
+    assert command(fail)(["--section.key", "1"]) == 2
+    assert "error: unrecognized arguments: --section.key 1" in capsys.readouterr().err
+    assert command(fail)(["--cuont", "1"]) == 2
+    assert "error: unrecognized arguments: --cuont 1; did you mean --count?" in capsys.readouterr().err
     assert command(fail).parse(["--cou", "5"]).count == 5  # argparse's abbreviations
     known = command(fail, overrides=True).parse(["--section.key", "1", "--cou", "5", "--count=7"])
     assert (known.overrides, known.count) == (("--section.key", "1", "--cou", "5"), 7)
@@ -90,11 +139,3 @@ def test_a_closed_pipe_ends_quietly() -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["0", "141"]
     assert done.stderr == ""
-
-
-def test_a_broken_connection_is_no_closed_pipe(capfd: pytest.CaptureFixture[str]) -> None:
-    def broken(arguments: argparse.Namespace) -> None:
-        raise BrokenPipeError("a server hung up")
-
-    with pytest.raises(BrokenPipeError):
-        command(broken)([])

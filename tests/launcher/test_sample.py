@@ -86,7 +86,7 @@ def test_captions_from_a_file_and_weights_by_kind_and_path(run_folder: Path, tmp
     [
         (["nowhere"], "nowhere: neither a run folder with checkpoints/latest nor a .safetensors file"),
         (["RUN", "--captions-file", "nowhere.txt"], "nowhere.txt: cannot be read as a caption file"),
-        (["RUN", "--steps", "0"], "sample.num_steps: Input should be greater than or equal to 1, got 0"),
+        (["RUN", "--steps", "0"], "--steps: got '0', allowed: a whole number >= 1"),
         (["RUN", "--shards", "nowhere"], "nowhere: no index.json"),
     ],
 )

@@ -72,7 +72,20 @@ def test_shared_nodes_and_nodes_without_gpus(capsys: pytest.CaptureFixture[str],
     ("words", "message"),
     [
         (["--gpus-per-node", "0"], "--ranks-per-node N"),
-        (["--nodes", "0"], "--nodes is 0"),
+        (["--nodes", "0"], "--nodes: got '0', allowed: a whole number >= 1"),
+        (["--gpus-per-node", "-2"], "--gpus-per-node: got '-2', allowed: a whole number >= 0"),
+        (["--ranks-per-node", "0"], "--ranks-per-node: got '0', allowed: a whole number >= 1"),
+        (["--ranks-per-node", "3"], "set train.global_batch to 33"),
+        (["--cpus-per-node", "0"], "--cpus-per-node: got '0', allowed: a whole number >= 1"),
+        (["--time", "abc"], "--time 'abc': expected MINUTES"),
+        (["--time", "0:00"], "--time '0:00': a limit of nothing"),
+        (["--time", "3"], "--grace is 180 seconds, not below the time limit 3 (180 seconds)"),
+        (["--sbatch=--time=soon"], "--time 'soon': expected MINUTES"),
+        (["--grace", "-5"], "--grace: got '-5', allowed: a whole number from 1 to 65535"),
+        (["--grace", "70000"], "--grace: got '70000', allowed: a whole number from 1 to 65535"),
+        (["--partition", ""], "--partition '': expected the name of a partition"),
+        (["--deepspeed", "nothere.json"], "--deepspeed nothere.json: cannot be read as JSON (No such file"),
+        (["--config", "nothere.yaml"], "run file nothere.yaml does not exist"),
         (["--array", "2"], "only --job sample is an array"),
         (["--train.stepz", "2"], "did you mean train.steps"),
         (["--sbatch=account"], "expected an option such as --account=NAME"),
@@ -85,6 +98,11 @@ def test_mistakes_are_reported_before_anything_is_submitted(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("time", ["4", "90:00", "24:00:00", "2-12", "2-12:30", "1-00:00:30", "UNLIMITED"])
+def test_every_form_of_a_time_limit(time: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"#SBATCH --time={time}" in printed(["--time", time, "--dry-run"], capsys).splitlines()
 
 
 def test_a_machine_without_slurm(

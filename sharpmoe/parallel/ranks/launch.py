@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharpmoe.errors import ConfigError, SharpMoEError
+from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
 from sharpmoe.parallel.ranks import signals, watchdog
 
 if not torch.cuda.is_available():
@@ -135,17 +135,23 @@ def gather_objects(value: object, world: World) -> list[Any]:
 
 @contextmanager
 def raise_on_all_ranks(world: World, stop_on_signal: bool = False) -> Iterator[None]:
-    """Turn a SharpMoEError of one rank into an error on all, so that none is left waiting in a later collective.
+    """Turn an error of one rank into an error on all, so that none is left waiting in a later collective.
 
-    The body must not communicate. Costs one all-reduce of two numbers when no rank fails. Every rank raises the first
-    failing rank's error, with the rank's number unless all ranks failed alike; otherwise, with `stop_on_signal`, every
-    rank raises StopAskedError where a signal has asked any of them to stop (see `signals`).
+    That is a SharpMoEError, or one of the system or torch (see `outside_error`). The body must not communicate. Costs
+    one all-reduce of two numbers when no rank fails. Every rank raises the first failing rank's error, with the rank's
+    number unless all ranks failed alike; otherwise, with `stop_on_signal`, every rank raises StopAskedError where a
+    signal has asked any of them to stop (see `signals`).
     """
     error: SharpMoEError | None = None
     try:
         yield
     except SharpMoEError as caught:
         error = caught
+    except Exception as caught:
+        error = outside_error(caught)
+        if error is None:
+            raise
+        error.__cause__ = caught
     watchdog.mark()
     failed, signal = _maxima([int(error is not None), signals.asked() if stop_on_signal else 0], world)
     if failed:
