@@ -111,7 +111,8 @@ def write_index(
     empty = {name: tensor.numpy() for name, tensor in text_arrays(worker.encoder.encode([""]), 0).items()}
     write_atomically(folder / EMPTY_FILE, _npz(empty))
     shards, longest, skipped = _collect(folder, every, catalog)
-    refuse_bad_share(skipped, len(skipped), catalog.total + len(catalog.skipped.unit), worker.recipe.max_bad_share)
+    bad = [entry for entry in skipped if not entry.beside]
+    refuse_bad_share(bad, len(bad), catalog.total + sum(1 for _ in catalog.bad()), worker.recipe.max_bad_share)
     _write_skipped(folder, skipped)
     counts = {entry.name: sum(s.num_samples for s in shards if s.bucket == entry.name) for entry in resolutions}
     index = Index(

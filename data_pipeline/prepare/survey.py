@@ -94,11 +94,15 @@ class Catalog:
         return replace(entry, key=f"{entry.key}-{use + 1}") if use else entry
 
     def left_out(self) -> Iterator[Skipped]:
-        """Yield the images that the source could not provide."""
+        """Yield the images that the source could not provide, and what else it has seen and not taken."""
         for row in range(len(self.skipped.unit)):
             entry = self._line(self.skipped, row)
             assert isinstance(entry, Skipped)
             yield entry
+
+    def bad(self) -> Iterator[Skipped]:
+        """Yield the images that the source could not provide."""
+        return (entry for entry in self.left_out() if not entry.beside)
 
     def _line(self, refs: _Refs, row: int) -> Item | Skipped:
         with self._path(int(refs.unit[row])).open("rb") as file:

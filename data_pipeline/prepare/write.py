@@ -67,7 +67,7 @@ from data_pipeline.prepare.ranks import Rank, lock, wait
 from data_pipeline.prepare.recipe import RECIPE_FILE, Recipe, check_recipe, content_request, refuse_mixing
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources.images import Picture
-from data_pipeline.sources.items import ImageSource, Skipped, hash_text
+from data_pipeline.sources.items import ImageSource, Skipped, hash_text, source_identity
 from sharpmoe.durable import publish_once, remove_drafts, sha256_of, write_atomically
 from sharpmoe.errors import DataError
 
@@ -97,8 +97,8 @@ def prepare_shards(source: ImageSource, folder: Path, recipe: Recipe, machine: M
     latent is not finite.
     """
     check_recipe(recipe)
-    digests = [unit.digest for unit in source.units()]
-    asked = content_request(source.identity(digests), recipe)
+    identity, digests = source_identity(source, source.units())
+    asked = content_request(identity, recipe)
     with lock(folder, shared=machine.place.size > 1):
         _refuse_other_request(folder, asked)
         index = complete_index(folder)
@@ -152,8 +152,8 @@ def _work(
 def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:
     """Raise a DataError where images are missing, too many are unusable, or none is left."""
     refuse_missing(catalog, recipe.allow_missing)
-    skipped = list(catalog.left_out())
-    refuse_bad_share(skipped, len(skipped), catalog.total + len(skipped), recipe.max_bad_share)
+    bad = list(catalog.bad())
+    refuse_bad_share(bad, len(bad), catalog.total + len(bad), recipe.max_bad_share)
     if not len(catalog):
         raise DataError("the source holds no picture that can be used")
 
@@ -221,7 +221,7 @@ def _record_recipe(folder: Path, worker: Worker, asked: dict[str, Any]) -> None:
 
 
 def _write_shards(folder: Path, worker: Worker, catalog: Catalog, mine: list[ShardPlan], progress: bool) -> None:
-    unreadable = list(catalog.left_out())
+    unreadable = list(catalog.bad())
     total = catalog.total + len(unreadable)
     count = sum(len(plan.rows) for plan in mine)
     with tqdm(total=count, desc="writing shards", unit="image", disable=None if progress else True) as bar:

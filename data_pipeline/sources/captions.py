@@ -2,45 +2,72 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.sources.items import Captions, is_utf8
 
 FIELDS = ("captions", "caption", "text", "prompt")
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of files beside an image; the first that exists is read
 _TRANSLATION = re.compile(r"[a-z]{2,3}(_[A-Za-z]+)?(@\w+)?\.utf8=")  # Tux Paint keeps them under the English line
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # no caption holds them; white space is kept
 
 
-def _from_field(value: Any) -> Captions | None:
-    """Parse a caption, or a list of captions or {"text", "weight"} objects; None where it is none of these.
+def _from_field(value: Any) -> Captions | str:
+    """Parse a caption, or a list of captions or {"text", "weight"} objects; a text says what is wrong with it.
 
     Surrounding white space is removed, and empty captions are dropped.
     """
     entries = [_weighted(entry) for entry in (value if isinstance(value, list) else [value])]
-    if any(entry is None for entry in entries):
-        return None
-    return tuple(entry for entry in entries if entry is not None and entry[0])
+    wrong = next((entry for entry in entries if isinstance(entry, str)), None)
+    return wrong or tuple(entry for entry in entries if not isinstance(entry, str) and entry[0])
 
 
-def _weighted(entry: Any) -> tuple[str, float] | None:
+def _weighted(entry: Any) -> tuple[str, float] | str:
     text, weight = (entry.get("text"), entry.get("weight", 1.0)) if isinstance(entry, dict) else (entry, 1.0)
-    if not isinstance(text, str) or not isinstance(weight, int | float):
-        return None
-    return (text.strip(), float(weight)) if 0 < weight < float("inf") and is_utf8(text) else None
+    if not isinstance(text, str):
+        return "a caption that is not text"
+    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        return f"weight {str(weight)[:20]} of a caption: expected a number above 0"
+    if not is_utf8(text):
+        return "a caption that is not UTF-8"
+    control = _CONTROL.search(text)
+    if control is not None:
+        return f"a caption with the control character U+{ord(control.group()):04X}"
+    return text.strip(), float(weight)
 
 
-def from_object(fields: dict[str, Any]) -> Captions | None:
-    """Return the captions of a JSON object, under the first name of `FIELDS` that it has; None where there are none."""
+def from_object(fields: dict[str, Any]) -> Captions | str:
+    """Return the captions of a JSON object, under the first name of `FIELDS` that it has; a text says what is wrong.
+
+    Empty where there is no caption.
+    """
     name = next((name for name in FIELDS if fields.get(name) is not None), None)
-    return None if name is None else _from_field(fields[name])
+    return () if name is None else _from_field(fields[name])
 
 
-def beside(image: Path) -> Captions | str:
-    """Return the captions of IMAGE.txt, else of IMAGE.json, or why there are none."""
-    text, tree = image.with_suffix(".txt"), image.with_suffix(".json")
-    if text.is_file():
-        return from_text_bytes(text.read_bytes(), text.name)
-    return from_json_bytes(tree.read_bytes(), tree.name) if tree.is_file() else f"no caption in {text.name}"
+def caption_file(image: str, names: Iterable[str]) -> str | None:
+    """Return which of the `names` of a folder captions an image: NAME.txt or NAME.jpg.txt, with a suffix in any case.
+
+    `names` is a mapping or a set in which looking up is fast; None where there is no such file.
+    """
+    for stem in (Path(image).stem, image):
+        for suffix in CAPTION_SUFFIXES:
+            for spelling in (suffix, suffix.upper(), suffix.title()):
+                if stem + spelling in names:
+                    return stem + spelling
+    return None
+
+
+def from_file(path: Path) -> Captions | str:
+    """Return the captions of a file beside an image, or why there are none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return f"caption {path.name} cannot be read ({error.strerror})"
+    parse = from_json_bytes if path.suffix.lower() == ".json" else from_text_bytes
+    return parse(content, path.name)
 
 
 def from_text_bytes(content: bytes, name: str) -> Captions | str:
@@ -49,8 +76,11 @@ def from_text_bytes(content: bytes, name: str) -> Captions | str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return f"caption {name} is not UTF-8 (byte {error.start})"
+    if "\0" in text:
+        return f"caption {name} is not UTF-8 (NUL at byte {content.index(0)}; UTF-16?)"
     lines = [line for line in text.split("\n") if not _TRANSLATION.match(line)]
-    return _from_field("\n".join(lines)) or f"no caption in {name}"
+    found = _from_field("\n".join(lines))
+    return f"caption {name}: {found}" if isinstance(found, str) else found or f"no caption in {name}"
 
 
 def from_json_bytes(content: bytes, name: str) -> Captions | str:
@@ -59,4 +89,5 @@ def from_json_bytes(content: bytes, name: str) -> Captions | str:
         tree = json.loads(content)
     except (ValueError, RecursionError):
         return f"caption {name} is not JSON"
-    return (from_object(tree) if isinstance(tree, dict) else None) or f"no caption in {name}"
+    found = from_object(tree) if isinstance(tree, dict) else ()
+    return f"caption {name}: {found}" if isinstance(found, str) else found or f"no caption in {name}"

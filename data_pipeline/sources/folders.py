@@ -1,7 +1,6 @@
 """Images in folders: with a caption beside each, or with one folder per class as in ImageNet."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from data_pipeline.identity import Identity
 from data_pipeline.sources import captions
 from data_pipeline.sources.items import (
     IMAGE_SUFFIXES,
-    OTHER_IMAGES,
     Item,
     Place,
     Skipped,
@@ -21,42 +19,79 @@ from data_pipeline.sources.items import (
     key_of,
     read_place,
     shown,
+    survey_beside,
+    unit_beside,
     units_of,
 )
+from data_pipeline.sources.walk import LINK_TO_NOWHERE, OtherFiles, file_size, is_image, other_image, walk_folders
 from sharpmoe.errors import DataError
 
 _NAMES_FILE = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", as Kaggle's ImageNet has it
+_HELD_OUT_FOLDERS = ("val", "validation", "valid")  # the first that exists beside train/
+_TAKEN = "pictures with NAME.txt, NAME.caption or NAME.json are"
 
 
 class SidecarSource:
-    """Images below one folder, each captioned by NAME.txt or NAME.json beside it."""
+    """Images below one folder, each captioned by NAME.txt, NAME.caption or NAME.json beside it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, left_out: Sequence[Skipped] = ()) -> None:
+        """`left_out`: what else is known to be in the folder and not taken."""
+        self._folder, self._left_out = folder, left_out
 
     def units(self) -> Iterator[Unit]:
         """Yield images in the order of their folders and names, with sizes and captions."""
-        empty = True
-        for unit in units_of(self._records()):
-            empty = empty and all(isinstance(found, str) for _, _, found in unit.records)
+        beside = list(self._left_out)
+        empty, first = True, ""
+        for unit in units_of(self._records(beside)):
+            without = next((f"{file}: {found}" for file, _, found in unit.records if isinstance(found, str)), "")
+            first, empty = first or without, empty and all(isinstance(found, str) for _, _, found in unit.records)
             yield unit
         if empty:
             raise DataError(
-                f"{self._folder}: no captioned image found; expected captions.jsonl, .csv or .parquet, or a NAME.txt "
-                f"beside every NAME with one of {' '.join(sorted(IMAGE_SUFFIXES))}"
+                f"{self._folder}: no captioned image found{f' ({shown(first)})' if first else ''}; expected "
+                "captions.jsonl, .csv or .parquet, or a NAME.txt beside every NAME with one of "
+                f"{' '.join(sorted(IMAGE_SUFFIXES))}"
             )
+        yield from unit_beside(beside)
 
-    def _records(self) -> Iterator[Any]:
-        """Yield [file, bytes, captions or why there are none]."""
-        for folder, folders, names in os.walk(self._folder):
-            folders.sort()
-            for name in sorted(names):
-                path = Path(folder, name)
-                suffix, file = path.suffix.lower(), path.relative_to(self._folder).as_posix()
-                if suffix in OTHER_IMAGES:
-                    yield [file, 0, f"{suffix} is not read; expected {' '.join(sorted(IMAGE_SUFFIXES))}"]
-                elif suffix in IMAGE_SUFFIXES and path.is_file():
-                    yield [file, path.stat().st_size, captions.beside(path)]
+    def _records(self, beside: list[Skipped]) -> Iterator[Any]:
+        """Yield [file, bytes, captions or why there are none]; add to `beside` what is no image."""
+        others = OtherFiles(f"only {_TAKEN}")
+        for found in walk_folders(self._folder):
+            if isinstance(found, Skipped):
+                beside.append(found)
+                continue
+            folder, names = found
+            files = dict.fromkeys(names, False)  # whether a caption file has its image
+            for name in names:
+                if is_image(name):
+                    yield self._record(folder / name, files)
+            for name, used in files.items():
+                if not used and not is_image(name):
+                    self._note(folder / name, beside, others)
+        beside += others.left_out()
+
+    def _record(self, path: Path, files: dict[str, bool]) -> Any:
+        file = path.relative_to(self._folder).as_posix()
+        caption = captions.caption_file(path.name, files)
+        if caption is not None:
+            files[caption] = True
+        size, other = file_size(path), other_image(path.name)
+        if other is not None:
+            return [file, 0, other]
+        if isinstance(size, str):
+            return [file, 0, size]
+        missing = f"no caption in {path.with_suffix('.txt').name}"
+        return [file, size, missing if caption is None else captions.from_file(path.parent / caption)]
+
+    def _note(self, path: Path, beside: list[Skipped], others: OtherFiles) -> None:
+        file = path.relative_to(self._folder).as_posix()
+        if not path.exists():
+            beside.append(Skipped(file, LINK_TO_NOWHERE, beside=True))
+        elif path.suffix.lower() in captions.CAPTION_SUFFIXES:
+            beside.append(Skipped(file, "a caption without a picture of its name", beside=True))
+        elif path.suffix.lower() != ".tar":  # those are named where the source is chosen
+            others.add(path.name)
 
     def identity(self, units: list[str]) -> Identity:
         """Return a hash over every image's path, captions and size (contents are not read)."""
@@ -64,6 +99,9 @@ class SidecarSource:
 
     def survey(self, unit: Unit) -> Iterator[Item | Skipped]:
         """Yield images with captions; those without are skipped."""
+        if unit.beside:
+            yield from survey_beside(unit)
+            return
         for file, size, found in unit.records:
             if not is_utf8(file):
                 yield Skipped(shown(file), "its name is not UTF-8")
@@ -77,12 +115,24 @@ class SidecarSource:
         return read_place(self._folder, item.image, limit)
 
 
+def has_captioned_image(folder: Path) -> bool:
+    """Return whether an image with a caption beside it is in `folder`, at any depth."""
+    for found in walk_folders(folder):
+        if not isinstance(found, Skipped):
+            names = dict.fromkeys(found[1])
+            if any(
+                Path(name).suffix.lower() in IMAGE_SUFFIXES and captions.caption_file(name, names) for name in names
+            ):
+                return True
+    return False
+
+
 class ClassFolderSource:
     """Images whose class is their folder: FOLDER/CLASS/NAME, or FOLDER/train/CLASS/NAME with FOLDER/val/CLASS/NAME.
 
     Labels count the classes in the order of their names, as torchvision and every published trainer do. Captions are
     the first name of the class in LOC_synset_mapping.txt, where the folder holds that file, else the folder's name.
-    Without `val`, one image in twenty, by hash of its path, is held out.
+    Without `val` (or `validation`, `valid`), one image in twenty, by hash of its path, is held out.
     """
 
     def __init__(self, folder: Path, moments: Path | None = None, flip: bool = False) -> None:
@@ -94,30 +144,90 @@ class ClassFolderSource:
 
     def units(self) -> Iterator[Unit]:
         """Yield images class by class, with their sizes."""
+        beside: list[Skipped] = []
         empty = True
-        for unit in units_of(self._records()):
+        for unit in units_of(self._records(beside)):
             empty = False
             yield unit
         if empty:
-            raise DataError(f"{self._folder}: no image found; expected CLASS/NAME.jpg, one folder per class")
+            seen = f" ({beside[0].name}: {beside[0].reason})" if beside else ""
+            raise DataError(f"{self._folder}: no image found{seen}; expected CLASS/NAME.jpg, one folder per class")
+        yield from unit_beside(beside)
 
-    def _records(self) -> Iterator[Any]:
-        """Yield [folder of the class folders, file below it, split or "", caption, label, bytes]."""
-        train = self._folder / "train" if (self._folder / "train").is_dir() else self._folder
-        classes = sorted(path.name for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
+    def _records(self, beside: list[Skipped]) -> Iterator[Any]:
+        """Yield [folder of the class folders, file below it, split or "", caption, label, bytes].
+
+        The bytes are a text where the file cannot be read. Adds to `beside` what no class folder holds.
+        """
+        others = OtherFiles("only pictures in class folders are")
+        roots = self._roots()
+        train = roots[0][0]
+        apart = {root for root, _ in roots}
+        classes = [path.name for path in _class_folders(train, apart, beside, self._folder)]
         names = _class_names(self._folder)
-        for root, split in self._roots(train):
+        for root, split in roots:
             within = root.relative_to(self._folder).as_posix()
             for label, name in enumerate(classes):
-                for path in sorted((root / name).rglob("*")):
-                    if path.suffix.lower() in IMAGE_SUFFIXES:
-                        file = path.relative_to(root).as_posix()
-                        yield [within, file, split, names.get(name, name), label, path.stat().st_size]
+                for path in self._files(root / name, beside):
+                    file, other = path.relative_to(root).as_posix(), other_image(path.name)
+                    if other is not None:
+                        beside.append(Skipped((Path(within) / file).as_posix(), other, beside=True))
+                    elif is_image(path.name):
+                        yield [within, file, split, names.get(name, name), label, file_size(path)]
+                    else:
+                        others.add(path.name)
+        beside += self._without_class(roots, classes, others)
+        beside += others.left_out()
 
-    def _roots(self, train: Path) -> list[tuple[Path, str]]:
+    def _roots(self) -> list[tuple[Path, str]]:
         """Return folders of class folders with their split; "" where the split is drawn."""
-        val = self._folder / "val"
-        return [(train, "train"), (val, "unseen")] if val.is_dir() else [(train, "")]
+        train = self._folder / "train"
+        train = train if train.is_dir() else self._folder
+        for val in (self._folder / name for name in _HELD_OUT_FOLDERS):
+            # Without train/, a folder called val that holds no class of the others is itself a class.
+            if val.is_dir() and (train != self._folder or _shares_class(val, train)):
+                return [(train, "train"), (val, "unseen")]
+        return [(train, "")]
+
+    def _files(self, folder: Path, beside: list[Skipped]) -> list[Path]:
+        """Return all files of one class folder, sorted by path."""
+        found: list[Path] = []
+        for entry in walk_folders(folder) if folder.is_dir() else ():
+            if isinstance(entry, Skipped):
+                beside.append(entry._replace(name=(folder.relative_to(self._folder) / entry.name).as_posix()))
+            else:
+                found += [entry[0] / name for name in entry[1]]
+        return sorted(found)
+
+    def _without_class(
+        self, roots: list[tuple[Path, str]], classes: list[str], others: OtherFiles
+    ) -> Iterator[Skipped]:
+        """Yield the images that no class folder of the training images holds."""
+        known = {root: set(classes) for root, _ in roots}
+        known.setdefault(self._folder, set()).update(root.name for root, _ in roots)
+        for top, taken in known.items():
+            for path in sorted(top.iterdir()):
+                file = path.relative_to(self._folder).as_posix()
+                if path.is_dir():
+                    if path.name not in taken and top != roots[0][0]:
+                        yield from self._stray_images(path, roots[0][0])
+                elif not path.exists():
+                    if top != roots[0][0]:  # those of the training images are named already
+                        yield Skipped(file, LINK_TO_NOWHERE, beside=True)
+                elif is_image(path.name):
+                    yield Skipped(file, f"not in a class folder; expected {top.name}/CLASS/{path.name}", beside=True)
+                elif path.name != _NAMES_FILE:
+                    others.add(path.name)
+
+    def _stray_images(self, folder: Path, train: Path) -> Iterator[Skipped]:
+        expected = f"{folder.name}/ is not a class of {train.name}/"
+        if folder.parent == self._folder:
+            expected = f"{folder.name}/ is neither train/ nor {' nor '.join(f'{name}/' for name in _HELD_OUT_FOLDERS)}"
+        beside: list[Skipped] = []
+        for path in self._files(folder, beside):
+            if is_image(path.name):
+                yield Skipped(path.relative_to(self._folder).as_posix(), expected, beside=True)
+        yield from beside
 
     def identity(self, units: list[str]) -> Identity:
         """Return a hash over every image's path, label and size (contents are not read)."""
@@ -126,14 +236,15 @@ class ClassFolderSource:
 
     def survey(self, unit: Unit) -> Iterator[Item | Skipped]:
         """Yield every image, and its mirror image for training; images whose latent is not cached are skipped."""
+        if unit.beside:
+            yield from survey_beside(unit)
+            return
         for within, file, split, caption, label, size in unit.records:
             path = Path(within, file).as_posix()
-            if not is_utf8(path):
-                yield Skipped(shown(path), "its name is not UTF-8")
-                continue
             latent = None if self._moments is None else (self._moments / file).with_suffix(".latent.npz")
-            if latent is not None and not latent.is_file():
-                yield Skipped(path, "no cached latent")
+            wrong = self._wrong(path, size, latent)
+            if wrong is not None:
+                yield Skipped(shown(path), wrong)
                 continue
             split = split or held_out(file)
             place, cached = Place(path, 0, size), "" if latent is None else str(latent)
@@ -150,8 +261,42 @@ class ClassFolderSource:
             if self._flip and split == "train":
                 yield replace(item, key=f"{item.key}-flip", flip=True)
 
+    def _wrong(self, path: str, size: int | str, latent: Path | None) -> str | None:
+        """Return why an image cannot be used, None where it can."""
+        if not is_utf8(path):
+            return "its name is not UTF-8"
+        if isinstance(size, str):
+            return size
+        return "no cached latent" if latent is not None and not latent.is_file() else None
+
     def read(self, item: Item, limit: int | None = None) -> bytes:
         return read_place(self._folder, item.image, limit)
+
+
+def _class_folders(train: Path, apart: Iterable[Path], beside: list[Skipped], folder: Path) -> list[Path]:
+    """Return the class folders in the order of their names; add to `beside` those that are not."""
+    found = []
+    for path in sorted(train.iterdir(), key=lambda path: path.name):
+        if path.is_symlink() and not path.exists():
+            name = path.relative_to(folder).as_posix()
+            beside.append(Skipped(name, LINK_TO_NOWHERE, beside=True))
+        elif path.is_dir() and path not in apart:
+            reason = _no_class(path, train)
+            if reason is None:
+                found.append(path)
+            else:
+                beside.append(Skipped(path.relative_to(folder).as_posix(), reason, beside=True))
+    return found
+
+
+def _no_class(path: Path, train: Path) -> str | None:
+    if path.name.startswith("."):
+        return "a hidden folder is no class; rename it where it is one"
+    return "a link to a folder that holds it" if train.resolve().is_relative_to(path.resolve()) else None
+
+
+def _shares_class(val: Path, train: Path) -> bool:
+    return any(path.is_dir() and (train / path.name).is_dir() for path in val.iterdir())
 
 
 def _class_names(folder: Path) -> dict[str, str]:

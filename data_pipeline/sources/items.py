@@ -48,11 +48,15 @@ _ITEM_FIELDS = tuple(entry.name for entry in fields(Item))
 
 
 class Skipped(NamedTuple):
-    """One image that is left out, and why. Both are stored with the shards: changed words change their bytes."""
+    """An image, or something else that a source has seen, that is left out, and why.
+
+    Both texts are stored with the shards: changed words change their bytes.
+    """
 
     name: str
     reason: str
     missing: bool = False  # the source names it, and it does not exist
+    beside: bool = False  # no picture of the set went bad: outside --max-bad-share
 
 
 class Unit(NamedTuple):
@@ -60,6 +64,7 @@ class Unit(NamedTuple):
 
     digest: str  # of its contents: equal digests list equal items
     records: list[Any]  # what the source needs to list it; plain JSON
+    beside: bool = False  # it names only what is left out beside the images: not part of the source's identity
 
 
 class ImageSource(Protocol):
@@ -91,7 +96,7 @@ def to_json(entry: Item | Skipped) -> str:
 def from_json(line: bytes | str) -> Item | Skipped:
     """Read a line of `to_json`."""
     values = json.loads(line)
-    if len(values) == len(Skipped._fields):
+    if len(values) <= len(Skipped._fields):
         return Skipped(*values)
     named = dict(zip(_ITEM_FIELDS, values, strict=True))
     named["captions"] = tuple((text, weight) for text, weight in named["captions"])
@@ -105,6 +110,25 @@ def units_of(records: Iterable[Any]) -> Iterator[Unit]:
     left = iter(records)
     while part := list(islice(left, UNIT_RECORDS)):
         yield Unit(hash_text(json.dumps(part)), part)
+
+
+def unit_beside(left_out: Iterable[Skipped]) -> Iterator[Unit]:
+    """Yield one unit of what is left out beside the images; none where there is nothing."""
+    records: list[Any] = [[entry.name, entry.reason] for entry in left_out]
+    if records:
+        yield Unit(hash_text(json.dumps(["left out", records])), records, beside=True)
+
+
+def survey_beside(unit: Unit) -> Iterator[Skipped]:
+    """Yield the records of `unit_beside`."""
+    for name, reason in unit.records:
+        yield Skipped(shown(name), reason, beside=True)
+
+
+def source_identity(source: ImageSource, units: Iterable[Unit]) -> tuple[Identity, list[str]]:
+    """Return the identity of a source, which its units of images decide, and the digests of all its units."""
+    found = [(unit.digest, unit.beside) for unit in units]
+    return source.identity([digest for digest, beside in found if not beside]), [digest for digest, _ in found]
 
 
 def identity_of(kind: str, folder: Path, units: list[str], **settings: Any) -> Identity:

@@ -7,12 +7,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.safety import redact
 from data_pipeline.sources.fluent import FluentSource
-from data_pipeline.sources.folders import ClassFolderSource, SidecarSource
-from data_pipeline.sources.items import ImageSource
-from data_pipeline.sources.tables import TABLE_SUFFIXES, TableSource
+from data_pipeline.sources.folders import ClassFolderSource, SidecarSource, has_captioned_image
+from data_pipeline.sources.items import IMAGE_SUFFIXES, ImageSource, Skipped
+from data_pipeline.sources.tables import TABLE_KINDS, Table, TableSource
 from data_pipeline.sources.tars import TarSource
+from data_pipeline.sources.walk import is_image, walk_folders
 from sharpmoe.errors import DataError
+
+_TAKEN = (
+    "--source takes `fluent`, a folder of images with captions, a table of captions "
+    f"({' '.join(sorted(TABLE_KINDS))}) or a .tar"
+)
+# Folders and file names of splits, as Hugging Face has them, and the split that they become.
+_SPLIT_FOLDERS = {"train": "train", "validation": "unseen", "valid": "unseen", "val": "unseen", "test": "unseen"}
+_NOT_TAKEN: dict[str | tuple[str, ...], str] = {
+    ".json": ": save it as .jsonl, one object a line",
+    (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"): ": expand it to a plain .tar or to a folder",
+    (".zip", ".7z", ".rar"): ": expand it to a folder",
+    (".xlsx", ".xls", ".ods"): ": save it as .csv in UTF-8",
+    (".txt", ".md"): ": name the folder that holds it and the pictures",
+    tuple(IMAGE_SUFFIXES): ": name the folder that holds it and its caption",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +57,64 @@ def _class_folders(options: SourceOptions, path: Path) -> ImageSource | None:
 
 
 def _table(options: SourceOptions, path: Path) -> ImageSource | None:
-    return TableSource(path) if path.suffix in TABLE_SUFFIXES and path.is_file() else None
+    return TableSource(path.parent, [Table(path)]) if _is_table(path) else None
 
 
 def _tar(options: SourceOptions, path: Path) -> ImageSource | None:
-    return TarSource(path.parent, [path]) if path.suffix == ".tar" and path.is_file() else None
+    return TarSource(path.parent, [path]) if path.suffix.lower() == ".tar" and path.is_file() else None
 
 
 def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None:
-    tables = sorted(entry for entry in path.glob("captions.*") if entry.suffix in TABLE_SUFFIXES)
-    if len(tables) > 1:
-        names = ", ".join(table.name for table in tables)
-        raise DataError(f"{path}: holds {names}; name one of them with --source")
-    return TableSource(tables[0]) if tables else None
+    """Recognise captions.* and metadata.* (the name of Hugging Face's image folders) in the folder or its splits."""
+    for stem in ("captions", "metadata"):
+        tables = _tables_in(path, stem)
+        if len(tables) > 1:
+            names = ", ".join(table.name for table in tables)
+            raise DataError(f"{path}: holds {names}; name one of them with --source")
+        if tables:
+            return TableSource(path, [Table(tables[0])], whole_folder=True)
+    found = [
+        Table(table, split) for name, split in _SPLIT_FOLDERS.items() for table in _tables_in(path / name, "metadata")
+    ]
+    return TableSource(path, found, whole_folder=True) if found else None
+
+
+def _folder_with_parquet(options: SourceOptions, path: Path) -> ImageSource | None:
+    """Recognise a data set of Hugging Face: .parquet files that hold the images, in the folder or in data/."""
+    tables = sorted(
+        entry
+        for folder in (path, path / "data")
+        if folder.is_dir()
+        for entry in folder.iterdir()
+        if entry.suffix.lower() == ".parquet"
+    )
+    if not tables or has_captioned_image(path):
+        return None
+    splits = [next((split for name, split in _SPLIT_FOLDERS.items() if _starts(table, name)), "") for table in tables]
+    if "unseen" not in splits:
+        splits = [""] * len(tables)
+    found = [
+        Table(table, split or "train" if "unseen" in splits else "")
+        for table, split in zip(tables, splits, strict=True)
+    ]
+    return TableSource(path, found, whole_folder=True)
 
 
 def _folder_with_tars(options: SourceOptions, path: Path) -> ImageSource | None:
-    tars = sorted(path.rglob("*.tar"))
-    return TarSource(path, tars) if tars else None
+    tars = _tars_in(path)
+    return TarSource(path, tars, _stray_images(path)) if tars and not has_captioned_image(path) else None
 
 
 def _folder(options: SourceOptions, path: Path) -> ImageSource | None:
-    return SidecarSource(path) if path.is_dir() else None
+    if not path.is_dir():
+        return None
+    left_out = [
+        Skipped(
+            tar.relative_to(path).as_posix(), "a tar beside captioned pictures, which are taken instead", beside=True
+        )
+        for tar in _tars_in(path)
+    ]
+    return SidecarSource(path, left_out)
 
 
 SOURCES: tuple[Recogniser, ...] = (
@@ -70,6 +123,7 @@ SOURCES: tuple[Recogniser, ...] = (
     _table,
     _tar,
     _folder_with_table,
+    _folder_with_parquet,
     _folder_with_tars,
     _folder,
 )
@@ -82,7 +136,45 @@ def open_source(options: SourceOptions) -> ImageSource:
         found = recognise(options, path)
         if found is not None:
             return found
-    raise DataError(
-        f"{path}: no such folder; --source takes `fluent`, a folder of images with captions, a table of captions "
-        f"({' '.join(sorted(TABLE_SUFFIXES))}) or a .tar"
-    )
+    _refuse_file(path, options.source)
+    raise DataError(f"{path}: no such folder; {_TAKEN}")
+
+
+def _refuse_file(path: Path, name: str) -> None:
+    """Raise a DataError that says why a file, or a URL, is no source."""
+    if "://" in name:
+        raise DataError(f"{redact(name)}: a source is not read from a URL; copy it to a local folder; {_TAKEN}")
+    if path.is_file():
+        how = next((how for suffixes, how in _NOT_TAKEN.items() if path.name.lower().endswith(suffixes)), "")
+        kind = path.suffix.lower() or "without suffix"
+        raise DataError(f"{path}: a file of this kind ({kind}) is not taken{how}; {_TAKEN}")
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLE_KINDS and path.is_file()
+
+
+def _tables_in(folder: Path, stem: str) -> list[Path]:
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if path.stem.lower() == stem and _is_table(path)]
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    found = [entry for entry in walk_folders(folder) if not isinstance(entry, Skipped)] if folder.is_dir() else []
+    return sorted(path / name for path, names in found for name in names if name.lower().endswith(".tar"))
+
+
+def _starts(table: Path, split: str) -> bool:
+    return table.stem.lower().startswith((f"{split}-", f"{split}.", f"{split}_")) or table.stem.lower() == split
+
+
+def _stray_images(folder: Path) -> list[Skipped]:
+    """Return the images beside tars."""
+    return [
+        Skipped((path / name).relative_to(folder).as_posix(), "a picture without caption, beside tars", beside=True)
+        for entry in walk_folders(folder)
+        if not isinstance(entry, Skipped)
+        for path, names in [entry]
+        for name in names
+        if is_image(name)
+    ]

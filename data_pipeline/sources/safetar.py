@@ -6,7 +6,8 @@ later by offset. Python's `tarfile` is not used: it allocates the sizes that the
 
 import os
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,13 +25,14 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstandard",
     b"PK\x03\x04": "zip",
 }
+_OPEN = 64  # samples with dots in their keys that may lie between members of one sample
 _PAX = re.compile(rb"(\d{1,6}) ([^=\n]{1,100})=")
 
 
 class Member(NamedTuple):
     """One regular file in a tar, not yet read."""
 
-    key: str  # path up to the first dot of the file's name, as WebDataset has it
+    key: str  # path up to the first dot of the file's name, as WebDataset has it; up to the last where that is known
     suffix: str  # what follows that dot, in lower case: `jpg`, `seg.png`
     offset: int  # of its content in the tar
     size: int
@@ -48,6 +50,7 @@ class TarSample(NamedTuple):
 
     key: str
     members: dict[str, Member]  # suffix -> member
+    part_of: str = ""  # the neighbouring sample whose key is the part of this one before the first dot; "": none
 
 
 class _Entry(NamedTuple):
@@ -57,38 +60,77 @@ class _Entry(NamedTuple):
     offset: int
 
 
-def samples(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator[TarSample | Refusal]:
+def samples(
+    path: Path, suffixes: frozenset[str], caps: Caps = CAPS, ignored: Callable[[str], object] = lambda name: None
+) -> Iterator[TarSample | Refusal]:
     """Yield the samples of a tar in its order, as `members` lists them; one above `caps.sample` bytes is refused.
+
+    WebDataset ends a key at the first dot of a file's name. Names with further dots (`a.v2.jpg`, `a.v2.txt`) are
+    samples of their own; while they are neighbours of members of the key `a`, they name it in `part_of`.
 
     Raises DamageError where the tar is cut short or damaged, DataError where it is compressed.
     """
-    key, found, size = "", {}, 0  # type: str, dict[str, Member], int
-    for member in members(path, suffixes, caps):
+    base, plain, dotted = "", _Growing(""), deque()  # type: str, _Growing, deque[_Growing]
+    for member in members(path, suffixes, caps, ignored):
         if isinstance(member, Refusal):
             yield member
             continue
-        if found and member.key != key:
-            yield _closed(key, found, size, caps)
-            found, size = {}, 0
-        if member.suffix in found:
+        if _base(member.key) != base:
+            yield from _closed(plain, dotted, caps)
+            base = _base(member.key)
+            plain, dotted = _Growing(base), deque()
+        sample = plain if member.key == base else _dotted(member.key, dotted)
+        if member.suffix in sample.members:
             yield Refusal(f"{member.key}.{member.suffix}", "its sample has a member of that name already")
             continue
-        key, size = member.key, size + member.size
-        found[member.suffix] = member
-    if found:
-        yield _closed(key, found, size, caps)
+        sample.members[member.suffix] = member
+        if len(dotted) > _OPEN:
+            yield _complete(dotted.popleft(), plain, caps)
+    yield from _closed(plain, dotted, caps)
 
 
-def _closed(key: str, found: dict[str, Member], size: int, caps: Caps) -> TarSample | Refusal:
+class _Growing:
+    """A sample to which members are still added."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.members: dict[str, Member] = {}
+
+
+def _base(key: str) -> str:
+    """Return a key up to the first dot of its file name."""
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _dotted(key: str, dotted: deque[_Growing]) -> _Growing:
+    found = next((sample for sample in dotted if sample.key == key), None)
+    if found is None:
+        found = _Growing(key)
+        dotted.append(found)
+    return found
+
+
+def _closed(plain: _Growing, dotted: deque[_Growing], caps: Caps) -> Iterator[TarSample | Refusal]:
+    for sample in (plain, *dotted):
+        if sample.members:
+            yield _complete(sample, plain, caps)
+
+
+def _complete(sample: _Growing, plain: _Growing, caps: Caps) -> TarSample | Refusal:
+    size = sum(member.size for member in sample.members.values())
     if size > caps.sample:
-        return Refusal(key, f"{size} bytes in all, at most {caps.sample} are read of one sample")
-    return TarSample(key, found)
+        return Refusal(sample.key, f"{size} bytes in all, at most {caps.sample} are read of one sample")
+    return TarSample(sample.key, sample.members, plain.key if sample is not plain and plain.members else "")
 
 
-def members(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator[Member | Refusal]:
+def members(
+    path: Path, suffixes: frozenset[str], caps: Caps = CAPS, ignored: Callable[[str], object] = lambda name: None
+) -> Iterator[Member | Refusal]:
     """Yield regular members with a suffix in `suffixes`; links, devices, `..` and too large ones are refused.
 
-    Folders and members of other suffixes are ignored (a set may hold what we do not use). Raises DamageError
+    Folders are ignored, and so are members of other suffixes (a set may hold what we do not use): `ignored` is called
+    with their names. Raises DamageError
     where the tar is cut short or a header is damaged, DataError where it is compressed.
     """
     with path.open("rb") as file:
@@ -98,6 +140,8 @@ def members(path: Path, suffixes: frozenset[str], caps: Caps = CAPS) -> Iterator
             judged = _judge(entry, suffixes, caps)
             if judged is not None:
                 yield judged
+            elif entry.kind != _FOLDER:
+                ignored(entry.name)
 
 
 def read_member(path: Path, member: Member) -> bytes:
@@ -120,7 +164,9 @@ def _judge(entry: _Entry, suffixes: frozenset[str], caps: Caps) -> Member | Refu
     if not path.isprintable() or "\\" in path or any(part in ("", ".", "..") for part in parts):
         return Refusal(repr(shown), "its name is not a plain relative path")
     stem, dot, suffix = parts[-1].partition(".")
-    if not stem or not dot or suffix.lower() not in suffixes:
+    if suffix.lower() not in suffixes:
+        stem, dot, suffix = parts[-1].rpartition(".")
+    if not stem or not dot or suffix.lower() not in suffixes or parts[-1].startswith("."):
         return None
     if entry.size > caps.member:
         return Refusal(shown, f"{entry.size} bytes, at most {caps.member} are read")

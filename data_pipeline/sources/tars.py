@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.identity import Identity
 from data_pipeline.sources import captions, safetar
 from data_pipeline.sources.items import (
     IMAGE_SUFFIXES,
+    OTHER_IMAGES,
     Captions,
     Item,
     Place,
@@ -19,26 +20,37 @@ from data_pipeline.sources.items import (
     identity_of,
     key_of,
     read_place,
+    survey_beside,
+    unit_beside,
 )
+from data_pipeline.sources.walk import OtherFiles
 from sharpmoe.errors import DamageError, DataError
 
 _IMAGES = tuple(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-_SUFFIXES = frozenset({*_IMAGES, "txt", "json", "cls"})
+_TEXTS = ("txt", "caption")
+_SUFFIXES = frozenset({*_IMAGES, *(suffix[1:] for suffix in OTHER_IMAGES), *_TEXTS, "json", "cls"})
+_CLASS_NAMES = "classnames.txt"  # beside the tars: the name of class 0, of class 1, ..., one a line
 _ENDS = 1 << 16  # bytes at both ends that distinguish a tar from another of the same name and size
 
 
 class TarSource:
-    """Images inside plain tars, each captioned by KEY.txt or KEY.json of the same tar; KEY.cls holds a label."""
+    """Images inside plain tars, each captioned by KEY.txt, KEY.caption or KEY.json of the same tar.
 
-    def __init__(self, folder: Path, tars: list[Path]) -> None:
-        """`tars`: files below `folder`."""
-        self._folder, self._tars = folder, tars
+    KEY.cls holds a label. An image that has only a label is captioned by its line of classnames.txt beside the tars,
+    or as `class 17` where there is no such file.
+    """
+
+    def __init__(self, folder: Path, tars: list[Path], left_out: Sequence[Skipped] = ()) -> None:
+        """`tars`: files below `folder`; `left_out`: what else is known to be in the folder and not taken."""
+        self._folder, self._tars, self._left_out = folder, tars, left_out
+        self._names: list[str] | None = None
 
     def units(self) -> Iterator[Unit]:
         """Yield one unit per tar, with a digest of its name, size and the bytes at both ends."""
         for tar in self._tars:
             name = tar.relative_to(self._folder).as_posix()
             yield Unit(hash_text(json.dumps([name, *_fingerprint(tar)])), [name])
+        yield from unit_beside(self._left_out)
 
     def identity(self, units: list[str]) -> Identity:
         """Return a hash over all tars."""
@@ -46,44 +58,59 @@ class TarSource:
 
     def survey(self, unit: Unit) -> Iterator[Item | Skipped]:
         """Yield samples with an image and a caption; those before the damage of a damaged tar are kept."""
+        if unit.beside:
+            yield from survey_beside(unit)
+            return
         for name in unit.records:
-            path = self._folder / name
+            path, others = self._folder / name, OtherFiles("only pictures with .txt, .caption, .json or .cls are")
             try:
-                for sample in safetar.samples(path, _SUFFIXES):
+                for sample in safetar.samples(path, _SUFFIXES, ignored=others.add):
                     if isinstance(sample, safetar.Refusal):
                         yield Skipped(f"{name}/{sample.name}", sample.reason)
+                    elif sample.part_of and not _is_whole(sample):
+                        for suffix in sample.members:
+                            others.add(f"{sample.key}.{suffix}", sample.key.removeprefix(sample.part_of))
                     else:
                         yield self._entry(name, sample)
             except DamageError as error:
                 yield Skipped(name, f"{str(error).removeprefix(f'{path}: ')}; what follows is left out")
+            yield from others.left_out(f"{name}/")
 
     def _entry(self, tar: str, sample: safetar.TarSample) -> Item | Skipped:
         image = next((sample.members[suffix] for suffix in _IMAGES if suffix in sample.members), None)
         name = f"{tar}/{sample.key}"
         if image is None:
-            return Skipped(name, "no picture with this key")
+            other = next((f".{suffix}" for suffix in sample.members if f".{suffix}" in OTHER_IMAGES), None)
+            reason = None if other is None else f"{other} is not read; expected {' '.join(sorted(IMAGE_SUFFIXES))}"
+            return Skipped(name, reason or "no picture with this key")
+        label = self._label(tar, sample)
         found = self._captions(tar, sample)
+        if not sample.members.keys() & {*_TEXTS, "json"} and label >= 0:
+            found = ((self._class_name(label), 1.0),)
         if isinstance(found, str):
             return Skipped(name, found)
         path = f"{name}.{image.suffix}"
         place = Place(tar, image.offset, image.size)
-        return Item(
-            key=key_of(path),
-            split=held_out(path),
-            captions=found,
-            image=place,
-            name=path,
-            label=self._label(tar, sample),
-        )
+        return Item(key=key_of(path), split=held_out(path), captions=found, image=place, name=path, label=label)
+
+    def _class_name(self, label: int) -> str:
+        if self._names is None:
+            path = self._folder / _CLASS_NAMES
+            self._names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        name = self._names[label].strip() if label < len(self._names) else ""
+        return name or f"class {label}"
 
     def _captions(self, tar: str, sample: safetar.TarSample) -> Captions | str:
-        """Return the captions of .json where it lists several, else of .txt, else of .json."""
-        text, tree = sample.members.get("txt"), sample.members.get("json")
+        """Return the captions of .json where it lists several, else of .txt or .caption, else of .json."""
+        text = next((sample.members[suffix] for suffix in _TEXTS if suffix in sample.members), None)
+        tree = sample.members.get("json")
         found: Captions | str = "no caption: neither .txt nor .json"
         if tree is not None:
             found = captions.from_json_bytes(safetar.read_member(self._folder / tar, tree), f"{sample.key}.json")
         if text is not None and (isinstance(found, str) or len(found) < 2):
-            found = captions.from_text_bytes(safetar.read_member(self._folder / tar, text), f"{sample.key}.txt")
+            found = captions.from_text_bytes(
+                safetar.read_member(self._folder / tar, text), f"{sample.key}.{text.suffix}"
+            )
         return found
 
     def _label(self, tar: str, sample: safetar.TarSample) -> int:
@@ -93,6 +120,12 @@ class TarSource:
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
         return read_place(self._folder, item.image, limit)
+
+
+def _is_whole(sample: safetar.TarSample) -> bool:
+    """Return whether a sample has an image and something that captions it."""
+    found = sample.members.keys()
+    return bool(found & set(_IMAGES)) and bool(found & {*_TEXTS, "json", "cls"})
 
 
 def _fingerprint(tar: Path) -> tuple[int, str]:

@@ -113,6 +113,8 @@ REASONS = {
     "drawing.svg": ".svg is not read; expected .bmp .gif .jpeg .jpg .png .tif .tiff .webp",
     "uncaptioned.png": "no caption in uncaptioned.txt",
     "blank.png": "no caption in blank.txt",
+    "notes.txt": "a caption without a picture of its name",
+    "*.ogg": "1 file of a kind that is not taken",
     "latin.png": "caption latin.txt is not UTF-8 (byte 2)",
     **{name: reason for name, (_, reason) in BAD.items()},
 }

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.items import Skipped
+from data_pipeline.sources.items import Skipped, source_identity
 from data_pipeline.sources.open import SourceOptions, open_source
+from sharpmoe.errors import DataError
 from tests.fixtures_data import Listing, listing
 
 
@@ -98,3 +99,95 @@ def test_a_file_name_that_is_not_utf8_is_left_out(tmp_path: Path) -> None:
     found = listed(tmp_path)
     assert [item.name for item in found.items] == ["b.png"]
     assert found.skipped == [Skipped(r"caf\udce9.png", "its name is not UTF-8")]
+
+
+def caption(path: Path, text: str = "x") -> Path:
+    picture(path).with_suffix(".txt").write_text(text)
+    return path
+
+
+def test_linked_folders_are_taken_once_whatever_the_loop(tmp_path: Path) -> None:
+    caption(tmp_path / "elsewhere" / "deep" / "b.png")
+    caption(tmp_path / "set" / "real" / "a.png")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set" / "real")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "lost").symlink_to("/nowhere")
+    (tmp_path / "set" / "lost.png").symlink_to("/nowhere/x.png")
+    found = listed(tmp_path / "set")
+    assert [item.name for item in found.items] == ["real/a.png", "linked/deep/b.png"]
+    assert {entry.name: entry.reason for entry in found.skipped} == {
+        "again": "a link to real, which is taken already",
+        "linked/loop": "a link to ., which is taken already",
+        "lost": "a link that leads nowhere",
+        "lost.png": "a link that leads nowhere",
+    }
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caption(tmp_path / "a.png")
+    caption(tmp_path / "closed" / "b.png")
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = listed(tmp_path)
+    assert [item.name for item in found.items] == ["a.png"]
+    assert found.skipped == [Skipped("closed", "folder cannot be read (Permission denied)", beside=True)]
+
+
+def test_captions_of_all_spellings(tmp_path: Path) -> None:
+    for number, ending in enumerate((".TXT", ".caption", ".Caption", ".png.txt", ".JSON")):
+        picture(tmp_path / f"{number}.png")
+        text = '{"caption": "c"}' if ending == ".JSON" else "c"
+        (tmp_path / f"{number}{ending}").write_text(text)
+    assert list(texts(tmp_path).values()) == ["c"] * 5
+
+
+def test_what_is_no_picture_is_counted(tmp_path: Path) -> None:
+    caption(tmp_path / "a.png")
+    (tmp_path / "orphan.txt").write_text("no picture")
+    for name in ("x.ogg", "y.OGG", "LICENSE", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"")
+    found = listed(tmp_path)
+    assert {entry.name: entry.reason.split(";")[0] for entry in found.skipped} == {
+        "orphan.txt": "a caption without a picture of its name",
+        "*.ogg": "2 files of a kind that is not taken",
+        "(names without suffix)": "1 file of a kind that is not taken",
+    }
+    assert all(entry.beside for entry in found.skipped)
+
+
+def test_what_lies_beside_the_pictures_does_not_change_the_identity(tmp_path: Path) -> None:
+    def found() -> object:
+        source = open_source(SourceOptions(source=str(tmp_path)))
+        return source_identity(source, source.units())[0]
+
+    caption(tmp_path / "a.png")
+    before = found()
+    (tmp_path / "orphan.txt").write_text("no picture")
+    (tmp_path / "backup.tar").write_bytes(b"")
+    assert found() == before
+    caption(tmp_path / "b.png")
+    assert found() != before
+
+
+@pytest.mark.parametrize("text", [b"a\0 \0c\0a\0t\0", b"bell \x07", b"\x1b[31m red", b"\xff\xfea\0"])
+def test_captions_with_control_characters_are_left_out(text: bytes, tmp_path: Path) -> None:
+    caption(tmp_path / "a.png")
+    caption(tmp_path / "b.png").with_suffix(".txt").write_bytes(text)
+    caption(tmp_path / "c.png", "tab\tand\r\nline")
+    found = listed(tmp_path)
+    assert [item.name for item in found.items] == ["a.png", "c.png"]
+    assert found.skipped[0].name == "b.png"
+    assert found.skipped[0].reason.startswith("caption b.txt")
+
+
+def test_a_folder_without_captions_says_what_it_saw(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"no captioned image found \(a.png: no caption in a.txt\); expected"):
+        listed(tmp_path)

@@ -126,3 +126,63 @@ def test_cached_moments_with_std_and_mirror_image(tmp_path: Path) -> None:
                 mean, std = moments[:4] * _SD_VAE_SCALE, np.exp(0.5 * moments[4:]) * _SD_VAE_SCALE
                 np.testing.assert_allclose(decode_npy(sample[f"latent{suffix}.npy"]), mean, atol=1e-3)
                 np.testing.assert_allclose(decode_npy(sample[f"latent{suffix}_std.npy"]), std, rtol=2e-3)
+
+
+def left_out(folder: Path) -> dict[str, str]:
+    return {entry.name: entry.reason for entry in listing(ClassFolderSource(folder)).skipped}
+
+
+def test_a_link_that_leads_nowhere_is_left_out(tmp_path: Path) -> None:
+    folder = class_folder(tmp_path)
+    (folder / "n02" / "gone.png").symlink_to("/nowhere/x.png")
+    (folder / "n04").symlink_to("/nowhere")
+    assert left_out(folder) == {
+        "n02/gone.png": "a link that leads nowhere",
+        "n04": "a link that leads nowhere",
+    }
+
+
+def test_linked_class_folders_are_taken_and_loops_are_not(tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "set")
+    (class_folder(tmp_path / "other", images=2) / "n01" / "more").symlink_to(tmp_path / "set")
+    (folder / "n04").symlink_to(tmp_path / "other" / "n02")
+    (folder / "n03" / "sub").symlink_to(tmp_path / "other" / "n03")
+    (folder / "n05").symlink_to(tmp_path)
+    found = listing(ClassFolderSource(folder))
+    assert sorted({item.label for item in found.items}) == [0, 1, 2, 3]
+    assert sum(item.label == 3 for item in found.items) == 2
+    assert sum(item.label == 2 for item in found.items) == 6
+    assert {entry.name for entry in found.skipped} == {"n05"}
+
+
+@pytest.mark.parametrize("val", ["val", "validation", "valid"])
+def test_held_out_pictures_without_a_class_of_train_are_named(val: str, tmp_path: Path) -> None:
+    class_folder(tmp_path / "train", images=2)
+    class_folder(tmp_path / val, images=1)
+    picture = tmp_path / val / "n01" / "n01_0.png"
+    (tmp_path / val / "flat.png").write_bytes(picture.read_bytes())
+    (tmp_path / val / "n99").mkdir()
+    (tmp_path / val / "n99" / "x.png").write_bytes(picture.read_bytes())
+    (tmp_path / "test" / "n01").mkdir(parents=True)
+    (tmp_path / "test" / "n01" / "y.png").write_bytes(picture.read_bytes())
+    (tmp_path / "train" / ".hidden").mkdir()
+    (tmp_path / "train" / "readme.md").write_text("x")
+    found = listing(ClassFolderSource(tmp_path))
+    assert {item.split for item in found.items} == {"train", "unseen"}
+    assert len(found.items) == 9
+    assert {entry.name: entry.reason for entry in found.skipped} == {
+        f"{val}/flat.png": f"not in a class folder; expected {val}/CLASS/flat.png",
+        f"{val}/n99/x.png": "n99/ is not a class of train/",
+        "test/n01/y.png": "test/ is neither train/ nor val/ nor validation/ nor valid/",
+        "train/.hidden": "a hidden folder is no class; rename it where it is one",
+        "*.md": "1 file of a kind that is not taken; only pictures in class folders are",
+    }
+    assert all(entry.beside for entry in found.skipped)
+
+
+def test_a_val_folder_beside_the_classes(tmp_path: Path) -> None:
+    class_folder(tmp_path)
+    class_folder(tmp_path / "val", images=1)
+    found = listing(ClassFolderSource(tmp_path)).items
+    assert sorted({item.label for item in found}) == [0, 1, 2]
+    assert sum(item.split == "unseen" for item in found) == 3

@@ -62,6 +62,16 @@ def test_items_survive_their_file(tmp_path: Path) -> None:
     )
     listed = '["k","train",[["a\\n🦊",2.0],["b",0.5]],["f",3,4],"n",7,"m",true,[3,4]]'
     assert to_json(item) == listed  # as every version has written it
-    for entry in (item, replace(item, pixels=None), Skipped("a", "b"), Skipped("a", "b", True)):
+    for entry in (
+        item,
+        replace(item, pixels=None),
+        Skipped("a", "b"),
+        Skipped("a", "b", True),
+        Skipped("a", "b", beside=True),
+    ):
         assert from_json(to_json(entry).encode()) == entry
         assert "\n" not in to_json(entry)
+
+
+def test_a_listing_of_an_older_version_is_read() -> None:
+    assert from_json('["a","b",true]') == Skipped("a", "b", missing=True)

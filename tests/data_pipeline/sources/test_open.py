@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import data_pipeline.sources.open as open_module
 from data_pipeline.sources.fluent import FluentSource
@@ -53,3 +54,41 @@ def test_a_source_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch) -> N
     assert open_source(SourceOptions(source="toy")) is toy
     with pytest.raises(DataError, match="no such folder"):
         open_source(SourceOptions(source="fluent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("t.json", r"\(.json\) is not taken: save it as .jsonl"),
+        ("t.zip", "expand it to a folder"),
+        ("t.tar.gz", "expand it to a plain .tar"),
+        ("t.xlsx", "save it as .csv"),
+        ("a.PNG", "name the folder"),
+        ("README", r"\(without suffix\) is not taken"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_so(name: str, how: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=how) as error:
+        open_source(SourceOptions(source=str(tmp_path / name)))
+    assert "--source takes" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_suffixes_in_upper_case_and_urls(tmp_path: Path) -> None:
+    (tmp_path / "T.CSV").write_text("file,caption\n")
+    (tmp_path / "T.TAR").write_bytes(b"")
+    assert isinstance(open_source(SourceOptions(source=str(tmp_path / "T.CSV"))), TableSource)
+    assert isinstance(open_source(SourceOptions(source=str(tmp_path / "T.TAR"))), TarSource)
+    with pytest.raises(DataError, match="https://host/x: a source is not read from a URL"):
+        open_source(SourceOptions(source="https://user:secret@host/x"))
+
+
+def test_captioned_pictures_win_over_a_stray_tar(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "backup.tar").write_bytes(b"")
+    found = listed(tmp_path)
+    assert [item.name for item in found.items] == ["a.png"]
+    assert [(entry.name, entry.beside) for entry in found.skipped] == [("deep/backup.tar", True)]

@@ -8,7 +8,6 @@ from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources.items import Skipped
 from data_pipeline.sources.open import SourceOptions, open_source
-from data_pipeline.sources.tables import _rows
 from sharpmoe.errors import DataError
 from tests.fixtures_data import Listing, listing
 
@@ -147,18 +146,178 @@ def test_a_captions_file_that_names_missing_images(tmp_path: Path) -> None:
         "[" * 100_000,
     ],
 )
-def test_a_bad_line_is_named(line: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_left_out_and_named(line: str, tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     captions(tmp_path, {"file": "a.png", "caption": "a"}, line)
-    with pytest.raises(DataError, match=r"captions.jsonl, line 2: .*expected") as error:
+    found = listed(tmp_path)
+    assert [item.captions[0][0] for item in found.items] == ["a"]
+    (left_out,) = found.skipped
+    assert "captions.jsonl" in left_out.name + left_out.reason
+    assert "2" in left_out.name + left_out.reason
+    assert "\n" not in left_out.name + left_out.reason
+    assert not left_out.beside
+
+
+def test_bad_rows_alone_are_an_error_of_one_line(tmp_path: Path) -> None:
+    captions(tmp_path, "{", '{"file": 3}')
+    with pytest.raises(
+        DataError, match=r"captions.jsonl: no captioned image found \(captions.jsonl, line 1: not JSON"
+    ) as e:
         listed(tmp_path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(e.value)
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "captions.jsonl").write_bytes(b'{"file": "\xff"}')
-    with pytest.raises(DataError, match="not UTF-8"):
-        listed(tmp_path)
-    (tmp_path / "table.csv").write_bytes(b"file,caption\na.png,caf\xe9\n")
-    with pytest.raises(DataError, match="not UTF-8"):
-        list(_rows(tmp_path / "table.csv"))
+    picture(tmp_path / "a.png")
+    rows = b'{"file": "a.png", "caption": "\xff"}\n{"file": "a.png", "caption": "b"}\n'
+    (tmp_path / "captions.jsonl").write_bytes(rows)
+    found = listed(tmp_path)
+    assert [item.captions[0][0] for item in found.items] == ["b"]
+    assert found.skipped == [Skipped("captions.jsonl, line 1", "not UTF-8 text (byte 30); save it as UTF-8")]
+    (tmp_path / "table.csv").write_bytes(b"file,caption\na.png,caf\xe9\na.png,good\n")
+    found = listed(tmp_path / "table.csv")
+    assert [item.captions[0][0] for item in found.items] == ["good"]
+    assert [entry.reason for entry in found.skipped] == ["not UTF-8 text; save the table as UTF-8"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_table_in_utf16_is_named_so(encoding: str, name: str, tmp_path: Path) -> None:
+    text = "file,caption\na.png,x\n" if name == "t.csv" else '{"file": "a.png", "caption": "x"}\n'
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match=f"{name}: not UTF-8 text"):
+        listed(tmp_path / name)
+
+
+def test_rows_that_do_not_fit_the_header_are_left_out(tmp_path: Path) -> None:
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "t.csv").write_text("file,caption\na.png,red, on a table\nb.png,plain,,\nc.png\n\nd.png,last\n")
+    found = listed(tmp_path / "t.csv")
+    assert {item.name: item.captions[0][0] for item in found.items} == {"b.png": "plain", "d.png": "last"}
+    assert [(entry.name, entry.reason) for entry in found.skipped] == [
+        ("t.csv, line 2", "3 cells, the header has 2: put a caption that holds a comma in quotes"),
+        ("c.png", "row 4 of t.csv has no caption"),
+    ]
+
+
+def test_a_quote_that_is_never_closed_loses_one_row(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(6)]
+    for name in names:
+        picture(tmp_path / name)
+    rows = [f"{name},caption" for name in names]
+    rows[2] = '2.png,"never closed'
+    (tmp_path / "t.csv").write_text("\n".join(["file,caption", *rows]) + "\n")
+    found = listed(tmp_path / "t.csv")
+    assert [item.name for item in found.items] == ["0.png", "1.png", "3.png", "4.png", "5.png"]
+    assert [entry.name for entry in found.skipped] == ["t.csv, line 4"]
+    assert "quote" in found.skipped[0].reason
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_labels_with_gaps_are_floats(name: str, tmp_path: Path) -> None:
+    labels = [3.0, None, "cat"] if name != "t.parquet" else [3.0, None, 2.5]
+    rows = [{"file": f"{number}.png", "caption": "x", "label": label} for number, label in enumerate(labels)]
+    for row in rows:
+        picture(tmp_path / str(row["file"]))
+    if name == "t.csv":
+        lines = ["File,Caption,Label", "0.png,x,3.0", "1.png,x,", "2.png,x,cat"]
+        (tmp_path / name).write_text("\n".join(lines))
+    elif name == "t.jsonl":
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / name)
+    found = listed(tmp_path / name)
+    assert [item.label for item in found.items] == [3, -1]
+    assert "is not a whole number" in found.skipped[0].reason
+
+
+def test_a_null_caption_is_left_out(tmp_path: Path) -> None:
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    captions(tmp_path, {"file": "a.png", "caption": None}, {"file": "b.png", "caption": "b"})
+    found = listed(tmp_path)
+    assert [item.name for item in found.items] == ["b.png"]
+    assert found.skipped == [Skipped("a.png", "row 1 of captions.jsonl has no caption")]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "CAPTIONS.CSV"])
+def test_tables_that_are_found_by_themselves(name: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "deep" / "other.png")
+    (tmp_path / "b.tar").write_bytes(b"")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    text = (
+        "file_name,text\na.png,hello\n" if name.lower().endswith("csv") else '{"file_name": "a.png", "text": "hello"}'
+    )
+    (tmp_path / name).write_text(text)
+    found = listed(tmp_path)
+    assert [(item.name, item.captions[0][0]) for item in found.items] == [("a.png", "hello")]
+    assert {entry.name: entry.reason for entry in found.skipped} == {
+        "deep/other.png": f"not named in {name}",
+        "*.tar": "1 file of a kind that is not taken; only the table and its pictures are",
+    }
+    assert all(entry.beside for entry in found.skipped)
+
+
+def test_an_image_folder_of_hugging_face_has_splits(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        picture(tmp_path / split / "a.png")
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.png,{split}\n")
+    found = listed(tmp_path).items
+    assert [(item.name, item.split, item.captions[0][0]) for item in found] == [
+        ("train/a.png", "train", "train"),
+        ("validation/a.png", "unseen", "validation"),
+    ]
+
+
+def embedded_table(path: Path, rows: list[dict[str, object]], metadata: dict[str, str] | None = None) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = arrow.Table.from_pylist(rows)
+    parquet.write_table(table.replace_schema_metadata(metadata) if metadata else table, path, row_group_size=2)
+
+
+def test_images_inside_parquet(tmp_path: Path) -> None:
+    files = [picture(tmp_path / "x" / f"{colour}.png", colour).read_bytes() for colour in ("red", "green", "blue")]
+    rows: list[dict[str, object]] = [
+        {"image": {"bytes": content, "path": f"{number}.png"}, "text": f"number {number}"}
+        for number, content in enumerate(files)
+    ]
+    picture(tmp_path / "outside.png")
+    rows.append({"image": {"bytes": None, "path": "outside.png"}, "text": "by path"})
+    embedded_table(tmp_path / "t.parquet", rows)
+    source = open_source(SourceOptions(source=str(tmp_path / "t.parquet")))
+    found = listing(source).items
+    assert [item.captions[0][0] for item in found] == ["number 0", "number 1", "number 2", "by path"]
+    assert [source.read(item) for item in found] == [*files, (tmp_path / "outside.png").read_bytes()]
+    assert source.read(found[1], 5) == files[1][:5]
+    assert len({item.key for item in found}) == 4
+
+
+def test_a_data_set_of_hugging_face_with_class_names(tmp_path: Path) -> None:
+    content = picture(tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").unlink()
+    features = {"label": {"names": ["tench", "goldfish"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    for split, label in (("train-00000-of-00001", 1), ("test-00000-of-00001", 0)):
+        row = {"image": {"bytes": content, "path": None}, "label": label}
+        embedded_table(tmp_path / "data" / f"{split}.parquet", [row], metadata)
+    (tmp_path / "README.md").write_text("card")
+    found = listed(tmp_path)
+    assert [(item.split, item.label, item.captions[0][0]) for item in found.items] == [
+        ("unseen", 0, "tench"),
+        ("train", 1, "goldfish"),
+    ]
+    assert [entry.name for entry in found.skipped] == ["*.md"]
+
+
+def test_a_name_that_is_too_long_is_left_out(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    captions(tmp_path, {"file": "x" * 300 + ".png", "caption": "x"}, {"file": "a.png", "caption": "a"})
+    found = listed(tmp_path)
+    assert [item.name for item in found.items] == ["a.png"]
+    assert found.skipped[0].missing

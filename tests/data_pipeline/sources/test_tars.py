@@ -52,7 +52,7 @@ def test_pictures_and_captions_of_all_kinds(tmp_path: Path) -> None:
     assert [item.label for item in found.items] == [-1, 17, -1]
     assert [source.read(item) for item in found.items] == [PNG, JPG, WEBP]
     assert source.read(found.items[0], 5) == PNG[:5]
-    assert not found.skipped
+    assert [(entry.name, entry.beside) for entry in found.skipped] == [("set-000.tar/*.pyd", True)]
     assert listed(tmp_path / "set-000.tar").items == found.items
 
 
@@ -97,3 +97,68 @@ def test_a_tar_that_changed_is_another_source(tmp_path: Path) -> None:
     before = [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()]
     write(path, ("0.png", PNG), ("0.txt", "two"))
     assert [unit.digest for unit in open_source(SourceOptions(source=str(tmp_path))).units()] != before
+
+
+def test_dots_in_keys(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.tar",
+        ("0.jpg", JPG),
+        ("0.txt", "plain"),
+        ("img.v1.jpg", JPG),
+        ("img.v1.txt", "one"),
+        ("img.v2.jpg", JPG),
+        ("img.v2.TXT", "two"),
+        ("x.depth.png", PNG),
+        ("x.jpg", JPG),
+        ("x.seg.png", PNG),
+        ("x.txt", "with parts"),
+        ("y.1.jpg", JPG),
+    )
+    found = listed(tmp_path)
+    assert {item.name: item.captions[0][0] for item in found.items} == {
+        "a.tar/0.jpg": "plain",
+        "a.tar/img.v1.jpg": "one",
+        "a.tar/img.v2.jpg": "two",
+        "a.tar/x.jpg": "with parts",
+    }
+    assert {entry.name for entry in found.skipped} == {"a.tar/*.depth.png", "a.tar/*.seg.png", "a.tar/y.1"}
+
+
+def test_many_keys_that_differ_after_their_first_dot(tmp_path: Path) -> None:
+    members = [(f"photo.{n:04d}.{end}", JPG if end == "jpg" else str(n)) for n in range(300) for end in ("jpg", "txt")]
+    write(tmp_path / "a.tar", *members)
+    assert [item.captions[0][0] for item in listed(tmp_path).items] == [str(number) for number in range(300)]
+
+
+def test_pictures_with_a_class_only(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.tar",
+        ("0.jpg", JPG),
+        ("0.cls", "1"),
+        ("1.jpg", JPG),
+        ("1.cls", "7"),
+        ("2.jpg", JPG),
+        ("2.cls", "cat"),
+    )
+    found = listed(tmp_path)
+    assert [(item.captions[0][0], item.label) for item in found.items] == [("class 1", 1), ("class 7", 7)]
+    assert [entry.name for entry in found.skipped] == ["a.tar/2"]
+    (tmp_path / "classnames.txt").write_text("tench\ngoldfish\n")
+    assert [item.captions[0][0] for item in listed(tmp_path).items] == ["goldfish", "class 7"]
+
+
+def test_caption_files_and_pictures_of_other_kinds(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.tar", ("0.jpg", JPG), ("0.caption", "hello"), ("1.avif", b"x"), ("1.txt", "x"), ("._0.jpg", b"x")
+    )
+    found = listed(tmp_path)
+    assert [item.captions[0][0] for item in found.items] == ["hello"]
+    assert {entry.name for entry in found.skipped} == {"a.tar/1", "a.tar/*.jpg"}
+
+
+def test_pictures_beside_tars_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", ("0.png", PNG), ("0.txt", "one"))
+    (tmp_path / "preview.png").write_bytes(PNG)
+    found = listed(tmp_path)
+    assert [item.captions[0][0] for item in found.items] == ["one"]
+    assert [(entry.name, entry.beside) for entry in found.skipped] == [("preview.png", True)]

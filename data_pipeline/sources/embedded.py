@@ -1,0 +1,121 @@
+"""Images inside .parquet tables, as Hugging Face writes them: a column of {"bytes": ..., "path": ...}."""
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from data_pipeline.sources.items import Place
+from sharpmoe.errors import DataError
+
+_NAMES = ("image", "img", "jpg", "png", "webp", "file", "picture")  # of columns that may hold images
+
+
+class EmbeddedImage(NamedTuple):
+    """One image of a table."""
+
+    path: str  # its file's name, where the table has one
+    size: int  # bytes; -1 where the table names the file only
+
+
+class EmbeddedImages:
+    """Random access to the images of tables.
+
+    A page of a parquet file can only be read as a whole, and shards take images in random order: so all images of a
+    table are copied once, by each process, to a temporary file (in TMPDIR) that disappears with the process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._copies: dict[str, tuple[BinaryIO, list[int]]] = {}  # by table: the copy, and where each image ends
+        self._lock = threading.Lock()
+
+    def read(self, place: Place, limit: int | None = None) -> bytes:
+        """Return the image of row `place.offset` (from 1) of the table `place.file`, or the first `limit` bytes."""
+        with self._lock:
+            if place.file not in self._copies:
+                self._copies[place.file] = _copied(self._folder / place.file)
+        file, ends = self._copies[place.file]
+        start, end = (ends[place.offset - 1], ends[place.offset]) if place.offset < len(ends) else (0, -1)
+        if end - start != place.size:
+            raise DataError(f"{self._folder / place.file}: changed since it was listed; prepare into another --out")
+        return os.pread(file.fileno(), end - start if limit is None else min(limit, end - start), start)
+
+
+def _copied(table: Path) -> tuple[BinaryIO, list[int]]:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the source)
+    ends = [0]
+    with opened(table, "") as file:
+        column = image_columns(file)[0]
+        for batch in file.iter_batches(batch_size=64, columns=[column]):
+            for value in _bytes_of(batch, column):
+                content = value.as_buffer() if value.is_valid else b""
+                copy.write(content)
+                ends.append(ends[-1] + len(content))
+    copy.flush()
+    return copy, ends
+
+
+@contextmanager
+def opened(table: Path, expected: str) -> Iterator[Any]:
+    """Open a parquet file. Raises DataError where it is not one, or where pyarrow is not installed."""
+    try:
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415  (optional)
+    except ImportError:
+        raise DataError(
+            f"{table}: reading .parquet needs pyarrow; pip install pyarrow, or save the table as .jsonl or .csv"
+        ) from None
+    try:
+        with parquet.ParquetFile(table) as file:
+            yield file
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{table}: not a parquet table ({str(error).splitlines()[0]}); {expected}") from None
+
+
+def image_columns(file: Any) -> list[str]:
+    """Return the columns that hold images; a struct of bytes and path, or plain bytes."""
+    from pyarrow import types  # noqa: PLC0415  (optional)
+
+    def holds_bytes(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    schema = file.schema_arrow
+    return [name for name in _NAMES if name in schema.names and holds_bytes(schema.field(name).type)]
+
+
+def images_of(batch: Any, column: str) -> list[EmbeddedImage]:
+    """Return the images of a batch of rows, without their bytes."""
+    from pyarrow import compute, types  # noqa: PLC0415  (optional)
+
+    values = batch.column(column)
+    paths: list[Any] = [None] * len(values)
+    if types.is_struct(values.type):
+        if values.type.get_field_index("path") >= 0:
+            paths = compute.struct_field(values, "path").to_pylist()
+        values = compute.struct_field(values, "bytes")
+    sizes = compute.binary_length(values).to_pylist()
+    pairs = zip(paths, sizes, strict=True)
+    return [EmbeddedImage(path if isinstance(path, str) else "", -1 if size is None else size) for path, size in pairs]
+
+
+def _bytes_of(batch: Any, column: str) -> Any:
+    from pyarrow import compute, types  # noqa: PLC0415  (optional)
+
+    values = batch.column(column)
+    return compute.struct_field(values, "bytes") if types.is_struct(values.type) else values
+
+
+def class_names(file: Any, column: str) -> list[str]:
+    """Return the names of the classes of a column, where `datasets` has stored them in the file."""
+    try:
+        stored = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])
+        names = stored["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []

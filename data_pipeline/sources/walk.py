@@ -1,0 +1,95 @@
+"""Folders of a user's disk: linked ones are followed, and what cannot be read is named."""
+
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.sources.items import IMAGE_SUFFIXES, OTHER_IMAGES, Skipped
+
+LINK_TO_NOWHERE = "a link that leads nowhere"
+_CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini"})  # written by file managers, never by a person
+
+
+def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]] | Skipped]:
+    """Yield every folder below `root` with its sorted file names; then what linked folders hold.
+
+    A folder that is reached twice, so also a loop of links, is walked once. Folders that cannot be read and links that
+    lead nowhere are yielded as left out, with names relative to `root`.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    starts = deque([root])
+    while starts:
+        start = starts.popleft()
+        first = seen.get(_inode(start) or (0, 0))
+        if first is not None:
+            yield Skipped(_below(start, root), f"a link to {first}, which is taken already", beside=True)
+            continue
+        failed: list[OSError] = []
+        for folder, folders, names in os.walk(start, onerror=failed.append):
+            path = Path(folder)
+            inode = _inode(path)
+            if inode is None or inode in seen:
+                folders.clear()
+                continue
+            seen[inode] = _below(path, root)
+            folders.sort()
+            links = [name for name in folders if (path / name).is_symlink()]
+            starts.extend(path / name for name in links)
+            yield path, sorted(names)
+        for error in failed:
+            yield Skipped(_below(Path(error.filename), root), f"folder cannot be read ({error.strerror})", beside=True)
+
+
+def file_size(path: Path) -> int | str:
+    """Return the bytes of a file, or why it cannot be read."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        return LINK_TO_NOWHERE if os.path.islink(path) else f"cannot be read ({error.strerror})"
+    return found.st_size if stat.S_ISREG(found.st_mode) else "not a regular file"
+
+
+class OtherFiles:
+    """Counts, by suffix, of the files that a source sees and does not take."""
+
+    def __init__(self, taken: str) -> None:
+        """`taken`: what the source takes instead, for the message."""
+        self._taken = taken
+        self._counts: Counter[str] = Counter()
+
+    def add(self, name: str, before: str = "") -> None:
+        """Count one file; `before`: what is part of its kind before the suffix, as `.seg` of `a.seg.png`."""
+        if Path(name).name.lower() not in _CLUTTER:
+            suffix = before + Path(name).suffix.lower()
+            self._counts[f"*{suffix}" if suffix else "(names without suffix)"] += 1
+
+    def left_out(self, where: str = "") -> Iterator[Skipped]:
+        """Yield one record for every suffix; `where`: a prefix of its name."""
+        for pattern, count in sorted(self._counts.items()):
+            files = "1 file" if count == 1 else f"{count} files"
+            yield Skipped(where + pattern, f"{files} of a kind that is not taken; {self._taken}", beside=True)
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file's suffix is that of an image, of a kind that is read or not."""
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES | OTHER_IMAGES
+
+
+def other_image(name: str) -> str | None:
+    """Return why an image of this suffix is not read; None where it is."""
+    suffix = Path(name).suffix.lower()
+    return f"{suffix} is not read; expected {' '.join(sorted(IMAGE_SUFFIXES))}" if suffix in OTHER_IMAGES else None
+
+
+def _below(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
