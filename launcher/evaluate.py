@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, SEED
 from launcher.command import Command
+from launcher.devices import DEVICE_HELP, device_name
+from sharpmoe.durable import check_folder
 from sharpmoe.evaluation.allocation import allocation_table
 from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison
 from sharpmoe.report.runs import find_saved_model
@@ -24,7 +24,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--sheet-images", type=NOT_NEGATIVE, default=8, help="images on a routing sheet; 0 draws none")
     add("--seed", type=SEED, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path("evaluation"), help="folder for the results")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the model")
+    add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -37,6 +37,7 @@ def _act(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         device=arguments.device,
     )
+    check_folder(arguments.out)
     found = compare_models(models, arguments.names, shards, settings)
     print(allocation_table(found.allocations))
     print(f"written: {write_comparison(arguments.out, found)}")

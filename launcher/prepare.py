@@ -18,6 +18,7 @@ from data_pipeline.prepare.write import Machine, prepare_shards
 from data_pipeline.sources.open import SourceOptions, open_source
 from launcher.bounds import POSITIVE, SHARE, Whole
 from launcher.command import Command
+from launcher.devices import DEVICE_HELP, device_name
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -65,7 +66,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it runs").add_argument
     add("--out", type=Path, default=Path("data/fluent64"), help="folder of the shards")
     add("--dry-run", action="store_true", help="print counts, sizes, buckets, time and bytes; write nothing")
-    add("--device", default="cpu", help="device of the autoencoder and the text encoder; cuda: one per rank")
+    device = f"device of the autoencoder and the text encoder: {DEVICE_HELP}; cuda is one per rank"
+    add("--device", type=device_name, default="cpu", help=device)
     add("--threads", type=POSITIVE, default=min(8, os.cpu_count() or 1), help="threads that decode images, per rank")
     add("--max-bad-share", type=SHARE, default=Recipe().max_bad_share, help="share of images that may be left out")
     add("--allow-missing", action="store_true", help="leave out images that a table names and that do not exist")

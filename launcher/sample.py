@@ -6,11 +6,10 @@ For published figures of a class-conditional model: `--npz batch.npz --num 50000
 import argparse
 from pathlib import Path
 
-import torch
-
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, SEED
 from launcher.command import Command
+from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
 from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
@@ -61,7 +60,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so the batch size has no effect")
     add("--compile", action="store_true", help="compile the blocks first, for many images (equal to rounding)")
     add("--out", type=Path, help="folder for the images (default: samples/drawn in the run folder)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the model")
+    add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
 
 
 def _act(arguments: argparse.Namespace) -> None:

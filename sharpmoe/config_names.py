@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_NO_ADAPTERS = "no adapters here: post-training moves the whole model; see docs/configuration.md"
+_NO_ADAPTERS = "no adapters here: all parameters are trained; optim.lr says how far they move"
 
 # Name elsewhere (lower case, _ for -) -> our key, or a sentence that says what there is instead (it holds a space).
 _ELSEWHERE: dict[str, str] = {
@@ -58,6 +58,13 @@ _ELSEWHERE: dict[str, str] = {
     "num_gpus": "the launcher decides: deepspeed --num_gpus N launcher/train.py ...",
     "num_processes": "the launcher decides: deepspeed --num_gpus N launcher/train.py ...",
     "nproc_per_node": "the launcher decides: torchrun --nproc_per_node N launcher/train.py ...",
+    "world_size": "the launcher decides: torchrun --nproc_per_node N launcher/train.py ...; launcher/plan.py has --world",
+    "worlds": "the launcher decides: torchrun --nproc_per_node N launcher/train.py ...; launcher/plan.py has --world",
+    "cfg": "--config FILE",
+    "config_file": "--config FILE",
+    "ds_config": "--deepspeed FILE",
+    "dry": "--dry-run (an option without a value)",
+    "dryrun": "--dry-run (an option without a value)",
     # optimizer
     "optimizer": "optim.name",
     "adam_beta1": "optim.betas [BETA1, BETA2]",

@@ -56,6 +56,15 @@ def _refuse_unwritable(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
+def check_folder(folder: Path) -> None:
+    """Raise OSError where a folder cannot be made or written to, without making it: before hours of work for it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
 def write_atomically(path: Path, content: Content) -> None:
     """Replace a file's content: after a crash the file is absent, old or complete, never partly written."""
     with atomic_draft(path) as draft:

@@ -13,7 +13,7 @@ _ROOT = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 _SYSTEM_FIXES: dict[int, tuple[str, str]] = {
     errno.ENOENT: ("no such file or folder", "correct the path"),
     errno.EEXIST: ("exists already and is no folder", "choose another place"),
-    errno.ENOTDIR: ("a part of this path is a file, expected a folder", "choose another place"),
+    errno.ENOTDIR: ("is a file, or below one, expected a folder", "choose another place"),
     errno.EISDIR: ("is a folder, expected a file", "add a file name, or choose another place"),
     errno.EACCES: ("permission denied", "choose another place, or change its permissions"),
     errno.EPERM: ("permission denied", "choose another place, or change its permissions"),

@@ -138,6 +138,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict
         raise CheckpointError(f"{path}: not a sound safetensors file ({error}); copy or export it again") from error
 
 
+def is_own_weights(path: str | Path) -> bool:
+    """Whether a sound safetensors file was written by this project. Raises SafetensorError and OSError."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("format") == _FORMAT
+
+
 def read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     """Read architecture and meta of a weights file without its tensors. Raises CheckpointError as `read_weights`."""
     path = Path(path)

@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.durable import check_folder
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.held_out import evaluating
 from sharpmoe.model.backbone import Backbone, ClassCondition
@@ -141,6 +142,7 @@ def draw_to_files(
     rows = part.rows(len(request.indices), options.batch_size)
     if not rows:
         return None
+    check_folder(Path(folder))
     images = draw_images(
         model,
         request.select(rows),

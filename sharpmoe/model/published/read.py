@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
+from sharpmoe.model.weights import is_own_weights
 
 _PLACES = {
     "ema": ("ema_model_state_dict", "ema", "model_ema", "ema_state_dict"),
@@ -33,16 +34,34 @@ def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> 
         return _read_folder(path, weights)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a .pth, .pt or .safetensors file, or a folder of them")
+    _refuse_other_content(path)
     try:
         if path.suffix == ".safetensors":
+            if is_own_weights(path):
+                raise CheckpointError(
+                    f"{path}: is a weights file of this project already; start a run from it as it is "
+                    "(checkpoint.init), or write it under published names with launcher/convert.py --to FAMILY"
+                )
             return _pick(load_file(path), weights, str(path))
         with torch.serialization.safe_globals([argparse.Namespace]):  # their trainers save their arguments
             return _pick(torch.load(path, map_location="cpu", weights_only=True), weights, str(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: cannot be read as tensors only ({reason}); save its state dict again, with safetensors"
         ) from error
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Raise CheckpointError for what a download leaves in place of a checkpoint: nothing, a pointer, a web page."""
+    with path.open("rb") as file:
+        start = file.read(256).lstrip().lower()
+    if not start:
+        raise CheckpointError(f"{path}: is empty, as a broken download leaves it; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(f"{path}: is a web page, not a checkpoint; download the file itself")
 
 
 def _read_folder(path: Path, weights: str) -> dict[str, Tensor]:
@@ -76,6 +95,14 @@ def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
     if not state:
         held = ", ".join(map(str, found))
         raise CheckpointError(f"{where}: no {weights} weights among {held}; set weights to the other of ema and model")
+    for key, value in state.items():
+        small = value.is_floating_point() and value.element_size() < 2
+        if value.layout is not torch.strided or value.is_quantized or small:
+            kind = "quantized" if value.is_quantized else value.dtype if small else value.layout
+            raise CheckpointError(
+                f"{where}: {key} is {str(kind).removeprefix('torch.')}, expected dense float32, bfloat16 or float16; "
+                "save the checkpoint again in one of them"
+            )
     while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
         state = {key.split(".", 1)[1]: value for key, value in state.items()}
     return state

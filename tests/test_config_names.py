@@ -1,0 +1,48 @@
+"""What other trainers call the keys: each name is answered with a key that exists, or with a sentence."""
+
+import re
+
+import pytest
+
+from sharpmoe.config import RunConfig
+from sharpmoe.config_io import _dotted_keys, load_run_config
+from sharpmoe.config_names import _ELSEWHERE, meaning
+from sharpmoe.errors import ConfigError
+
+SECTIONS = "|".join(RunConfig.model_fields)
+
+
+def test_every_key_that_a_hint_names_exists() -> None:
+    known = set(_dotted_keys(RunConfig))
+    for name, hint in _ELSEWHERE.items():
+        named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?:\.[a-z_]+)*", hint)
+        assert [key for key in named if key not in known and not key.endswith((".py", ".jsonl"))] == [], name
+        assert name not in known, f"{name} is a key of ours"
+        assert " " in hint or hint in known, name
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--learning_rate", "1e-4"], "--learning_rate: unknown key; here it is: optim.lr"),
+        (["--learning-rate=1e-4"], "here it is: optim.lr"),
+        (["--train.batch_size", "4"], "here it is: train.global_batch (all ranks together)"),
+        (["--lr", "1e-4"], "did you mean optim.lr?"),
+        (["--bf16"], "--bf16: unknown key; here it is: train.precision bf16"),
+        (["--fp16", "--seed", "1"], "here it is: train.precision bf16"),
+        (["--use_ema"], "optim.ema_decay"),
+        (["--lora_rank", "8"], "no adapters here"),
+        (["--freeze"], "no part can be frozen"),
+        (["--num_workers", "2"], "did you mean data.num_workers?"),
+        (["--model.hidden_size", "8"], "model.width"),
+    ],
+)
+def test_a_name_from_elsewhere_is_answered(words: list[str], hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(None, words)
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_nobody_uses_has_no_meaning() -> None:
+    assert meaning("train.stepz") is None
