@@ -72,16 +72,16 @@ class ModelConfig(_Section):
     """The architecture. Everything needed to rebuild a model from a weights file."""
 
     preset: Literal["tiny", "s", "b", "l", "xl"] | None = None  # fills width, depth, num_heads where they are not given
-    width: int = Field(128, ge=8)
-    depth: int = Field(6, ge=1)
-    num_heads: int = Field(4, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    patch_size: int = Field(2, ge=1)
-    latent_channels: int = Field(4, ge=1)
+    width: int = Field(128, ge=8)  # D, features of a token
+    depth: int = Field(6, ge=1)  # blocks
+    num_heads: int = Field(4, ge=1)  # attention heads
+    mlp_ratio: float = Field(4.0, gt=0)  # hidden width of an MLP over width
+    patch_size: int = Field(2, ge=1)  # latent pixels of a token, each way
+    latent_channels: int = Field(4, ge=1)  # C
     latent_size: int = Field(32, ge=1)  # height and width of the latent
     learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
     router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
-    num_experts: int = Field(8, ge=1)
+    num_experts: int = Field(8, ge=1)  # E, without the unconditional expert
     top_k: int = Field(1, ge=1)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
     capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race)
     capacity_selection: Literal["count", "mask"] = "count"  # inference of diffmoe: see moe/selection.py
@@ -90,11 +90,11 @@ class ModelConfig(_Section):
     renormalise: bool = False  # top_k > 1: the gates of a token's experts sum to routed_scale
     routed_scale: float = Field(1.0, gt=0)  # multiplies the gates (dsmoe)
     num_groups: int = Field(1, ge=1)  # dsmoe: experts are chosen inside the best top_groups of num_groups groups
-    top_groups: int = Field(1, ge=1)
+    top_groups: int = Field(1, ge=1)  # see num_groups
     bias_balancing: bool = False  # token choice: a bias per expert, for the choice only, balances loads without a loss
     unconditional_expert: bool = False  # one more expert for all tokens of images without class, and only those
     unconditional_label: int | None = Field(None, ge=0)  # the label of such images; None: num_classes, "no class"
-    expert: Literal["gelu", "swiglu"] = "gelu"
+    expert: Literal["gelu", "swiglu"] = "gelu"  # kind of the routed experts
     expert_hidden: int | None = Field(None, ge=1)  # None: width * mlp_ratio
     shared: Literal["none", "gelu", "swiglu", "identity"] = "none"  # added to the routed experts for every token
     shared_hidden: int | None = Field(None, ge=1)  # None: as the routed experts
@@ -102,18 +102,18 @@ class ModelConfig(_Section):
     mlp: Literal["gelu", "silu", "swiglu"] = "gelu"  # dense blocks
     moe_every: int = Field(2, ge=1)  # one MoE block in so many, the last of them: 2 is the odd indices, 1 is all
     dense_first: int = Field(0, ge=0)  # leading blocks that are dense in any case
-    positions: Literal["sincos", "rope_2d", "rope_1d"] = "sincos"
+    positions: Literal["sincos", "rope_2d", "rope_1d"] = "sincos"  # sincos: added to tokens; rope: turns q and k
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of the blocks
     qk_norm: bool = False  # LayerNorm of queries and keys per head
-    qk_norm_eps: float = Field(1e-5, gt=0)
-    saliency_router: bool = True
-    conditioning: Literal["class", "text"] = "text"
-    num_classes: int = Field(1000, ge=1)
+    qk_norm_eps: float = Field(1e-5, gt=0)  # epsilon of that norm
+    saliency_router: bool = True  # a second router in every MoE layer, which reads x0_prev
+    conditioning: Literal["class", "text"] = "text"  # class labels, or text states
+    num_classes: int = Field(1000, ge=1)  # classes of the label table
     class_dropout: bool = True  # an extra row of the label table stands for "no class"
-    text_width: int = Field(384, ge=1)
-    pooled_width: int = Field(384, ge=1)
+    text_width: int = Field(384, ge=1)  # features of a token state of the text encoder
+    pooled_width: int = Field(384, ge=1)  # features of its pooled state
     time_scale: float = 1000.0  # the time embedder reads time_scale * t + time_shift
-    time_shift: float = 0.0
+    time_shift: float = 0.0  # see time_scale
     prediction: Literal["velocity", "ddpm_noise"] = "velocity"  # ddpm_noise: noise, converted to a velocity
 
     @model_validator(mode="before")
@@ -236,7 +236,7 @@ class RemoteConfig(_Section):
     cache: str | None = None  # folder on the local disk; None: ~/.cache/sharpmoe/shards
     cache_gib: float = Field(16.0, gt=0)  # largest size of that folder
     timeout_s: float = Field(30.0, gt=0)  # seconds without a byte before a request is given up
-    retries: int = Field(6, ge=0)
+    retries: int = Field(6, ge=0)  # attempts after the first
     allow_hosts: tuple[str, ...] = ()  # hosts beside the given one that redirects may lead to
 
     def options(self) -> RemoteOptions:
@@ -255,7 +255,7 @@ class DataConfig(_Section):
     """Prepared shards and how they are read."""
 
     shards: str | tuple[ShardSource, ...] = "data/fluent64"  # folder, URL, or a mixture of them
-    train_split: str = "train"
+    train_split: str = "train"  # split that is trained on
     validation_split: str = "unseen"  # of a mixture: that of its first source
     num_workers: int = Field(0, ge=0)  # processes that read ahead; 0: one thread in the process of the run
     max_bad_fraction: float = Field(0.0, ge=0, lt=1)  # share of samples that may be damaged; they are replaced
@@ -299,7 +299,7 @@ class RolloutConfig(_Section):
     kept_steps: int | None = Field(None, ge=0)  # hybrid: the last m steps; segments: of the block, None: all
     segment_steps: int = Field(1, ge=1)  # segments: one block of S of the T steps is trained, scaled by T/S
     merged_steps: int = Field(1, ge=1)  # two_pass, hybrid, segments: steps of the second pass per batch
-    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    caption_dropout: float = Field(0.1, ge=0, lt=1)  # share of trajectories trained with the empty caption or class
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
@@ -335,7 +335,7 @@ class LossConfig(_Section):
     balance_weight: float = Field(0.01, ge=0)  # tc, dit_moe
     capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies
     contrastive_weight: float = Field(1.0, ge=0)  # promoe_tc, promoe_ec
-    contrastive_temperature: float = Field(0.07, gt=0)
+    contrastive_temperature: float = Field(0.07, gt=0)  # of that loss
     similarity_weight: float = Field(0.01, ge=0)  # race
     layer_weight: float = Field(0.01, ge=0)  # race: flow loss of each MoE layer's own head
 
@@ -343,17 +343,17 @@ class LossConfig(_Section):
 class OptimConfig(_Section):
     """Optimizer, schedule, clipping, EMA."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    name: Literal["adamw", "sgd"] = "adamw"  # optimizer
+    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"  # who implements adamw; auto compiles nothing
+    lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)  # adamw
+    eps: float = Field(1e-8, gt=0)  # adamw
+    weight_decay: float = Field(0.0, ge=0)  # decoupled (AdamW)
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after the warm-up
+    warmup_steps: int = Field(0, ge=0)  # linear warm-up
     final_lr: float = Field(0.0, ge=0)  # cosine: learning rate at the last step
     clip_norm: float = Field(1.0, ge=0)  # 0 turns clipping off
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)  # of the averaged weights
     threshold_decay: float = Field(0.95, ge=0, lt=1)  # diffmoe capacity thresholds, race thresholds
     bias_rate: float = Field(0.001, ge=0)  # bias_balancing: step of an expert's bias per optimizer step
 
@@ -361,10 +361,10 @@ class OptimConfig(_Section):
 class TrainConfig(_Section):
     """How long, how many at once, in which precision."""
 
-    steps: int = Field(100_000, ge=1)
-    global_batch: int = Field(256, ge=1)
+    steps: int = Field(100_000, ge=1)  # optimizer steps
+    global_batch: int = Field(256, ge=1)  # images per optimizer step, all ranks
     micro_batch: int | None = Field(None, ge=1)  # per rank; None: global_batch / world size
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of forward and backward; masters are float32
 
 
 class ParallelConfig(_Section):
@@ -398,12 +398,12 @@ class PeersConfig(_Section):
 class LogConfig(_Section):
     """What is logged and shown, and how often (in optimizer steps; 0 turns it off)."""
 
-    every: int = Field(10, ge=1)
-    validate_every: int = Field(100, ge=0)
-    validation_images: int = Field(128, ge=1)
-    sample_every: int = Field(0, ge=0)
+    every: int = Field(10, ge=1)  # figures to TensorBoard, log.jsonl and the console
+    validate_every: int = Field(100, ge=0)  # held-out flow loss
+    validation_images: int = Field(128, ge=1)  # held-out images of it
+    sample_every: int = Field(0, ge=0)  # fixed samples and a routing sheet
     allocation: bool = True  # print the allocation table before and after
-    allocation_images: int = Field(128, ge=1)
+    allocation_images: int = Field(128, ge=1)  # held-out images of the table
     # Peak TFLOP/s of a device in the precision of the run, for its utilisation; None: by its name (train/peak.py).
     peak_tflops: float | None = Field(None, gt=0)
 
@@ -411,12 +411,12 @@ class LogConfig(_Section):
 class SampleConfig(_Section):
     """Fixed samples drawn during a run, and the defaults of launcher/sample.py."""
 
-    captions: tuple[str, ...] = ()
-    num_steps: int = Field(50, ge=1)
-    method: Literal["euler", "heun"] = "euler"
-    cfg_scale: float = Field(1.5, ge=0)
+    captions: tuple[str, ...] = ()  # fixed captions
+    num_steps: int = Field(50, ge=1)  # denoising steps
+    method: Literal["euler", "heun"] = "euler"  # heun takes two model calls a step
+    cfg_scale: float = Field(1.5, ge=0)  # classifier-free guidance; 1 is none
     guidance_source: Literal["own", "guided"] = "own"  # which x0_hat each branch of classifier-free guidance reads
-    seed: _Seed = 0
+    seed: _Seed = 0  # of the noise
 
 
 class CheckpointConfig(_Section):
@@ -434,10 +434,10 @@ class CheckpointConfig(_Section):
 class RunConfig(_Section):
     """One experiment."""
 
-    name: str = "run"
-    output: str = "runs"
-    seed: _Seed = 0
-    stage: Literal["pretrain", "posttrain"] = "posttrain"
+    name: str = "run"  # name of the run folder below output
+    output: str = "runs"  # folder of all runs
+    seed: _Seed = 0  # keys the data order and all random draws
+    stage: Literal["pretrain", "posttrain"] = "posttrain"  # one denoising step per image, or rollouts
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

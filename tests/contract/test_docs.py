@@ -75,13 +75,20 @@ def test_no_text_names_a_page_that_does_not_exist():
     assert sorted(each for each in named if each[1] not in known) == []
 
 
-def test_the_map_is_that_of_the_tree():
-    spec = importlib.util.spec_from_file_location("make_map", DOCS / "make_map.py")
+@pytest.mark.parametrize("name", ["map", "configuration"])
+def test_a_generated_page_is_that_of_the_code(name):
+    spec = importlib.util.spec_from_file_location(f"make_{name}", DOCS / f"make_{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    make_map = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_map)
-    assert text_of(DOCS / "map.md") == make_map.page(), "run `python docs/make_map.py`"
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    assert text_of(DOCS / f"{name}.md") == maker.page(), f"run `python docs/make_{name}.py`"
+
+
+def test_every_key_of_a_run_file_has_a_meaning():
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| *(.*) \|$", text_of(DOCS / "configuration.md"), re.MULTILINE)
+    assert len(rows) > 100
+    assert [key for key, meaning in rows if not meaning] == []
 
 
 def test_every_module_says_what_it_is():
