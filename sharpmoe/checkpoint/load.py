@@ -60,7 +60,7 @@ def find_checkpoints(root: Path, resume: str) -> Found:
         if (root / retention.LATEST).exists():
             raise CheckpointError(
                 f"{root}: holds checkpoints, which checkpoint.resume: none would mix with a new run's; "
-                "set another name, or move them away"
+                "give the run another --name, or move them away"
             )
         return Found()
     if resume != "auto":

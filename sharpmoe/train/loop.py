@@ -23,6 +23,7 @@ from sharpmoe.train import faults
 from sharpmoe.train.flops import peak_tflops, rows_expected, step_flops
 from sharpmoe.train.guard import Watch
 from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows_taken
+from sharpmoe.train.owner import run_folder_owned
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import rollout_steps
 from sharpmoe.train.session import Session, ema_model, ensure_saved, log_save, open_session
@@ -35,9 +36,10 @@ _STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is 
 def train(plan: RunPlan, world: World) -> Path:
     """Run a plan to its last step, or to where a signal stops it; returns the last checkpoint's folder.
 
-    Communicates. Raises SharpMoEError on every rank; ends the process with exit code 3 where another rank is lost.
+    Communicates. Raises SharpMoEError on every rank, also where another live process runs in the folder; ends the
+    process with exit code 3 where another rank is lost.
     """
-    with watchdog.watching(world.rank, world.size, plan.run.peers):
+    with watchdog.watching(world.rank, world.size, plan.run.peers), run_folder_owned(plan.folder, world):
         return _train(choose_checkpoint(plan, world), world)
 
 

@@ -39,14 +39,21 @@ _SHEET_IMAGES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Material:
+    """What measurements and pictures are made of."""
+
+    held_out: ShardSet
+    codec: Codec
+    request: sampling.Request | None  # the fixed captions, encoded; None where none are to be drawn
+
+
+@dataclass(frozen=True, kw_only=True)
 class Monitor:
     """Measures and draws the model of one run; made once, on every rank."""
 
     run: RunConfig
     folder: Path  # of the run
-    held_out: ShardSet
-    codec: Codec
-    request: sampling.Request | None  # the fixed captions, encoded; None where none are to be drawn
+    material: _Material | None  # None where the run measures nothing
     share: Share
     log: RunLog | None  # rank 0 only
 
@@ -54,13 +61,13 @@ class Monitor:
         """Measure and draw the model that a run starts from (not one that it resumes): allocation/before.json."""
         log = self.run.log
         measured = log.allocation and self.run.model.family.has_experts
-        if not (measured or log.sample_every):
+        if self.material is None or not (measured or log.sample_every):
             return
         model = build()
         if measured:
-            self._allocation_before(model)
+            self._allocation_before(model, self.material)
         if log.sample_every:
-            self._draw(model, 0)
+            self._draw(model, self.material, 0)
 
     def after_step(self, step: int, build: Callable[[], Backbone]) -> None:
         """Validate and draw where it is due after optimizer step `step`; after the last always, with the allocation."""
@@ -68,20 +75,20 @@ class Monitor:
         validated = log.validate_every > 0 and (last or due(step, log.validate_every))
         drawn = log.sample_every > 0 and (last or step % log.sample_every == 0)
         measured = last and log.allocation and self.run.model.family.has_experts
-        if not (validated or drawn or measured):
+        if self.material is None or not (validated or drawn or measured):
             return
         model = build()
         if validated:
-            result = validate(model, self.held_out, images=log.validation_images, share=self.share)
+            result = validate(model, self.material.held_out, images=log.validation_images, share=self.share)
             if self.log is not None:
                 self.log.scalars(step, validation_scalars(result))
         if drawn:
-            self._draw(model, step)
+            self._draw(model, self.material, step)
         if measured:
-            self._allocation_after(model)
+            self._allocation_after(model, self.material)
 
-    def _allocation_before(self, model: Backbone) -> None:
-        result = self._measure(model)
+    def _allocation_before(self, model: Backbone, material: _Material) -> None:
+        result = self._measure(model, material)
 
         def write(log: RunLog) -> None:
             save_allocation(result, self.folder / "allocation" / "before.json")
@@ -90,9 +97,9 @@ class Monitor:
 
         self._report("the allocation before training", write)
 
-    def _allocation_after(self, model: Backbone) -> None:
+    def _allocation_after(self, model: Backbone, material: _Material) -> None:
         """Print the allocation of the finished run beside that of its start, where that was measured."""
-        result = self._measure(model)
+        result = self._measure(model, material)
 
         def write(log: RunLog) -> None:
             folder, step = self.folder / "allocation", self.run.train.steps
@@ -109,17 +116,17 @@ class Monitor:
 
         self._report("the allocation after training", write)
 
-    def _measure(self, model: Backbone) -> Allocation:
-        return measure_allocation(model, self.held_out, images=self.run.log.allocation_images, share=self.share)
+    def _measure(self, model: Backbone, material: _Material) -> Allocation:
+        return measure_allocation(model, material.held_out, images=self.run.log.allocation_images, share=self.share)
 
-    def _draw(self, model: Backbone, step: int) -> None:
+    def _draw(self, model: Backbone, material: _Material, step: int) -> None:
         """Sample grid of the fixed captions and routing sheet of held-out images, to files and TensorBoard."""
         pictures: dict[str, Callable[[], Pixels]] = {}
-        if self.request is not None:
-            images = draw_images(model, self.request, self.run.sample, self.codec.decode)
+        if material.request is not None:
+            images = draw_images(model, material.request, self.run.sample, material.codec.decode)
             pictures["samples"] = lambda: sample_grid(images, self.run.sample.captions)
         if model.moe_layers():
-            sheet = observe_routing(model, self.held_out, self.codec, _SHEET_IMAGES, share=self.share)
+            sheet = observe_routing(model, material.held_out, material.codec, _SHEET_IMAGES, share=self.share)
             pictures["routing"] = lambda: draw_routing_sheet(sheet, f"{self.run.name}, step {step}")
         for kind, draw in pictures.items():
             self._report(f"the picture of {kind}", partial(self._show, step, kind, draw))
@@ -140,26 +147,30 @@ class Monitor:
             self.log.say(f"note: {what} could not be written: {reason}; training goes on")
 
 
+def measures(run: RunConfig) -> bool:
+    """Whether a run measures or draws anything, for which it needs a held-out split."""
+    log = run.log
+    return log.validate_every > 0 or log.sample_every > 0 or (log.allocation and run.model.family.has_experts)
+
+
 def open_monitor(
-    run: RunConfig, held_out: ShardSet, folder: Path, device: torch.device, share: Share, log: RunLog | None
+    run: RunConfig, held_out: ShardSet | None, folder: Path, device: torch.device, share: Share, log: RunLog | None
 ) -> Monitor:
     """Open the codec, encode the fixed captions to `device`, and read once what will be measured on.
 
-    So damage of held-out samples is an error before the first step. No communication. Raises DataError.
+    So damage of held-out samples is an error before the first step. held_out: None where the run `measures` nothing.
+    No communication. Raises DataError.
     """
+    material = None if held_out is None else _open_material(run, held_out, device)
+    return Monitor(run=run, folder=folder, material=material, share=share, log=log)
+
+
+def _open_material(run: RunConfig, held_out: ShardSet, device: torch.device) -> _Material:
     for index in _measured(run, held_out.num_samples):
         held_out.batch([index])
     wanted = run.log.sample_every > 0 and run.sample.captions and run.model.conditioning == "text"
     request = encode_prompts(run.model, held_out, Prompts(run.sample.captions), device) if wanted else None
-    return Monitor(
-        run=run,
-        folder=folder,
-        held_out=held_out,
-        codec=held_out.codec_object(),
-        request=request,
-        share=share,
-        log=log,
-    )
+    return _Material(held_out=held_out, codec=held_out.codec_object(), request=request)
 
 
 def _measured(run: RunConfig, num_samples: int) -> list[int]:

@@ -22,12 +22,14 @@ from sharpmoe.checkpoint.manifest import Manifest, Progress, RunIdentity
 from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
-from sharpmoe.errors import ConfigError, DataError
+from sharpmoe.durable import sha256_of
+from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights, check_architecture, read_header
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.train.monitor import measures
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import check_schedule
 from sharpmoe.train.step import EmptyText
@@ -37,7 +39,7 @@ class RunData(NamedTuple):
     """The two splits of a run and the embedding of the empty caption."""
 
     train: Mixture
-    held_out: ShardSet
+    held_out: ShardSet | None  # None where the run measures nothing
     empty_text: EmptyText
 
     def origin(self) -> dict[str, str]:
@@ -143,19 +145,64 @@ def choose_checkpoint(plan: RunPlan, world: World) -> RunPlan:
 
 
 def _resume(saved: Manifest | None, plan: RunPlan) -> RunPlan:
-    if saved is not None:
+    if saved is None:
+        return plan
+    try:
         Checkpoints.check_fits(saved, plan.run.model, plan.identity)
+        _check_base(saved, plan)
+    except CheckpointError as error:
+        if saved.folder.parent != plan.checkpoints:
+            raise
+        hint = f"or give the run a --name of its own: {plan.folder} holds another run"
+        raise CheckpointError(f"{error}; {hint}") from None
     return replace(plan, saved=saved)
 
 
+def _check_base(saved: Manifest, plan: RunPlan) -> None:
+    """Raise CheckpointError where the run's own checkpoint was started from another base than the run names.
+
+    Files at two paths are one base where their contents agree; of a base that is not there any more, nothing is known.
+    """
+    before, now = saved.settings.get("checkpoint.init"), plan.run.checkpoint.init
+    if before == now or saved.folder.parent != plan.checkpoints or "checkpoint.init" not in saved.settings:
+        return
+    if before is not None and now is not None and not _differ(Path(before), Path(now)):
+        return
+    raise CheckpointError(
+        f"{saved.folder}: checkpoint.init is {before!r} there, {now!r} in the run; set checkpoint.init to the former "
+        "to go on"
+    )
+
+
+def _differ(one: Path, other: Path) -> bool:
+    """Whether two weights files are known to have different contents."""
+    if not one.is_file() or not other.is_file() or one.samefile(other):
+        return False
+    return one.stat().st_size != other.stat().st_size or sha256_of(one) != sha256_of(other)
+
+
 def _open_data(run: RunConfig) -> RunData:
-    """Open both splits and check that they fit the model. Raises DataError."""
+    """Open the training split, and the held-out one where something measures; check that they fit. Raises DataError."""
     data = run.data
     remote = data.remote.options()
     train = open_mixture(data.places, data.train_split, remote, accept_damage=data.max_bad_fraction > 0)
     for bucket in train.buckets.values():
         _check_bucket(train, bucket, run)
+    if not measures(run):
+        return RunData(train, None, train.empty_text())
+    _check_held_out_split(run, train.sources[0])
     return RunData(train, ShardSet.open(data.first_place, data.validation_split, remote), train.empty_text())
+
+
+def _check_held_out_split(run: RunConfig, source: ShardSet) -> None:
+    split = run.data.validation_split
+    if not source.splits.get(split):
+        there = ", ".join(f"{name} ({count})" for name, count in source.splits.items() if count)
+        raise DataError(
+            f"{source.location}: no samples in split {split!r} (data.validation_split) to measure on; it has {there}; "
+            f"set --data.validation_split {run.data.train_split}, or turn measuring off: --log.validate_every 0 "
+            "--log.allocation false --log.sample_every 0"
+        )
 
 
 def _check_bucket(train: Mixture, bucket: Bucket, run: RunConfig) -> None:

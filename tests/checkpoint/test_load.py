@@ -4,6 +4,8 @@ import json
 import os
 import resource
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from sharpmoe.errors import CheckpointError, SharpMoEError
 from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
 from sharpmoe.parallel.ranks.launch import World, barrier
-from sharpmoe.train import loop
+from sharpmoe.train import loop, setup
 from sharpmoe.train.setup import initial_model
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, identical, make_run, plan_for
@@ -247,3 +249,29 @@ def test_weights_put_together_beside_the_training_are_those_it_gathers(
 def test_a_finished_run_has_nothing_to_do(saved: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert loop.train(plan_for(saved, ALONE), ALONE) == root(saved) / "step00000002"
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_another_base_in_a_run_folder_needs_a_name(saved: RunConfig, tmp_path: Path) -> None:
+    further, live = with_steps(saved, "run", 4), root(saved) / "step00000002" / "live.safetensors"
+    other = changed(further, checkpoint={"init": str(live)})
+    with pytest.raises(CheckpointError, match=r"checkpoint\.init is None there.*give the run a --name of its own"):
+        plan_for(other, ALONE)
+    named = changed(other, checkpoint={"resume": str(root(saved) / "step00000002")})
+    with pytest.raises(CheckpointError, match="give the run a --name"):
+        plan_for(named, ALONE)
+
+
+def test_a_base_at_another_path_is_the_same_base(saved: RunConfig, tmp_path: Path) -> None:
+    plan = plan_for(with_steps(saved, "run", 4), ALONE)
+    assert plan.saved is not None
+    first, same, other = (tmp_path / name for name in ("first", "same", "other"))
+    for path, content in ((first, "a"), (same, "a"), (other, "b")):
+        path.write_text(content)
+    based = replace(plan.saved, settings={**plan.saved.settings, "checkpoint.init": str(first)})
+    for init, fits in ((first, True), (same, True), (other, False), (None, False)):
+        run = changed(plan.run, checkpoint={"init": None if init is None else str(init)})
+        expected = nullcontext() if fits else pytest.raises(CheckpointError, match=r"checkpoint\.init is")
+        with expected:
+            setup._resume(based, replace(plan, run=run))
+    first.unlink()  # nothing is known of it then
+    setup._resume(based, replace(plan, run=changed(plan.run, checkpoint={"init": str(other)})))

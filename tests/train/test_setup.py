@@ -8,9 +8,11 @@ from torch import Tensor
 
 from launcher.train import main
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
+from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.attach import attach
 from sharpmoe.model.weights import save_weights
 from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.train.monitor import measures, open_monitor
 from sharpmoe.train.setup import InitialModel, _origin_notes, initial_model, rehearse
 from tests.fixtures_data import make_shards
 from tests.toys import toy_model
@@ -32,6 +34,31 @@ def test_shards_of_another_codec_or_encoder_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=part):
         plan_for(make_run(shards, tmp_path, model=model), ALONE)
+
+
+@pytest.mark.parametrize(
+    "log",
+    [{"validate_every": 1}, {"allocation": True}, {"sample_every": 1}],
+    ids=["validation", "allocation", "samples"],
+)
+def test_only_a_run_that_measures_needs_held_out_samples(log: dict[str, int], shards: Path, tmp_path: Path) -> None:
+    data = {"shards": str(shards), "validation_split": "nothing"}
+    silent = make_run(shards, tmp_path, data=data)
+    plan = plan_for(silent, ALONE)
+    assert plan.data.held_out is None
+    monitor = open_monitor(silent, None, tmp_path, ALONE.device, Share(), None)
+    monitor.before_training(pytest.fail)  # builds no model
+    monitor.after_step(silent.train.steps, pytest.fail)
+    with pytest.raises(DataError, match=r"no samples in split 'nothing'.*set --data.validation_split train, or turn"):
+        plan_for(make_run(shards, tmp_path, data=data, log=log), ALONE)
+    named = plan_for(make_run(shards, tmp_path, data=data | {"validation_split": "train"}, log=log), ALONE)
+    assert named.data.held_out is not None
+    assert named.data.held_out.num_samples == 20
+
+
+def test_a_dense_model_measures_no_allocation(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, "dense", log={"allocation": True}, stage="pretrain")
+    assert not measures(run)
 
 
 def values(initial: InitialModel) -> dict[str, Tensor]:
