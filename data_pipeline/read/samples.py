@@ -91,6 +91,12 @@ def load_sample(read: Callable[[int, int], bytes], span: Span, spec: Spec, draw:
     )
 
 
+def load_label(read: Callable[[int, int], bytes], span: Span) -> int:
+    """Read the class label of one sample, -1 where it has none, and nothing else of it. Raises DamageError."""
+    check_key(span.key)
+    return _label(_Records(read, span).decoded("json", decode_json))
+
+
 def check_sample(read: Callable[[int, int], bytes], span: Span, spec: Spec) -> None:
     """Decode every member of a sample, also those that a run may never draw. Raises DamageError."""
     load_sample(read, span, spec, None)

@@ -20,7 +20,7 @@ from data_pipeline.members import decode_npz
 from data_pipeline.read.batches import collate
 from data_pipeline.read.damage import Damage
 from data_pipeline.read.folder import REWRITE, check_size, checked_file, ends_in_zeros, read_index, read_table
-from data_pipeline.read.samples import Draw, Sample, Span, Spec, load_sample
+from data_pipeline.read.samples import Draw, Sample, Span, Spec, load_label, load_sample
 from data_pipeline.schema import Batch
 from data_pipeline.store.remote import RemoteOptions
 from data_pipeline.store.store import LocalStore, Store, open_store
@@ -182,6 +182,21 @@ class ShardSet:
         if isinstance(found, Damage):  # a cached copy may be at fault
             return self._attempt(shard, Span(key, places, opened.size), draw, fresh=True)
         return found
+
+    def label(self, index: int) -> tuple[str, int] | Damage:
+        """Read key and class label of one sample (-1: no class), or return what is wrong with it; little else is read.
+
+        Raises DataError where the store cannot be read.
+        """
+        number = self._number(index)
+        shard, opened = self._shards[number], self._open(number)
+        if isinstance(opened, Damage):
+            return opened
+        key, places = opened.samples[index - int(self._first[number])]
+        try:
+            return key, load_label(partial(self._store.read, f"{shard.name}.tar"), Span(key, places, opened.size))
+        except DamageError as error:
+            return Damage(self._path(shard), key, str(error))
 
     def flaws(self) -> list[Damage]:
         """Return the flaws of whole shards found since the last call."""

@@ -29,6 +29,7 @@ from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights, check_architecture, read_header
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.train.labels import check_labels
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import check_schedule
@@ -99,6 +100,7 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tu
     batch = batch_arithmetic(run, world.size)
     check_schedule(run, batch.micro_batch)
     data = _open_data(run)
+    check_labels(run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], world)
     identity = RunIdentity.of(run, data.train.fingerprint)
     plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, identity=identity, notes=notes)
     found = Checkpoints.find(plan.checkpoints, run.checkpoint.resume)

@@ -15,7 +15,6 @@ from torch import Tensor
 from data_pipeline.schema import Batch
 from sharpmoe import draws, flow
 from sharpmoe.config import OptimConfig, RunConfig
-from sharpmoe.errors import DataError
 from sharpmoe.model.backbone import ClassCondition, Condition, TextCondition
 from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
@@ -23,6 +22,7 @@ from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.guard import Verdict, Watch, bad_loss, bad_norm, next_watch
+from sharpmoe.train.labels import check_label
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import num_segments
 from sharpmoe.train.tally import StepRecord
@@ -159,9 +159,10 @@ def _condition(batch: Batch, empty_text: EmptyText, run: RunConfig, dropped: Ten
             torch.where(dropped[:, None], mask, batch.text_mask),
             torch.where(dropped[:, None], pooled.to(batch.pooled), batch.pooled),
         )
-    if (batch.label < 0).any():
-        key = batch.keys[int((batch.label < 0).nonzero()[0])]
-        raise DataError(f"sample {key} has no class label, but model.conditioning is class: use conditioning text")
+    unknown = (batch.label < 0) | (batch.label >= run.model.num_classes)
+    if unknown.any():
+        row = int(unknown.nonzero()[0])
+        check_label(run.model, "", batch.keys[row], int(batch.label[row]))
     null = torch.full_like(batch.label, run.model.num_classes)
     return ClassCondition(torch.where(dropped, null, batch.label) if run.model.class_dropout else batch.label)
 

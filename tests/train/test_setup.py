@@ -61,6 +61,15 @@ def test_a_dense_model_measures_no_allocation(shards: Path, tmp_path: Path) -> N
     assert not measures(run)
 
 
+def test_labels_that_the_model_has_no_class_for_are_found_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    model = {"conditioning": "class", "num_classes": 4}  # the labels are 0 to 3
+    plan_for(make_run(shards, tmp_path, model=model), ALONE)
+    plan_for(make_run(shards, tmp_path, model={"num_classes": 3}), ALONE)  # of captions: reads no label
+    message = r"has label 3, model.num_classes is 3 \(labels 0 to 2\); set --model.num_classes 4"
+    with pytest.raises(DataError, match=message):
+        plan_for(make_run(shards, tmp_path, model=model | {"num_classes": 3}), ALONE)
+
+
 def values(initial: InitialModel) -> dict[str, Tensor]:
     return {name: initial.weights(name, planned.shape) for name, planned in initial.model.state_dict().items()}
 
