@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from sharpmoe.families import tokens_per_expert
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.moe.experts import Experts, Mlp, gelu_tanh
+from sharpmoe.moe.experts import Experts, Mlp
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import Routing
 
@@ -113,7 +113,7 @@ def one_hot_places(scores: Tensor, capacity: float, dtype: torch.dtype) -> tuple
 def batched_experts(experts: Experts, rows: Tensor) -> Tensor:
     """Return the outputs of stacked GELU experts for rows (E, C, D), as einsum code computes them."""
     b1, b2 = experts.w3.split([experts.hidden, experts.width], dim=-1)
-    inner = gelu_tanh(torch.einsum("ecd,efd->ecf", rows, experts.w1) + b1)
+    inner = functional.gelu(torch.einsum("ecd,efd->ecf", rows, experts.w1) + b1, approximate="tanh")
     return torch.einsum("ecf,edf->ecd", inner, experts.w2) + b2
 
 

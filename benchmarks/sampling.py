@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Case, Goals, Options, Work, main
-from sharpmoe import flow, sampling
+from sharpmoe import draws, flow, sampling
 from sharpmoe.config import SIZES, ModelConfig, SampleConfig
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, TextCondition
 from sharpmoe.model.build import build_model
@@ -127,13 +127,13 @@ def flops_added(model: Backbone, device: torch.device) -> float:
 
 def joined_branches(name: str, model: Backbone, images: int, options: Options) -> Case:
     """Compare one call for both branches of classifier-free guidance to one call for each."""
-    settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5))
+    settings = CfgSettings.of(model.config, SampleConfig(cfg_scale=1.5))
     return _against_parts(name, model, 2, settings, images, options)
 
 
 def pool_per_image(name: str, model: Backbone, images: int, options: Options) -> Case:
     """Compare one call with separate pools per image to one call per image."""
-    settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=1.5), pool_per_image=True)
+    settings = CfgSettings.of(model.config, SampleConfig(cfg_scale=1.5), pool_per_image=True)
     return _against_parts(name, model, 2 * images, settings, images, options)
 
 
@@ -188,9 +188,9 @@ def _euler(
     steps: int,
 ) -> Tensor:
     size = model.config.latent_size
-    noise = sampling.initial_noise(0, range(images), (model.config.latent_channels, size, size)).to(options.device)
+    noise = draws.noise(0, range(images), (model.config.latent_channels, size, size)).to(options.device)
     field = sampling.make_field(denoiser, branches, settings)
-    return sampling.euler(field, noise, flow.sampling_times(steps).to(noise), (noise,) * len(branches))
+    return sampling.SAMPLERS["euler"](field, noise, flow.sampling_times(steps).to(noise), (noise,) * len(branches))
 
 
 def _steps(draw: Any, steps: int = _STEPS) -> Work:

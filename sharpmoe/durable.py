@@ -45,7 +45,7 @@ def atomic_draft(path: Path) -> Iterator[Path]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    _flush_folder(path.parent)
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -87,7 +87,7 @@ def publish_once(path: Path, content: Content) -> None:
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    flush_folder(path.parent)
+    _flush_folder(path.parent)
 
 
 def _draft_of(path: Path) -> Path:
@@ -114,7 +114,7 @@ def flush_file(path: Path) -> None:
     _flush(path)
 
 
-def flush_folder(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     _flush(folder)
 
@@ -122,7 +122,7 @@ def flush_folder(folder: Path) -> None:
 def flush_tree(folder: Path) -> None:
     """Wait until the names in a folder and in all folders below it are on the disk."""
     for each in {folder, *(path.parent for path in folder.rglob("*"))}:
-        flush_folder(each)
+        _flush_folder(each)
 
 
 def sha256_of(path: Path) -> str:
@@ -149,11 +149,11 @@ def publish_folder(draft: Path, final: Path) -> None:
             final.rename(aside)
             draft.rename(final)
             draft = aside
-        flush_folder(final.parent)
+        _flush_folder(final.parent)
         shutil.rmtree(draft, ignore_errors=True)
     else:
         draft.rename(final)
-        flush_folder(final.parent)
+        _flush_folder(final.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 
-def per_sample(t: Tensor, like: Tensor) -> Tensor:
+def _per_sample(t: Tensor, like: Tensor) -> Tensor:
     """Shape t (B,) as (B, 1, ...) so that it broadcasts over `like` (B, ...)."""
     return t.reshape(-1, *([1] * (like.ndim - 1))).to(like.dtype)
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     """Noisy latent x_t (B, ...) of data x0 and noise x1 (both (B, ...)) at times t (B,) in [0, 1]."""
-    t = per_sample(t, x0)
+    t = _per_sample(t, x0)
     return (1 - t) * x0 + t * x1
 
 
@@ -28,7 +28,7 @@ def velocity_target(x0: Tensor, x1: Tensor) -> Tensor:
 
 def clean_prediction(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Predicted clean latent x0_hat = x_t - t v; x_t, v (B, ...), t (B,). Not detached."""
-    return x_t - per_sample(t, x_t) * v
+    return x_t - _per_sample(t, x_t) * v
 
 
 def sampling_times(num_steps: int) -> Tensor:
@@ -38,7 +38,7 @@ def sampling_times(num_steps: int) -> Tensor:
 
 def advance(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     """Euler step of dx/dt = v from time t to t_next (0-d tensors or (B,)); x_t, v (B, ...)."""
-    return x_t + per_sample(t_next - t, x_t) * v
+    return x_t + _per_sample(t_next - t, x_t) * v
 
 
 def descending_times(uniform: Tensor, first_time: float) -> Tensor:
@@ -61,7 +61,7 @@ DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 0.02)  # linear, as in DiT (arXiv 2212.09748)
 
 
-def ddpm_ratios(like: Tensor) -> Tensor:
+def _ddpm_ratios(like: Tensor) -> Tensor:
     """Noise over signal of the DDPM's steps, rising, (1000,) float64 on the device of `like`."""
     betas = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64, device=like.device)
     signal = (1 - betas).cumprod(0)
@@ -74,20 +74,20 @@ def ddpm_input(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     The (fractional) step in [0, 999] is the one of the same signal-to-noise ratio, (1 - t) / t; t outside of the
     schedule's range is served by its first or last step.
     """
-    ratios = ddpm_ratios(t).log()
+    ratios = _ddpm_ratios(t).log()
     wanted = (t.double() / (1 - t.double()).clamp_min(1e-12)).clamp_min(1e-12).log().clamp(ratios[0], ratios[-1])
     above = torch.searchsorted(ratios, wanted).clamp(1, DDPM_STEPS - 1)
     low, high = ratios[above - 1], ratios[above]
     step = above - 1 + (wanted - low) / (high - low)
     norm = (t.square() + (1 - t).square()).sqrt()
-    return x_t / per_sample(norm, x_t), step.to(t.dtype)
+    return x_t / _per_sample(norm, x_t), step.to(t.dtype)
 
 
 def ddpm_velocity(scaled: Tensor, noise: Tensor, step: Tensor) -> Tensor:
     """Velocity noise - x0_hat of a predicted `noise` (B, ...) at the input that `ddpm_input` made."""
     below = step.double().floor().long().clamp(0, DDPM_STEPS - 2)
-    ratios = ddpm_ratios(step).log()
+    ratios = _ddpm_ratios(step).log()
     ratio = (ratios[below] + (step.double() - below) * (ratios[below + 1] - ratios[below])).exp()
     signal = (1 + ratio.square()).rsqrt()
-    x0_hat = (scaled - per_sample(signal * ratio, scaled) * noise) / per_sample(signal, scaled)
+    x0_hat = (scaled - _per_sample(signal * ratio, scaled) * noise) / _per_sample(signal, scaled)
     return noise - x0_hat

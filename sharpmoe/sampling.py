@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
@@ -38,14 +38,14 @@ class Denoiser(Protocol):
         ...
 
 
-class Evaluation(NamedTuple):
+class _Evaluation(NamedTuple):
     """One evaluation of the guided velocity field."""
 
     velocity: Tensor  # (B, C, H, W) float32, after classifier-free guidance
     x0_prev: tuple[Tensor, ...]  # x0_hat of each branch, (B, C, H, W) float32, for the next evaluation
 
 
-Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Evaluation]  # (x_t, t 0-d, x0_prev) -> Evaluation
+Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], _Evaluation]  # (x_t, t 0-d, x0_prev) -> _Evaluation
 
 
 class CfgSettings(NamedTuple):
@@ -59,18 +59,15 @@ class CfgSettings(NamedTuple):
     # Whose tokens an expert compares where it ranks tokens of a call: the batch's, a branch's, an image's.
     pool: Literal["all", "call", "image"] = "call"
 
+    @classmethod
+    def of(cls, model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> CfgSettings:
+        """Read the settings from a configuration; branches are pools of their own only where tokens are ranked.
 
-def cfg_settings(model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> CfgSettings:
-    """Read the settings of classifier-free guidance; branches are pools of their own only where tokens are ranked.
-
-
-    That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's own
-    scores, expert choice the tokens of an image.
-    """
-    pool: Literal["all", "call", "image"] = "call" if model.counts_calls else "all"
-    return CfgSettings(
-        sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool
-    )
+        That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's
+        own scores, expert choice the tokens of an image.
+        """
+        pool: Literal["all", "call", "image"] = "call" if model.counts_calls else "all"
+        return cls(sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool)
 
 
 def empty_condition(cond: Condition, model: ModelConfig, empty_text: tuple[Tensor, Tensor, Tensor] | None) -> Condition:
@@ -93,7 +90,7 @@ def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSe
     condition = _join(branches)
     fixed = model.prepare(condition) if isinstance(model, Backbone) else condition
 
-    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> Evaluation:
+    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Evaluation:
         rows = len(branches) * len(x)
         times = t.to(x).expand(rows)
         x0_prev_all = torch.cat(x0_prev) if settings.saliency_router else None
@@ -103,12 +100,12 @@ def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSe
         own = output.v.float().chunk(len(branches))
         v = own[0] if len(own) == 1 else own[1] + settings.cfg_scale * (own[0] - own[1])
         sources = own if settings.source == "own" else (v,) * len(own)
-        return Evaluation(v, tuple(flow.clean_prediction(x, u, times[: len(x)]) for u in sources))
+        return _Evaluation(v, tuple(flow.clean_prediction(x, u, times[: len(x)]) for u in sources))
 
     return field
 
 
-def euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
+def _euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
     """Integrate dx/dt = v by Euler steps along times (S + 1,) from 1 to 0; x (B, C, H, W) float32."""
     for t, t_next in pairwise(times):
         v, x0_prev = field(x, t, x0_prev)
@@ -116,7 +113,7 @@ def euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -
     return x
 
 
-def heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
+def _heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
     """Integrate dx/dt = v by Heun's trapezoid rule (2 S - 1 evaluations); the last step, into t = 0, is an Euler step.
 
     x0_prev of every evaluation is the x0_hat of the evaluation before it, for predictor and corrector alike.
@@ -131,7 +128,7 @@ def heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) ->
     return x
 
 
-SAMPLERS: dict[str, Callable[[Field, Tensor, Tensor, tuple[Tensor, ...]], Tensor]] = {"euler": euler, "heun": heun}
+SAMPLERS: dict[str, Callable[[Field, Tensor, Tensor, tuple[Tensor, ...]], Tensor]] = {"euler": _euler, "heun": _heun}
 
 
 class Request(NamedTuple):
@@ -162,14 +159,6 @@ class ImagePart(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.number} of {self.of}"
-
-
-def caption_request(
-    text: tuple[Tensor, Tensor, Tensor], empty_text: tuple[Tensor, Tensor, Tensor], config: ModelConfig
-) -> Request:
-    """Request one image per encoded caption, (B, L, D), (B, L), (B, D_pooled); indices are 0 .. B - 1."""
-    cond = TextCondition(*text)
-    return Request(cond, empty_condition(cond, config, empty_text), tuple(range(len(cond.pooled))))
 
 
 def compile_blocks(model: Backbone) -> Backbone:
@@ -205,22 +194,17 @@ def generate(
     a pool of its own. The model must be whole and in eval mode. Nothing is communicated, and the loop reads nothing
     back from the device.
     """
-    settings = cfg_settings(config, sample, pool_per_image=pool_per_image)
+    settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image)
     shape = (config.latent_channels, *(size or (config.latent_size, config.latent_size)))
     parts = []
     for start in range(0, len(request.indices), batch_size):
         cond, empty, indices = request.select(range(start, start + batch_size))
         branches = (cond,) if empty is None or settings.cfg_scale == 1 else (cond, empty)
-        noise = initial_noise(sample.seed, indices, shape).to(cond[0].device)
+        noise = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
         field = make_field(model, branches, settings)
         times = flow.sampling_times(sample.num_steps).to(noise)
         parts.append(SAMPLERS[sample.method](field, noise, times, (noise,) * len(branches)))
     return torch.cat(parts)
-
-
-def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Draw x1 (B, C, H, W) float32 on the CPU, each row from (seed, index) alone."""
-    return draws.noise(seed, indices, shape, draws.Purpose.SAMPLE_NOISE)
 
 
 def _rows_of(cond: Condition, rows: slice) -> Condition:

@@ -176,7 +176,7 @@ def test_weights_draw_the_same_samples(router: str, shards: ShardSet) -> None:
 
 @pytest.mark.parametrize("router", RANKS)
 def test_an_allocation_is_read_and_measured_again(router: str) -> None:
-    old = allocation.load_allocation(OLD / router / "allocation.json")
+    old = allocation.Allocation.load(OLD / router / "allocation.json")
     model, _ = load_model(checkpoint(OLD / router, WHOLE) / "ema.safetensors")
     ours = allocation.measure_allocation(model, ShardSet.open(OLD / "shards", "unseen"), images=4)
     assert (ours.images, ours.times, ours.constant) == (old.images, old.times, old.constant)

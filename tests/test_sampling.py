@@ -9,7 +9,7 @@ from sharpmoe.config import SampleConfig
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.backbone import ClassCondition, Condition, ModelOutput, TextCondition
 from sharpmoe.moe.routing import CallMode
-from sharpmoe.sampling import CfgSettings, Request, euler, generate, heun, make_field
+from sharpmoe.sampling import CfgSettings, Request, _euler, _heun, generate, make_field
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model
 
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
@@ -49,30 +49,31 @@ def empty_text() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def request(count: int) -> Request:
-    return sampling.caption_request(captions(count), empty_text(), toy_config())
+    cond = captions(count)
+    return Request(cond, sampling.empty_condition(cond, toy_config(), empty_text()), tuple(range(count)))
 
 
 def test_euler_and_heun_integrate_to_data_with_their_orders() -> None:
-    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> sampling.Evaluation:
-        return sampling.Evaluation(x * torch.cos(3 * t), x0_prev)
+    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> sampling._Evaluation:
+        return sampling._Evaluation(x * torch.cos(3 * t), x0_prev)
 
     x = torch.ones(1, 1, 1, 1)
     exact = math.exp(-math.sin(3.0) / 3)
     errors = {
         (sampler, steps): abs(sampler(field, x, sampling_times(steps), ()).item() - exact)
-        for sampler in (euler, heun)
+        for sampler in (_euler, _heun)
         for steps in (20, 40)
     }
-    assert errors[euler, 20] / errors[euler, 40] == pytest.approx(2, rel=0.15)
-    assert errors[heun, 20] / errors[heun, 40] > 3  # the last step is Euler's
-    assert errors[heun, 40] < errors[euler, 40] / 10
+    assert errors[_euler, 20] / errors[_euler, 40] == pytest.approx(2, rel=0.15)
+    assert errors[_heun, 20] / errors[_heun, 40] > 3  # the last step is Euler's
+    assert errors[_heun, 40] < errors[_euler, 40] / 10
 
 
 def test_the_first_step_is_guided_by_the_noise_and_the_next_by_x0_hat() -> None:
     model = Recorder()
     field = make_field(model, (ClassCondition(torch.zeros(2)),), CfgSettings())
     x = torch.randn(2, 1, 2, 2)
-    euler(field, x, sampling_times(2), (x,))
+    _euler(field, x, sampling_times(2), (x,))
     (first_x, first_t, _, first_guide), (second_x, second_t, _, second_guide) = model.calls
     assert first_t.tolist() == [1, 1]
     assert second_t.tolist() == [0.5, 0.5]
@@ -110,11 +111,11 @@ def test_branches_share_a_call_in_which_pools_stay_apart(pool: str, pools: int) 
 
 def test_only_a_predicted_count_tells_branches_apart() -> None:
     settings = SampleConfig()
-    pools = {router: sampling.cfg_settings(toy_config(router), settings).pool for router in (*ROUTERS, "race")}
+    pools = {router: CfgSettings.of(toy_config(router), settings).pool for router in (*ROUTERS, "race")}
     assert pools == {"dense": "all", "tc": "all", "ec": "all", "diffmoe": "call", "race": "all"}
     by_mask = toy_config("diffmoe", capacity_selection="mask")
-    assert sampling.cfg_settings(by_mask, settings).pool == "all"
-    assert sampling.cfg_settings(toy_config(), settings, pool_per_image=True).pool == "image"
+    assert CfgSettings.of(by_mask, settings).pool == "all"
+    assert CfgSettings.of(toy_config(), settings, pool_per_image=True).pool == "image"
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -140,10 +141,15 @@ def test_the_pool_of_diffmoe_is_one_call() -> None:
 
 
 def test_noise_is_keyed_by_seed_and_index() -> None:
-    a = sampling.initial_noise(1, (4, 7), (2, 3, 3))
-    assert torch.equal(a[1:], sampling.initial_noise(1, (7,), (2, 3, 3)))
+    def noise(seed: int, *indices: int) -> Tensor:
+        model, cond = Recorder(), ClassCondition(torch.zeros(len(indices)))
+        generate(model, toy_config(), SampleConfig(num_steps=1, seed=seed), Request(cond, None, indices))
+        return model.calls[0][0]
+
+    a = noise(1, 4, 7)
+    assert torch.equal(a[1:], noise(1, 7))
     assert not torch.equal(a[0], a[1])
-    assert not torch.equal(a, sampling.initial_noise(2, (4, 7), (2, 3, 3)))
+    assert not torch.equal(a, noise(2, 4, 7))
 
 
 def test_guidance_scale_one_needs_no_empty_branch() -> None:

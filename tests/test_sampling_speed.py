@@ -106,12 +106,12 @@ def counting(*modules: nn.Module) -> Iterator[Counter[nn.Module]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_call_draws_what_a_call_per_branch_or_image_would(name: str, per_image: bool) -> None:
     model = family(name).double()
-    settings = sampling.cfg_settings(model.config, SampleConfig(cfg_scale=2.0), pool_per_image=per_image)
+    settings = CfgSettings.of(model.config, SampleConfig(cfg_scale=2.0), pool_per_image=per_image)
     x, times = torch.randn(3, 4, 8, 8, dtype=torch.float64), sampling_times(3).double()
     together = make_field(model, branches(model, 3), settings)
     apart = make_field(Split(model, 6 if per_image else 2), branches(model, 3), settings)
-    drawn = sampling.euler(together, x, times, (x, x))
-    assert (drawn - sampling.euler(apart, x, times, (x, x))).abs().max() < 1e-6
+    drawn = sampling._euler(together, x, times, (x, x))
+    assert (drawn - sampling._euler(apart, x, times, (x, x))).abs().max() < 1e-6
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:
     field = make_field(model, branches(model, 2), CfgSettings(2.0, pool="image"))
     x, times = torch.randn(2, 4, 8, 8), sampling_times(2)
     with Operators() as operators:
-        sampling.euler(field, x, times, (x, x))
+        sampling._euler(field, x, times, (x, x))
     layers = 0
     for layer in model.moe_layers():
         condition = torch.tensor([True, False]) if model.config.unconditional_expert else None

@@ -62,6 +62,40 @@ class Allocation:
     images: int
     times: tuple[float, ...]
 
+    def save(self, path: Path | str) -> Path:
+        """Write the result as JSON, creating its folder; undefined figures become null."""
+        path = Path(path)
+        write_atomically(path, json.dumps(_plain(self), indent=1, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Allocation:
+        """Read a file of `save`. Raises DataError where it is missing or holds something else."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(
+                **{what: {name: _read_image_mean(e) for name, e in content[what].items()} for what in _TITLES},
+                saliency_by_time={float(t): _read_image_mean(e) for t, e in content["saliency_by_time"].items()},
+                experts_by_saliency={
+                    name: tuple(_read_image_mean(e) for e in row)
+                    for name, row in content["experts_by_saliency"].items()
+                },
+                constant=content["constant"],
+                per_image={
+                    what: {name: tuple(_or_nan(v) for v in row) for name, row in ranges.items()}
+                    for what, ranges in content["per_image"].items()
+                },
+                images=content["images"],
+                times=tuple(content["times"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not an allocation result ({error}); run launcher/evaluate.py again") from None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the main figures under the tags of the log, allocation_<what>/<range>, without undefined ones."""
+        named = {f"allocation_{what}/{name}": e.mean for what in _TITLES for name, e in getattr(self, what).items()}
+        return {name.replace(" ", ""): value for name, value in named.items() if not math.isnan(value)}
+
 
 def measure_allocation(
     model: Backbone, samples: Samples, *, images: int = 128, seed: int = 0, chunk: int = 16, share: Share = ALONE
@@ -184,47 +218,12 @@ def _cell(value: ImageMean, sign: str = "") -> str:
     return f"{value.mean:{sign}.4f} ± {value.error:.4f}" if value.images else "undefined"
 
 
-def save_allocation(result: Allocation, path: Path | str) -> Path:
-    """Write a result as JSON, creating its folder; undefined figures become null."""
-    path = Path(path)
-    write_atomically(path, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
-    return path
-
-
-def load_allocation(path: Path | str) -> Allocation:
-    """Read a file of `save_allocation`. Raises DataError where it is missing or holds something else."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return Allocation(
-            **{what: {name: _read_image_mean(e) for name, e in content[what].items()} for what in _TITLES},
-            saliency_by_time={float(t): _read_image_mean(e) for t, e in content["saliency_by_time"].items()},
-            experts_by_saliency={
-                name: tuple(_read_image_mean(e) for e in row) for name, row in content["experts_by_saliency"].items()
-            },
-            constant=content["constant"],
-            per_image={
-                what: {name: tuple(_or_nan(v) for v in row) for name, row in ranges.items()}
-                for what, ranges in content["per_image"].items()
-            },
-            images=content["images"],
-            times=tuple(content["times"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not an allocation result ({error}); run launcher/evaluate.py again") from None
-
-
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
 def _read_image_mean(entry: Mapping[str, float | None]) -> ImageMean:
     return ImageMean(_or_nan(entry["mean"]), _or_nan(entry["error"]), int(entry["images"] or 0))
-
-
-def allocation_scalars(result: Allocation) -> dict[str, float]:
-    """Return the main figures under the tags of the log, allocation_<what>/<range>, without undefined ones."""
-    named = {f"allocation_{what}/{name}": e.mean for what in _TITLES for name, e in getattr(result, what).items()}
-    return {name.replace(" ", ""): value for name, value in named.items() if not math.isnan(value)}
 
 
 def _plain(value: object) -> object:

@@ -84,10 +84,10 @@ def observe(
     device = next(model.parameters()).device
     tables: Observed | None = None
     with evaluating(model):
-        for rows, counted in chunks_of_rank([samples.bucket_of(index) for index in indices], chunk, share):
+        for rows, counted in _chunks_of_rank([samples.bucket_of(index) for index in indices], chunk, share):
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)
-            item = held_out_batch(batch, picked, times, model.config, seed, device)
+            item = _held_out_batch(batch, picked, times, model.config, seed, device)
             seen = _observed(batch, item, rollout(model, item, uses_x0_prev=model.config.saliency_router))
             tables = tables or Observed(*(part.new_zeros(len(indices), *part.shape[1:]) for part in seen))
             if counted:
@@ -104,7 +104,7 @@ def spread(num_samples: int, count: int) -> list[int]:
     return [i * num_samples // count for i in range(count)]
 
 
-def chunks_of_rank(buckets: Sequence[str], chunk: int, share: Share) -> list[_Chunk]:
+def _chunks_of_rank(buckets: Sequence[str], chunk: int, share: Share) -> list[_Chunk]:
     """Return the chunks of one rank: every world-th of all; the last chunk again, uncounted, where it would have fewer.
 
     `buckets`: bucket of every row; a chunk is of one bucket.
@@ -128,7 +128,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def held_out_batch(
+def _held_out_batch(
     batch: Batch, indices: Sequence[int], times: Sequence[float], config: ModelConfig, seed: int, device: torch.device
 ) -> TrajectoryBatch:
     """Build trajectories of held-out samples: captions kept, noise keyed by (seed, index), the same times for all."""
@@ -145,18 +145,18 @@ def condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condit
     return TextCondition(batch.text.to(device), batch.text_mask.to(device), batch.pooled.to(device))
 
 
-def flow_losses(item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Tensor:
+def _flow_losses(item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Tensor:
     """Return the flow loss of every image and time (B, T) float32, from x0_hat - x0 = t (v_target - v)."""
     errors = [(step.x0_hat.float() - item.x0).square().flatten(1).mean(1) for step in steps]
     return (torch.stack(errors) / item.times.square()).T
 
 
-def experts_per_token(routing: Sequence[Routing]) -> Tensor:
+def _experts_per_token(routing: Sequence[Routing]) -> Tensor:
     """Count the experts that took each token in one model call, summed over its MoE layers: (B, N) float32."""
     return torch.stack([layer.routing_map.sum(-1) for layer in routing]).sum(0).float()
 
 
 def _observed(batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Observed:
     dense = torch.zeros_like(item.saliency)  # no MoE layer: no token is taken by an expert
-    experts = torch.stack([experts_per_token(step.routing) if step.routing else dense for step in steps], 1)
-    return Observed(experts.cpu(), flow_losses(item, steps).cpu(), batch.saliency, batch.foreground)
+    experts = torch.stack([_experts_per_token(step.routing) if step.routing else dense for step in steps], 1)
+    return Observed(experts.cpu(), _flow_losses(item, steps).cpu(), batch.saliency, batch.foreground)

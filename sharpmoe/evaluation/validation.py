@@ -21,6 +21,11 @@ class Validation(NamedTuple):
     error: float  # standard error of that mean, over images
     images: int
 
+    def scalars(self) -> dict[str, float]:
+        """Return the figures under the tags of the log: validation/flow and validation/flow_t<time>."""
+        by_time = {f"validation/flow_t{time:g}": loss for time, loss in self.by_time.items()}
+        return {"validation/flow": self.mean, **by_time}
+
 
 def validate(
     model: Backbone, samples: Samples, *, images: int = 128, seed: int = 0, chunk: int = 16, share: Share = ALONE
@@ -38,9 +43,3 @@ def validate(
     error = (per_image.std() / len(per_image) ** 0.5).item() if len(per_image) > 1 else math.nan
     by_time = dict(zip(VALIDATION_TIMES, losses.mean(0).tolist(), strict=True))
     return Validation(by_time, per_image.mean().item(), error, len(per_image))
-
-
-def validation_scalars(result: Validation) -> dict[str, float]:
-    """Return the figures under the tags of the log: validation/flow and validation/flow_t<time>."""
-    by_time = {f"validation/flow_t{time:g}": loss for time, loss in result.by_time.items()}
-    return {"validation/flow": result.mean, **by_time}

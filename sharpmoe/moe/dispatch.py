@@ -59,7 +59,7 @@ class LocalDispatcher:
 
     def dispatch(self, x: Tensor, assignment: Assignment) -> Dispatched:
         counts, total = _count_rows(assignment)
-        pairs = find_pairs(assignment.routing_map, total)
+        pairs = Pairs.find(assignment.routing_map, total)
         return Dispatched(pairs.take(x), counts, (pairs, assignment.gates))
 
     def combine(self, out: Tensor, ticket: tuple["Pairs", Tensor]) -> Tensor:
@@ -75,6 +75,16 @@ class Pairs(NamedTuple):
     rows: Tensor  # (P,) the rows of the first token, then those of the second, ...; a token's in the order of experts
     starts: Tensor  # (R,) where each token's begin in `rows`
 
+    @classmethod
+    def find(cls, routing_map: Tensor, total: int) -> "Pairs":
+        """Find the pairs of a routing map (R, E) with `total` of them, without reading their number from the device."""
+        by_expert = routing_map.t().contiguous()
+        expert, token = torch.nonzero_static(by_expert, size=total).unbind(1)
+        token_again, expert_again = torch.nonzero_static(routing_map, size=total).unbind(1)  # sorted by token
+        row = by_expert.flatten().cumsum(0).view_as(by_expert) - 1  # of each pair
+        per_token = routing_map.sum(1)
+        return cls(expert, token, row[expert_again, token_again], per_token.cumsum(0) - per_token)
+
     def take(self, x: Tensor) -> Tensor:
         """Copy tokens (R, D) to rows (P, D)."""
         rows: Tensor = _Take.apply(x, self)
@@ -87,16 +97,6 @@ class Pairs(NamedTuple):
         """
         y: Tensor = _Combine.apply(out, gates, self)
         return y
-
-
-def find_pairs(routing_map: Tensor, total: int) -> Pairs:
-    """Find the pairs of a routing map (R, E) with `total` of them, without reading their number from the device."""
-    by_expert = routing_map.t().contiguous()
-    expert, token = torch.nonzero_static(by_expert, size=total).unbind(1)
-    token_again, expert_again = torch.nonzero_static(routing_map, size=total).unbind(1)  # sorted by token
-    row = by_expert.flatten().cumsum(0).view_as(by_expert) - 1  # of each pair
-    per_token = routing_map.sum(1)
-    return Pairs(expert, token, row[expert_again, token_again], per_token.cumsum(0) - per_token)
 
 
 def check_equal_counts(routing_map: Tensor, per_expert: int) -> None:

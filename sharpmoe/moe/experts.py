@@ -9,7 +9,7 @@ from torch.nn import functional
 from sharpmoe.moe.products import Equal, RowLayout, Split, grouped, product, widens
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
+def _gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form, as in every published DiT."""
     return functional.gelu(x, approximate="tanh")
 
@@ -17,7 +17,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 class Mlp(nn.Module):
     """Two-layer MLP D -> F -> D with biases."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor] = gelu_tanh) -> None:
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor] = _gelu_tanh) -> None:
         super().__init__()
         self.activation = activation
         self.fc1 = nn.Linear(width, hidden)
@@ -29,7 +29,7 @@ class Mlp(nn.Module):
         return out
 
 
-class SwiGlu(nn.Module):
+class _SwiGlu(nn.Module):
     """Gated MLP D -> F -> D without biases: down(SiLU(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -47,10 +47,10 @@ class SwiGlu(nn.Module):
 def feed_forward(kind: str, width: int, hidden: int) -> nn.Module:
     """Build the feed-forward network of a dense block or a shared expert: gelu, silu, swiglu or identity."""
     if kind == "swiglu":
-        return SwiGlu(width, hidden)
+        return _SwiGlu(width, hidden)
     if kind == "identity":
         return nn.Identity()
-    return Mlp(width, hidden, functional.silu if kind == "silu" else gelu_tanh)
+    return Mlp(width, hidden, functional.silu if kind == "silu" else _gelu_tanh)
 
 
 class Experts(nn.Module):
@@ -83,7 +83,7 @@ class Experts(nn.Module):
             inner = functional.silu(product(rows, self.w1, None, layout)) * product(rows, self.w3, None, layout)
             return product(inner, self.w2, None, layout)
         b1, b2 = self.w3.squeeze(1).split([self.hidden, self.width], dim=-1)
-        return product(gelu_tanh(product(rows, self.w1, b1, layout)), self.w2, b2, layout)
+        return product(_gelu_tanh(product(rows, self.w1, b1, layout)), self.w2, b2, layout)
 
     def _layout(self, rows: Tensor, counts: Tensor | int) -> RowLayout:
         widened = widens(rows)

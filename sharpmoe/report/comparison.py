@@ -12,7 +12,7 @@ import torch
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import DataConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.evaluation.allocation import Allocation, measure_allocation, save_allocation
+from sharpmoe.evaluation.allocation import Allocation, measure_allocation
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.figures import allocation_curves, save_png
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet, observe_routing
@@ -74,7 +74,7 @@ def write_comparison(folder: Path | str, found: Comparison) -> Path:
     """Write one JSON file per model, the curves, and routing sheets on one colour scale; return the folder."""
     folder = Path(folder)
     for name, result in found.allocations.items():
-        save_allocation(result, folder / f"{slug(name)}.json")
+        result.save(folder / f"{slug(name)}.json")
     save_png(allocation_curves(found.allocations), folder / "allocation.png")
     most = max((float(sheet.experts.max()) for sheet in found.routing.values()), default=None)
     for name, sheet in found.routing.items():

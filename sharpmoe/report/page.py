@@ -12,7 +12,7 @@ from PIL import Image
 
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
-from sharpmoe.evaluation.allocation import allocation_table, load_allocation
+from sharpmoe.evaluation.allocation import Allocation, allocation_table
 from sharpmoe.log_file import LOG_FILE, read_log
 from sharpmoe.report import figures
 
@@ -51,7 +51,7 @@ def _section(title: str, body: str) -> str:
 def _allocation(folder: Path) -> str:
     """Return table and curves of allocation/*.json, in the order in which the files were written."""
     files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    results = {path.stem: load_allocation(path) for path in files}
+    results = {path.stem: Allocation.load(path) for path in files}
     if not results:
         return ""
     return f"<pre>{html.escape(allocation_table(results))}</pre>\n{_embedded(figures.allocation_curves(results))}"

@@ -18,7 +18,7 @@ from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.durable import check_folder
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.held_out import evaluating
-from sharpmoe.model.backbone import Backbone, ClassCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, TextCondition
 from sharpmoe.report import figures
 
 
@@ -90,9 +90,10 @@ def encode_prompts(
     for number, caption in enumerate(prompts.captions, 1):
         if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
             raise ConfigError(f"caption {number} is {caption!r}: not UTF-8 text; write it again")
-    states, mask, pooled = shards.text_encoder().encode(list(prompts.captions))
-    text = (states.to(device), mask.to(device), pooled.to(device))
-    return sampling.caption_request(text, shards.empty_text(), config)
+    text = TextCondition(*(part.to(device) for part in shards.text_encoder().encode(list(prompts.captions))))
+    return sampling.Request(
+        text, sampling.empty_condition(text, config, shards.empty_text()), tuple(range(len(prompts.captions)))
+    )
 
 
 def draw_images(

@@ -1,6 +1,6 @@
 """The logged figures of a run, as pure functions of records.
 
-`routing_sums` are added over micro-batches and ranks before `routing_scalars` and `step_scalars` name them; `runlog`
+`routing_sums` are added over micro-batches and ranks before `routing_scalars` names them; `runlog`
 writes them.
 """
 
@@ -59,6 +59,28 @@ class StepStats:
     def hfu(self) -> float | None:
         """Hardware FLOP utilisation: with what was computed twice."""
         return None if self.effort is None else self._share(self.effort, sum(self.effort.flops))
+
+    def scalars(self) -> dict[str, float]:
+        """Name the figures of a step: loss/*, optim/*, throughput/*, memory/*, flops/*."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            **{f"loss/{name}": value for name, value in self.losses.items()},
+            "optim/grad_norm": self.grad_norm,
+            "optim/lr": self.lr,
+            "throughput/images_per_second": self.images / seconds,
+            "throughput/tokens_per_second": self.tokens / seconds,
+            "throughput/seconds_per_step": self.seconds,
+            "throughput/data_wait_share": self.wait_seconds / seconds,
+            "memory/peak_mib": _memory_mib(),
+            **self._effort_scalars(),
+        }
+
+    def _effort_scalars(self) -> dict[str, float]:
+        if self.effort is None:
+            return {}
+        spent = {f"flops/per_image/{part}": float(value) for part, value in self.effort.flops._asdict().items()}
+        speeds = {"tflops_per_rank": self.tflops, "mfu": self.mfu, "hfu": self.hfu}
+        return spent | {f"throughput/{name}": value for name, value in speeds.items() if value is not None}
 
     def _tflops(self, effort: Effort, per_image: float) -> float:
         return per_image * self.images / max(self.seconds, 1e-9) / effort.ranks / 1e12
@@ -128,27 +150,3 @@ def _memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-
-
-def step_scalars(stats: StepStats) -> dict[str, float]:
-    """Name the figures of a step: loss/*, optim/*, throughput/*, memory/*, flops/*."""
-    seconds = max(stats.seconds, 1e-9)
-    return {
-        **{f"loss/{name}": value for name, value in stats.losses.items()},
-        "optim/grad_norm": stats.grad_norm,
-        "optim/lr": stats.lr,
-        "throughput/images_per_second": stats.images / seconds,
-        "throughput/tokens_per_second": stats.tokens / seconds,
-        "throughput/seconds_per_step": stats.seconds,
-        "throughput/data_wait_share": stats.wait_seconds / seconds,
-        "memory/peak_mib": _memory_mib(),
-        **_effort_scalars(stats),
-    }
-
-
-def _effort_scalars(stats: StepStats) -> dict[str, float]:
-    if stats.effort is None:
-        return {}
-    spent = {f"flops/per_image/{part}": float(value) for part, value in stats.effort.flops._asdict().items()}
-    speeds = {"tflops_per_rank": stats.tflops, "mfu": stats.mfu, "hfu": stats.hfu}
-    return spent | {f"throughput/{name}": value for name, value in speeds.items() if value is not None}

@@ -20,14 +20,11 @@ from sharpmoe.config import RunConfig
 from sharpmoe.errors import outside_error
 from sharpmoe.evaluation.allocation import (
     Allocation,
-    allocation_scalars,
     allocation_table,
-    load_allocation,
     measure_allocation,
-    save_allocation,
 )
 from sharpmoe.evaluation.held_out import Share, spread
-from sharpmoe.evaluation.validation import validate, validation_scalars
+from sharpmoe.evaluation.validation import validate
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import Pixels, allocation_curves, sample_grid, save_png
 from sharpmoe.report.routing_sheet import draw_routing_sheet, observe_routing
@@ -81,7 +78,7 @@ class Monitor:
         if validated:
             result = validate(model, self.material.held_out, images=log.validation_images, share=self.share)
             if self.log is not None:
-                self.log.scalars(step, validation_scalars(result))
+                self.log.scalars(step, result.scalars())
         if drawn:
             self._draw(model, self.material, step)
         if measured:
@@ -91,8 +88,8 @@ class Monitor:
         result = self._measure(model, material)
 
         def write(log: RunLog) -> None:
-            save_allocation(result, self.folder / "allocation" / "before.json")
-            log.scalars(0, allocation_scalars(result))
+            result.save(self.folder / "allocation" / "before.json")
+            log.scalars(0, result.scalars())
             log.say(allocation_table({"before": result}))
 
         self._report("the allocation before training", write)
@@ -103,13 +100,13 @@ class Monitor:
 
         def write(log: RunLog) -> None:
             folder, step = self.folder / "allocation", self.run.train.steps
-            save_allocation(result, folder / "after.json")
-            before = {"before": load_allocation(folder / "before.json")} if (folder / "before.json").is_file() else {}
+            result.save(folder / "after.json")
+            before = {"before": Allocation.load(folder / "before.json")} if (folder / "before.json").is_file() else {}
             results = {**before, "after": result}
             table, pixels = allocation_table(results), allocation_curves(results)
             save_png(pixels, folder / "allocation.png")
             (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-            log.scalars(step, allocation_scalars(result))
+            log.scalars(step, result.scalars())
             log.image(step, "allocation", pixels)
             log.text(step, "allocation", table)
             log.say(table)

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from sharpmoe.log_file import open_log, write_event, write_figures
-from sharpmoe.train.metrics import StepStats, due, step_scalars
+from sharpmoe.train.metrics import StepStats, due
 
 
 class RunLog:
@@ -54,7 +54,7 @@ class RunLog:
     def step(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
         """Write one step, with `more` figures such as `routing_scalars`, where it is due; move the progress line."""
         if self.due(stats.step):
-            self.scalars(stats.step, {**step_scalars(stats), **(more or {})})
+            self.scalars(stats.step, {**stats.scalars(), **(more or {})})
         self.progress.update(stats, written=self.due(stats.step))
 
     def scalars(self, step: int, figures: Mapping[str, float]) -> None:

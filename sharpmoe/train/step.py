@@ -80,12 +80,12 @@ def train_step(
     """
     run = objective.run
     engine.train()
-    answer = engine(StepRequest(tuple(items), trained_segment(run, step), with_routing))
+    answer = engine(StepRequest(tuple(items), _trained_segment(run, step), with_routing))
     engine.backward(answer.loss)
     terms = torch.stack([torch.stack(list(record.terms)).double() for record in answer.records])
     exchange = _exchange(answer.records, terms.mean(0), engine)
     losses = dict(zip(LossTerms._fields, exchange.losses.tolist(), strict=True))
-    lr = learning_rate(run.optim, step, run.train.steps)
+    lr = _learning_rate(run.optim, step, run.train.steps)
     fault = bad_loss(losses) or _bad_thresholds(exchange)
 
     def admit(norm: float) -> bool:
@@ -105,7 +105,7 @@ def train_step(
     )
 
 
-def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+def _learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Return the learning rate of optimizer step `step` (0 is the first) of a run of `total_steps`.
 
     Linear warm-up over warmup_steps, then constant, or a half cosine that ends at final_lr in the last step.
@@ -119,7 +119,7 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def trained_segment(run: RunConfig, step: int) -> int:
+def _trained_segment(run: RunConfig, step: int) -> int:
     """Which segment of the rollout is trained at optimizer step `step`; 0 where the schedule trains all steps."""
     count = num_segments(run)
     return draws.rollout_block(run.seed, step, count) if count > 1 else 0

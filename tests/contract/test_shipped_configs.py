@@ -10,7 +10,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import DEFAULT_RUN_CONFIG, dump_run_config, load_run_config
 from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import read_weights
-from sharpmoe.parallel.zero.config import read_ds_json, resolve_ds_config
+from sharpmoe.parallel.zero.config import _read_ds_json, resolve_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
@@ -46,12 +46,12 @@ def test_every_engine_file_fits_every_run_file(path, engine, world):
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda path: path.stem)
 def test_engine_files_hold_engine_keys_only(engine):
-    assert set(read_ds_json(engine)) == {"zero_optimization"}
+    assert set(_read_ds_json(engine)) == {"zero_optimization"}
 
 
 def test_zero3_gathers_a_rollout_once():
     """The limits must be at least the size of any shipped model, or a step gathers all parameters several times."""
-    zero = read_ds_json(ROOT / "configs" / "zero3.json")["zero_optimization"]
+    zero = _read_ds_json(ROOT / "configs" / "zero3.json")["zero_optimization"]
     assert min(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]) >= 3_000_000_000
 
 

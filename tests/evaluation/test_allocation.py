@@ -10,17 +10,15 @@ from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import (
     _RANGES,
     ALLOCATION_TIMES,
+    Allocation,
     ImageMean,
     _average_ranks,
     _image_mean,
     _paired_change,
     _spearman,
     _summarise,
-    allocation_scalars,
     allocation_table,
-    load_allocation,
     measure_allocation,
-    save_allocation,
 )
 from sharpmoe.evaluation.held_out import Observed
 from tests.toys import ToySamples, toy_model
@@ -90,9 +88,9 @@ def test_measuring_a_model_reports_compute_and_survives_a_file(router: str, tmp_
     assert result.foreground["all t"].images == 4  # samples 0 and 5 have no mask
     if router == "ec":
         assert result.experts["all t"].mean == pytest.approx(1.0)  # capacity 1
-    path = save_allocation(result, tmp_path / "deep" / "before.json")
+    path = result.save(tmp_path / "deep" / "before.json")
     json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN in the file
-    again = load_allocation(path)
+    again = Allocation.load(path)
     assert str(again) == str(result)
 
 
@@ -116,7 +114,7 @@ def test_the_table_pairs_before_and_after() -> None:
 
 
 def test_scalars_leave_out_what_is_undefined() -> None:
-    named = allocation_scalars(measure_allocation(toy_model("tc"), ToySamples(), images=3))
+    named = measure_allocation(toy_model("tc"), ToySamples(), images=3).scalars()
     assert "allocation_flow/allt" in named
     assert "allocation_saliency/allt" not in named
     assert not any(math.isnan(value) for value in named.values())
@@ -126,4 +124,4 @@ def test_a_foreign_file_is_a_one_line_error(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("{}")
     with pytest.raises(DataError, match="not an allocation result"):
-        load_allocation(path)
+        Allocation.load(path)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sharpmoe.evaluation.held_out import Observed, Share, chunks_of_rank, held_out_batch, observe, spread
+from sharpmoe.evaluation.held_out import Observed, Share, _chunks_of_rank, _held_out_batch, observe, spread
 from sharpmoe.rollout import rollout
 from tests.toys import ToySamples, toy_model
 
@@ -33,7 +33,7 @@ def test_chunks_cover_every_row_once() -> None:
         counted = [
             row
             for rank in range(world)
-            for chunk in chunks_of_rank(["64x64"] * 11, 4, Share(rank, world))
+            for chunk in _chunks_of_rank(["64x64"] * 11, 4, Share(rank, world))
             if chunk.counted
             for row in chunk.rows
         ]
@@ -47,7 +47,7 @@ def test_spread_is_even_and_never_repeats() -> None:
 
 def test_flow_losses_are_those_of_the_rollout() -> None:
     model, samples = toy_model("ec"), ToySamples()
-    item = held_out_batch(samples.batch([0, 3]), [0, 3], TIMES, model.config, 0, torch.device("cpu"))
+    item = _held_out_batch(samples.batch([0, 3]), [0, 3], TIMES, model.config, 0, torch.device("cpu"))
     with torch.no_grad():
         losses = torch.stack([step.flow for step in rollout(model, item, uses_x0_prev=True)])
     seen = observe(model, samples, [0, 3], TIMES)

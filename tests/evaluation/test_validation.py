@@ -1,7 +1,7 @@
 import pytest
 
 from sharpmoe.evaluation.held_out import ALONE
-from sharpmoe.evaluation.validation import VALIDATION_TIMES, validate, validation_scalars
+from sharpmoe.evaluation.validation import VALIDATION_TIMES, validate
 from tests.toys import ToySamples, toy_model
 
 
@@ -11,6 +11,6 @@ def test_validation_is_repeatable_and_named_by_time() -> None:
     assert first.images == 6
     assert first.error > 0
     assert first.mean == pytest.approx(sum(first.by_time.values()) / 8)
-    named = validation_scalars(first)
+    named = first.scalars()
     assert list(named) == ["validation/flow", *(f"validation/flow_t{t:g}" for t in VALIDATION_TIMES)]
     assert validate(toy_model(), ToySamples(), images=6, chunk=4, seed=1).mean != first.mean

@@ -41,7 +41,7 @@ BOUNDARIES: list[tuple[Any, str]] = [
     (durable, "write_atomically"),
     (Path, "write_text"),
     (durable, "flush_file"),
-    (durable, "flush_folder"),
+    (durable, "_flush_folder"),
     (durable, "publish_folder"),
     (durable, "remove_folder"),
     (save, "write_state"),

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from launcher.evaluate import main
-from sharpmoe.evaluation.allocation import load_allocation
+from sharpmoe.evaluation.allocation import Allocation
 from tests.report.run_folder import make_run_folder
 
 
@@ -24,7 +24,7 @@ def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: 
         "routing_after.png",
         "routing_before.png",
     ]
-    assert load_allocation(tmp_path / "after.json").flow != load_allocation(tmp_path / "before.json").flow
+    assert Allocation.load(tmp_path / "after.json").flow != Allocation.load(tmp_path / "before.json").flow
 
 
 def test_names_must_differ(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharpmoe.moe.dispatch import Assignment, Counts, LocalDispatcher, find_pairs
+from sharpmoe.moe.dispatch import Assignment, Counts, LocalDispatcher, Pairs
 from sharpmoe.moe.experts import Experts
 from tests.moe.dense import apply_experts, dense_experts, stacked_weights
 
@@ -76,7 +76,7 @@ def test_a_promised_total_changes_nothing_and_is_checked() -> None:
 
 def test_pairs_are_sorted_by_expert_then_token() -> None:
     chosen = torch.rand(20, 5, generator=torch.Generator().manual_seed(0)) < 0.4
-    pairs = find_pairs(chosen, int(chosen.sum()))
+    pairs = Pairs.find(chosen, int(chosen.sum()))
     assert torch.equal(torch.stack(pairs[:2]), torch.stack(chosen.t().nonzero(as_tuple=True)))
     for token in range(20):
         end = pairs.starts[token + 1] if token < 19 else len(pairs.rows)

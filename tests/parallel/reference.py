@@ -19,7 +19,7 @@ from sharpmoe.parallel.zero.patches import Admit, Update
 from sharpmoe.parallel.zero.placement import gather_experts, is_expert
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.setup import RunPlan
-from sharpmoe.train.step import draw_trajectories, learning_rate, train_step, trained_segment
+from sharpmoe.train.step import _learning_rate, _trained_segment, draw_trajectories, train_step
 from tests.train.setting import ALONE, plan_for, stirred_model, worst
 
 Prepare = Callable[[Backbone], Backbone]
@@ -106,13 +106,13 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
     losses, norms, taken = [], [], {}
     for step, items in enumerate(items_of(plan, ALONE, steps)):
         optimizer.zero_grad()
-        answer = objective(StepRequest(tuple(items), trained_segment(run, step)))
+        answer = objective(StepRequest(tuple(items), _trained_segment(run, step)))
         answer.loss.backward()
         records = answer.records
         taken = taken or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, run.optim.clip_norm)))
         losses.append(float(torch.stack([r.terms.total for r in records]).mean()))
-        optimizer.param_groups[0]["lr"] = learning_rate(run.optim, step, run.train.steps)
+        optimizer.param_groups[0]["lr"] = _learning_rate(run.optim, step, run.train.steps)
         optimizer.step()
         if records[0].thresholds is not None:
             candidates = torch.stack([r.thresholds for r in records]).mean(0)

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sharpmoe.evaluation.held_out import held_out_batch
+from sharpmoe.evaluation.held_out import _held_out_batch
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import rollout
 from sharpmoe.train.flops import StepFlops
-from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, routing_sums, rows_taken, step_scalars
+from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, routing_sums, rows_taken
 from tests.toys import ToySamples, toy_config, toy_model
 
 
@@ -32,7 +32,7 @@ def records(router: str, untrained: bool) -> tuple[tuple[Routing, ...], ...]:
             for layer in model.moe_layers():
                 layer.saliency_router.out.weight.zero_()
                 layer.saliency_router.out.bias.zero_()
-    item = held_out_batch(ToySamples().batch([0, 1, 2]), [0, 1, 2], (0.999, 0.4), model.config, 0, torch.device("cpu"))
+    item = _held_out_batch(ToySamples().batch([0, 1, 2]), [0, 1, 2], (0.999, 0.4), model.config, 0, torch.device("cpu"))
     return tuple(output.routing for output in rollout(model, item, uses_x0_prev=True))
 
 
@@ -77,7 +77,7 @@ def test_a_dense_model_has_no_routing_figures() -> None:
 
 
 def test_step_figures_are_grouped_and_per_second() -> None:
-    named = step_scalars(stats(2))
+    named = stats(2).scalars()
     assert named["loss/total"] == 0.5
     assert named["throughput/images_per_second"] == 64
     assert named["throughput/tokens_per_second"] == 64 * 64
@@ -94,7 +94,7 @@ def test_rows_are_those_that_experts_took() -> None:
 
 def test_speed_counts_model_flops_per_rank() -> None:
     spent = StepFlops(dense=4e12, routed=2e12, router=1e12, wasted=3e12)
-    named = step_scalars(replace(stats(2), effort=Effort(spent, ranks=4, peak_tflops=224)))
+    named = replace(stats(2), effort=Effort(spent, ranks=4, peak_tflops=224)).scalars()
     assert named["throughput/tflops_per_rank"] == pytest.approx(32 * 7 / 0.5 / 4)
     assert named["throughput/mfu"] == pytest.approx(0.5)
     assert named["throughput/hfu"] == pytest.approx(0.5 * 10 / 7)
@@ -107,7 +107,7 @@ def test_speed_counts_model_flops_per_rank() -> None:
 
 
 def test_no_utilisation_without_a_peak() -> None:
-    named = step_scalars(replace(stats(2), effort=Effort(StepFlops(1e9, 0, 0, 0), ranks=1)))
+    named = replace(stats(2), effort=Effort(StepFlops(1e9, 0, 0, 0), ranks=1)).scalars()
     assert "throughput/mfu" not in named
     assert named["throughput/tflops_per_rank"] == pytest.approx(32e-3 / 0.5)
 

@@ -18,7 +18,6 @@ from sharpmoe.moe.dispatch import (
     LocalDispatcher,
     Pairs,
     check_equal_counts,
-    find_pairs,
 )
 from sharpmoe.parallel.experts.exchange import SplitSizes, exchange
 from sharpmoe.parallel.experts.groups import ExpertGroups
@@ -73,7 +72,7 @@ class NativeDispatcher:
         dist.all_to_all_single(received, sent, group=self._group)
         # The one moment at which the host waits for the device.
         sizes = SplitSizes(*torch.stack([sent, received]).view(2, self._ranks, -1).sum(-1).tolist())
-        pairs = find_pairs(assignment.routing_map, sum(sizes.sent))
+        pairs = Pairs.find(assignment.routing_map, sum(sizes.sent))
         rows = exchange(pairs.take(x), self._group, sizes)
         by_rank = received.view(self._ranks, -1)
         order = _regroup(by_rank, sum(sizes.received))
@@ -82,7 +81,7 @@ class NativeDispatcher:
 
     def _equal(self, x: Tensor, assignment: Assignment, per_expert: int) -> Dispatched:
         check_equal_counts(assignment.routing_map, per_expert)
-        pairs = find_pairs(assignment.routing_map, per_expert * self._num_experts)
+        pairs = Pairs.find(assignment.routing_map, per_expert * self._num_experts)
         rows = exchange(pairs.take(x), self._group, None)
         by_rank = rows.view(self._ranks, self._num_experts // self._ranks, per_expert, x.shape[1])
         ticket = _Ticket(pairs, assignment.gates, per_expert=per_expert)

@@ -147,7 +147,7 @@ def resolve_ds_config(path: str | Path, run: RunConfig, world: int) -> dict[str,
         ConfigError: one line; missing file, JSON syntax, unknown or foreign key, bad value, impossible batch.
     """
     path = Path(path)
-    raw = read_ds_json(path)
+    raw = _read_ds_json(path)
     _check_top_level(raw, path)
     engine = {key: value for key, value in raw.items() if key not in _OWNED_BY_RUN}
     for name in engine.keys() & _SECTIONS.keys():
@@ -157,7 +157,7 @@ def resolve_ds_config(path: str | Path, run: RunConfig, world: int) -> dict[str,
     return {"zero_allow_untested_optimizer": True} | engine | _from_run(engine, run, world)
 
 
-def read_ds_json(path: Path) -> dict[str, Any]:
+def _read_ds_json(path: Path) -> dict[str, Any]:
     """Parse the file as strict JSON: an object, no key twice.
 
     Raises:

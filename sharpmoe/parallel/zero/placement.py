@@ -35,7 +35,7 @@ from sharpmoe.parallel.experts.groups import ExpertGroups
 _EXPERT_FAMILY = "autoep_expert"  # DeepSpeed's name for a parameter of an expert-data-parallel group
 
 
-class PlacedMoELayer(MoELayer, AutoEPMoELayer):
+class _PlacedMoELayer(MoELayer, AutoEPMoELayer):
     """An `MoELayer` whose experts are spread over ranks, made by `place_experts`. No code of DeepSpeed's layer runs.
 
     The attributes are those that DeepSpeed's engine and checkpoints read from an `AutoEPMoELayer`.
@@ -65,8 +65,8 @@ def place_experts(module: nn.Module, groups: ExpertGroups, dispatcher: Dispatche
     for layer in [part for part in module.modules() if isinstance(part, MoELayer)]:
         total = layer.experts.num_experts
         assert total % groups.ep_size == 0  # check_ep_size
-        layer.__class__ = PlacedMoELayer
-        assert isinstance(layer, PlacedMoELayer)
+        layer.__class__ = _PlacedMoELayer
+        assert isinstance(layer, _PlacedMoELayer)
         layer.dispatcher, layer.pool = dispatcher, pool
         layer.num_experts, layer.num_local_experts = total, total // groups.ep_size
         layer.ep_size, layer.ep_rank, layer.ep_group_name = groups.ep_size, groups.ep_rank, groups.name
@@ -76,7 +76,7 @@ def place_experts(module: nn.Module, groups: ExpertGroups, dispatcher: Dispatche
         _keep_local(layer.experts, layer, groups)
 
 
-def _keep_local(experts: Experts, layer: PlacedMoELayer, groups: ExpertGroups) -> None:
+def _keep_local(experts: Experts, layer: _PlacedMoELayer, groups: ExpertGroups) -> None:
     first = layer.ep_rank * layer.num_local_experts
     for name, whole in list(experts.named_parameters()):
         local = nn.Parameter(whole.detach()[first : first + layer.num_local_experts].clone())
@@ -85,7 +85,7 @@ def _keep_local(experts: Experts, layer: PlacedMoELayer, groups: ExpertGroups) -
     experts.num_experts = layer.num_local_experts
 
 
-def _mark_expert(parameter: nn.Parameter, logical: torch.Size, layer: PlacedMoELayer, groups: ExpertGroups) -> None:
+def _mark_expert(parameter: nn.Parameter, logical: torch.Size, layer: _PlacedMoELayer, groups: ExpertGroups) -> None:
     """Set the attributes by which DeepSpeed finds a parameter's group, and the tensor that it is a part of."""
     placement = layer.expert_placement_descriptor
     marks = {
@@ -125,7 +125,7 @@ def local_experts(name: str, module: nn.Module) -> range | None:
     """Return which experts this rank holds of parameter `name` of `module`; None for any other parameter."""
     owner, _, last = name.rpartition(".experts.")
     layer = module.get_submodule(owner) if last in ("w1", "w2", "w3") and owner else None
-    if not isinstance(layer, PlacedMoELayer):
+    if not isinstance(layer, _PlacedMoELayer):
         return None
     first = layer.ep_rank * layer.num_local_experts
     return range(first, first + layer.num_local_experts)
