@@ -24,7 +24,7 @@ class Purpose(IntEnum):
     SAMPLE_NOISE = 6
 
 
-def generator(seed: int, purpose: Purpose, position: int) -> np.random.Generator:
+def _generator(seed: int, purpose: Purpose, position: int) -> np.random.Generator:
     """Generator of one (seed, purpose, position); counter 2 keeps positions 2**128 draws apart."""
     return np.random.Generator(np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, position, 0]))
 
@@ -32,7 +32,7 @@ def generator(seed: int, purpose: Purpose, position: int) -> np.random.Generator
 def _stack(
     draw: Callable[[np.random.Generator], np.ndarray], seed: int, purpose: Purpose, positions: Sequence[int] | Tensor
 ) -> Tensor:
-    return torch.from_numpy(np.stack([draw(generator(seed, purpose, int(p))) for p in positions]))
+    return torch.from_numpy(np.stack([draw(_generator(seed, purpose, int(p))) for p in positions]))
 
 
 def noise(
@@ -59,4 +59,4 @@ def drop_caption(seed: int, positions: Sequence[int] | Tensor, probability: floa
 
 def rollout_block(seed: int, step: int, num_blocks: int) -> int:
     """Which of the fixed blocks of rollout steps is trained at optimizer step `step`: the same on every rank."""
-    return int(generator(seed, Purpose.ROLLOUT_BLOCK, step).integers(num_blocks))
+    return int(_generator(seed, Purpose.ROLLOUT_BLOCK, step).integers(num_blocks))

@@ -171,7 +171,7 @@ def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:
     for layer in model.moe_layers():
         condition = torch.tensor([True, False]) if model.config.unconditional_expert else None
         with Operators() as alone:
-            layer(torch.randn(2, 16, 24), torch.randn(2, 16, 24), None, condition)
+            layer(torch.randn(2, 16, 24), torch.randn(2, 16, 24), condition)
         layers += alone.reads
     assert operators.reads == 2 * layers
     assert layers == 0 or name not in ("dense", "ec")  # counts that a rule fixes are never read

@@ -135,10 +135,10 @@ def _held_out_batch(
     x0 = batch.latent.to(device)
     x1 = draws.noise(seed, indices, x0.shape[1:], draws.Purpose.VALIDATION_NOISE).to(device)
     steps = torch.tensor(times, dtype=torch.float32, device=device)[:, None].repeat(1, len(x0))
-    return TrajectoryBatch(x0, x1, steps, condition(batch, config, device), batch.saliency.to(device))
+    return TrajectoryBatch(x0, x1, steps, _condition(batch, config, device), batch.saliency.to(device))
 
 
-def condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
+def _condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
     """Build the condition of a batch that the model takes: its class labels or its captions, nothing dropped."""
     if config.conditioning == "class":
         return ClassCondition(batch.label.to(device))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharpmoe.moe.products import Equal, RowLayout, Split, grouped, product, widens
+from sharpmoe.moe.products import RowLayout, product, row_layout
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ class Experts(nn.Module):
         counts: rows of each expert, (E,) int64 on the rows' device with sum R, or an int where all have the same. On
         CUDA an int and the grouped product read nothing back from the device; the split loop does.
         """
-        return self.apply_in(rows.contiguous(), self._layout(rows, counts))
+        layout = row_layout(rows, counts, self.num_experts, (self.width, self.hidden))
+        return self.apply_in(rows.contiguous(), layout)
 
     def apply_in(self, rows: Tensor, layout: RowLayout) -> Tensor:
         """Apply the experts to contiguous rows (R, D) of a layout; returns (R, D)."""
@@ -84,23 +85,3 @@ class Experts(nn.Module):
             return product(inner, self.w2, None, layout)
         b1, b2 = self.w3.squeeze(1).split([self.hidden, self.width], dim=-1)
         return product(_gelu_tanh(product(rows, self.w1, b1, layout)), self.w2, b2, layout)
-
-    def _layout(self, rows: Tensor, counts: Tensor | int) -> RowLayout:
-        widened = widens(rows)
-        if isinstance(counts, int):
-            return Split((counts,) * self.num_experts, widened) if widened else Equal(self.num_experts, counts)
-        if self._grouped_applies(rows):
-            return grouped(counts, rows)
-        sizes = tuple(counts.tolist())
-        if widened or len(set(sizes)) > 1:
-            return Split(sizes, widened)
-        return Equal(self.num_experts, sizes[0])
-
-    def _grouped_applies(self, rows: Tensor) -> bool:
-        """Whether to use the grouped product: on CUDA in bf16, with row strides of 16 bytes.
-
-        On CPU it is as exact as the split loop and not faster. It has no float64; without rows there is nothing to
-        gain.
-        """
-        aligned = self.width % 8 == 0 and self.hidden % 8 == 0
-        return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0

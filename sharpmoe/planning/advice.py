@@ -7,7 +7,6 @@ from typing import NamedTuple
 from sharpmoe.parallel.experts.groups import possible_ep_sizes
 from sharpmoe.planning.coordinator import version_notes
 from sharpmoe.planning.estimate import Budget, Estimate, Planner
-from sharpmoe.planning.layout import RankLayout
 from sharpmoe.planning.memory import Memory
 
 _GIB = 2**30
@@ -87,9 +86,3 @@ def _neighbours(planner: Planner, budget: Budget) -> Iterator[Estimate]:
         for stage in (2, 3):
             other = layout._replace(ep_size=ep_size, zero=replace(layout.zero, stage=stage))
             yield from (planner.estimate(other, estimate.schedule) for estimate in budget.estimates)
-
-
-def layout_name(estimate: Estimate) -> str:
-    """Name a layout and its schedule in a few words."""
-    layout: RankLayout = estimate.layout
-    return f"ZeRO-{layout.zero.stage}, ep {layout.ep_size}, {estimate.schedule.name}"

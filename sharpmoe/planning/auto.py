@@ -14,7 +14,7 @@ from sharpmoe.train.rollout_schedules import exact_schedules, schedule_of
 _GIB = 2**30
 
 
-class ScheduleChoice(NamedTuple):
+class _ScheduleChoice(NamedTuple):
     """The first schedule that fits, or the smallest where none does."""
 
     run: RunConfig  # with that schedule
@@ -65,30 +65,30 @@ def resolve_planner(planner: Planner, layout: RankLayout, device_memory: float) 
     return planner.under(choice.run), (_note(choice, device_memory),)
 
 
-def cheapest(run: RunConfig, peak: Callable[[RunConfig], float], room: float) -> ScheduleChoice:
+def _cheapest(run: RunConfig, peak: Callable[[RunConfig], float], room: float) -> _ScheduleChoice:
     """Try the exact schedules of a run, the cheapest first, until the `peak` of one is at most `room` bytes."""
     tried: list[tuple[RunConfig, float]] = []
     for candidate in exact_schedules(run):
         taken = peak(candidate)
         if taken <= room:
-            return ScheduleChoice(candidate, taken, room, tuple(tried))
+            return _ScheduleChoice(candidate, taken, room, tuple(tried))
         tried.append((candidate, taken))
     smallest, taken = min(tried, key=lambda pair: pair[1])
-    return ScheduleChoice(smallest, taken, room, tuple(tried))
+    return _ScheduleChoice(smallest, taken, room, tuple(tried))
 
 
-def _choose(planner: Planner, layout: RankLayout, device_memory: float) -> ScheduleChoice:
+def _choose(planner: Planner, layout: RankLayout, device_memory: float) -> _ScheduleChoice:
     def peak(run: RunConfig) -> float:
         return planner.estimate(layout, schedule_of(run)).memory.peak
 
-    return cheapest(planner.run, peak, usable(device_memory))
+    return _cheapest(planner.run, peak, usable(device_memory))
 
 
 def _version_notes(layout: RankLayout) -> tuple[str, ...]:
     return version_notes() if layout.zero.stage == 3 else ()
 
 
-def _note(choice: ScheduleChoice, device_memory: float) -> str:
+def _note(choice: _ScheduleChoice, device_memory: float) -> str:
     """Say what was chosen, and why not what is cheaper."""
     schedule = schedule_of(choice.run)
     took = f"{schedule.name} ({schedule.cost} forwards' worth per micro-batch)"

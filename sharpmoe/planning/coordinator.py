@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sharpmoe.parallel.zero.settings import ZeroSettings
-from sharpmoe.planning.layout import RankParameter, parameters_by_module
+from sharpmoe.planning.layout import RankParameter
 
 _IMITATED_VERSION = "0.19.8"
 # Modules that hold others and have no parameters of their own: the objective, and the model inside it.
@@ -49,7 +49,7 @@ class Coordinator:
     """The state of `PartitionedParameterCoordinator` that decides what is gathered, and counts of it."""
 
     def __init__(self, parts: Sequence[RankParameter], zero: ZeroSettings) -> None:
-        self.modules = parameters_by_module(parts)
+        self.modules = _parameters_by_module(parts)
         self.times = [0] * len(parts)
         self.peak = self.arriving = 0
         self._numel = [part.numel for part in parts]
@@ -202,3 +202,11 @@ class Coordinator:
     def _drop_ahead(self) -> None:
         """Release what was gathered ahead and not used."""
         self._release_all(self._ahead)
+
+
+def _parameters_by_module(parts: Sequence[RankParameter]) -> list[list[int]]:
+    """Return the indices of the parameters of each module."""
+    modules: list[list[int]] = [[] for _ in range(1 + max(part.module for part in parts))]
+    for index, part in enumerate(parts):
+        modules[part.module].append(index)
+    return modules

@@ -11,7 +11,7 @@ from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic
 from sharpmoe.parallel.experts.groups import check_ep_size
-from sharpmoe.parallel.zero.settings import zero_settings
+from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning.activations import Activations, count_activations
 from sharpmoe.planning.gathers import Gathers, count_gathers
 from sharpmoe.planning.layout import RankLayout, rank_parameters
@@ -29,6 +29,11 @@ class Estimate(NamedTuple):
     schedule: RolloutSchedule
     memory: Memory
     traffic: Traffic
+
+    @property
+    def title(self) -> str:
+        """Layout and schedule in a few words."""
+        return f"ZeRO-{self.layout.zero.stage}, ep {self.layout.ep_size}, {self.schedule.name}"
 
 
 class Budget(NamedTuple):
@@ -66,7 +71,7 @@ class Planner:
         check_ep_size(self.run, world)
         batch = batch_arithmetic(self.run, world)
         ep_size = self.run.parallel.ep_size
-        return RankLayout(world, ep_size, zero_settings(ds_config), batch.micro_batch, batch.accumulation)
+        return RankLayout(world, ep_size, ZeroSettings.of(ds_config), batch.micro_batch, batch.accumulation)
 
     def budget(self, layout: RankLayout) -> Budget:
         """Estimate every schedule of a layout."""

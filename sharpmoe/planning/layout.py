@@ -1,7 +1,6 @@
 """A layout, and the parameters of a run as one of its ranks sees them. Pure; nothing is allocated."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,11 +52,3 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
         module = next(index for index, owner in enumerate(owners) if name.startswith(owner))
         parts.append(RankParameter(name, parameter.numel() // shared_by, world // shared_by, module, is_expert))
     return parts
-
-
-def parameters_by_module(parts: Sequence[RankParameter]) -> list[list[int]]:
-    """Return the indices of the parameters of each module."""
-    modules: list[list[int]] = [[] for _ in range(1 + max(part.module for part in parts))]
-    for index, part in enumerate(parts):
-        modules[part.module].append(index)
-    return modules

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sharpmoe.planning.advice import RESERVE, Advice, layout_name, usable
+from sharpmoe.planning.advice import RESERVE, Advice, usable
 from sharpmoe.planning.estimate import Budget, Estimate
 from sharpmoe.planning.memory import Memory
 from sharpmoe.train.rollout_schedules import rollout_steps
@@ -115,7 +115,7 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
 def _warnings(advice: Advice, device_memory: float) -> str:
     lines = [f"warning: {warning}" for warning in advice.warnings]
     lines += [
-        f"  would fit: {layout_name(other)}: {_size(other.memory.peak)}, sends {_size(other.traffic.total)} per step"
+        f"  would fit: {other.title}: {_size(other.memory.peak)}, sends {_size(other.traffic.total)} per step"
         for other in advice.fits
     ]
     return "\n".join(lines)

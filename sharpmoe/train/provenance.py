@@ -37,13 +37,13 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, stage: int, wor
         "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
         f"{layout.world} rank(s)",
         "rollout": f"{rollout}, {config.num_tokens} tokens per image",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
         "threads": f"{torch.get_num_threads()} per rank",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Return the versions of Python, of the packages, and the commit of the code where it is a git checkout."""
     found = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     commit = _commit()
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 def settings(run: RunConfig, ds_config: Mapping[str, Any], world: World) -> Settings:
     """Return everything that a run is started with, flat: the run file's keys, zero.*, version.*, world."""
-    parts = {**run.model_dump(mode="json"), "zero": dict(ds_config), "version": versions()}
+    parts = {**run.model_dump(mode="json"), "zero": dict(ds_config), "version": _versions()}
     parts |= {"world": world.size, "device": world.device.type}
     return dict(_flat(json.loads(json.dumps(parts))))
 

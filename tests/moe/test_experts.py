@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe.moe import products
 from sharpmoe.moe.experts import Experts
-from sharpmoe.moe.products import Equal, RowLayout, Split, grouped
+from sharpmoe.moe.products import RowLayout, _Equal, _grouped, _Split
 from tests.moe.dense import dense_experts, stacked_weights
 
 WIDTH, HIDDEN = 16, 24
@@ -37,7 +37,7 @@ def experts_of(kind: str, dtype: torch.dtype) -> Experts:
 
 
 def apply_grouped(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-    return experts.apply_in(rows, grouped(counts, rows))
+    return experts.apply_in(rows, _grouped(counts, rows))
 
 
 def rows_of(counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +78,7 @@ def test_one_number_for_equal_counts_is_their_list(kind: str) -> None:
     experts, rows = experts_of(kind, torch.float64), rows_of([3, 3, 3, 3])[0]
     together = experts(rows, 3)
     assert torch.equal(together, experts(rows, torch.tensor([3, 3, 3, 3])))
-    torch.testing.assert_close(together, experts.apply_in(rows, Split((3, 3, 3, 3))), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together, experts.apply_in(rows, _Split((3, 3, 3, 3))), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("counts", [0, torch.zeros(4, dtype=torch.long), torch.tensor([5, 0, 0, 1])], ids=str)
@@ -101,11 +101,11 @@ def test_the_grouped_way_takes_the_gradient_of_a_plain_sum(kind: str) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", [Equal(4, 3), Split((5, 1, 0, 6)), "grouped"], ids=str)
+@pytest.mark.parametrize("layout", [_Equal(4, 3), _Split((5, 1, 0, 6)), "grouped"], ids=str)
 def test_backward_reads_the_weights_as_they_are_then(layout: RowLayout | str) -> None:
     """ZeRO-3 takes a layer's weights away after its forward and brings them back for its backward."""
     rows = rows_of([3, 3, 3, 3])[0].float()
-    lies = grouped(torch.tensor([5, 1, 0, 6]), rows) if isinstance(layout, str) else layout
+    lies = _grouped(torch.tensor([5, 1, 0, 6]), rows) if isinstance(layout, str) else layout
     gradients = []
     for factor in (1, 2):
         experts, x = experts_of("gelu", torch.float32), rows.clone().requires_grad_()
@@ -155,7 +155,7 @@ def test_rows_gradients_of_a_long_contraction(each: int, inner: int) -> None:
     gradient, weight = (torch.randn(*shape, generator=g).double() for shape in ((3 * each, inner), (3, inner, 5)))
     expected = torch.einsum("epf,efd->epd", gradient.view(3, each, inner), weight).flatten(0, 1)
     with FlopCounterMode(display=False) as counter:
-        got = Equal(3, each).back(gradient, weight)
+        got = _Equal(3, each).back(gradient, weight)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert counter.get_total_flops() == 2 * 3 * each * inner * 5
 
@@ -163,9 +163,9 @@ def test_rows_gradients_of_a_long_contraction(each: int, inner: int) -> None:
 def test_a_widened_product_is_rounded_once() -> None:
     """To the nearest bf16 of the exact outcome, whose mantissa has 8 bits."""
     experts, rows = experts_of("gelu", torch.bfloat16), rows_of([5, 1, 0, 6])[0].bfloat16()
-    layout, bias = Split((5, 1, 0, 6), widened=True), experts.w3[:, 0, :HIDDEN].detach()
+    layout, bias = _Split((5, 1, 0, 6), widened=True), experts.w3[:, 0, :HIDDEN].detach()
     weight, gradient = experts.w1.detach(), torch.randn(12, HIDDEN).bfloat16()
-    exact = Split((5, 1, 0, 6))
+    exact = _Split((5, 1, 0, 6))
     for got, expected in (
         (layout.times(rows, weight, bias), exact.times(rows.double(), weight.double(), bias.double())),
         (layout.back(gradient, weight), exact.back(gradient.double(), weight.double())),
@@ -192,16 +192,16 @@ def test_tiles_are_those_that_onednn_may_use(
     if most is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
     rows = torch.ones(2, 3, dtype=torch.bfloat16)
-    assert products.widens(rows) is not expected
-    assert not products.widens(rows.float())
-    assert not products.widens(rows.half())
+    assert products._widens(rows) is not expected
+    assert not products._widens(rows.float())
+    assert not products._widens(rows.half())
 
 
 @pytest.mark.gpu
 def test_on_cuda_counts_stay_on_the_device() -> None:
     experts = experts_of("gelu", torch.bfloat16).cuda()
     rows, counts = rows_of([5, 1, 0, 6])[0].bfloat16().cuda(), torch.tensor([5, 1, 0, 6]).cuda()
-    expected = experts.apply_in(rows, Split((5, 1, 0, 6)))
+    expected = experts.apply_in(rows, _Split((5, 1, 0, 6)))
     torch.cuda.set_sync_debug_mode("error")
     try:
         y = experts(rows, counts)
@@ -209,4 +209,4 @@ def test_on_cuda_counts_stay_on_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(y, expected, rtol=6e-2, atol=6e-2)
-    torch.testing.assert_close(equal, experts.apply_in(rows, Split((3, 3, 3, 3))), rtol=6e-2, atol=6e-2)
+    torch.testing.assert_close(equal, experts.apply_in(rows, _Split((3, 3, 3, 3))), rtol=6e-2, atol=6e-2)

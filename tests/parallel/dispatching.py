@@ -8,14 +8,14 @@ from torch import Tensor
 
 from sharpmoe.moe.dispatch import Dispatcher
 from sharpmoe.moe.experts import Experts
-from sharpmoe.parallel.experts.dispatch import NativeDispatcher
+from sharpmoe.parallel.experts.dispatch import _NativeDispatcher
 from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.experts.megatron import MegatronDispatcher
 from tests.moe.dense import dense_experts, stacked_weights
 
 E, D, F = 8, 64, 32
 DISPATCHERS: dict[str, Callable[[ExpertGroups], Dispatcher]] = {
-    "native": lambda groups: NativeDispatcher(groups.ep_group, E),
+    "native": lambda groups: _NativeDispatcher(groups.ep_group, E),
     "megatron": lambda groups: MegatronDispatcher(groups, E, D),
 }
 

@@ -15,7 +15,7 @@ from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import RESERVE, usable
-from sharpmoe.planning.auto import cheapest, resolve_schedule
+from sharpmoe.planning.auto import _cheapest, resolve_schedule
 from sharpmoe.planning.estimate import Planner
 from sharpmoe.train import loop
 from sharpmoe.train.rollout_schedules import schedule_of, with_schedule
@@ -56,7 +56,7 @@ def graphs(run: RunConfig) -> float:
 
 
 def named(run: RunConfig, room: float) -> tuple[str, int | None]:
-    chosen = cheapest(run, graphs, room * 2**30)
+    chosen = _cheapest(run, graphs, room * 2**30)
     chosen.check()
     return chosen.run.rollout.schedule, chosen.run.rollout.kept_steps
 
@@ -68,7 +68,7 @@ def test_the_cheapest_that_fits() -> None:
     assert [named(of_ten_steps("tc"), room)[0] for room in (10, 9, 0.6)] == ["plain", "two_pass", "checkpoint"]
     with pytest.raises(ConfigError, match=r"no schedule that fits 0\.4 GiB, the smallest takes 0\.5"):
         named(of_ten_steps(), 0.4)
-    smallest = cheapest(of_ten_steps(), graphs, 0)
+    smallest = _cheapest(of_ten_steps(), graphs, 0)
     assert (smallest.run.rollout.schedule, smallest.fits) == ("checkpoint", False)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sharpmoe.train.provenance import _commit, changes, changes_text, settings, versions
+from sharpmoe.train.provenance import _commit, _versions, changes, changes_text, settings
 from tests.train.setting import ALONE, make_run
 
 
@@ -30,7 +30,7 @@ def test_settings_are_json_values_by_dotted_key(tmp_path: Path) -> None:
 
 
 def test_versions_name_the_commit_where_there_is_one(tmp_path: Path) -> None:
-    assert versions()["python"].startswith("3.")
+    assert _versions()["python"].startswith("3.")
     assert _commit(tmp_path) == ""
     (tmp_path / ".git").mkdir()
     assert _commit(tmp_path) == ""  # git finds nothing there

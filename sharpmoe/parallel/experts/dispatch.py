@@ -32,10 +32,10 @@ def make_dispatcher(run: RunConfig, groups: ExpertGroups) -> Dispatcher:
         return MegatronDispatcher(groups, run.model.total_experts, run.model.width)
     if groups.ep_size == 1:
         return LocalDispatcher()
-    return NativeDispatcher(groups.ep_group, run.model.total_experts)
+    return _NativeDispatcher(groups.ep_group, run.model.total_experts)
 
 
-class NativeDispatcher:
+class _NativeDispatcher:
     """All-to-all on one process group, in forward and backward.
 
     Every rank of the group makes the same calls, each on its own tokens: none at all is fine. Where the counts per
@@ -96,7 +96,7 @@ class _Regrouping(NamedTuple):
 
 
 class _Ticket(NamedTuple):
-    """What `NativeDispatcher.combine` needs of its `dispatch`; either the count per expert, or how rows were sent."""
+    """What `_NativeDispatcher.combine` needs of its `dispatch`; either the count per expert, or how rows were sent."""
 
     pairs: Pairs
     gates: Tensor  # (R, E)

@@ -24,7 +24,7 @@ class MegatronDispatcher:
     """Megatron-core's MoEAlltoAllTokenDispatcher: the stock class on CUDA, a portable subclass elsewhere.
 
     Every rank of the group makes the same calls, each on its own tokens. Gates travel beside the rows and are applied
-    where the experts are, so a forward takes one collective more than `NativeDispatcher`: counts (gathered), rows,
+    where the experts are, so a forward takes one collective more than the native dispatcher: counts (gathered), rows,
     gates, outputs; three where the counts per expert are fixed (the same on all ranks of the group), and then nothing
     is read back from the device. A fixed total does not help, for what comes from other ranks varies. Backward takes
     three.

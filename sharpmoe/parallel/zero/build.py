@@ -29,11 +29,15 @@ def whole_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{outer}.{name}", part) for outer, backbone in backbones for name, part in backbone.whole_parts()]
 
 
-def materialise(module: nn.Module, values: Values, ds_config: dict[str, Any], world: World) -> None:
-    """Fill a module on the meta device, in place, in the dtype of training. Experts must be placed already.
+def materialise(module: nn.Module, values: Values | None, ds_config: dict[str, Any], world: World) -> None:
+    """Fill a module on the meta device, in place, in the dtype of training; a real one stays as it is.
 
-    Communicates under ZeRO-3: every part is partitioned at once, and rank 0 of each group broadcasts its values.
+    Experts must be placed already. Communicates under ZeRO-3: every part is partitioned at once, and rank 0 of each
+    group broadcasts its values.
     """
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return
+    assert values is not None
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     for prefix, part in whole_parts(module):
         for name, tensor, owner in _tensors(part):
@@ -47,11 +51,6 @@ def materialise(module: nn.Module, values: Values, ds_config: dict[str, Any], wo
         if tensor.is_meta:  # a buffer of the model itself
             value = values(name, tensor.shape, None)
             _replace(owner, name.rpartition(".")[2], tensor, value, dtype, world.device)
-
-
-def is_planned(module: nn.Module) -> bool:
-    """Whether a module is on the meta device."""
-    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:

@@ -19,7 +19,7 @@ from sharpmoe.parallel.experts.dispatch import make_dispatcher
 from sharpmoe.parallel.experts.groups import expert_groups
 from sharpmoe.parallel.experts.pool import make_pool
 from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.parallel.zero.build import Values, is_planned, materialise
+from sharpmoe.parallel.zero.build import Values, materialise
 from sharpmoe.parallel.zero.optimizers import optimizer_factory
 from sharpmoe.parallel.zero.partitions import ShardedState
 from sharpmoe.parallel.zero.patches import (
@@ -59,9 +59,7 @@ class Engine:
         self.num_parameters = sum(p.numel() for p in module.parameters())
         self._experts = expert_groups(run.parallel.ep_size, world)
         place_experts(module, self._experts, make_dispatcher(run, self._experts), make_pool(run, world))
-        if is_planned(module):
-            assert values is not None
-            materialise(module, values, ds_config, world)
+        materialise(module, values, ds_config, world)
         parts_whole = self.stage == 3 and gather_parts_whole(module)
         with float32_buffers(module):
             self._engine, self._zero, _, _ = deepspeed.initialize(

@@ -29,31 +29,31 @@ class ZeroSettings:
     host_optimizer: bool  # masters, optimizer states and gradients live in host memory
     host_weights: bool  # stage 3: a rank's part of the weights lives in host memory
 
-
-def zero_settings(ds_config: dict[str, Any]) -> ZeroSettings:
-    """Read the settings out of what `ds_config.resolve_ds_config` returned. Pure."""
-    zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    stage, is_half = int(zero.stage), ds_config["bf16"]["enabled"]
-    compute = 2 if is_half else 4
-    accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32")  # the engine's default
-    return ZeroSettings(
-        stage=stage,
-        reduce_bucket=int(zero.reduce_bucket_size),
-        prefetch_bucket=int(zero.prefetch_bucket_size),
-        persistence=int(zero.param_persistence_threshold),
-        max_live=int(zero.max_live_parameters),
-        max_reuse=int(zero.max_reuse_distance),
-        sub_group=int(zero.sub_group_size),
-        contiguous=zero.contiguous_gradients,
-        double_buffer=stage == 2 and bool(zero.overlap_comm),
-        reduce_scatter=zero.reduce_scatter,
-        whole_buckets=zero.use_multi_rank_bucket_allreduce,
-        compute_bytes=compute,
-        gradient_bytes=_BYTES[accumulated] if is_half else 4,
-        wire_bytes=_BYTES.get(ds_config.get("communication_data_type") or "", compute),
-        host_optimizer=_is_on_host(zero.offload_optimizer),
-        host_weights=_is_on_host(zero.offload_param),
-    )
+    @classmethod
+    def of(cls, ds_config: dict[str, Any]) -> "ZeroSettings":
+        """Read the settings out of what `config.resolve_ds_config` returned. Pure."""
+        zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+        stage, is_half = int(zero.stage), ds_config["bf16"]["enabled"]
+        compute = 2 if is_half else 4
+        accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32")  # the engine's default
+        return cls(
+            stage=stage,
+            reduce_bucket=int(zero.reduce_bucket_size),
+            prefetch_bucket=int(zero.prefetch_bucket_size),
+            persistence=int(zero.param_persistence_threshold),
+            max_live=int(zero.max_live_parameters),
+            max_reuse=int(zero.max_reuse_distance),
+            sub_group=int(zero.sub_group_size),
+            contiguous=zero.contiguous_gradients,
+            double_buffer=stage == 2 and bool(zero.overlap_comm),
+            reduce_scatter=zero.reduce_scatter,
+            whole_buckets=zero.use_multi_rank_bucket_allreduce,
+            compute_bytes=compute,
+            gradient_bytes=_BYTES[accumulated] if is_half else 4,
+            wire_bytes=_BYTES.get(ds_config.get("communication_data_type") or "", compute),
+            host_optimizer=_is_on_host(zero.offload_optimizer),
+            host_weights=_is_on_host(zero.offload_param),
+        )
 
 
 def _is_on_host(offload: Any) -> bool:
