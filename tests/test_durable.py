@@ -71,3 +71,31 @@ def test_drafts_of_killed_writers_are_removed(tmp_path: Path) -> None:
 def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "abc").write_text("abc")
     assert durable.sha256_of(tmp_path / "abc").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    written: list[Path] = []
+    with pytest.raises(IsADirectoryError) as caught:
+        durable.write_atomically(tmp_path, written.append)
+    assert (caught.value.filename, written) == (str(tmp_path), [])
+
+
+def test_an_error_names_the_file_and_not_its_draft(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def full(draft: Path) -> None:
+        raise OSError(28, "No space left on device", str(draft))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        durable.write_atomically(path, full)
+    assert caught.value.filename == str(path)
+
+
+def test_a_folder_is_checked_without_being_made(tmp_path: Path) -> None:
+    durable.check_folder(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(NotADirectoryError) as caught:
+            durable.check_folder(wrong)
+        assert caught.value.filename == str(tmp_path / "file")

@@ -33,10 +33,18 @@ def test_pixels_are_scaled_and_clipped() -> None:
         ("a red apple on a table", ["a red", "apple", "on a…"]),
         ("antidisestablishmentarianism", ["antidis", "establi", "shment…"]),
         ("", []),
+        ("one\ntwo\tx\x00\udc80", ["one two", "x"]),  # no font draws a line break or a control character
+        ("\n\x07", []),
     ],
 )
 def test_captions_are_broken_between_words(text: str, lines: list[str]) -> None:
     assert figures.wrap(text, 7, FixedWidth()) == lines
+
+
+def test_captions_of_several_lines_and_none_are_drawn() -> None:
+    images = torch.zeros(3, 3, 4, 4)
+    grid = figures.sample_grid(images, ["line one\nline two", "bell\x07, \udcff", "\r\n"])
+    assert np.array_equal(grid, figures.sample_grid(images, ["line one line two", "bell, ", ""]))
 
 
 def test_a_grid_holds_every_image_in_reading_order() -> None:

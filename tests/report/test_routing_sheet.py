@@ -37,3 +37,8 @@ def test_sheets_on_one_scale_can_be_compared() -> None:
 def test_images_of_another_aspect_are_drawn() -> None:
     wide = replace(sheet(), images=torch.zeros(2, 3, 4, 16))
     assert draw_routing_sheet(wide).shape[2] == 3
+
+
+def test_captions_and_titles_are_no_formulas() -> None:
+    odd = replace(sheet(), captions=("costs $5^$ and\n$x", "\x07\udcff"))
+    assert draw_routing_sheet(odd, "run $a^$\n1").shape == draw_routing_sheet(sheet(), "run a").shape

@@ -11,8 +11,9 @@ from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.log_file import read_log
+from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
-from sharpmoe.train import loop
+from sharpmoe.train import loop, monitor
 from sharpmoe.train.flops import rows_expected, step_flops
 from sharpmoe.train.setup import RunPlan
 from tests.distributed import run_ranks
@@ -86,6 +87,24 @@ def disagree(world: World) -> list[str]:
     return answers
 
 
+def full_disk(world: World) -> list[str]:
+    answers = []
+    for failing in ({1}, {0, 1}):
+        try:
+            with raise_on_all_ranks(world):
+                if world.rank in failing:
+                    raise OSError(28, "No space left on device", "runs/x")
+        except SharpMoEError as error:
+            answers.append(str(error))
+    return answers
+
+
+@pytest.mark.dist
+def test_ranks_agree_on_errors_of_the_system() -> None:
+    line = "runs/x: no space left on this disk; free some, or choose another place"
+    assert run_ranks(full_disk, 2) == [[f"rank 1: {line}", line]] * 2
+
+
 @pytest.mark.dist
 def test_ranks_agree_on_errors() -> None:
     expected = ["rank 0: shard is missing", "rank 1: shard is missing", "shard is missing", "fine"]
@@ -124,6 +143,31 @@ def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
     per_rank = booked.model * figures["throughput/images_per_second"][1] / 2 / 1e12
     assert figures["throughput/tflops_per_rank"][1] == pytest.approx(per_rank)
     assert figures["throughput/mfu"][1] == figures["throughput/hfu"][1] == pytest.approx(per_rank / 2.0)
+
+
+def test_what_only_draws_or_reports_never_ends_a_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(pixels: object, path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    def broken(*_: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(monitor, "save_png", full)
+    monkeypatch.setattr(monitor, "allocation_curves", broken)
+    log = {"sample_every": 1, "allocation": True, "allocation_images": 4}
+    sample = {"captions": ("line one\nline two",), "num_steps": 2}
+    run = make_run(shards, tmp_path, train={"steps": 1}, log=log, sample=sample)
+    assert launch.start() == ALONE
+    try:
+        assert loop.train(plan_for(run, ALONE), ALONE) == tmp_path / "run" / "checkpoints" / "step00000001"
+    finally:
+        launch.stop()
+    said = capsys.readouterr().out
+    assert said.count("note: the picture of samples could not be written: ") == 2
+    assert "samples/step00000001.png: no space left on this disk; free some, or choose another place" in said
+    assert "note: the allocation after training could not be written: KeyError: 'x'; training goes on" in said
 
 
 def test_due_by_steps_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
