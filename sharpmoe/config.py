@@ -28,6 +28,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+_WIDEST = 2**20  # of sizes of a model: beyond it, products of sizes leave 64 bits, and no device holds one layer
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
 
@@ -72,17 +73,17 @@ class ModelConfig(_Section):
     """The architecture. Everything needed to rebuild a model from a weights file."""
 
     preset: Literal["tiny", "s", "b", "l", "xl"] | None = None  # fills width, depth, num_heads where they are not given
-    width: int = Field(128, ge=8)  # D, features of a token
-    depth: int = Field(6, ge=1)  # blocks
-    num_heads: int = Field(4, ge=1)  # attention heads
-    mlp_ratio: float = Field(4.0, gt=0)  # hidden width of an MLP over width
-    patch_size: int = Field(2, ge=1)  # latent pixels of a token, each way
-    latent_channels: int = Field(4, ge=1)  # C
-    latent_size: int = Field(32, ge=1)  # height and width of the latent
+    width: int = Field(128, ge=8, le=_WIDEST)  # D, features of a token
+    depth: int = Field(6, ge=1, le=10_000)  # blocks
+    num_heads: int = Field(4, ge=1, le=_WIDEST)  # attention heads
+    mlp_ratio: float = Field(4.0, gt=0, le=1024)  # hidden width of an MLP over width
+    patch_size: int = Field(2, ge=1, le=_WIDEST)  # latent pixels of a token, each way
+    latent_channels: int = Field(4, ge=1, le=_WIDEST)  # C
+    latent_size: int = Field(32, ge=1, le=_WIDEST)  # height and width of the latent
     learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
     router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
-    num_experts: int = Field(8, ge=1)  # E, without the unconditional expert
-    top_k: int = Field(1, ge=1)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
+    num_experts: int = Field(8, ge=1, le=_WIDEST)  # E, without the unconditional expert
+    top_k: int = Field(1, ge=1, le=_WIDEST)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
     capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race)
     capacity_selection: Literal["count", "mask"] = "count"  # inference of diffmoe: see moe/selection.py
     gate: Literal["linear", "prototypes", "mlp"] = "linear"  # prototypes: cosine to a centre per expert (ProMoE)
@@ -95,9 +96,9 @@ class ModelConfig(_Section):
     unconditional_expert: bool = False  # one more expert for all tokens of images without class, and only those
     unconditional_label: int | None = Field(None, ge=0)  # the label of such images; None: num_classes, "no class"
     expert: Literal["gelu", "swiglu"] = "gelu"  # kind of the routed experts
-    expert_hidden: int | None = Field(None, ge=1)  # None: width * mlp_ratio
+    expert_hidden: int | None = Field(None, ge=1, le=_WIDEST)  # None: width * mlp_ratio
     shared: Literal["none", "gelu", "swiglu", "identity"] = "none"  # added to the routed experts for every token
-    shared_hidden: int | None = Field(None, ge=1)  # None: as the routed experts
+    shared_hidden: int | None = Field(None, ge=1, le=_WIDEST)  # None: as the routed experts
     layer_heads: bool = False  # race: each MoE layer predicts the target from its input, for its loss only
     mlp: Literal["gelu", "silu", "swiglu"] = "gelu"  # dense blocks
     moe_every: int = Field(2, ge=1)  # one MoE block in so many, the last of them: 2 is the odd indices, 1 is all
@@ -108,10 +109,10 @@ class ModelConfig(_Section):
     qk_norm_eps: float = Field(1e-5, gt=0)  # epsilon of that norm
     saliency_router: bool = True  # a second router in every MoE layer, which reads x0_prev
     conditioning: Literal["class", "text"] = "text"  # class labels, or text states
-    num_classes: int = Field(1000, ge=1)  # classes of the label table
+    num_classes: int = Field(1000, ge=1, le=2**31)  # classes of the label table
     class_dropout: bool = True  # an extra row of the label table stands for "no class"
-    text_width: int = Field(384, ge=1)  # features of a token state of the text encoder
-    pooled_width: int = Field(384, ge=1)  # features of its pooled state
+    text_width: int = Field(384, ge=1, le=_WIDEST)  # features of a token state of the text encoder
+    pooled_width: int = Field(384, ge=1, le=_WIDEST)  # features of its pooled state
     time_scale: float = 1000.0  # the time embedder reads time_scale * t + time_shift
     time_shift: float = 0.0  # see time_scale
     prediction: Literal["velocity", "ddpm_noise"] = "velocity"  # ddpm_noise: noise, converted to a velocity
