@@ -363,8 +363,8 @@ class TrainConfig(_Section):
     """How long, how many at once, in which precision."""
 
     steps: int = Field(100_000, ge=1)  # optimizer steps
-    global_batch: int = Field(256, ge=1)  # images per optimizer step, all ranks
-    micro_batch: int | None = Field(None, ge=1)  # per rank; None: global_batch / world size
+    global_batch: int = Field(256, ge=1, le=2**24)  # images per optimizer step, all ranks
+    micro_batch: int | None = Field(None, ge=1, le=2**24)  # per rank; None: global_batch / world size
     precision: Literal["fp32", "bf16"] = "fp32"  # of forward and backward; masters are float32
 
 
