@@ -119,7 +119,7 @@ def test_a_hugging_face_file_with_auto_values_is_resolved(ds_file):
         ({"fp16": {"enabled": True}}, ["fp16 belongs to the run file", "train.precision"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled belongs to the run file", "train.precision"]),
         ({"checkpoint": {"load_universal": True}}, ["checkpoint cannot be set here", "run file"]),
-        ({"elasticity": {}}, ["elasticity cannot be set here", "dropped"]),
+        ({"elasticity": {}}, ["elasticity cannot be set here", "removed"]),
         ({"aio": {"blocksize": 1}}, ["aio.blocksize", "did you mean block_size?"]),
         ([1], ["holds a list", "expected an object"]),
         ('{"zero_optimization": {"stage": 3,}}', ["not valid JSON", "line 1 column"]),
