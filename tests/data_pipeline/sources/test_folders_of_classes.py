@@ -166,7 +166,7 @@ def test_held_out_pictures_without_a_class_of_train_are_named(val: str, tmp_path
     (tmp_path / "test" / "n01").mkdir(parents=True)
     (tmp_path / "test" / "n01" / "y.png").write_bytes(picture.read_bytes())
     (tmp_path / "train" / ".hidden").mkdir()
-    (tmp_path / "train" / "notes.txt").write_text("x")
+    (tmp_path / "train" / "README.md").write_text("x")
     found = listing(ClassFolderSource(tmp_path))
     assert {item.split for item in found.items} == {"train", "unseen"}
     assert len(found.items) == 9
