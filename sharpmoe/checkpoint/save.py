@@ -1,8 +1,8 @@
-"""The checkpoints of a run: the one entrance for the trainer, and saving beside the training.
+"""The checkpoints of a run: what the trainer calls to save and load, and saving while training goes on.
 
 A save copies the state to the host between two steps; then a thread writes it to a hidden folder: every rank's pieces
-and both weights files, each flushed and hashed into the manifest. Only when all is on the disk is the folder renamed to
-step<N>, and only then does `latest` name it. A run that ends before leaves the previous checkpoint as it was.
+and both weights files, each flushed and hashed into the manifest. When all files are on the disk, the folder is renamed
+to step<N>, and then `latest` is set to it. If a run ends before that, the previous checkpoint is still valid.
 """
 
 import os
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sharpmoe import durable
@@ -41,7 +42,7 @@ class Outcome(NamedTuple):
     folder: Path
     stalled: float  # seconds for which training waited
     seconds: float  # until it was published, or failed
-    error: CheckpointError | None  # None: it is on the disk
+    error: CheckpointError | None  # None: the checkpoint is on the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,12 @@ class _Snapshot:
     """Host copies of one rank's state at one step. Valid until the next is taken."""
 
     progress: Progress
-    partitions: Partitions  # masters, average and each tensor of the optimizer
-    pieces: list[Piece]  # of the model's parameters in those
-    scalars: dict[str, float]  # the optimizer's state that is no tensor
+    partitions: Partitions  # masters, EMA and each tensor of the optimizer
+    pieces: list[Piece]  # where the model's parameters lie in the partitions
+    scalars: dict[str, float]  # the optimizer's state other than tensors, such as its step count
     generators: dict[str, Any]
     buffers: dict[str, Tensor]  # of the model, equal on every rank
-    num_bytes: int  # of the tensors that this rank will write, or send to the one that writes them
+    num_bytes: int  # that the tensors of this rank will take in all files, those that rank 0 writes included
 
 
 class Checkpoints:
@@ -92,10 +93,10 @@ class Checkpoints:
         load.load_checkpoint(saved, self._contents)
 
     def begin(self, progress: Progress) -> Outcome | None:
-        """Copy the state to the host and start writing; return the outcome of the save before, if there was one.
+        """Copy the state to the host and start writing it. Communicates.
 
-        Communicates. Waits for the save before, whose copies it overwrites, and, where checkpoint.asynchronous is
-        false, for this one.
+        Waits for the previous save, whose host copies it overwrites, and, if checkpoint.asynchronous is false, for
+        this one. Returns the outcome of the previous save if it has not been taken yet; look at its error.
         """
         before = self.wait()
         began = time.monotonic()
@@ -112,17 +113,24 @@ class Checkpoints:
             self._copies = HostCopies()  # frees the memory
         return before
 
-    def ended(self) -> Outcome | None:
-        """Return the outcome of a save that has ended since the last call, without waiting. No communication."""
+    def take_finished(self) -> Outcome | None:
+        """Take the outcome of a finished save; None if none has finished or its outcome was taken. Does not wait.
+
+        No communication.
+        """
         return self.wait() if self._running is not None and self._running.done() else None
 
     def wait(self) -> Outcome | None:
-        """Wait for the running save and return its outcome; None if there is none."""
+        """Wait for the running save and take its outcome; None if there is none or it was taken."""
         running, self._running = self._running, None
         return None if running is None else running.result()
 
     def save(self, progress: Progress) -> Path:
-        """Save and wait; return the folder. Communicates. Raises CheckpointError on every rank where it fails."""
+        """Save and wait; return the folder. Communicates. If the save fails, raises CheckpointError on every rank.
+
+        Take the outcome of an earlier save (`wait`) before: it would be lost here.
+        """
+        assert self._running is None, "Checkpoints.save: call wait() first and look at the outcome of the earlier save"
         self.begin(progress)
         outcome = self.wait()
         assert outcome is not None
@@ -131,26 +139,23 @@ class Checkpoints:
         return outcome.folder
 
     def _run(self, running: "Future[Outcome]", taken: _Snapshot, stalled: float) -> None:
-        """Run in the thread: whatever ends it becomes the Future's result."""
+        """Write a snapshot, in the thread of the save; the result, or any exception, goes to the Future `running`."""
         with suppress(OSError, AttributeError):  # no such call, or not permitted: the priority stays
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         began = time.monotonic()
         final = self._root / retention.folder_name(taken.progress.step)
+        draft = final.with_name(f".{final.name}.partial")
+        failure: CheckpointError | None = None
         try:
-            error = self._attempt(taken, final)
-            running.set_result(Outcome(taken.progress, final, stalled, stalled + time.monotonic() - began, error))
+            try:
+                self._write(taken, draft, final)
+            except CheckpointError as error:
+                failure = error
+                if self._peers.world.is_main:
+                    shutil.rmtree(draft, ignore_errors=True)
+            running.set_result(Outcome(taken.progress, final, stalled, stalled + time.monotonic() - began, failure))
         except BaseException as error:  # noqa: BLE001 (raised again in the thread that trains)
             running.set_exception(error)
-
-    def _attempt(self, taken: _Snapshot, final: Path) -> CheckpointError | None:
-        draft = final.with_name(f".{final.name}.partial")
-        try:
-            self._write(taken, draft, final)
-        except CheckpointError as error:
-            if self._peers.world.is_main:
-                shutil.rmtree(draft, ignore_errors=True)
-            return error
-        return None
 
     def _write(self, taken: _Snapshot, draft: Path, final: Path) -> None:
         """Write everything to `draft` and publish it. Communicates; raises CheckpointError on every rank."""
@@ -208,7 +213,7 @@ class Checkpoints:
                     pass
 
     def _publish(self, progress: Progress, draft: Path, final: Path, files: dict[str, FileEntry]) -> None:
-        """Complete the folder, give it its name, let `latest` name it, remove old checkpoints."""
+        """Complete the folder, rename it to `final`, set `latest` to it, remove old checkpoints."""
         manifest = Manifest(
             folder=draft,
             progress=progress,
@@ -227,7 +232,7 @@ class Checkpoints:
 def _take_snapshot(progress: Progress, contents: Contents, copies: HostCopies) -> _Snapshot:
     """Copy this rank's state to the host, between two steps. No communication.
 
-    Costs host memory: a second copy of the rank's masters, average and optimizer state.
+    Costs host memory: a second copy of the rank's masters, EMA and optimizer state.
     """
     engine, ema, model, _ = contents
     copies.start()
@@ -236,6 +241,8 @@ def _take_snapshot(progress: Progress, contents: Contents, copies: HostCopies) -
     buffers = {name: copies.tensor(buffer) for name, buffer in model.named_buffers()}
     pieces = engine.state.pieces(model)
     elements = sum(piece.numel for piece in pieces)
+    # Each element is in this rank's state file once per kind of partition, and once in each weights file.
+    stored = elements * (len(partitions) + len(_WEIGHTS))
     copies.finish()
     return _Snapshot(
         progress=progress,
@@ -244,7 +251,7 @@ def _take_snapshot(progress: Progress, contents: Contents, copies: HostCopies) -
         scalars=engine.state.scalars(),
         generators=generator_states(),
         buffers=buffers,
-        num_bytes=4 * elements * (len(partitions) + len(_WEIGHTS)),
+        num_bytes=torch.float32.itemsize * stored,  # partitions and weights files are float32
     )
 
 

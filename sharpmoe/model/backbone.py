@@ -1,7 +1,8 @@
 """The contract between a network and everything that trains, samples, evaluates or plans it.
 
-Rollout, losses, sampling, evaluation, the engine, planning and checkpoints know a `Backbone` and no class that is one:
-`sharpmoe.model.build.build_model` makes it. Parallelism stays outside: experts are moved by each layer's dispatcher.
+Rollout, losses, sampling, evaluation, the engine, planning and checkpoints use a model through `Backbone` and refer to
+none of its subclasses; `sharpmoe.model.build.build_model` creates one. A backbone has no code for parallelism: the
+dispatcher of each MoE layer sends tokens to the ranks that hold the experts.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from sharpmoe.moe.routing import CallMode, Routing
 class ClassCondition(NamedTuple):
     """Class-conditional input."""
 
-    labels: Tensor  # (B,) int64; num_classes stands for "no class"
+    labels: Tensor  # (B,) int64; num_classes means "no class"
 
 
 class TextCondition(NamedTuple):
@@ -29,7 +30,7 @@ class TextCondition(NamedTuple):
 
 
 Condition = ClassCondition | TextCondition
-# What a backbone computes from a condition alone: a NamedTuple of its own, opaque to all others.
+# What a backbone computes from a condition alone: a NamedTuple that each backbone defines and no other code reads.
 Prepared = tuple[Any, ...]
 
 
@@ -44,7 +45,7 @@ class Backbone(nn.Module, ABC):
     """A denoising network with MoE layers. Its forward has no side effects."""
 
     config: ModelConfig
-    blocks: nn.ModuleList  # in the order of use: what is compiled, recomputed and priced as one
+    blocks: nn.ModuleList  # in the order of use: each is compiled and recomputed as one unit, and counted so in plans
 
     @abstractmethod
     def forward(
@@ -57,24 +58,27 @@ class Backbone(nn.Module, ABC):
     ) -> ModelOutput:
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
-        x_t need not be square, but has as many tokens as a square one of the configured size; ValueError otherwise.
-        condition: what the model is conditioned on, or what `prepare` made of it; a bare tensor (B,) is read as class
-        labels; TypeError where the model is conditioned on something else. x0_prev (B, C, H, W): clean latent
-        predicted by the previous step, which the saliency routers read, detached here; None gives the base routing.
+        x_t need not be square, but must have as many tokens as a square one of the configured size; else ValueError.
+        condition: what the model is conditioned on, or what `prepare` returned for it; a bare tensor (B,) is read as
+        class labels; TypeError if it is of a kind that the model does not use. x0_prev (B, C, H, W): clean latent
+        predicted by the previous step, detached here; the saliency routers read it, and None gives the base routing.
+        Communicates only if dispatchers or pools of its MoE layers do.
         """
 
     @abstractmethod
     def prepare(self, condition: Condition) -> Prepared:
-        """Compute once what forward would compute of a condition at every step, bit for bit.
+        """Compute once, bit for bit, what forward would compute from a condition at every step.
 
-        Reads parameters outside of their blocks: the model must be whole.
+        Call it only on a model that ZeRO-3 does not partition: it reads parameters outside of the forwards of the
+        modules that hold them, where ZeRO-3 does not gather them. No communication.
         """
 
     @abstractmethod
-    def whole_parts(self) -> list[tuple[str, nn.Module]]:
-        """Return the parts that ZeRO-3 gathers whole, by name in this module, in the order in which forward uses them.
+    def gathered_units(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules whose parameters ZeRO-3 gathers as one unit, with their names in this module.
 
-        They hold every parameter once. The first embeds x_t, and x0_prev too; the last makes the output.
+        They are in the order in which forward uses them, and each parameter of the model is in exactly one of them. The
+        first embeds x_t and x0_prev; the last computes the output.
         """
 
     @property
@@ -87,9 +91,9 @@ class Backbone(nn.Module, ABC):
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
     def count_parameters(self) -> tuple[int, int]:
-        """Count parameters: (total, active per token), as published figures do; thresholds and biases do not count.
+        """Count parameters as published figures do: (total, active per token). Thresholds and biases do not count.
 
-        An expert counts as active in proportion to its mean share of tokens.
+        Of an expert, the fraction of tokens that it takes on average counts as active.
         """
         total = sum(p.numel() for p in self.parameters())
         idle = 0.0

@@ -87,7 +87,7 @@ class DiT(Backbone):
         keys_values = tuple(attention.keys_values(prepared.text.tokens) for attention in attentions)
         return prepared._replace(text=prepared.text._replace(keys_values=keys_values))
 
-    def whole_parts(self) -> list[tuple[str, nn.Module]]:
+    def gathered_units(self) -> list[tuple[str, nn.Module]]:
         condition = [("text_embedder", self.text_embedder), ("y_embedder", self.y_embedder)]
         return [
             ("x_embedder", self.x_embedder),

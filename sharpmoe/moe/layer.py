@@ -13,13 +13,13 @@ from sharpmoe.moe.routing import CallMode, Routing
 class MoELayer(Router):
     """Mixture of expert MLPs in place of a block's MLP; the router family is a field of the configuration.
 
-    It is a router with experts, not a module that holds one, so that parameters keep the names of its weights files
-    (`moe.gate.weight`, `moe.experts.w1`, ...), by which their initial values are drawn too.
+    It inherits from `Router` instead of holding one, so that its parameters have the names of the weights files
+    (`moe.gate.weight`, `moe.experts.w1`, ...). Initial values are drawn by these names too, so they must not change.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.dispatcher: Dispatcher = LocalDispatcher()  # replaced where several ranks share the experts
+        self.dispatcher: Dispatcher = LocalDispatcher()  # replaced if several ranks share the experts
         self.experts = Experts(config.total_experts, config.width, config.expert_width, config.expert)
         self.shared = (
             None if config.shared == "none" else feed_forward(config.shared, config.width, config.shared_width)
@@ -34,9 +34,11 @@ class MoELayer(Router):
     ) -> tuple[Tensor, Routing]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record. No side effects.
 
-        x0_prev_tokens (B, N, D): the embedded x0_prev; None leaves the base routing. unconditional (B,) bool: images
-        without class, where the layer has an expert of their own. mode: how the call is made, with this layer's own
-        routing map where it replays one.
+        x0_prev_tokens (B, N, D): the embedded x0_prev; None leaves the base routing. unconditional (B,) bool: True for
+        images without class, all of whose tokens go to the unconditional expert; None if the layer has no such expert.
+        mode: how the call is made; to replay a choice it holds the routing map of this layer alone
+        (`CallMode.for_layer`). Communicates if the dispatcher (experts on other ranks) or the pool (tokens of other
+        ranks) does; those of a single rank do not.
         """
         routing = self.route(h, x0_prev_tokens, unconditional, mode)
         counts = self._fixed_counts(h, is_replay=mode.replayed is not None)
@@ -47,10 +49,17 @@ class MoELayer(Router):
         return (y if self.shared is None else y + self.shared(h)), routing
 
     def _fixed_counts(self, h: Tensor, is_replay: bool) -> Counts:
-        """What the family fixes about the rows of experts for tokens h (B, N, D)."""
+        """Return what the family fixes about the number of rows for tokens h (B, N, D), whatever the scores.
+
+        A row is one token's copy for one expert that took it: a token that two experts took has two rows.
+        """
         images, tokens, _ = h.shape
-        how = {"training": self.training, "pool_is_call": self.pool.is_call}
+        training, pool_is_call = self.training, self.pool.is_call
         return Counts(
-            per_expert=families.rows_per_expert(self.config, images, tokens, **how),
-            total=families.total_rows(self.config, images, tokens, **how, is_replay=is_replay),
+            per_expert=families.rows_per_expert(
+                self.config, images, tokens, training=training, pool_is_call=pool_is_call
+            ),
+            total=families.total_rows(
+                self.config, images, tokens, training=training, pool_is_call=pool_is_call, is_replay=is_replay
+            ),
         )

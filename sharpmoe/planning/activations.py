@@ -45,15 +45,15 @@ class Activations(NamedTuple):
 
     def of(self, schedule: RolloutSchedule) -> tuple["GraphBytes", ...]:
         """Return what is kept when each graph of a schedule is full; replays stay until the micro-batch is done."""
-        beside = schedule.rerun * self.replay
+        beside = schedule.run_twice * self.replay
         return tuple(self._graph(part, beside) for part in schedule.passes)
 
     def _graph(self, part: Pass, beside: int) -> "GraphBytes":
         if part.recompute:
             return GraphBytes(
-                self.inputs.at(part.trained) + self.block + beside, self.inputs.per_step, part.graph_calls
+                self.inputs.at(part.num_trained) + self.block + beside, self.inputs.per_step, part.graph_calls
             )
-        graph = self.kept.at(part.trained)
+        graph = self.kept.at(part.num_trained)
         return GraphBytes(graph + beside, graph if part.graph_calls == 1 else self.kept.per_step, part.graph_calls)
 
 

@@ -98,9 +98,9 @@ def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass
 def _forward_order(run: RunConfig, part: Pass) -> list[Used]:
     """Modules in the order in which forwards call them: the first embeds the latent, and the x0_prev."""
     step = [MODEL, *([0] * _uses_x0_prev(run)), *range(_BEFORE + run.model.depth + _AFTER)]
-    quiet = part.quiet_calls or int(len(part.calls) > 1)  # model calls at the beginning that meet no full graph
+    quiet = part.no_graph_calls or int(len(part.calls) > 1)  # model calls at the beginning that meet no full graph
     return [
-        Used(call * len(step) + place, module, call >= part.quiet_calls and not part.recompute, call >= quiet)
+        Used(call * len(step) + place, module, call >= part.no_graph_calls and not part.recompute, call >= quiet)
         for call in range(len(part.calls))
         for place, module in enumerate(step)
     ]
@@ -112,7 +112,7 @@ def _backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list
     A module is reached once for each of its outputs that has a gradient, and once more to be recomputed. It is released
     when all its inputs have their gradients, which DeepSpeed sees only for the last forward of the module.
     """
-    starts = [used.place for used in forward if used.module == MODEL][part.quiet_calls :]
+    starts = [used.place for used in forward if used.module == MODEL][part.no_graph_calls :]
     reached = []
     for first, end in reversed(list(zip(starts, [*starts[1:], len(forward)], strict=True))):
         reached.append(Reached(first, MODEL, False))

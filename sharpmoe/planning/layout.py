@@ -44,7 +44,7 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
     """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer."""
     with torch.device("meta"):
         model = build_model(run.model)
-    owners = [f"{name}." for name, _ in model.whole_parts()]
+    owners = [f"{name}." for name, _ in model.gathered_units()]
     parts = []
     for name, parameter in model.named_parameters():
         is_expert = ".experts." in name

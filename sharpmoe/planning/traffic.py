@@ -80,8 +80,8 @@ class _Calls(NamedTuple):
 
 def _model_calls(schedule: RolloutSchedule, accumulation: int) -> _Calls:
     forwards = schedule.forwards + schedule.recomputed
-    choosing = forwards - schedule.rerun  # a second run is given the routing of the first
-    return _Calls(forwards * accumulation, schedule.trained * accumulation, choosing * accumulation)
+    choosing = forwards - schedule.run_twice  # a second run is given the routing of the first
+    return _Calls(forwards * accumulation, schedule.num_trained * accumulation, choosing * accumulation)
 
 
 def _exchanges(run: RunConfig, layout: RankLayout, calls: _Calls) -> int:

@@ -71,9 +71,11 @@ def step_flops(run: RunConfig, text_tokens: int, rows: float) -> StepFlops:
     call = Call(rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev)
     done, first = products(run.model, call), products(run.model, replace(call, for_losses=False))
     forward, backward, schedule = forward_flops(done), backward_flops(done), schedule_of(run)
-    dense, routed, router = (schedule.trained * (there + back) for there, back in zip(forward, backward, strict=True))
-    whole = schedule.forwards - schedule.trained - schedule.rerun
-    wasted = whole * forward.total + schedule.rerun * forward_flops(first).total
+    dense, routed, router = (
+        schedule.num_trained * (there + back) for there, back in zip(forward, backward, strict=True)
+    )
+    whole = schedule.forwards - schedule.num_trained - schedule.run_twice
+    wasted = whole * forward.total + schedule.run_twice * forward_flops(first).total
     wasted += schedule.recomputed * forward_flops(product for product in done if product.in_block).total
     return StepFlops(dense, routed, router, wasted)
 

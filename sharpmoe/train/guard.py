@@ -15,19 +15,19 @@ from sharpmoe.config import GuardConfig
 class Verdict(NamedTuple):
     """What is wrong with one optimizer step, and whether it was taken; the same on every rank."""
 
-    fault: str = ""  # what is wrong with its figures; empty where nothing is
-    applied: bool = True  # False: skipped, nothing moved
+    fault: str = ""  # what is wrong with its figures; empty if nothing is
+    applied: bool = True  # False: skipped, nothing was updated
 
 
-def bad_loss(losses: Mapping[str, float]) -> str:
-    """Name the first loss that is not finite, a part rather than the total; empty where all are finite."""
+def loss_fault(losses: Mapping[str, float]) -> str:
+    """Name the first loss that is not finite, a part rather than the total; an empty string if all are finite."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     name = next((name for name in bad if name != "total"), "total")
     return f"loss {name} is not finite" if bad else ""
 
 
-def bad_norm(norm: float, watch: Watch, guard: GuardConfig) -> str:
-    """Return what is wrong with a gradient norm; empty where nothing is."""
+def norm_fault(norm: float, watch: Watch, guard: GuardConfig) -> str:
+    """Return what is wrong with a gradient norm, a spike included; an empty string if nothing is."""
     if not math.isfinite(norm):
         return "gradient norm is not finite"
     if norm > _spike_limit(watch, guard):

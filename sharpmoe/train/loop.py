@@ -89,7 +89,7 @@ def _run(session: Session, monitor_first: bool) -> Path:
                     watchdog.mark(f"the save of step {progress.step}")
                     log_save(session, session.checkpoints.begin(progress))
                 else:
-                    log_save(session, session.checkpoints.ended())
+                    log_save(session, session.checkpoints.take_finished())
     except StopAskedError as stop:
         return _stop(session, progress, str(stop), monitored)
     return _finish(session, progress)

@@ -1,8 +1,8 @@
 """The module that DeepSpeed wraps: a whole optimizer step is one call of it.
 
 ZeRO-3 then gathers the parameters once, and one backward reduces the gradients once, whatever the schedule and however
-many micro-batches (docs/design/0003-rollout-schedules.md). What is called with and without a graph is read from
-`rollout_schedules`; here it is executed.
+many micro-batches (docs/design/0003-rollout-schedules.md). `rollout_schedules` describes which calls are made with and
+without a graph; this module executes them.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ class StepRequest(NamedTuple):
 
 
 class StepAnswer(NamedTuple):
-    """The backward that is left of an optimizer step, and its figures."""
+    """The last loss of an optimizer step, whose backward the engine takes, and the figures of the step."""
 
-    loss: Tensor  # 0-d; its backward yields the gradient of the mean over the micro-batches. Its value has no meaning
+    loss: Tensor  # 0-d; its backward completes the gradient of the mean over micro-batches; its value has no meaning
     records: tuple[StepRecord, ...]  # one per micro-batch
 
 
 class Objective(nn.Module):
-    """A model and how it is trained."""
+    """A model and the configuration by which it is trained."""
 
     def __init__(self, model: Backbone, run: RunConfig) -> None:
         super().__init__()
@@ -47,22 +47,22 @@ class Objective(nn.Module):
 
     @property
     def uses_x0_prev(self) -> bool:
-        """Whether x0_hat is passed on: post-training of a model with saliency routers."""
+        """Whether a step gets the x0_hat of the one before: in post-training of a model with saliency routers."""
         return self.run.stage == "posttrain" and self.model.config.saliency_router
 
     @staticmethod
     def values(of_model: Values) -> Values:
-        """Return the source of this module's tensors, given that of its model's."""
+        """Return the source of this module's tensors, given that of the model's tensors."""
         return lambda name, shape, experts: of_model(name.removeprefix("model."), shape, experts)
 
     def forward(self, request: StepRequest) -> StepAnswer:
-        """Run all micro-batches, with every backward but the last one. No parameter and no buffer is written."""
+        """Run all micro-batches, and every backward except the last. No parameter and no buffer is written."""
         local = LocalGradients(self.model.parameters())
         loss: Tensor | None = None  # of the last pass
         records = []
         for item in request.items:
             schedule = schedule_of(self.run, len(item.times), request.segment)
-            trajectory = _Trajectory(self, item, request.with_routing, schedule.trained)
+            trajectory = _Trajectory(self, item, request.with_routing, schedule.num_trained)
             for each in schedule.passes:
                 if loss is not None:
                     local.add(loss)
@@ -73,10 +73,10 @@ class Objective(nn.Module):
 
 
 class _Trajectory:
-    """The rollout of one micro-batch, from pass to pass."""
+    """The rollout of one micro-batch, and what its passes hand on to each other."""
 
     def __init__(self, objective: Objective, item: TrajectoryBatch, with_routing: bool, num_trained: int) -> None:
-        """num_trained: rollout steps with a backward, T or S of a segment."""
+        """num_trained: rollout steps with a backward: T, or the S steps of a segment."""
         self._model, self._run, self._item = objective.model, objective.run, item
         self._uses_x0_prev = objective.uses_x0_prev
         self._num_steps, self._num_trained = len(item.times), num_trained
@@ -86,33 +86,33 @@ class _Trajectory:
         self._mass_weight: Tensor | None = None  # (B, N) w
 
     def run(self, part: Pass) -> Tensor:
-        """Make the calls of a pass and return the loss of its backward, 0-d; nothing here holds its graph."""
+        """Make the calls of a pass and return the loss of its backward, 0-d. This object does not hold its graph."""
         terms: list[StepTerms] = []
         for call in part.calls:
-            terms += self._replay(call) if call.replayed else self._step(call)
+            terms += self._replay(call) if call.second_of_two else self._step(call)
         total = torch.stack([each.total for each in terms]).sum() / self._num_trained
         masses = [each.mass for each in terms if each.mass is not None]
         if not masses:
             return total
         mass = torch.stack(masses).sum(0)
-        if part.whole:
+        if part.has_all_steps:
             return total + self._run.loss.routing_weight * routing_loss(mass, self._item.saliency, self._run)
-        if self._mass_weight is None:  # A is known: all steps are run before the first backward
+        if self._mass_weight is None:  # A is complete: the first pass ran all steps
             self._mass_weight = mass_gradient(self._tally.mass, self._item.saliency, self._run)
         assert self._mass_weight is not None
         return total + self._num_steps / self._num_trained * (self._mass_weight * mass).sum()
 
     def record(self) -> StepRecord:
-        """Return the figures of the trajectory, when all passes are done."""
+        """Return the figures of the trajectory. Call it after the last pass."""
         return self._tally.record(self._item.saliency)
 
     def _step(self, call: ModelCall) -> Sequence[StepTerms]:
-        """Run one rollout step; returns its losses where they have a graph."""
+        """Run one rollout step; return its losses if they have a graph, else nothing."""
         (step,) = call.steps
         with torch.set_grad_enabled(call.graph):
-            mode = CallMode(recompute=call.recompute, for_losses=not call.rerun)
+            mode = CallMode(recompute=call.recompute, for_losses=not call.first_of_two)
             output = rollout_step(self._model, self._item, step, self._x0_prev, mode)
-            if call.rerun:
+            if call.first_of_two:
                 self._tally.add_mass(step_mass(output.routing, self._run))
                 self._replays[step] = replay(output, self._x0_prev)
                 terms = []
@@ -123,7 +123,7 @@ class _Trajectory:
         return terms if call.graph else []
 
     def _replay(self, call: ModelCall) -> Sequence[StepTerms]:
-        """Run steps again, in one batch, as the first pass had them."""
+        """Run steps a second time, as one batch, with the routing and x0_prev of their first run."""
         replays = [self._replays[step] for step in call.steps]
         return self._losses(replay_steps(self._model, self._item, call.steps, replays))
 

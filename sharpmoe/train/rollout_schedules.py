@@ -2,10 +2,12 @@
 
 A schedule is described once, here, as a list of passes. `Objective` executes it; FLOPs, the memory planner,
 `rollout.schedule: auto` and the warning about repeated gathers read it. To add one: write a function that returns its
-passes, give it a row in `SCHEDULES`, and its name and checks in `RolloutConfig`.
+passes and add a row to `SCHEDULES`; in `sharpmoe.config`, add its name and checks to `RolloutConfig` and its settings
+to `SCHEDULE_SETTINGS`.
 
-L_routing reaches the network only through A, a sum over steps. With w = dL_routing / dA known after a first pass, the
-gradient is the sum over steps of that of L(step) / T + sum(w A_step), and steps can be trained one by one.
+The gradient of L_routing reaches the network only through A, which is a sum over steps. Once all steps have been run, A
+and w = dL_routing / dA are known. The gradient of the trajectory is then the sum over steps of the gradient of
+L(step) / T + sum(w A_step), so each step can be trained by itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,32 +25,36 @@ class ModelCall:
     """One call of the model, on one rollout step or on several as one batch."""
 
     steps: range  # 0-based rollout steps
-    graph: bool  # leaves a graph, which the backward of its pass uses
-    rerun: bool = False  # its steps are run again later: now only x0_hat, the routing and A are needed, no losses
-    replayed: bool = False  # its steps were run before: the routing and x0_prev of then are used
-    recompute: bool = False  # blocks keep their inputs only and run again in the backward
+    graph: bool  # builds a graph, which the backward of its pass uses
+    first_of_two: bool = False  # its steps are run twice, this is the first run: x0_hat, routing and A, no losses
+    second_of_two: bool = False  # its steps are run twice, this is the second run: it reuses routing and x0_prev
+    recompute: bool = False  # blocks keep only their inputs and run again in the backward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Model calls in order, and one backward of all those that leave a graph."""
+    """Model calls in order, then one backward through the graphs of all of them.
+
+    has_all_steps: the graph contains all T steps, so that the backward differentiates L_routing itself. In other passes
+    it differentiates sum(w A_step), with w known from the first run of all steps.
+    """
 
     calls: tuple[ModelCall, ...]
-    whole: bool = False  # the graph of all T steps: L_routing itself is differentiated in it, elsewhere sum(w A_step)
+    has_all_steps: bool = False
 
     @property
-    def trained(self) -> int:
+    def num_trained(self) -> int:
         """Rollout steps with a graph."""
         return sum(len(call.steps) for call in self.calls if call.graph)
 
     @property
     def graph_calls(self) -> int:
-        """Model calls that leave a graph."""
+        """Model calls that build a graph."""
         return sum(call.graph for call in self.calls)
 
     @property
-    def quiet_calls(self) -> int:
-        """Model calls that leave none."""
+    def no_graph_calls(self) -> int:
+        """Model calls that build no graph."""
         return len(self.calls) - self.graph_calls
 
     @property
@@ -59,7 +65,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSchedule:
-    """How a micro-batch is trained. All counts are rollout steps of one trajectory unless they say otherwise."""
+    """How a micro-batch is trained. All counts are rollout steps of one trajectory unless stated otherwise."""
 
     name: str
     passes: tuple[Pass, ...]
@@ -70,19 +76,19 @@ class RolloutSchedule:
         return (call for each in self.passes for call in each.calls)
 
     @property
-    def trained(self) -> int:
-        """Steps with a backward: T, or S of a segment."""
-        return sum(each.trained for each in self.passes)
+    def num_trained(self) -> int:
+        """Steps with a backward: T, or the S steps of a segment."""
+        return sum(each.num_trained for each in self.passes)
 
     @property
     def forwards(self) -> int:
-        """Steps run, each as often as it is; without those recomputed in a backward."""
+        """Forwards of one step: a step that is run twice counts twice, recomputation in a backward does not count."""
         return sum(len(call.steps) for call in self.calls)
 
     @property
-    def rerun(self) -> int:
-        """Steps run twice: of the first runs, which leave out what only losses need, there are as many."""
-        return sum(len(call.steps) for call in self.calls if call.rerun)
+    def run_twice(self) -> int:
+        """Steps that are run twice. The first run of each omits what only losses need."""
+        return sum(len(call.steps) for call in self.calls if call.first_of_two)
 
     @property
     def recomputed(self) -> int:
@@ -92,7 +98,7 @@ class RolloutSchedule:
     @property
     def cost(self) -> int:
         """Cost in forwards of one step; a backward counts as two."""
-        return self.forwards + 2 * self.trained + self.recomputed
+        return self.forwards + 2 * self.num_trained + self.recomputed
 
     @property
     def model_uses(self) -> int:
@@ -103,11 +109,11 @@ class RolloutSchedule:
 def schedule_of(run: RunConfig, num_steps: int | None = None, segment: int | None = None) -> RolloutSchedule:
     """Describe how the run trains a rollout of `num_steps` steps (default: the run's).
 
-    segment: which of the T / S segments is trained; other schedules ignore it. The last by default: where it lies
-    changes nothing but the order of steps. Pretraining has one step, which needs no more than one graph.
+    segment: which of the T / S segments is trained, by default the last; schedules without segments ignore it. All
+    counts are the same for every segment. Pretraining has one step, for which a single graph is enough.
     """
     rollout = run.rollout
-    assert rollout.schedule != "auto"  # `check_schedule`
+    assert rollout.schedule != "auto", "resolve rollout.schedule: auto first; check_schedule reports it to users"
     name = rollout.schedule
     if run.stage == "pretrain" and not SCHEDULES[name].single_step:
         name = "plain"
@@ -125,19 +131,29 @@ def rollout_steps(run: RunConfig) -> int:
 
 
 def num_segments(run: RunConfig) -> int:
-    """Fixed segments of T / S steps of which each optimizer step trains one; 1 where all steps are trained."""
-    drawn = run.stage == "posttrain" and SCHEDULES[run.rollout.schedule].segmented
-    return run.rollout.num_steps // run.rollout.segment_steps if drawn else 1
+    """Return T / S, the number of segments of S steps each; 1 if the schedule trains all steps.
+
+    S is rollout.segment_steps. Each optimizer step trains one segment.
+    """
+    is_segmented = run.stage == "posttrain" and SCHEDULES[run.rollout.schedule].segmented
+    return run.rollout.num_steps // run.rollout.segment_steps if is_segmented else 1
 
 
 def with_schedule(run: RunConfig, **fields: Any) -> RunConfig:
-    """Return the run with another schedule, given as fields of `RolloutConfig`; settings of its own are reset."""
+    """Return the run with another schedule, given as fields of `RolloutConfig`.
+
+    The settings in `SCHEDULE_SETTINGS` that are not given get their defaults.
+    """
     unset = {key: RolloutConfig.model_fields[key].default for key in SCHEDULE_SETTINGS}
     return run.model_copy(update={"rollout": run.rollout.model_copy(update=unset | fields)})
 
 
 def schedule_overrides(name: str) -> list[str]:
-    """Return overrides of a run file that select a schedule and reset the settings of others, and merged_steps."""
+    """Return command-line overrides that select a schedule.
+
+    Settings that this schedule does not have get their defaults. So does merged_steps with every schedule: it is
+    optional, and not every router and micro-batch allows it (`check_schedule`).
+    """
     reset = [key for key, users in SCHEDULE_SETTINGS.items() if name not in users or key == "merged_steps"]
     defaults = {key: RolloutConfig.model_fields[key].default for key in reset}
     words = [f"--rollout.{key}={'null' if value is None else value}" for key, value in defaults.items()]
@@ -152,14 +168,17 @@ def all_schedules(run: RunConfig) -> list[RunConfig]:
 
 
 def exact_schedules(run: RunConfig) -> list[RunConfig]:
-    """Return the run under every exact schedule worth trying, the cheapest first; of equals, the simpler first."""
+    """Return the run under every exact schedule worth trying, in order of cost.
+
+    Of two with equal cost the simpler comes first: the sort is stable and `SCHEDULES` lists the simpler first.
+    """
     rows = {name: row for name, row in SCHEDULES.items() if row.single_step or run.stage == "posttrain"}
     runs = [with_schedule(run, schedule=name, **fields) for name, row in rows.items() for fields in row.tried(run)]
     return sorted(runs, key=lambda each: schedule_of(each).cost)
 
 
 def check_schedule(run: RunConfig, micro_batch: int) -> None:
-    """Raise ConfigError where the schedule cannot run on micro-batches of so many images; no communication."""
+    """Raise ConfigError if the schedule cannot run on micro-batches of `micro_batch` images. No communication."""
     model, merged = run.model, run.rollout.merged_steps
     if run.rollout.schedule == "auto":
         raise ConfigError("rollout.schedule is auto, which only launcher/train.py resolves; name a schedule here")
@@ -179,40 +198,48 @@ def check_schedule(run: RunConfig, micro_batch: int) -> None:
 
 
 def _one_graph(run: RunConfig, steps: int, trained: range, recompute: bool = False) -> tuple[Pass, ...]:
-    """All steps in one graph."""
+    """Run all steps in one graph."""
     calls = tuple(ModelCall(steps=_one(step), graph=True, recompute=recompute) for step in trained)
-    return (Pass(calls=calls, whole=True),)
+    return (Pass(calls=calls, has_all_steps=True),)
 
 
 def _recomputed_graph(run: RunConfig, steps: int, trained: range) -> tuple[Pass, ...]:
-    """All steps in one graph that holds the inputs of blocks only."""
+    """Run all steps in one graph that keeps only the inputs of blocks."""
     return _one_graph(run, steps, trained, recompute=True)
 
 
 def _one_by_one(trained: range) -> tuple[Pass, ...]:
-    """Each step is trained as soon as it is run."""
+    """Run each step and take its backward at once."""
     return tuple(Pass(calls=(ModelCall(steps=_one(step), graph=True),)) for step in trained)
 
 
 def _two_pass(run: RunConfig, steps: int, trained: range) -> tuple[Pass, ...]:
-    """Run all steps, then train each; without a routing loss nothing is known only at the end: one run is enough."""
+    """Run all steps, then run each again with a graph.
+
+    Without a routing loss no loss depends on later steps, so each step can be trained in its only run. merged_steps
+    still needs two runs: steps can share a batch only when their x0_prev are known.
+    """
     if not has_routing_loss(run) and run.rollout.merged_steps == 1:
         return _one_by_one(trained)
     return _first_and_second(run, steps, trained)
 
 
 def _first_and_second(run: RunConfig, steps: int, trained: range) -> tuple[Pass, ...]:
-    """Run all steps, keeping the graphs of the last of `trained`; then run those of `trained` before them again.
+    """Run all steps and keep the graphs of the last `steps_kept` of `trained`; then run the rest of `trained` again.
 
-    Of what is run again the first pass needs the routing and x0_hat only: losses and their heads wait for the second.
+    The first run of a step that is run twice computes only its routing and x0_hat; the second computes the losses and
+    the heads that they need.
     """
     kept = trained[len(trained) - run.rollout.steps_kept :]
     again = trained[: len(trained) - len(kept)]
-    first = tuple(ModelCall(steps=_one(step), graph=step in kept, rerun=step in again) for step in range(steps))
+    first = tuple(ModelCall(steps=_one(step), graph=step in kept, first_of_two=step in again) for step in range(steps))
     size = run.rollout.merged_steps
-    second = [ModelCall(steps=again[at : at + size], graph=True, replayed=True) for at in range(0, len(again), size)]
+    second = [
+        ModelCall(steps=again[at : at + size], graph=True, second_of_two=True) for at in range(0, len(again), size)
+    ]
     if kept:
         return (Pass(calls=first), *(Pass(calls=(call,)) for call in second))
+    # Every pass ends with a backward, but no call of the first run has a graph: the first of the second run joins it.
     return (Pass(calls=(*first, second[0])), *(Pass(calls=(call,)) for call in second[1:]))
 
 
@@ -221,39 +248,42 @@ def _one(step: int) -> range:
 
 
 class ScheduleRow(NamedTuple):
-    """A schedule of the table."""
+    """A row of the table of schedules."""
 
-    passes: Callable[[RunConfig, int, range], tuple[Pass, ...]]  # run, T, trained steps
-    typical: Callable[[int], dict[str, int]]  # settings with which a plan shows it, given T
-    tried: Callable[[RunConfig], list[dict[str, int]]]  # settings with which `auto` tries it, when there are any
-    single_step: bool = False  # of use in pretraining, which has one step
-    segmented: bool = False  # one of T / S segments is trained: an estimate
+    passes: Callable[[RunConfig, int, range], tuple[Pass, ...]]  # (run, T, steps to train) -> passes
+    typical: Callable[[int], dict[str, int]]  # T -> settings with which `launcher/plan.py` shows it
+    tried: Callable[[RunConfig], list[dict[str, int]]]  # settings with which `auto` tries it; empty: it does not
+    single_step: bool = False  # useful for a rollout of one step, as in pretraining
+    segmented: bool = False  # trains one of T / S segments, so that its gradient is an estimate
 
 
-def _proper_divisor(steps: int) -> int:
-    """Return the largest proper divisor of T: the longest segment."""
+def _longest_segment(steps: int) -> int:
+    """Return the largest proper divisor of T; 1 if T = 1."""
     return max(size for size in range(1, steps + 1) if steps % size == 0 and (size < steps or steps == 1))
 
 
 def _hybrids(run: RunConfig) -> list[dict[str, int]]:
-    """Every number of kept steps; one keeps what `two_pass` keeps and saves a forward, so it comes in its place."""
+    """Return all numbers of kept steps below T; none without a routing loss, when `hybrid` runs as `two_pass` does.
+
+    `auto` tries kept_steps 1 instead of `two_pass`: both keep the graph of one step at a time, and a forward is saved.
+    """
     return [{"kept_steps": kept} for kept in range(1, run.rollout.num_steps)] if has_routing_loss(run) else []
 
 
 SCHEDULES: dict[str, ScheduleRow] = {
     "plain": ScheduleRow(_one_graph, lambda steps: {}, lambda run: [{}], single_step=True),
     "checkpoint": ScheduleRow(_recomputed_graph, lambda steps: {}, lambda run: [{}], single_step=True),
-    # Without a routing loss it costs what `plain` costs.
+    # Tried only without a routing loss: then it costs what `plain` costs. With one, `hybrid` replaces it (`_hybrids`).
     "two_pass": ScheduleRow(_two_pass, lambda steps: {}, lambda run: [] if has_routing_loss(run) else [{}]),
     "hybrid": ScheduleRow(_two_pass, lambda steps: {"kept_steps": max(1, steps // 2)}, _hybrids),
     "segments": ScheduleRow(
-        _first_and_second, lambda steps: {"segment_steps": _proper_divisor(steps)}, lambda run: [], segmented=True
+        _first_and_second, lambda steps: {"segment_steps": _longest_segment(steps)}, lambda run: [], segmented=True
     ),
 }
 
 
 def _settings(run: RunConfig) -> Iterator[str]:
-    """Settings of the run's schedule that are part of its name."""
+    """Yield the settings of the run's schedule that are part of its name."""
     rollout = run.rollout
     if SCHEDULES[rollout.schedule].segmented:
         yield f"segment_steps {rollout.segment_steps}"

@@ -1,8 +1,8 @@
 """One optimizer step, from a batch of the stream to the update.
 
 `draw_trajectories` turns batches into trajectories with all randomness drawn; `train_step` runs them through the
-objective, exchanges the figures of the step once between ranks, updates the weights, and moves what moves once per
-step: thresholds, biases, the moving average.
+objective, exchanges the figures of the step between ranks in one all-reduce, and updates the weights and everything
+else that is updated once per step: thresholds, biases, the EMA.
 """
 
 import math
@@ -21,7 +21,7 @@ from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import TrajectoryBatch
-from sharpmoe.train.guard import Verdict, Watch, bad_loss, bad_norm, next_watch
+from sharpmoe.train.guard import Verdict, Watch, loss_fault, next_watch, norm_fault
 from sharpmoe.train.labels import check_label
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import num_segments
@@ -35,30 +35,31 @@ class StepResult(NamedTuple):
     """Figures of one optimizer step, the same on every rank except `terms`."""
 
     losses: dict[str, float]  # mean over the global batch
-    grad_norm: float  # before clipping; infinite where it is not finite
+    grad_norm: float  # before clipping; inf if it is not finite
     lr: float
-    routing: Tensor | None  # (MoE layers, 4 + E) float64 sums over the global batch, of a step `with_routing`
+    routing: Tensor | None  # (MoE layers, 4 + E) float64, `routing_sums` over the global batch; if `with_routing`
     verdict: Verdict
     watch: Watch  # for the next step
-    terms: Tensor  # (micro-batches, 5) float64 loss terms of this rank's own micro-batches
+    terms: Tensor  # (micro-batches, 5) float64, the fields of `LossTerms` for this rank's own micro-batches
 
 
 class _Exchange(NamedTuple):
     """Figures of a step after the one all-reduce."""
 
-    losses: Tensor  # (5,) float64, mean over micro-batches and ranks
-    thresholds: Tensor | None  # (MoE layers, E) float64, likewise
-    loads: Tensor | None  # (MoE layers, E) float64, likewise
-    routing: Tensor | None  # (MoE layers, 4 + E) float64, summed
+    losses: Tensor  # (5,) float64, the fields of `LossTerms`, mean over micro-batches and ranks
+    thresholds: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
+    loads: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
+    routing: Tensor | None  # (MoE layers, 4 + E) float64, `routing_sums` over micro-batches and ranks
 
 
 def draw_trajectories(
     batches: Sequence[Batch], empty_text: EmptyText, run: RunConfig, device: torch.device
 ) -> list[TrajectoryBatch]:
-    """Move a step's micro-batches to `device` and draw their noise, times and caption dropout.
+    """Copy a step's micro-batches to `device` and draw their noise, times and caption dropout.
 
     Each draw is keyed by (seed, position), so it is the same on any layout of ranks. stage pretrain: one logit-normal
-    time; posttrain: T descending times that start at first_time. Raises DataError; no communication.
+    time; posttrain: T descending times that start at first_time. Raises DataError if a sample has no label that the
+    model needs. No communication.
     """
     return [_draw(_to_device(batch, device), empty_text, run) for batch in batches]
 
@@ -72,11 +73,11 @@ def train_step(
     with_routing: bool,
     watch: Watch = Watch(),  # noqa: B008 (immutable)
 ) -> StepResult:
-    """Train on the micro-batches `items` as optimizer step `step` (from 0); move what moves once per step.
+    """Train on the micro-batches `items` as optimizer step `step` (from 0); update weights, EMA, thresholds and biases.
 
-    A step whose losses or gradient are not finite on any rank, or that spikes (see `guard`), is skipped on all:
-    parameters, optimizer, EMA, thresholds and biases stay what they were, bit for bit. Communicates: the engine's
-    collectives and one all-reduce of figures.
+    A step whose losses, thresholds or gradient are not finite on any rank, or whose gradient norm is a spike that
+    guard.skip_spikes excludes, is skipped on all ranks: parameters, optimizer, EMA, thresholds and biases keep their
+    values, bit for bit. Communicates: the engine's collectives and one all-reduce of figures.
     """
     run = objective.run
     engine.train()
@@ -86,21 +87,23 @@ def train_step(
     exchange = _exchange(answer.records, terms.mean(0), engine)
     losses = dict(zip(LossTerms._fields, exchange.losses.tolist(), strict=True))
     lr = _learning_rate(run.optim, step, run.train.steps)
-    fault = bad_loss(losses) or _bad_thresholds(exchange)
+    fault = loss_fault(losses) or _threshold_fault(exchange)
 
     def admit(norm: float) -> bool:
-        return not fault and not (run.guard.skip_spikes and bad_norm(norm, watch, run.guard))
+        return not fault and not (run.guard.skip_spikes and norm_fault(norm, watch, run.guard))
 
     norm, applied = engine.step(lr, admit)
     if applied:
-        _move(objective, ema, exchange)
+        _update_once_per_step(objective, ema, exchange)
+    # The norm of a step with another fault says nothing about the usual level; inf keeps it out of the moving average.
+    counted = math.inf if fault else norm
     return StepResult(
         losses=losses,
         grad_norm=norm,
         lr=lr,
         routing=exchange.routing,
-        verdict=Verdict(fault or bad_norm(norm, watch, run.guard), applied),
-        watch=next_watch(watch, math.inf if fault else norm, applied, run.guard),
+        verdict=Verdict(fault or norm_fault(norm, watch, run.guard), applied),
+        watch=next_watch(watch, counted, applied, run.guard),
         terms=terms,
     )
 
@@ -120,13 +123,13 @@ def _learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def _trained_segment(run: RunConfig, step: int) -> int:
-    """Which segment of the rollout is trained at optimizer step `step`; 0 where the schedule trains all steps."""
+    """Return the segment of the rollout that optimizer step `step` trains; 0 if the schedule trains all steps."""
     count = num_segments(run)
     return draws.rollout_block(run.seed, step, count) if count > 1 else 0
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move what the model reads; positions key draws made on the host and stay there."""
+    """Copy the tensors of a batch to `device`, except positions: they key random draws, which the host makes."""
     return batch._replace(
         latent=batch.latent.to(device),
         text=batch.text.to(device),
@@ -151,7 +154,10 @@ def _draw(batch: Batch, empty_text: EmptyText, run: RunConfig) -> TrajectoryBatc
 
 
 def _condition(batch: Batch, empty_text: EmptyText, run: RunConfig, dropped: Tensor) -> Condition:
-    """Condition of a batch with the `dropped` (B,) bool replaced by the empty caption, or by the null class."""
+    """Return the condition of a batch; images with `dropped` (B,) bool get the empty caption or the null class.
+
+    Raises DataError if the model is class-conditional and an image has no label, or one that the model does not know.
+    """
     if run.model.conditioning == "text":
         tokens, mask, pooled = (field.to(batch.latent.device) for field in empty_text)
         return TextCondition(
@@ -168,7 +174,10 @@ def _condition(batch: Batch, empty_text: EmptyText, run: RunConfig, dropped: Ten
 
 
 def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _Exchange:
-    """Average loss terms, threshold candidates and loads, add up routing sums: one float64 vector, one all-reduce."""
+    """Average loss terms, threshold candidates and loads, and add up routing sums, over micro-batches and ranks.
+
+    Communicates: one all-reduce of one float64 vector.
+    """
     thresholds = _mean([record.thresholds for record in records], terms)
     loads = _mean([record.loads for record in records], terms)
     sums = [record.routing for record in records if record.routing is not None]
@@ -186,18 +195,19 @@ def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _
 
 
 def _mean(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """Mean over micro-batches, float64; empty where there is nothing to average."""
+    """Return the mean over micro-batches in float64; an empty tensor if there is nothing to average."""
     present = [part.double() for part in parts if part is not None]
     return torch.stack(present).mean(0) if present else like.new_zeros(0)
 
 
-def _bad_thresholds(exchange: _Exchange) -> str:
-    good = exchange.thresholds is None or bool(exchange.thresholds.isfinite().all())
-    return "" if good else "an expert's threshold is not finite"
+def _threshold_fault(exchange: _Exchange) -> str:
+    """Return what is wrong with the threshold candidates; an empty string if they are finite."""
+    is_finite = exchange.thresholds is None or bool(exchange.thresholds.isfinite().all())
+    return "" if is_finite else "an expert's threshold is not finite"
 
 
-def _move(objective: Objective, ema: ShardEma, exchange: _Exchange) -> None:
-    """Move what moves once after an update: thresholds, biases, the moving average."""
+def _update_once_per_step(objective: Objective, ema: ShardEma, exchange: _Exchange) -> None:
+    """Update thresholds, biases and the EMA, after the optimizer has updated the weights."""
     optim, layers = objective.run.optim, objective.model.moe_layers()
     if exchange.thresholds is not None:
         update_thresholds([layer.expert_threshold for layer in layers], exchange.thresholds, optim.threshold_decay)

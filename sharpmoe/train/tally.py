@@ -1,4 +1,4 @@
-"""What is kept of a rollout: sums over its steps, so that the records of a step can be freed."""
+"""Accumulate the figures of a rollout as sums over its steps, so that the records of a step can be freed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,16 +14,19 @@ from sharpmoe.train.terms import LossTerms, StepTerms, routing_loss
 
 
 class StepRecord(NamedTuple):
-    """What is kept of a micro-batch, cut from the graph."""
+    """The figures of one micro-batch, detached."""
 
     terms: LossTerms  # of the whole trajectory
     thresholds: Tensor | None  # (MoE layers, E) threshold candidates of families with thresholds, mean over T
-    loads: Tensor | None  # (MoE layers, E) share of tokens that each expert took, where a bias balances them
-    routing: Tensor | None  # (MoE layers, 4 + E) `routing_sums` over T, where they are wanted
+    loads: Tensor | None  # (MoE layers, E) share of tokens that each expert took, if a bias balances the loads
+    routing: Tensor | None  # (MoE layers, 4 + E) `metrics.routing_sums` over T (4 scalars, E loads), if requested
 
 
 class Tally:
-    """Adds up the steps of one rollout; the mass of each step is added once, and the rest once."""
+    """Sums over the steps of one rollout. Each step calls `add_mass` once and `add` once.
+
+    A step that is run twice calls `add_mass` in the first run and `add` in the second.
+    """
 
     def __init__(self, run: RunConfig, with_routing: bool) -> None:
         self.run, self.with_routing = run, with_routing
@@ -35,13 +38,13 @@ class Tally:
         self._routing: Tensor | None = None
 
     def add_mass(self, mass: Tensor | None) -> None:
-        """Add a step's summand (B, N) of A; None where L_routing does not apply."""
+        """Add a step's summand (B, N) of A; None if L_routing does not apply."""
         if mass is not None:
             self.mass = mass.detach() if self.mass is None else self.mass + mass.detach()
 
     @torch.no_grad()
     def add(self, output: StepOutput, terms: StepTerms) -> None:
-        """Add the rest of a step, in any order of steps; nothing of its graph is kept."""
+        """Add the other figures of a step, detached. The order of steps is free."""
         terms, model = terms.detach(), self.run.model
         self._totals.append(terms.total)
         self._steps.append(torch.stack([terms.flow, terms.router, terms.heads]))
@@ -56,7 +59,7 @@ class Tally:
             self._routing = sums if self._routing is None else self._routing + sums
 
     def record(self, saliency: Tensor) -> StepRecord:
-        """Return the record of the whole trajectory, whose map is `saliency` (B, N)."""
+        """Return the record of the trajectory; `saliency` (B, N) is its map M."""
         flow, router, heads = torch.stack(self._steps).mean(0)
         routing, weight = torch.zeros_like(flow), self.run.loss.routing_weight
         if self.mass is not None:

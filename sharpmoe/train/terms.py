@@ -1,4 +1,4 @@
-"""What one optimizer step minimises: the losses of each rollout step, and L_routing of the whole trajectory."""
+"""What one optimizer step minimises: the losses of each rollout step, and L_routing of the trajectory."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from sharpmoe.rollout import StepOutput
 
 
 class LossTerms(NamedTuple):
-    """The loss and its parts before weighting, each 0-d, mean over the micro-batch and the rollout."""
+    """The loss and its parts before weighting: five 0-d tensors, mean over the micro-batch and the rollout."""
 
     total: Tensor
     flow: Tensor
     routing: Tensor
     router: Tensor  # the family's own loss on its router: one of `losses.ROUTER_LOSSES`, or zero
-    heads: Tensor  # heads beside the router: one of `losses.HEAD_LOSSES`, or zero
+    heads: Tensor  # loss of the family's heads beside the router: one of `losses.HEAD_LOSSES`, or zero
 
 
 class StepTerms(NamedTuple):
@@ -29,15 +29,15 @@ class StepTerms(NamedTuple):
     flow: Tensor
     router: Tensor
     heads: Tensor
-    mass: Tensor | None  # (B, N) the step's summand of A; None where L_routing does not apply
+    mass: Tensor | None  # (B, N) the step's summand of A; None if L_routing does not apply
 
     def detach(self) -> "StepTerms":
-        """Return the same, cut from the graph."""
+        """Return the same terms, detached."""
         return StepTerms(*(None if term is None else term.detach() for term in self))  # type: ignore[arg-type]
 
 
 def step_terms(output: StepOutput, run: RunConfig) -> StepTerms:
-    """Return the losses of one step of a rollout in training."""
+    """Return the losses of one step of a rollout in training, with their graph."""
     zero, records, weights = torch.zeros_like(output.flow), output.routing, run.loss
     router, heads, total = zero, zero, output.flow
     if records and run.model.router_loss is not None:
@@ -52,12 +52,12 @@ def step_terms(output: StepOutput, run: RunConfig) -> StepTerms:
 
 
 def step_mass(records: Sequence[Routing], run: RunConfig) -> Tensor | None:
-    """Return one step's summand of A (B, N); None where L_routing does not apply."""
+    """Return one step's summand of A (B, N); None if L_routing does not apply."""
     return losses.routing_mass(records, run.loss) if has_routing_loss(run) else None
 
 
 def has_routing_loss(run: RunConfig) -> bool:
-    """Whether the trajectory routing loss applies: not where all tokens get the same compute."""
+    """Whether the trajectory routing loss applies: in post-training, if tokens can get different amounts of compute."""
     return run.stage == "posttrain" and run.model.family.varies_compute and run.loss.routing_weight > 0
 
 
@@ -72,12 +72,12 @@ def fields_with_gradient(run: RunConfig) -> frozenset[str]:
 
 
 def routing_loss(mass: Tensor, saliency: Tensor, run: RunConfig) -> Tensor:
-    """Return L_routing of a trajectory (0-d, unweighted): A (B, N) summed over all steps, against the map M (B, N)."""
+    """Return L_routing of a trajectory (0-d, unweighted): its A (B, N), summed over all steps, against M (B, N)."""
     return losses.trajectory_routing(mass, saliency, run.loss, run.rollout.num_steps * run.model.num_moe_layers)
 
 
 def mass_gradient(mass: Tensor | None, saliency: Tensor, run: RunConfig) -> Tensor | None:
-    """Return w = routing_weight * dL_routing / dA (B, N) at a whole trajectory's A; None without a routing loss."""
+    """Return w = routing_weight * dL_routing / dA (B, N) at the A of all T steps; None without a routing loss."""
     if mass is None:
         return None
     with torch.enable_grad():

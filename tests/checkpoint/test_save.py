@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def train_during_a_save(world: World, run: RunConfig) -> Beside:
         for part in (*session.engine.state.masters(), *session.ema.shards):
             part.add_(1.0)
     after = session.engine.full_weights(session.objective.model, everywhere=True)
-    pending = session.checkpoints.ended() is None
+    pending = session.checkpoints.take_finished() is None
     go.set()
     outcome = session.checkpoints.wait()
     assert outcome is not None
@@ -70,23 +71,30 @@ def test_training_goes_on_while_a_save_is_written_and_does_not_reach_it(shards: 
         assert not identical(beside.written, beside.after_step)
 
 
+def test_save_does_not_lose_the_outcome_of_an_earlier_save() -> None:
+    checkpoints = object.__new__(save.Checkpoints)
+    checkpoints._running = Future()
+    with pytest.raises(AssertionError, match=r"call wait\(\) first"):
+        checkpoints.save(Progress(2, 16))
+
+
 FULL_AT, STEPS = 3, 5
 
 
 def train_with_a_full_disk(world: World, run: RunConfig, full: int) -> None:
     """Train; rank `full` cannot write more than 20 kB a file while it saves step 3."""
-    attempt = save.Checkpoints._attempt
+    write = save.Checkpoints._write
 
-    def limited(saver: save.Checkpoints, taken: Any, final: Path) -> Any:
+    def limited(saver: save.Checkpoints, taken: Any, draft: Path, final: Path) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == full and taken.progress.step == FULL_AT:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
-            return attempt(saver, taken, final)
+            write(saver, taken, draft, final)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    save.Checkpoints._attempt = limited  # type: ignore[method-assign]
+    save.Checkpoints._write = limited  # type: ignore[method-assign]
     loop.train(plan_for(run, world), world)
 
 

@@ -46,18 +46,18 @@ def calls_of(parts: Sequence[tuple[str, nn.Module]], model: Backbone, conditioni
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_whole_parts_hold_every_parameter_once(backbone: str, conditioning: str) -> None:
+def test_gathered_units_hold_every_parameter_once(backbone: str, conditioning: str) -> None:
     model = made(backbone, conditioning)
-    names = [f"{prefix}.{name}" for prefix, part in model.whole_parts() for name, _ in part.named_parameters()]
+    names = [f"{prefix}.{name}" for prefix, part in model.gathered_units() for name, _ in part.named_parameters()]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    assert all(model.get_submodule(name) is part for name, part in model.whole_parts())
+    assert all(model.get_submodule(name) is part for name, part in model.gathered_units())
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_first_part_embeds_both_latents_and_the_last_makes_the_output(backbone: str, conditioning: str) -> None:
     model = made(backbone, conditioning)
-    parts = model.whole_parts()
+    parts = model.gathered_units()
     used = calls_of(parts, model, conditioning)
     (first, _), (last, _) = parts[0], parts[-1]
     assert sorted(set(used)) == sorted(name for name, _ in parts)

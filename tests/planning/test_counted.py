@@ -117,9 +117,9 @@ def test_what_a_rollout_keeps(name: str, counted: dict[str, Counted], folder: Pa
     """Between the forward and the backward: the last graph of the last micro-batch, and the sum of what came before."""
     planner, estimate = planned(name, folder)
     last, activations = estimate.schedule.passes[-1], count_activations(planner.run, 4, text_tokens=4)
-    plan = (activations.inputs if last.recompute else activations.kept).at(last.trained) + estimate.memory.sums
+    plan = (activations.inputs if last.recompute else activations.kept).at(last.num_trained) + estimate.memory.sums
     if last.recompute:  # what torch's checkpoint keeps of the host's random numbers, on a host a figure of its own
-        plan += last.trained * planner.run.model.depth * torch.get_rng_state().numel()
+        plan += last.num_trained * planner.run.model.depth * torch.get_rng_state().numel()
     assert estimate.memory.sums > 0  # two micro-batches
     assert abs(plan - counted[name].kept) < 0.05 * counted[name].kept
 

@@ -21,7 +21,7 @@ from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train import loop
-from sharpmoe.train.guard import Watch, _spike_limit, bad_loss, bad_norm, next_watch
+from sharpmoe.train.guard import Watch, _spike_limit, loss_fault, next_watch, norm_fault
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.setup import RunPlan
 from sharpmoe.train.step import StepResult, train_step
@@ -222,11 +222,11 @@ def test_spikes_are_reported_but_taken_by_default() -> None:
     guard = GuardConfig(spike_window=3)
     watch = Watch()
     for norm in (1.0, 2.0, 3.0):
-        assert bad_norm(norm * 1000, watch, guard) == ""  # too young to judge
+        assert norm_fault(norm * 1000, watch, guard) == ""  # too young to judge
         watch = next_watch(watch, norm, True, guard)
     assert watch == Watch(2.0, 3, 0)
-    assert bad_norm(20.0, watch, guard) == ""
-    assert bad_norm(21.0, watch, guard) == "gradient norm 21 is 10.5 times its moving average 2"
+    assert norm_fault(20.0, watch, guard) == ""
+    assert norm_fault(21.0, watch, guard) == "gradient norm 21 is 10.5 times its moving average 2"
     assert not guard.skip_spikes
 
 
@@ -248,12 +248,12 @@ def test_a_change_of_level_is_followed() -> None:
     guard = GuardConfig(spike_window=10, spike_factor=4)
     watch = Watch(1.0, 10, 0)
     spikes = 0
-    while bad_norm(100.0, watch, guard):
+    while norm_fault(100.0, watch, guard):
         watch, spikes = next_watch(watch, 100.0, False, guard), spikes + 1
     assert 5 < spikes < 20
 
 
 def test_a_bad_loss_is_named_by_its_part() -> None:
-    assert bad_loss({"total": math.nan, "flow": 1.0, "routing": math.inf}) == "loss routing is not finite"
-    assert bad_loss({"total": math.inf, "flow": 1.0}) == "loss total is not finite"
-    assert bad_loss({"total": 1.0}) == ""
+    assert loss_fault({"total": math.nan, "flow": 1.0, "routing": math.inf}) == "loss routing is not finite"
+    assert loss_fault({"total": math.inf, "flow": 1.0}) == "loss total is not finite"
+    assert loss_fault({"total": 1.0}) == ""

@@ -36,8 +36,8 @@ class Seen(NamedTuple):
 
     steps: tuple[int, ...]
     graph: bool = False
-    rerun: bool = False
-    replayed: bool = False
+    first_of_two: bool = False
+    second_of_two: bool = False
     recompute: bool = False
 
 
@@ -45,7 +45,7 @@ def expected(schedule: RolloutSchedule) -> list[Seen]:
     """Calls and backwards in the order of the description, the last backward left out: it is the engine's."""
     seen = []
     for each in schedule.passes:
-        seen += [Seen(tuple(c.steps), c.graph, c.rerun, c.replayed, c.recompute) for c in each.calls]
+        seen += [Seen(tuple(c.steps), c.graph, c.first_of_two, c.second_of_two, c.recompute) for c in each.calls]
         seen.append(Seen(()))
     return seen[:-1]
 
@@ -63,7 +63,7 @@ def executed(run: RunConfig, segment: int, monkeypatch: pytest.MonkeyPatch) -> t
 
     def replay_steps(*args: Any) -> list[StepOutput]:
         outputs = replay(*args)
-        seen.append(Seen(tuple(args[2]), all(output.flow.requires_grad for output in outputs), replayed=True))
+        seen.append(Seen(tuple(args[2]), all(output.flow.requires_grad for output in outputs), second_of_two=True))
         return outputs
 
     def backward(local: LocalGradients, loss: Tensor) -> None:
@@ -113,15 +113,15 @@ def test_what_is_called_is_what_is_described(seed: int, monkeypatch: pytest.Monk
     assert blocks == len(list(schedule.calls)) + schedule.recomputed
     trained = [step for call in seen for step in call.steps if call.graph]
     assert sorted(trained) == sorted(set(trained))  # each once
-    assert len(trained) == schedule.trained
+    assert len(trained) == schedule.num_trained
 
 
 def test_random_runs_cover_every_schedule() -> None:
     runs = [random_run(random.Random(seed)) for seed in range(CASES)]
     assert {run.rollout.schedule for run in runs if run.stage == "posttrain"} == set(SCHEDULES)
     calls = [call for run in runs for call in schedule_of(run).calls]
-    assert {call.replayed for call in calls} == {call.recompute for call in calls} == {True, False}
-    assert any(call.replayed and len(call.steps) > 1 for call in calls)
+    assert {call.second_of_two for call in calls} == {call.recompute for call in calls} == {True, False}
+    assert any(call.second_of_two and len(call.steps) > 1 for call in calls)
 
 
 def test_a_segment_changes_where_graphs_are_and_no_count() -> None:
@@ -129,7 +129,7 @@ def test_a_segment_changes_where_graphs_are_and_no_count() -> None:
     first, last = schedule_of(run, segment=0), schedule_of(run)
     assert [call.steps for call in first.calls if call.graph] == [range(1, 2), range(1)]
     assert [call.steps for call in last.calls if call.graph] == [range(5, 6), range(4, 5)]
-    assert (first.forwards, first.trained, first.cost) == (last.forwards, last.trained, last.cost) == (7, 2, 11)
+    assert (first.forwards, first.num_trained, first.cost) == (last.forwards, last.num_trained, last.cost) == (7, 2, 11)
 
 
 def test_uses_of_the_model() -> None:

@@ -23,10 +23,10 @@ class Values(Protocol):
         ...
 
 
-def whole_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the parts that ZeRO-3 gathers whole, with their names in `module`, which holds backbones."""
+def gathered_units(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what ZeRO-3 gathers as one unit each, with names in `module`, whose children are backbones."""
     backbones = [(name, child) for name, child in module.named_children() if isinstance(child, Backbone)]
-    return [(f"{outer}.{name}", part) for outer, backbone in backbones for name, part in backbone.whole_parts()]
+    return [(f"{outer}.{name}", part) for outer, backbone in backbones for name, part in backbone.gathered_units()]
 
 
 def materialise(module: nn.Module, values: Values | None, ds_config: dict[str, Any], world: World) -> None:
@@ -39,7 +39,7 @@ def materialise(module: nn.Module, values: Values | None, ds_config: dict[str, A
         return
     assert values is not None
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    for prefix, part in whole_parts(module):
+    for prefix, part in gathered_units(module):
         for name, tensor, owner in _tensors(part):
             full = f"{prefix}.{name}"
             value = values(full, tensor.shape, local_experts(full, module))

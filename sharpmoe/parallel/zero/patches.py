@@ -32,7 +32,7 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from sharpmoe.errors import ConfigError
-from sharpmoe.parallel.zero.build import whole_parts
+from sharpmoe.parallel.zero.build import gathered_units
 
 Admit = Callable[[float], bool]  # gradient norm -> whether to take the step; must answer alike on every rank
 
@@ -69,7 +69,7 @@ def patch_optimizer(zero: Any, stage: int, parts_whole: bool) -> "_NormGate":
 
 def gather_parts_whole(module: nn.Module) -> bool:
     """Have ZeRO-3 gather embedders, blocks and the final layer each as one; return whether the module has any."""
-    parts = [part for _, part in whole_parts(module)]
+    parts = [part for _, part in gathered_units(module)]
     for part in parts:
         set_z3_leaf_module(part, True)
     return bool(parts)

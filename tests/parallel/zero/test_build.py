@@ -12,7 +12,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights, save_weights
 from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.parallel.zero.build import whole_parts
+from sharpmoe.parallel.zero.build import gathered_units
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.train.objective import Objective
 from tests.distributed import run_ranks
@@ -32,7 +32,7 @@ def built(world: World, run: RunConfig, stage: int, base: str | None) -> tuple[d
 
     engine = Engine(objective, run, plan_for(run, world, stage).ds_config, world, watched)
     largest = max(
-        part_elements(part, run.parallel.ep_size) for _, part in whole_parts(Objective(build_model(run.model), run))
+        part_elements(part, run.parallel.ep_size) for _, part in gathered_units(Objective(build_model(run.model), run))
     )
     return engine.full_weights(objective.model), max(peaks), largest
 
