@@ -15,6 +15,7 @@ from data_pipeline.prepare.finish import Summary
 from data_pipeline.prepare.ranks import Rank, device_of, rank_of
 from data_pipeline.prepare.recipe import POSTERIORS, Recipe, recipe_of
 from data_pipeline.prepare.write import Machine, prepare_shards
+from data_pipeline.sources.images import FITS
 from data_pipeline.sources.open import SourceOptions, open_source
 from launcher.bounds import POSITIVE, SHARE, Whole
 from launcher.command import Command
@@ -40,6 +41,8 @@ def _report(done: Summary, place: Rank) -> None:
     elif done.worked or place.rank == 0:
         for line in done.skipped_lines():
             print(line, file=sys.stderr)
+        for line in done.table:
+            print(line)
         print(done.line())
 
 
@@ -95,6 +98,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
 def _content_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the shards hold").add_argument
     add("--size", type=POSITIVE, default=64, help="images are cropped to a square and resized to this many pixels")
+    add("--fit", choices=FITS, default="crop", help="images of another shape: crop the centre, or pad with white")
     add(
         "--buckets",
         default="",

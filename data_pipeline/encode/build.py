@@ -36,6 +36,7 @@ class CodecKind(NamedTuple):
     create: Callable[[Identity, Iterable[Tensor], str], Codec]  # from a recipe, training images and a device
     restore: Callable[[Identity, Tensors, str], Codec]  # from an identity, the stored tensors and a device
     is_fitted: bool = False  # it is fitted to the training images, which one rank does for all
+    is_cached: bool = False  # its latents were made elsewhere
     has_std: bool = False  # it may have a standard deviation beside the mean
 
 
@@ -69,6 +70,7 @@ CODECS: dict[str, CodecKind] = {
         settings=lambda options: {"name": options["codec_name"]},
         create=lambda spec, _, device: CachedMoments(spec["name"], device),
         restore=lambda spec, _, device: CachedMoments(spec["name"], device),
+        is_cached=True,
         has_std=True,
     ),
     "pixel": CodecKind(

@@ -22,6 +22,13 @@ class TextStates(NamedTuple):
     pooled: Tensor  # (B, D_pooled) float32
 
 
+class CaptionLength(NamedTuple):
+    """How long a caption is, and how much of it an encoder takes."""
+
+    tokens: int
+    kept: int  # tokens at most; 0: not known
+
+
 class TextEncoder(ABC):
     """Captions to token states. A new one needs a row in `encode.build.ENCODERS`."""
 
@@ -33,6 +40,10 @@ class TextEncoder(ABC):
     @abstractmethod
     def encode(self, captions: list[str]) -> TextStates:
         """Encode captions, padded to the longest among them; the empty caption is allowed."""
+
+    def lengths(self, captions: list[str]) -> list[CaptionLength]:
+        """Return the tokens of every caption before it is cut; an encoder that cuts none need not say it."""
+        return [CaptionLength(0, 0)] * len(captions)
 
 
 class HashTextEncoder(TextEncoder):
@@ -52,13 +63,20 @@ class HashTextEncoder(TextEncoder):
 
     def encode(self, captions: list[str]) -> TextStates:
         """Encode one token per word, after a first one that marks the start of the caption."""
-        tokens = [["", *re.findall(r"\w+", caption.lower())][: self._max_length] for caption in captions]
+        tokens = [self._tokens(caption)[: self._max_length] for caption in captions]
         length = max(len(words) for words in tokens)
         states, mask = torch.zeros(len(tokens), length, self._width), torch.zeros(len(tokens), length, dtype=torch.bool)
         for row, words in enumerate(tokens):
             states[row, : len(words)] = torch.stack([self._vector(word) for word in words])
             mask[row, : len(words)] = True
         return TextStates(states, mask, mean_pool(states, mask))
+
+    def lengths(self, captions: list[str]) -> list[CaptionLength]:
+        return [CaptionLength(len(self._tokens(caption)), self._max_length) for caption in captions]
+
+    @staticmethod
+    def _tokens(caption: str) -> list[str]:
+        return ["", *re.findall(r"\w+", caption.lower())]
 
     def _vector(self, word: str) -> Tensor:
         key = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
@@ -85,6 +103,11 @@ class JoinedTextEncoder(TextEncoder):
     def identity(self) -> Identity:
         """The identities of the parts, and the way they are joined."""
         return {"kind": "joined", "along": self._along, "encoders": [part.identity for part in self._encoders]}
+
+    def lengths(self, captions: list[str]) -> list[CaptionLength]:
+        """Return those of the part that cuts most of each caption."""
+        parts = zip(*(part.lengths(captions) for part in self._encoders), strict=True)
+        return [max(found, key=lambda length: length.tokens - length.kept) for found in parts]
 
     def encode(self, captions: list[str]) -> TextStates:
         """Encode with every part, then join."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.encode.texts import TextEncoder, TextStates, mean_pool
+from data_pipeline.encode.texts import CaptionLength, TextEncoder, TextStates, mean_pool
 from data_pipeline.identity import Identity, first_line, hash_state
 from sharpmoe.errors import DataError
 
@@ -83,6 +83,10 @@ class TransformerTextEncoder(TextEncoder):
         states = self._states(output).float() * mask.bool()[..., None]
         pooled = self._pool(output, states, mask.bool())
         return TextStates(states.cpu(), mask.bool().cpu(), pooled.float().cpu())
+
+    def lengths(self, captions: list[str]) -> list[CaptionLength]:
+        tokens = self._tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        return [CaptionLength(len(ids), self._max_length) for ids in tokens]
 
     def _never_empty(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Give the empty caption one end mark where the tokenizer makes no token of it."""

@@ -19,6 +19,7 @@ from data_pipeline.encode.codecs import CachedLatent, Codec, Posterior
 from data_pipeline.encode.texts import TextEncoder, TextStates
 from data_pipeline.index import Places
 from data_pipeline.members import encode_json, encode_npy
+from data_pipeline.prepare.counts import Counts
 from data_pipeline.prepare.plan import Resolution
 from data_pipeline.prepare.recipe import Recipe
 from data_pipeline.prepare.survey import unreadable
@@ -49,6 +50,7 @@ class Encoded(NamedTuple):
     key: str
     members: dict[str, bytes]  # extension -> content
     text_length: int  # tokens of its longest caption
+    counts: Counts = Counts()
 
 
 class _DecodedBatch(NamedTuple):
@@ -62,7 +64,7 @@ class _DecodedBatch(NamedTuple):
 def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, int]) -> Iterator[_DecodedBatch]:
     """Decode in threads; every batch but the last holds `BATCH` images that could be read."""
     batch = _DecodedBatch([], [], [])
-    for item, picture in decoded_pictures(worker.source, items, image_size, worker.threads):
+    for item, picture in decoded_pictures(worker.source, items, image_size, worker.threads, worker.recipe.fit):
         if isinstance(picture, Skipped):
             batch.skipped.append(picture)
             continue
@@ -75,7 +77,7 @@ def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, in
 
 
 def decoded_pictures(
-    source: ImageSource, items: list[Item], size: tuple[int, int], threads: int
+    source: ImageSource, items: list[Item], size: tuple[int, int], threads: int, fit: str
 ) -> Iterator[tuple[Item, Picture | Skipped]]:
     """Yield items with their decoded images, in order; at most `_AHEAD` are in memory."""
     waiting: deque[tuple[Item, Future[Picture | Skipped]]] = deque()
@@ -83,17 +85,17 @@ def decoded_pictures(
     with ThreadPoolExecutor(threads) as pool:
         while True:
             for item in islice(left, _AHEAD - len(waiting)):
-                waiting.append((item, pool.submit(_try_load, source, item, size)))
+                waiting.append((item, pool.submit(_try_load, source, item, size, fit)))
             if not waiting:
                 return
             item, picture = waiting.popleft()
             yield item, picture.result()
 
 
-def _try_load(source: ImageSource, item: Item, size: tuple[int, int]) -> Picture | Skipped:
+def _try_load(source: ImageSource, item: Item, size: tuple[int, int], fit: str) -> Picture | Skipped:
     """Return the decoded image, or why it cannot be used. Raises DataError where the disk itself fails."""
     try:
-        picture = load_picture(source.read(item), size)
+        picture = load_picture(source.read(item), size, fit)
         return mirror(picture) if item.flip else picture
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
@@ -116,7 +118,19 @@ def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -
         if alpha is not None:
             arrays["foreground"] = token_mask(torch.from_numpy(alpha)[None], resolution.grid)[0]
         longest = max(len(arrays[_numbered("text", number)]) for number in range(len(item.captions)))
-        yield Encoded(item.key, _members(item, arrays), longest)
+        yield Encoded(item.key, _members(item, arrays), longest, _counted(worker.encoder, item, batch.pictures[row]))
+
+
+def _counted(encoder: TextEncoder, item: Item, picture: Picture) -> Counts:
+    lengths = encoder.lengths([text for text, _ in item.captions])
+    return Counts(
+        pictures=1,
+        enlarged=int(picture.enlarged),
+        captions=len(lengths),
+        cut=sum(length.tokens > length.kept for length in lengths),
+        longest=max(length.tokens for length in lengths),
+        kept=max(length.kept for length in lengths),
+    )
 
 
 def _latents(worker: Worker, items: list[Item], images: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.encode.build import build_codec, build_text_encoder
+from data_pipeline.prepare.counts import Counts, reason_of
 from data_pipeline.prepare.encoding import BATCH, Encoded, Worker, decoded_batches, encode_batch, write_tar
 from data_pipeline.prepare.plan import Resolution, bucket_resolutions, nearest_buckets, shard_plans
 from data_pipeline.prepare.ranks import Rank
@@ -18,7 +19,7 @@ from data_pipeline.prepare.recipe import Recipe, check_recipe
 from data_pipeline.prepare.survey import Catalog, survey
 from data_pipeline.prepare.write import Machine, bucket_report, training_images
 from data_pipeline.sources.images import UNREADABLE, upright_size
-from data_pipeline.sources.items import ImageSource, Skipped
+from data_pipeline.sources.items import ImageSource, Skipped, source_identity
 from sharpmoe.errors import DataError
 
 _SIZES_READ = 1000  # images whose size is read where there are no buckets
@@ -33,6 +34,7 @@ class _Trial(NamedTuple):
     size: float  # bytes per image in the tars
     text_length: int
     skipped: list[Skipped]
+    counts: Counts
 
 
 def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
@@ -41,7 +43,7 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
     Raises DataError as `prepare_shards` would, except that images that cannot be used are reported and not refused.
     """
     check_recipe(recipe)
-    digests = [unit.digest for unit in source.units()]
+    _, digests = source_identity(source, source.units())
     with tempfile.TemporaryDirectory() as folder:
         survey(source, Path(folder), digests, Rank(), read_sizes=bool(recipe.buckets), threads=machine.threads)
         catalog = Catalog(Path(folder), digests, recipe.limit)
@@ -57,7 +59,8 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
         return [
             *_counts(catalog),
             *_sizes(source, catalog),
-            *bucket_report(catalog, resolutions, chosen),
+            *bucket_report(catalog, resolutions, chosen, recipe.fit),
+            *(f"tried: {line}" for line in trial.counts.lines([entry.image for entry in resolutions], recipe.fit)),
             *_estimate(trial, len(catalog), shards, machine.place.size),
         ]
 
@@ -65,7 +68,7 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
 def _counts(catalog: Catalog) -> list[str]:
     counts = {name: int((catalog.split == code).sum()) for code, name in enumerate(catalog.split_names)}
     splits = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    reasons = Counter(entry.reason.replace(Path(entry.name).stem, "NAME") for entry in catalog.left_out())
+    reasons = Counter(reason_of(entry) for entry in catalog.left_out())
     left_out = [f"left out: {count} x {reason}" for reason, count in reasons.most_common(20)]
     return [f"{len(catalog)} of {catalog.total} pictures: {splits}", *left_out]
 
@@ -115,7 +118,7 @@ def _try(worker: Worker, catalog: Catalog, chosen: np.ndarray, resolutions: list
     size = (folder / "trial.tar").stat().st_size / len(samples)
     warm = len(samples) > BATCH
     seconds = (marks[-1] - marks[1 if warm else 0]) / (len(samples) - (BATCH if warm else 0))
-    return _Trial(seconds, size, longest, skipped)
+    return _Trial(seconds, size, longest, skipped, sum((sample.counts for sample in samples), Counts()))
 
 
 def _estimate(trial: _Trial, count: int, shards: int, ranks: int) -> list[str]:

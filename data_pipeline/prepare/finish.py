@@ -1,7 +1,9 @@
 """The last step of a preparation: the index of a folder whose shards are complete, and a summary of it."""
 
 import io
+import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from data_pipeline.index import (
     parse_table,
 )
 from data_pipeline.members import encode_json
+from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, write_counts
 from data_pipeline.prepare.encoding import Worker, text_arrays
 from data_pipeline.prepare.plan import Resolution, ShardPlan
 from data_pipeline.prepare.survey import Catalog
@@ -30,6 +33,7 @@ from sharpmoe.durable import remove_drafts, sha256_of, write_atomically
 from sharpmoe.errors import DataError
 
 SKIPPED_FILE = "skipped.jsonl"
+_COUNTS_FILE = "counts.json"
 WORK_FOLDER = ".work"
 _LISTED = 1000  # skipped images that the index itself names
 _SHOWN = 50  # skipped images that a summary names
@@ -44,6 +48,7 @@ class Summary:
     buckets: dict[str, Bucket] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)  # images of the source that the shards lack; the first 1000
     num_skipped: int = 0
+    table: list[str] = field(default_factory=list)  # lines: taken, left out for which reason, enlarged, cut
     worked: bool = True  # False where the folder was complete before
     complete: bool = True  # False where other ranks have not yet written their shards
 
@@ -51,7 +56,7 @@ class Summary:
         """Name the images that were left out, at most 50 of them."""
         lines = [f"skipped {entry.name}: {entry.reason}" for entry in self.skipped[:_SHOWN]]
         if self.num_skipped > _SHOWN:
-            lines.append(f"... {self.num_skipped} pictures in all, see {self.folder / SKIPPED_FILE}")
+            lines.append(f"... {self.num_skipped} in all, see {self.folder / SKIPPED_FILE}")
         return lines
 
     def line(self) -> str:
@@ -59,7 +64,7 @@ class Summary:
         splits = ", ".join(f"{name} {count}" for name, count in self.splits.items())
         state = "prepared" if self.worked else "was complete, nothing to do"
         latents = ", ".join(str(bucket.latent) for bucket in self.buckets.values())
-        return f"{self.folder}: {state}: {splits}; latents {latents}; {self.num_skipped} pictures skipped"
+        return f"{self.folder}: {state}: {splits}; latents {latents}; {self.num_skipped} left out"
 
 
 def complete_index(folder: Path) -> Index | None:
@@ -98,8 +103,14 @@ def refuse_bad_share(skipped: list[Skipped], count: int, total: int, allowed: fl
         )
 
 
+def counts_file(work: Path, shard: str) -> Path:
+    """Return the file with the counts of a shard, which lasts until the folder is complete."""
+    return work / f"{shard}.counts"
+
+
 def write_index(
     folder: Path,
+    work: Path,
     worker: Worker,
     catalog: Catalog,
     *,
@@ -131,6 +142,8 @@ def write_index(
         files={name: sha256_of(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
         skipped=[(entry.name, entry.reason) for entry in skipped[:_LISTED]],
     )
+    (folder / _COUNTS_FILE).unlink(missing_ok=True)
+    write_counts(folder / _COUNTS_FILE, sum((read_counts(counts_file(work, plan.name)) for plan in every), Counts()))
     write_atomically(folder / INDEX_FILE, index_bytes(index))
     remove_work_files(folder)
     return index
@@ -184,18 +197,27 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     return stream.getvalue()
 
 
-def summary_of(folder: Path, index: Index, worked: bool) -> Summary:
+def summary_of(folder: Path, index: Index, worked: bool, fit: str = "crop") -> Summary:
     """Summarise an index."""
     skipped = [Skipped(*entry) for entry in index.skipped]
-    count = len(skipped)
-    if count == _LISTED:
-        with (folder / SKIPPED_FILE).open("rb") as file:
-            count = sum(1 for _ in file)
+    every = skipped if len(skipped) < _LISTED else list(_read_skipped(folder / SKIPPED_FILE))
+    targets = [bucket.image for bucket in index.buckets.values()]
     return Summary(
         folder=folder,
         splits=index.splits,
         buckets=index.buckets,
         skipped=skipped,
-        num_skipped=count,
+        num_skipped=len(every),
+        table=[
+            *left_out_lines(every, sum(index.splits.values()), index.splits),
+            *read_counts(folder / _COUNTS_FILE).lines(targets, fit),
+        ],
         worked=worked,
     )
+
+
+def _read_skipped(path: Path) -> Iterator[Skipped]:
+    with path.open("rb") as file:
+        for line in file:
+            entry = json.loads(line)
+            yield Skipped(entry["name"], entry["reason"])

@@ -14,6 +14,7 @@ from data_pipeline.encode.codecs import ImageSize
 from data_pipeline.index import bucket_name
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog
+from data_pipeline.sources.images import is_enlarged
 from sharpmoe.errors import DataError
 
 _WIDEST = 3.0  # long side to short side, of a table made from a number of tokens
@@ -114,7 +115,9 @@ def nearest_buckets(pixels: np.ndarray, resolutions: list[Resolution]) -> np.nda
     return best
 
 
-def bucket_lines(resolutions: list[Resolution], chosen: np.ndarray, pixels: np.ndarray, train: np.ndarray) -> list[str]:
+def bucket_lines(
+    resolutions: list[Resolution], chosen: np.ndarray, pixels: np.ndarray, train: np.ndarray, fit: str = "crop"
+) -> list[str]:
     """Return one line per bucket: images, those of the training split, those that are enlarged; then a warning.
 
     Args:
@@ -122,12 +125,13 @@ def bucket_lines(resolutions: list[Resolution], chosen: np.ndarray, pixels: np.n
         chosen: (n,) indices into `resolutions`.
         pixels: (n, 2) heights and widths of the images, 0 where they were not read.
         train: (n,) bool, images of the training split.
+        fit: crop or pad.
     """
     lines, small = [], []
     for number, entry in enumerate(resolutions):
         here = chosen == number
         count, trained = int(here.sum()), int((here & train).sum())
-        enlarged = int((here & (pixels > 0).all(1) & (pixels < entry.image).any(1)).sum())
+        enlarged = int((here & (pixels > 0).all(1) & is_enlarged(pixels, entry.image, fit)).sum())
         tokens = f"{entry.grid[0]}x{entry.grid[1]} tokens"
         lines.append(f"bucket {entry.name} ({tokens}): {count} pictures, {trained} to train on, {enlarged} enlarged")
         if len(resolutions) > 1 and trained < _SMALL:

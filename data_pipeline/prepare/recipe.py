@@ -8,13 +8,14 @@ from typing import Any
 
 from data_pipeline.encode.build import CODECS, codec_settings, encoder_settings
 from data_pipeline.identity import Identity
+from data_pipeline.sources.images import FITS
 from sharpmoe.errors import DataError
 
 RECIPE_FILE = "recipe.json"
 POSTERIORS = ("mean", "std", "sample")
 _VERSION = 1
 _NOT_CONTENT = ("max_bad_share", "allow_missing")  # they decide whether there are shards, not what these hold
-_ADDED = ("buckets", "posterior", "flip_pair")  # newer than the first folders; left out at their default
+_ADDED = ("buckets", "posterior", "flip_pair", "fit")  # newer than the first folders; left out at their default
 
 
 def _default_codec() -> Identity:
@@ -40,6 +41,7 @@ class Recipe:
     buckets: str = ""  # "" one square, a number of tokens, or a list as 64x64,48x80 (H x W pixels)
     posterior: str = "mean"  # what is stored of an autoencoder's posterior: mean, std (and the mean), sample
     flip_pair: bool = False  # store the latent of the mirror image beside each latent
+    fit: str = "crop"  # images of another shape: crop, or pad with white
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
@@ -59,6 +61,7 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
                 "buckets",
                 "posterior",
                 "flip_pair",
+                "fit",
             )
         },
     )
@@ -72,7 +75,11 @@ def check_recipe(recipe: Recipe) -> None:
             raise DataError(f"{name} {value}: expected a whole number from 1 up")
     if recipe.posterior not in POSTERIORS:
         raise DataError(f"posterior {recipe.posterior!r}: expected {', '.join(POSTERIORS)}")
+    if recipe.fit not in FITS:
+        raise DataError(f"fit {recipe.fit!r}: expected {', '.join(FITS)}")
     kind = recipe.codec["kind"]
+    if recipe.fit != "crop" and kind in CODECS and CODECS[kind].is_cached:
+        raise DataError(f"fit {recipe.fit}: cached latents are those of cropped images; use --fit crop")
     if recipe.posterior != "mean" and kind in CODECS and not CODECS[kind].has_std:
         raise DataError(f"posterior {recipe.posterior}: codec {kind} has one latent per image; use posterior mean")
     for part in recipe.encoder.get("encoders", [recipe.encoder]):

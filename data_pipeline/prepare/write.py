@@ -36,6 +36,7 @@ from data_pipeline.encode.build import (
 from data_pipeline.encode.codecs import Codec
 from data_pipeline.index import INDEX_FILE, ShardTable, table_bytes
 from data_pipeline.members import encode_json
+from data_pipeline.prepare.counts import Counts, write_counts
 from data_pipeline.prepare.encoding import (
     Encoded,
     Worker,
@@ -48,6 +49,7 @@ from data_pipeline.prepare.finish import (
     WORK_FOLDER,
     Summary,
     complete_index,
+    counts_file,
     refuse_bad_share,
     remove_work_files,
     summary_of,
@@ -104,14 +106,14 @@ def prepare_shards(source: ImageSource, folder: Path, recipe: Recipe, machine: M
         index = complete_index(folder)
         if index is not None:
             remove_work_files(folder)  # a run may have been killed right after its index
-            return summary_of(folder, index, worked=False)
+            return summary_of(folder, index, worked=False, fit=recipe.fit)
         try:
             return _work(source, folder, recipe, machine, digests=digests, asked=asked)
         except FileNotFoundError:  # another rank has finished everything and removed our listings
             index = complete_index(folder)
             if index is None:
                 raise
-            return summary_of(folder, index, worked=False)
+            return summary_of(folder, index, worked=False, fit=recipe.fit)
 
 
 def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
@@ -139,14 +141,14 @@ def _work(
     worker = Worker(source, recipe, codec, build_text_encoder(recipe.encoder, machine.device), machine.threads)
     _record_recipe(folder, worker, asked)
     chosen = nearest_buckets(catalog.pixels, resolutions)
-    for line in bucket_report(catalog, resolutions, chosen):
+    for line in bucket_report(catalog, resolutions, chosen, recipe.fit):
         machine.say(line)
     every = shard_plans(catalog, resolutions, chosen, recipe.shard_samples)
-    _write_shards(folder, worker, catalog, plans_of_rank(every, machine.place), machine.progress)
+    _write_shards(folder, work, worker, catalog, plans_of_rank(every, machine.place), progress=machine.progress)
     if any(table_of(folder, plan.name) is None for plan in every):
         return Summary(folder=folder, complete=False)
-    index = write_index(folder, worker, catalog, source=asked["source"], every=every, resolutions=resolutions)
-    return summary_of(folder, index, worked=True)
+    index = write_index(folder, work, worker, catalog, source=asked["source"], every=every, resolutions=resolutions)
+    return summary_of(folder, index, worked=True, fit=recipe.fit)
 
 
 def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:
@@ -158,12 +160,12 @@ def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:
         raise DataError("the source holds no picture that can be used")
 
 
-def bucket_report(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray) -> list[str]:
+def bucket_report(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray, fit: str) -> list[str]:
     """Return lines that say what the buckets hold."""
     train = np.zeros(len(catalog), bool)
     if "train" in catalog.split_names:
         train = catalog.split == catalog.split_names.index("train")
-    return bucket_lines(resolutions, chosen, catalog.pixels, train)
+    return bucket_lines(resolutions, chosen, catalog.pixels, train, fit)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -202,7 +204,8 @@ def training_images(source: ImageSource, catalog: Catalog, recipe: Recipe, machi
     if "train" not in catalog.split_names:
         return
     rows = np.flatnonzero(catalog.split == catalog.split_names.index("train"))[:_FIT_IMAGES]
-    pictures = decoded_pictures(source, catalog.items(rows), (recipe.image_size, recipe.image_size), machine.threads)
+    size = (recipe.image_size, recipe.image_size)
+    pictures = decoded_pictures(source, catalog.items(rows), size, machine.threads, recipe.fit)
     shown = tqdm(pictures, "fitting the codec", len(rows), unit="image", disable=None if machine.progress else True)
     for _, picture in shown:
         if isinstance(picture, Picture):
@@ -220,26 +223,29 @@ def _record_recipe(folder: Path, worker: Worker, asked: dict[str, Any]) -> None:
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(folder: Path, worker: Worker, catalog: Catalog, mine: list[ShardPlan], progress: bool) -> None:
+def _write_shards(
+    folder: Path, work: Path, worker: Worker, catalog: Catalog, mine: list[ShardPlan], *, progress: bool
+) -> None:
     unreadable = list(catalog.bad())
     total = catalog.total + len(unreadable)
     count = sum(len(plan.rows) for plan in mine)
     with tqdm(total=count, desc="writing shards", unit="image", disable=None if progress else True) as bar:
         for plan in mine:
-            table = table_of(folder, plan.name) or _write_shard(folder, worker, catalog, plan)
+            table = table_of(folder, plan.name) or _write_shard(folder, work, worker, catalog, plan)
             bar.update(len(plan.rows))
             unreadable += [Skipped(*entry) for entry in table.skipped]
             refuse_bad_share(unreadable, len(unreadable), total, worker.recipe.max_bad_share)
 
 
-def _write_shard(folder: Path, worker: Worker, catalog: Catalog, plan: ShardPlan) -> ShardTable:
+def _write_shard(folder: Path, work: Path, worker: Worker, catalog: Catalog, plan: ShardPlan) -> ShardTable:
     """Write the tar, then its table: the table says that the tar is complete."""
     path = folder / f"{plan.name}.tar"
     skipped: list[tuple[str, str]] = []
     written = []
+    counts: list[Counts] = []
 
     def write(temporary: Path) -> None:
-        written.append(write_tar(temporary, _samples(worker, catalog, plan, skipped)))
+        written.append(write_tar(temporary, _samples(worker, catalog, plan, skipped, counts)))
 
     write_atomically(path, write)
     places, text_length = written[0]
@@ -252,13 +258,18 @@ def _write_shard(folder: Path, worker: Worker, catalog: Catalog, plan: ShardPlan
         samples=places,
         skipped=skipped,
     )
+    write_counts(counts_file(work, plan.name), sum(counts, Counts()))  # before the table, which says that all is done
     write_atomically(folder / f"{plan.name}.json", table_bytes(table))
     return table
 
 
-def _samples(worker: Worker, catalog: Catalog, plan: ShardPlan, skipped: list[tuple[str, str]]) -> Iterator[Encoded]:
-    """Yield the samples of a shard; images that cannot be read are added to `skipped`."""
+def _samples(
+    worker: Worker, catalog: Catalog, plan: ShardPlan, skipped: list[tuple[str, str]], counts: list[Counts]
+) -> Iterator[Encoded]:
+    """Yield the samples of a shard; images that cannot be read are added to `skipped`, the counts to `counts`."""
     for batch in decoded_batches(worker, catalog.items(plan.rows), plan.resolution.image):
         skipped += [(entry.name, entry.reason) for entry in batch.skipped]
         if batch.items:
-            yield from encode_batch(worker, plan.resolution, batch)
+            for sample in encode_batch(worker, plan.resolution, batch):
+                counts.append(sample.counts)
+                yield sample

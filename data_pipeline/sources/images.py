@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 # Other formats are never opened: Pillow passes some of them (EPS) to other programs, by the file's content alone.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_PIXELS = 64_000_000  # Pillow itself refuses only three times as many
+FITS = ("crop", "pad")
+_MAX_PROFILE = 4 << 20  # bytes of a colour profile that is applied
 _ORIENTATION = ExifTags.Base.Orientation
 # What Pillow raises for files that are damaged, truncated, far too large, or not images.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -22,10 +24,14 @@ class Picture(NamedTuple):
 
     pixels: np.ndarray  # (3, H, W) float32 in [-1, 1], composited on white
     alpha: np.ndarray | None  # (1, H, W) float32 in [0, 1]; None where the file has no transparency
+    enlarged: bool = False  # the file has fewer pixels than the trained resolution, each way
 
 
-def load_picture(source: Path | bytes, size: tuple[int, int]) -> Picture:
-    """Decode, turn upright, centre-crop to the shape of `size` (H, W), composite on white and resize to it.
+def load_picture(source: Path | bytes, size: tuple[int, int], fit: str = "crop") -> Picture:
+    """Decode, turn upright, convert to sRGB, fit to the shape of `size` (H, W), composite on white and resize to it.
+
+    `fit`: crop to the largest centred part of that shape, or pad: keep all of the image, with white bars at two sides,
+    which are transparent where the image has transparency (so a mask never marks them).
 
     Raises one of `UNREADABLE` where the file cannot be decoded. Compositing before resizing weighs colours by alpha,
     so the colours of transparent pixels have no effect. A file that is opaque everywhere has no alpha: its mask
@@ -33,7 +39,21 @@ def load_picture(source: Path | bytes, size: tuple[int, int]) -> Picture:
     """
     with _open(source) as opened:
         image = ImageOps.exif_transpose(opened)
-        image = _cropped(_to_eight_bit(image), size)
+        part = _cropped(_to_eight_bit(image), size) if fit == "crop" else _to_eight_bit(image)
+    image = _to_srgb(part)
+    inner = size if fit == "crop" else _inner(image, size)
+    enlarged = image.height < inner[0] or image.width < inner[1]
+    picture = _on_white(image, inner)._replace(enlarged=enlarged)
+    return picture if inner == size else _padded(picture, size)
+
+
+def is_enlarged(pixels: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
+    """Return whether images of (n, 2) heights and widths are enlarged to fit `size` (H, W): (n,) bool."""
+    smaller = pixels < size
+    return np.asarray(smaller.any(1) if fit == "crop" else smaller.all(1))
+
+
+def _on_white(image: Image.Image, size: tuple[int, int]) -> Picture:
     if not image.has_transparency_data:
         return Picture(_pixels(image.convert("RGB"), size), None)
     rgba = image.convert("RGBA")
@@ -55,7 +75,8 @@ def _open(source: Path | bytes) -> Image.Image:
 def mirror(picture: Picture) -> Picture:
     """Return the mirror image."""
     pixels = np.ascontiguousarray(picture.pixels[..., ::-1])
-    return Picture(pixels, None if picture.alpha is None else np.ascontiguousarray(picture.alpha[..., ::-1]))
+    alpha = None if picture.alpha is None else np.ascontiguousarray(picture.alpha[..., ::-1])
+    return picture._replace(pixels=pixels, alpha=alpha)
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
@@ -78,6 +99,50 @@ def upright_size(content: bytes) -> tuple[int, int]:
     with _open(content) as opened:
         sideways = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return (opened.width, opened.height) if sideways else (opened.height, opened.width)
+
+
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of Pillow, by the colour space of a profile
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert the colours of an image with a colour profile to sRGB; a profile that cannot be read is ignored."""
+    content = image.info.get("icc_profile")
+    if not content or len(content) > _MAX_PROFILE:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return image
+        space = profile.profile.xcolor_space.strip()
+        srgb = ImageCms.createProfile("sRGB")
+        if image.has_transparency_data or image.mode == "P":
+            rgba = image.convert("RGBA")
+            alpha = rgba.getchannel("A")
+            colours = ImageCms.profileToProfile(rgba.convert(_MODES[space]), profile, srgb, outputMode="RGB")
+            assert colours is not None
+            if image.has_transparency_data:
+                colours.putalpha(alpha)
+            return colours
+        converted = ImageCms.profileToProfile(image.convert(_MODES[space]), profile, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, KeyError, OSError, TypeError, ValueError):
+        return image
+    return image if converted is None else converted
+
+
+def _inner(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the largest size (H, W) within `size` that has the shape of the image."""
+    height, width = size
+    scale = min(height / image.height, width / image.width)
+    return max(1, min(height, round(image.height * scale))), max(1, min(width, round(image.width * scale)))
+
+
+def _padded(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Centre a picture in `size` (H, W): white around it, and transparent."""
+    _, height, width = picture.pixels.shape
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    around = ((0, 0), (top, size[0] - height - top), (left, size[1] - width - left))
+    alpha = None if picture.alpha is None else np.pad(picture.alpha, around)
+    return picture._replace(pixels=np.pad(picture.pixels, around, constant_values=1.0), alpha=alpha)
 
 
 def _cropped(image: Image.Image, size: tuple[int, int]) -> Image.Image:

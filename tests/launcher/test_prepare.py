@@ -48,7 +48,7 @@ def test_skipped_pictures_are_named(pictures: Path, tmp_path: Path, capsys: pyte
     output = capsys.readouterr()
     assert "skipped 7.jpg: unreadable" in output.err
     assert "skipped 8.jpg: no caption in 8.txt" in output.err
-    assert "2 pictures skipped" in output.out
+    assert "2 left out" in output.out
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_it_prepares_and_says_what_it_left_out(
     told = dict(line.removeprefix("skipped ").split(": ", 1) for line in output.err.splitlines() if "skipped" in line)
     assert told.keys() == REASONS.keys()
     assert all(told[name].startswith(reason) for name, reason in REASONS.items()), told
-    assert f"{len(REASONS)} pictures skipped" in output.out
+    assert f"{len(REASONS)} left out" in output.out
     listed = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
     assert {json.loads(line)["name"]: json.loads(line)["reason"] for line in listed} == told
     captions = {}

@@ -1,11 +1,12 @@
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.images import UNREADABLE, load_picture
+from data_pipeline.sources.images import UNREADABLE, is_enlarged, load_picture
 
 
 def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
@@ -104,3 +105,86 @@ def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
 def test_what_cannot_be_decoded_says_so(content: bytes) -> None:
     with pytest.raises(UNREADABLE):
         load_picture(content, (8, 8))
+
+
+def profile(name: str, *primaries: tuple[float, float, float]) -> bytes:
+    """An ICC profile (version 2) of three primaries in XYZ and a gamma of 2.2."""
+
+    def fixed(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    text = name.encode() + b"\0"
+    desc = b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78)
+    white = (0.9642, 1.0, 0.8249)
+    points = [b"XYZ \0\0\0\0" + b"".join(map(fixed, point)) for point in (white, *primaries)]
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256))
+    tags = dict(zip((b"desc", b"wtpt", b"rXYZ", b"gXYZ", b"bXYZ"), [desc, *points], strict=True))
+    tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    table, body, offset = b"", b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += tag + struct.pack(">II", offset + len(body), len(content))
+        body += content
+    head = struct.pack(">I4sI4s4s4s", offset + len(body), b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + b"".join(map(fixed, white))
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+RED, GREEN, BLUE = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+SWAPPED = profile("red and blue swapped", BLUE, GREEN, RED)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_profile_is_converted_to_srgb(mode: str) -> None:
+    image = Image.new("RGB", (8, 8), (250, 0, 0)).convert(mode)
+    if mode == "RGBA":
+        image.putpixel((0, 0), (0, 0, 0, 0))
+    plain = rgb(load_picture(encoded(image), (8, 8)).pixels)
+    seen = load_picture(encoded(image, icc_profile=SWAPPED), (8, 8))
+    assert rgb(seen.pixels)[2] == pytest.approx(plain[0], abs=2)
+    assert rgb(seen.pixels)[0] == pytest.approx(plain[2], abs=2)
+    assert (seen.alpha is not None) == (mode == "RGBA")
+
+
+@pytest.mark.parametrize("content", [b"no profile", profile("sRGB by another name", BLUE, GREEN, RED), SWAPPED[:200]])
+def test_srgb_and_broken_profiles_change_nothing(content: bytes) -> None:
+    image = Image.new("RGB", (8, 8), (250, 10, 10))
+    plain = load_picture(encoded(image), (8, 8)).pixels
+    assert (load_picture(encoded(image, icc_profile=content), (8, 8)).pixels == plain).all()
+
+
+def test_pad_keeps_the_whole_picture_on_white() -> None:
+    picture = load_picture(encoded(Image.new("RGB", (40, 10), "red")), (16, 16), "pad")
+    assert picture.pixels.shape == (3, 16, 16)
+    assert picture.alpha is None
+    assert (picture.pixels[:, :6] == 1).all()
+    assert (picture.pixels[:, 10:] == 1).all()
+    assert (picture.pixels[0, 6:10] == 1).all()
+    assert (picture.pixels[1:, 6:10] == -1).all()
+
+
+def test_pad_is_no_foreground_and_changes_nothing_where_the_shape_fits() -> None:
+    image = Image.new("RGBA", (10, 40), (255, 0, 0, 128))
+    alpha = load_picture(encoded(image), (16, 16), "pad").alpha
+    assert alpha is not None
+    assert (alpha[0, :, :6] == 0).all()
+    assert (alpha[0, :, 6:10] > 0.4).all()
+    square = encoded(Image.effect_noise((40, 40), 50))
+    assert (load_picture(square, (16, 16), "pad").pixels == load_picture(square, (16, 16)).pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "fit", "enlarged"),
+    [
+        ((16, 16), "crop", False),
+        ((15, 99), "crop", True),
+        ((99, 15), "crop", True),
+        ((15, 99), "pad", False),
+        ((15, 15), "pad", True),
+        ((16, 3), "pad", False),
+    ],
+)
+def test_enlarged_pictures_are_marked(image: tuple[int, int], fit: str, enlarged: bool) -> None:
+    size = (16, 16)
+    assert load_picture(encoded(Image.new("RGB", image)), size, fit).enlarged is enlarged
+    assert is_enlarged(np.array([image]), size, fit).tolist() == [enlarged]

@@ -1,0 +1,83 @@
+"""What happened to the pictures and captions that were taken: counted shard by shard, summed for the closing table."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data_pipeline.members import encode_json
+from data_pipeline.sources.items import Skipped
+from sharpmoe.durable import publish_once
+
+_REASONS = 20  # that a table lists
+_NUMBER = re.compile(r"(?<![\w.+-])\d+(?![\w.])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Sums over samples; `longest` and `kept` are maxima."""
+
+    pictures: int = 0
+    enlarged: int = 0  # pictures with fewer pixels than the target, each way
+    captions: int = 0
+    cut: int = 0  # captions with more tokens than the encoder takes
+    longest: int = 0  # tokens of the longest caption, before it is cut
+    kept: int = 0  # tokens that the encoder takes
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            pictures=self.pictures + other.pictures,
+            enlarged=self.enlarged + other.enlarged,
+            captions=self.captions + other.captions,
+            cut=self.cut + other.cut,
+            longest=max(self.longest, other.longest),
+            kept=max(self.kept, other.kept),
+        )
+
+    def lines(self, targets: Iterable[tuple[int, int]], fit: str) -> list[str]:
+        """Return lines of the closing table; `targets`: trained resolutions (H, W)."""
+        if not self.pictures:
+            return []
+        shown = ", ".join(f"{height}x{width}" for height, width in targets)
+        how = "cropped" if fit == "crop" else "padded with white"
+        ends = f"{self.cut or 'none'} of {self.captions} cut at {self.kept} tokens (--max-length)"
+        return [
+            f"enlarged  {self.enlarged} of {self.pictures} pictures are smaller than the target {shown} ({how})",
+            *([f"captions  {ends}; the longest has {self.longest}"] if self.kept else []),
+        ]
+
+
+def write_counts(path: Path, counts: Counts) -> None:
+    """Write the counts of a shard or of a folder, unless the file exists."""
+    publish_once(path, encode_json(dataclasses.asdict(counts)))
+
+
+def read_counts(path: Path) -> Counts:
+    """Return the counts in a file; zeros where it does not exist or is of another version."""
+    try:
+        return Counts(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return Counts()
+
+
+def left_out_lines(skipped: Iterable[Skipped], taken: int, splits: dict[str, int]) -> list[str]:
+    """Return the lines of the closing table that say what was taken, and what was left out for which reason."""
+    held = ", ".join(f"{name} {count}" for name, count in splits.items())
+    reasons = Counter(reason_of(entry) for entry in skipped)
+    lines = [f"taken     {taken} pictures: {held}", f"left out  {sum(reasons.values())}"]
+    lines += [f"          {count} x {reason}" for reason, count in reasons.most_common(_REASONS)]
+    more = len(reasons) - _REASONS
+    return [*lines, f"          ... and {more} further reasons"] if more > 0 else lines
+
+
+def reason_of(entry: Skipped) -> str:
+    """Return a reason without what differs from picture to picture: the name and the numbers of rows and bytes."""
+    stem = PurePosixPath(entry.name).stem
+    words = [
+        _NUMBER.sub("N", word.replace(f"{stem}.", "NAME.").replace(f"/{stem}", "/NAME"))
+        for word in entry.reason.split()
+    ]
+    return " ".join(words)

@@ -1,0 +1,85 @@
+"""The closing table of a preparation: taken, left out by reason, enlarged, captions cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, reason_of, write_counts
+from data_pipeline.sources.items import Skipped
+from launcher.prepare import main
+
+OPTIONS = ("--encoder", "hash", "--codec", "pixel", "--patch-size", "4", "--size", "16", "--shard-samples", "3")
+
+
+def pictures(folder: Path, *sizes: tuple[int, int]) -> Path:
+    folder.mkdir(parents=True)
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size, "red").save(folder / f"p{number}.png")
+        (folder / f"p{number}.txt").write_text("word " * (number + 1))
+    return folder
+
+
+def table(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.partition(" ") for line in lines if not line.startswith((" ", "/"))]
+    return {name: rest.strip() for name, _, rest in found}
+
+
+def test_the_table_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = pictures(tmp_path / "set", (16, 16), (15, 40), (40, 15), (90, 90), (15, 15))
+    (source / "p3.txt").unlink()
+    Image.new("RGB", (9, 9)).save(source / "q.png")
+    (source / "orphan.txt").write_text("x")
+    arguments = ["--source", str(source), "--out", str(tmp_path / "out"), *OPTIONS, "--max-length", "4"]
+    for _ in range(2):  # a folder that was complete says the same
+        assert main(arguments) == 0
+        found = table(capsys)
+        assert found["taken"].startswith("4 pictures: train ")
+        assert found["left"] == "out  3"
+        assert found["enlarged"] == "3 of 4 pictures are smaller than the target 16x16 (cropped)"
+        assert found["captions"] == "1 of 4 cut at 4 tokens (--max-length); the longest has 6"
+
+
+def test_reasons_are_grouped(tmp_path: Path) -> None:
+    entries = [Skipped(f"d/p{n}.png", f"no caption in p{n}.txt") for n in range(5)]
+    entries += [Skipped(f"{n}.png", f"row {n} of t7.csv has no caption") for n in range(3)]
+    assert left_out_lines(entries, 7, {"train": 6, "unseen": 1}) == [
+        "taken     7 pictures: train 6, unseen 1",
+        "left out  8",
+        "          5 x no caption in NAME.txt",
+        "          3 x row N of t7.csv has no caption",
+    ]
+    many = [Skipped("x", f"reason {'x' * n}") for n in range(1, 30)]
+    assert left_out_lines(many, 0, {})[-1] == "          ... and 9 further reasons"
+    assert reason_of(Skipped("a.png", "not a caption")) == "not a caption"
+
+
+def test_pad_enlarges_less_and_is_part_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = pictures(tmp_path / "set", (15, 40), (40, 15), (15, 15))
+    arguments = ["--source", str(source), *OPTIONS]
+    assert main([*arguments, "--out", str(tmp_path / "pad"), "--fit", "pad"]) == 0
+    assert table(capsys)["enlarged"] == "1 of 3 pictures are smaller than the target 16x16 (padded with white)"
+    assert json.loads((tmp_path / "pad" / "recipe.json").read_text())["request"]["fit"] == "pad"
+    assert main([*arguments, "--out", str(tmp_path / "pad")]) == 2
+    assert "was prepared with fit = 'pad'" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "crop")]) == 0
+    assert "fit" not in json.loads((tmp_path / "crop" / "recipe.json").read_text())["request"]
+
+
+def test_a_dry_run_tells_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = pictures(tmp_path / "set", (16, 16), (15, 40))
+    arguments = ["--source", str(source), "--out", str(tmp_path / "out"), *OPTIONS, "--max-length", "2", "--dry-run"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "tried: enlarged  1 of 2 pictures are smaller than the target 16x16" in told
+    assert "tried: captions  1 of 2 cut at 2 tokens" in told
+
+
+def test_counts_of_another_version_are_not_read(tmp_path: Path) -> None:
+    write_counts(tmp_path / "a", Counts(pictures=3, longest=9))
+    assert read_counts(tmp_path / "a") + Counts(pictures=1, longest=4) == Counts(pictures=4, longest=9)
+    (tmp_path / "b").write_text('{"other": 1}')
+    assert read_counts(tmp_path / "b") == read_counts(tmp_path / "none") == Counts()
+    assert Counts().lines([(16, 16)], "crop") == []
