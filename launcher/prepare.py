@@ -107,6 +107,8 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--patch-size", type=POSITIVE, default=2, help="patch size of the model, for the token grid")
     add("--codec", choices=("patch_pca", "autoencoder_kl", "pixel"), default="patch_pca", help="images to latents")
+    add("--like", metavar="PLACE", help="codec and text encoder exactly as there: weights (.safetensors) or shards")
+    add("--codec-from", metavar="PLACE", help="the fitted codec of weights or shards, instead of a new fit")
     add("--codec-name", default="stabilityai/sd-vae-ft-ema", help="autoencoder_kl: local folder or hub id")
     add("--posterior", choices=POSTERIORS, default="mean", help="autoencoder_kl: what is stored of its posterior")
     add("--flip-pair", action="store_true", help="store the latent of the mirror image beside each latent")

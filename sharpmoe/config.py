@@ -430,6 +430,7 @@ class CheckpointConfig(_Section):
     asynchronous: bool = True  # a thread writes while training goes on; costs a second copy of the state in host memory
     resume: str = "auto"  # auto | none | PATH of a checkpoint
     init: str | None = None  # weights file the model starts from (a converged base for stage: posttrain)
+    init_other_codec: bool = False  # accept data of another codec or text encoder than those of init
 
 
 class RunConfig(_Section):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from data_pipeline.encode.autoencoders import CachedMoments, KLAutoencoder
@@ -125,15 +125,32 @@ def load_codec(folder: str | Path, device: str = "cpu") -> Codec:
     """
     path = Path(folder) / CODEC_FILE
     try:
-        with safe_open(path, framework="pt") as file:
-            identity = json.loads((file.metadata() or {})["identity"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"{path}: not a codec file ({first_line(error)}); delete it and run launcher/prepare.py again as before"
-        ) from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise _no_codec(str(path), error) from None
+    return codec_of(*parse_codec(content, str(path)), device, str(path))
+
+
+def parse_codec(content: bytes, where: str) -> tuple[Identity, Tensors]:
+    """Return identity and tensors of a file that `codec_bytes` has made. Raises DataError, which names `where`."""
+    try:
+        size = int.from_bytes(content[:8], "little")
+        identity = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["identity"])
+        return dict(identity), load(content)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise _no_codec(where, error) from None
+
+
+def _no_codec(where: str, error: Exception) -> DataError:
+    return DataError(
+        f"{where}: not a codec file ({first_line(error)}); delete it and run launcher/prepare.py again as before"
+    )
+
+
+def codec_of(identity: Identity, tensors: Tensors, device: str = "cpu", where: str = "") -> Codec:
+    """Return the codec of an identity and stored tensors. Raises DataError where it is no longer the same."""
     codec = _codec_kind(identity["kind"]).restore(identity, tensors, device)
-    check_identity("codec", str(path), found=codec.identity, expected=identity)
+    check_identity("codec", where or str(identity["kind"]), found=codec.identity, expected=identity)
     return codec
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.encode.build import CODECS, codec_settings, encoder_settings
+from data_pipeline.encode.like import read_origin
 from data_pipeline.identity import Identity
 from data_pipeline.sources.images import FITS
 from sharpmoe.errors import DataError
@@ -14,7 +15,8 @@ from sharpmoe.errors import DataError
 RECIPE_FILE = "recipe.json"
 POSTERIORS = ("mean", "std", "sample")
 _VERSION = 1
-_NOT_CONTENT = ("max_bad_share", "allow_missing")  # they decide whether there are shards, not what these hold
+# They decide whether there are shards, not what these hold; the identity of a given codec holds a hash of it.
+_NOT_CONTENT = ("max_bad_share", "allow_missing", "given_codec")
 _ADDED = ("buckets", "posterior", "flip_pair", "fit")  # newer than the first folders; left out at their default
 
 
@@ -41,15 +43,18 @@ class Recipe:
     buckets: str = ""  # "" one square, a number of tokens, or a list as 64x64,48x80 (H x W pixels)
     posterior: str = "mean"  # what is stored of an autoencoder's posterior: mean, std (and the mean), sample
     flip_pair: bool = False  # store the latent of the mirror image beside each latent
+    given_codec: bytes | None = None  # a codec file that is used as it is, not fitted again; `codec` is its identity
     fit: str = "crop"  # images of another shape: crop, or pad with white
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
     """Return the recipe of the command-line options of launcher/prepare.py, by name. Raises DataError."""
+    codec, encoder, given = _latents_and_texts(options)
     return Recipe(
         image_size=options["size"],
-        codec=codec_settings(options),
-        encoder=encoder_settings(options),
+        codec=codec,
+        encoder=encoder,
+        given_codec=given,
         **{
             name: options[name]
             for name in (
@@ -65,6 +70,26 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
             )
         },
     )
+
+
+def _latents_and_texts(options: Mapping[str, Any]) -> tuple[Identity, Identity, bytes | None]:
+    """Return what a recipe says of codec and encoder, and the codec of `--like` or `--codec-from`, if there is one."""
+    name = "like" if options["like"] else "codec_from"
+    if not options[name]:
+        return codec_settings(options), encoder_settings(options), None
+    option = f"--{name.replace('_', '-')} {options[name]}"
+    if options["like"] and options["codec_from"]:
+        raise DataError(f"{option}: it takes the codec from there; leave out --codec-from")
+    origin = read_origin(options[name])
+    if options["moments"] or CODECS[origin.codec_identity["kind"]].is_cached:
+        raise DataError(f"{option}: cached latents have no codec to take over; use --moments with class folders")
+    if name == "codec_from":
+        return origin.codec_identity, encoder_settings(options), origin.codec
+    if options["encoder"]:
+        raise DataError(f"{option}: it takes the encoder from there; leave out --encoder, or use --codec-from")
+    if origin.encoder is None:
+        raise DataError(f"{option}: a codec file names no text encoder; use --codec-from, and --encoder")
+    return origin.codec_identity, origin.encoder, origin.codec
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ shard belongs to one rank by the hash of its contents, and the rank that finishe
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +27,17 @@ from tqdm import tqdm
 
 from data_pipeline.encode.build import (
     CODEC_FILE,
-    CODECS,
     build_codec,
     build_text_encoder,
     codec_bytes,
+    codec_of,
     load_codec,
+    parse_codec,
+    restore_text_encoder,
 )
 from data_pipeline.encode.codecs import Codec
+from data_pipeline.encode.like import is_fitted
+from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.index import INDEX_FILE, ShardTable, table_bytes
 from data_pipeline.members import encode_json
 from data_pipeline.prepare.counts import Counts, write_counts
@@ -138,7 +142,7 @@ def _work(
     images = partial(training_images, source, catalog, recipe, machine)
     codec = _codec(folder, work, recipe, machine, images)
     resolutions = bucket_resolutions(recipe.buckets, recipe.image_size, recipe.patch_size, codec.latent_shape)
-    worker = Worker(source, recipe, codec, build_text_encoder(recipe.encoder, machine.device), machine.threads)
+    worker = Worker(source, recipe, codec, text_encoder(recipe, machine.device), machine.threads)
     _record_recipe(folder, worker, asked)
     chosen = nearest_buckets(catalog.pixels, resolutions)
     for line in bucket_report(catalog, resolutions, chosen, recipe.fit):
@@ -187,16 +191,25 @@ def _codec(folder: Path, work: Path, recipe: Recipe, machine: Machine, images: C
     if (folder / RECIPE_FILE).exists() and (folder / CODEC_FILE).exists():
         return load_codec(folder, machine.device)
     fitted = work / CODEC_FILE
-    if _is_fitted(recipe) and machine.place.rank:
+    if is_fitted(recipe.codec) and machine.place.rank:
         wait(lambda: int(not fitted.exists()))
     if not fitted.exists():
-        publish_once(fitted, codec_bytes(build_codec(recipe.codec, images(), machine.device)))
+        publish_once(fitted, codec_bytes(new_codec(recipe, images(), machine.device)))
     return load_codec(work, machine.device)
 
 
-def _is_fitted(recipe: Recipe) -> bool:
-    kind = CODECS.get(recipe.codec["kind"])
-    return kind is not None and kind.is_fitted
+def new_codec(recipe: Recipe, images: Iterable[Tensor], device: str) -> Codec:
+    """Return the codec that a recipe names: the given one, or one that may be fitted to the images."""
+    if recipe.given_codec is None:
+        return build_codec(recipe.codec, images, device)
+    return codec_of(*parse_codec(recipe.given_codec, "the given codec"), device)
+
+
+def text_encoder(recipe: Recipe, device: str) -> TextEncoder:
+    """Return the encoder that a recipe names. Raises DataError where it has other weights than the recipe says."""
+    parts = recipe.encoder.get("encoders", [recipe.encoder])
+    restored = any("sha256" in part for part in parts)  # taken over from shards or weights
+    return restore_text_encoder(recipe.encoder, device) if restored else build_text_encoder(recipe.encoder, device)
 
 
 def training_images(source: ImageSource, catalog: Catalog, recipe: Recipe, machine: Machine) -> Iterator[Tensor]:

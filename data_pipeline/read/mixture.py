@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from data_pipeline.encode.codecs import Codec
 from data_pipeline.index import Bucket, Identity
 from data_pipeline.read.damage import Damage
 from data_pipeline.read.samples import Draw, Sample
@@ -76,6 +77,10 @@ class Mixture:
     def flaws(self) -> list[Damage]:
         """Return the flaws of whole shards found since the last call."""
         return [flaw for source in self.sources for flaw in source.flaws()]
+
+    def codec_object(self) -> Codec:
+        """Load the codec of all sources (see ShardSet.codec_object)."""
+        return self.sources[0].codec_object()
 
     def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the empty caption, padded like the texts of all sources (see ShardSet.empty_text)."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data_pipeline.encode.like import fitted_header, is_fitted, same_fit
 from data_pipeline.index import INDEX_FILE, Bucket
 from data_pipeline.read.mixture import Mixture, open_mixture
 from data_pipeline.read.shards import ShardSet
@@ -44,8 +45,12 @@ class RunData(NamedTuple):
     empty_text: EmptyText
 
     def origin(self) -> dict[str, str]:
-        """Return the identities of codec and text encoder, for the header of weights trained on these data."""
-        return {"codec": json.dumps(self.train.codec), "encoder": json.dumps(self.train.encoder)}
+        """Return the codec and text encoder of these data for the header of weights that are trained on them.
+
+        Their identities, and the numbers of a fitted codec. Raises DataError where the shards lack the codec.
+        """
+        found = {"codec": json.dumps(self.train.codec), "encoder": json.dumps(self.train.encoder)}
+        return found | (fitted_header(self.train.codec_object()) if is_fitted(self.train.codec) else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +124,12 @@ def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tup
     local = [Path(place) for place, _ in run.data.places if scheme_of(place) is None]
     missing = [folder for folder in local if not (folder / INDEX_FILE).is_file()]
     found += [f"{folder} is not prepared yet: not checked against the model" for folder in missing]
-    if not missing:
-        make_plan(run, ds_config, world)
+    data = None if missing else make_plan(run, ds_config, world).data.train
     init = run.checkpoint.init
     if init is not None and Path(init).is_file():
-        check_architecture(read_header(init)[0], run.model, init)
+        architecture, meta = read_header(init)
+        check_architecture(architecture, run.model, init)
+        found += _origin_notes(meta, data, run) if data is not None else ()
     elif init is not None:
         found.append(f"{init} is not there yet: not checked against the model")
     with torch.device("meta"):
@@ -241,27 +247,30 @@ def initial_model(plan: RunPlan) -> InitialModel:
     if init is None or plan.saved is not None:
         return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed), ())
     weights = StartingWeights(plan.run.model, plan.run.seed, init)
-    return InitialModel(
-        model, weights, _origin_notes(weights.meta, plan.data.origin(), init, plan.run.data.first_place)
-    )
+    return InitialModel(model, weights, _origin_notes(weights.meta, plan.data.train, plan.run))
 
 
-def _origin_notes(meta: Mapping[str, str], origin: Mapping[str, str], weights: str, shards: str) -> tuple[str, ...]:
-    """Compare the codec and encoder that weights were trained with to those of the shards (`Data.origin`).
+def _origin_notes(meta: Mapping[str, str], data: Mixture, run: RunConfig) -> tuple[str, ...]:
+    """Compare the codec and encoder in the header of the run's base with those of the shards.
 
-    Settings must agree (DataError). A fitted part that differs in its numbers alone is a note: another processor may
-    have rounded the same fit differently. Weights without an origin pass.
+    Raises DataError where they differ, unless the run accepts it; then it is a note. The same fit with other rounding,
+    as another processor gives it, is a note too. Weights without an origin pass.
     """
     notes = []
-    for what in ("codec", "encoder"):
-        if what not in meta:
-            continue
-        there, here = json.loads(meta[what]), json.loads(origin[what])
+    for what, here in (("codec", data.codec), ("encoder", data.encoder)):
+        there = json.loads(meta[what]) if what in meta else here
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) == here.get(key):
                 continue
-            difference = f"{weights}: trained with {what} {key} {there.get(key)!r}, {shards} has {here.get(key)!r}"
-            if key != "sha256":
-                raise DataError(f"{difference}; prepare the data with the {what} of the weights")
-            notes.append(f"{difference}: the same settings, another fit; see that the loss of the first step is low")
+            weights, shards = run.checkpoint.init, run.data.first_place
+            found = f"{weights}: trained with {what} {key} {there.get(key)!r}, {shards} has {here.get(key)!r}"
+            if key == "sha256" and is_fitted(data.codec) and what == "codec" and same_fit(meta, data.codec_object()):
+                notes.append(f"{found}: the same fit, rounded differently")
+            elif run.checkpoint.init_other_codec:
+                notes.append(f"{found}: accepted by checkpoint.init_other_codec; the base has to learn them anew")
+            else:
+                raise DataError(
+                    f"{found}, so the base would not understand these latents or texts; prepare the data with "
+                    f"`launcher/prepare.py --like {weights}`, or accept it with --checkpoint.init_other_codec true"
+                )
     return tuple(notes)

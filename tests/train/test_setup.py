@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from data_pipeline.encode.like import fitted_header
+from data_pipeline.encode.patch_pca import PatchPCA
 from launcher.train import main
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.evaluation.held_out import Share
@@ -96,15 +98,47 @@ def test_a_run_starts_from_its_base(shards: Path, tmp_path: Path) -> None:
         initial_model(plan_for(other, ALONE))
 
 
-def test_weights_of_another_codec_are_refused_and_another_fit_is_noted() -> None:
-    codec = {"kind": "patch_pca", "channels": 16, "sha256": "a"}
-    here = {"codec": json.dumps(codec), "encoder": json.dumps({"kind": "hash"})}
-    assert _origin_notes({}, here, "w", "s") == ()
-    assert _origin_notes(here, here, "w", "s") == ()
-    (note,) = _origin_notes({"codec": json.dumps(codec | {"sha256": "b"})}, here, "w", "s")
-    assert "another fit" in note
-    with pytest.raises(DataError, match="w: trained with codec channels 8, s has 16"):
-        _origin_notes({"codec": json.dumps(codec | {"channels": 8})}, here, "w", "s")
+def test_weights_of_another_codec_are_refused_unless_accepted(shards: Path, tmp_path: Path) -> None:
+    init = str(tmp_path / "w")
+    run = make_run(shards, tmp_path, checkpoint={"init": init})
+    accepting = make_run(shards, tmp_path, checkpoint={"init": init, "init_other_codec": True})
+    data = plan_for(run, ALONE).data.train
+    here = plan_for(run, ALONE).data.origin()
+    assert _origin_notes({}, data, run) == ()
+    assert _origin_notes(here, data, run) == ()
+    for what, changes in (("codec", {"sha256": "b"}), ("codec", {"channels": 8}), ("encoder", {"width": 64})):
+        meta = {key: value for key, value in here.items() if key != "codec_file"}
+        meta[what] = json.dumps(json.loads(here[what]) | changes)
+        with pytest.raises(DataError, match=rf"w: trained with {what} .*prepare.py --like .*w`, or accept it"):
+            _origin_notes(meta, data, run)
+        (note,) = _origin_notes(meta, data, accepting)
+        assert "accepted by checkpoint.init_other_codec" in note
+
+
+def test_the_same_fit_with_other_rounding_is_noted(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, checkpoint={"init": "w"})
+    plan = plan_for(run, ALONE)
+    codec = plan.data.train.codec_object()
+    assert isinstance(codec, PatchPCA)
+    rounded = PatchPCA(codec.patch, codec.whiten, codec.mean, codec.basis, codec.scale * (1 + 1e-6))
+    meta = plan.data.origin() | {"codec": json.dumps(rounded.identity)} | fitted_header(rounded)
+    (note,) = _origin_notes(meta, plan.data.train, run)
+    assert "rounded differently" in note
+    other = PatchPCA(codec.patch, codec.whiten, codec.mean, codec.basis, codec.scale * 1.1)
+    meta = plan.data.origin() | {"codec": json.dumps(other.identity)} | fitted_header(other)
+    with pytest.raises(DataError, match="trained with codec sha256"):
+        _origin_notes(meta, plan.data.train, run)
+
+
+def test_a_dry_run_refuses_data_of_another_fit(shards: Path, tmp_path: Path) -> None:
+    base = make_run(shards, tmp_path, model={"saliency_router": False})
+    meta = plan_for(base, ALONE).data.origin()
+    meta["codec"] = json.dumps(json.loads(meta["codec"]) | {"sha256": "b"})
+    path = tmp_path / "base.safetensors"
+    save_weights(path, stirred_model(base).state_dict(), base.model, {key: meta[key] for key in ("codec", "encoder")})
+    run = make_run(shards, tmp_path, checkpoint={"init": str(path)})
+    with pytest.raises(DataError, match="--like"):
+        rehearse(run, resolve_ds_config(CONFIGS / "zero2.json", run, 1), ALONE)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Codec and text encoder of something that exists: prepared shards, or weights that were trained on them.
+
+Latents of another fit are another basis: a base that sees them is no better than noise. So weights files keep the
+fitted numbers of their codec in the header, beside the identities of codec and encoder.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data_pipeline.encode.build import CODEC_FILE, CODECS, codec_bytes, codec_of, parse_codec
+from data_pipeline.encode.codecs import Codec
+from data_pipeline.identity import Identity, first_line
+from sharpmoe.errors import DataError
+
+FITTED_KEY = "codec_file"  # of a weights file's header: the codec's safetensors file in base64
+_CLOSE = 1e-3  # two fits to the same images differ by rounding at most so much, relative to the largest number
+
+
+class Origin(NamedTuple):
+    """The codec and the text encoder of shards or weights."""
+
+    codec: bytes  # a safetensors file, as `codec_bytes` makes it
+    codec_identity: Identity
+    encoder: Identity | None  # None where the place does not name it
+
+
+def fitted_header(codec: Codec) -> dict[str, str]:
+    """Return the entry of a weights file's header that keeps a fitted codec; none for a codec that is not fitted."""
+    return {FITTED_KEY: base64.b64encode(codec_bytes(codec)).decode()} if is_fitted(codec.identity) else {}
+
+
+def is_fitted(codec: Identity) -> bool:
+    """Return whether a codec of this kind is fitted to images, so that its identity alone does not make it again."""
+    kind = CODECS.get(codec["kind"])
+    return kind is not None and kind.is_fitted
+
+
+def same_fit(header: Mapping[str, str], codec: Codec) -> bool:
+    """Return whether the codec that a weights file's header keeps gives the latents of `codec`, up to rounding.
+
+    False where the header keeps none.
+    """
+    content = _decoded(header, "weights")
+    if content is None:
+        return False
+    _, stored = parse_codec(content, "weights")
+    found = codec.tensors()
+    return stored.keys() == found.keys() and all(_close(stored[name], tensor) for name, tensor in found.items())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= _CLOSE * other.abs().max())
+
+
+def read_origin(place: str | Path) -> Origin:
+    """Read the codec and the encoder of a folder of shards, a weights file, or a codec.safetensors.
+
+    Raises DataError where the place is none of these, or does not hold the numbers of a fitted codec.
+    """
+    path = Path(place)
+    if path.is_dir():
+        return _of_folder(path)
+    if not path.is_file():
+        raise DataError(f"{path}: not there; {_EXPECTED}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a safetensors file ({first_line(error)}); {_EXPECTED}") from None
+    if "identity" in header:
+        return _origin(path.read_bytes(), str(path), None)
+    if "codec" not in header or "encoder" not in header:
+        raise DataError(f"{path}: does not say with which codec it was trained; {_EXPECTED}")
+    return _of_weights(header, str(path))
+
+
+_EXPECTED = "expected a folder of prepared shards, or weights that were trained here (.safetensors)"
+
+
+def _of_folder(folder: Path) -> Origin:
+    try:
+        encoder = json.loads((folder / "index.json").read_bytes())["encoder"]
+        content = (folder / CODEC_FILE).read_bytes()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{folder}: not a complete folder of prepared shards; {_EXPECTED}") from None
+    return _origin(content, str(folder / CODEC_FILE), encoder)
+
+
+def _of_weights(header: Mapping[str, str], where: str) -> Origin:
+    identity, encoder = json.loads(header["codec"]), json.loads(header["encoder"])
+    content = _decoded(header, where)
+    if content is not None:
+        return _origin(content, where, encoder)
+    if is_fitted(identity):
+        raise DataError(
+            f"{where}: holds only the hash of its codec (an older version wrote it); name the folder of shards that it "
+            "was trained on instead"
+        )
+    return Origin(codec_bytes(codec_of(identity, {}, "cpu")), identity, encoder)
+
+
+def _origin(content: bytes, where: str, encoder: Identity | None) -> Origin:
+    identity, tensors = parse_codec(content, where)
+    if is_fitted(identity):
+        codec_of(identity, tensors, "cpu", where)  # the numbers are those of the identity
+    return Origin(content, identity, encoder)
+
+
+def _decoded(header: Mapping[str, str], where: str) -> bytes | None:
+    try:
+        return base64.b64decode(header[FITTED_KEY], validate=True) if FITTED_KEY in header else None
+    except (binascii.Error, ValueError):
+        raise DataError(f"{where}: the codec in its header is damaged; export the weights again") from None
