@@ -25,7 +25,7 @@ class TextCondition(NamedTuple):
     """Text-conditional input."""
 
     tokens: Tensor  # (B, L, D_text) token states
-    mask: Tensor  # (B, L) bool, True where a token is real
+    mask: Tensor  # (B, L) bool, True for real tokens, False for padding
     pooled: Tensor  # (B, D_pooled)
 
 

@@ -19,7 +19,7 @@ class LossTerms(NamedTuple):
     flow: Tensor
     routing: Tensor
     router: Tensor  # the family's own loss on its router: one of `losses.ROUTER_LOSSES`, or zero
-    heads: Tensor  # loss of the family's heads beside the router: one of `losses.HEAD_LOSSES`, or zero
+    heads: Tensor  # loss of heads other than the router's: one of `losses.HEAD_LOSSES`, or zero
 
 
 class StepTerms(NamedTuple):
