@@ -89,7 +89,7 @@ class Checkpoints:
         self._running: Future[Outcome] | None = None
 
     def load(self, saved: Manifest) -> None:
-        """Bring the run to the state of a checkpoint that is intact and fits the run. Communicates; see `load_checkpoint`."""
+        """Load the state of a checkpoint that is intact and fits the run. Communicates; see `load_checkpoint`."""
         load.load_checkpoint(saved, self._contents)
 
     def begin(self, progress: Progress) -> Outcome | None:
