@@ -22,7 +22,7 @@ from sharpmoe.checkpoint.state import Contents, StateReader
 from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.model.weights import check_architecture
+from sharpmoe.model.weights import check_architecture, check_finite
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.parallel.zero.partitions import EMA, fill_pieces
 
@@ -157,7 +157,9 @@ def _load_buffers(model: Backbone, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(file.get_tensor(name))
+                value = file.get_tensor(name)
+                check_finite(name, value, str(path), "resume from an earlier checkpoint")
+                buffer.copy_(value)
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error

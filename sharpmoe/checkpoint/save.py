@@ -1,8 +1,9 @@
 """The checkpoints of a run: what the trainer calls to save and load, and saving while training goes on.
 
 A save copies the state to the host between two steps; then a thread writes it to a hidden folder: every rank's pieces
-and both weights files, each flushed and hashed into the manifest. When all files are on the disk, the folder is renamed
-to step<N>, and then `latest` is set to it. If a run ends before that, the previous checkpoint is still valid.
+and both weights files, each flushed and hashed into the manifest; weights that are not finite are an error. When all
+files are on the disk, the folder is renamed to step<N>, and then `latest` is set to it. If a run ends before that, the
+previous checkpoint is still valid.
 """
 
 import os
@@ -27,11 +28,12 @@ from sharpmoe.checkpoint.state import Contents, state_file, write_state
 from sharpmoe.checkpoint.weights import gather_table, whole_tensors
 from sharpmoe.config import CheckpointConfig
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.weights import weight_specs, weights_writer
+from sharpmoe.model.weights import check_finite, weight_specs, weights_writer
 from sharpmoe.parallel.ranks.background import HostCopies, SideGroup
 from sharpmoe.parallel.zero.partitions import EMA, MASTER, Partitions, Piece
 
 _NICENESS = 10  # of the thread that writes: on a host without idle cores, training has priority
+_NOT_FINITE = "lower optim.lr, and go on from an earlier checkpoint or start again"
 _WEIGHTS = {"live": MASTER, "ema": EMA}  # weights files -> the kind of partitions that they are assembled from
 
 
@@ -207,6 +209,7 @@ class Checkpoints:
                 ):
                     for name, tensor in tensors:
                         if writer is not None and tensor is not None:
+                            check_finite(name, tensor, f"{self._root}: step {progress.step} is not saved", _NOT_FINITE)
                             writer.write(name, tensor)
             finally:
                 for _ in tensors:  # after a failed write the other ranks still send

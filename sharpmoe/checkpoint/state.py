@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.model.weights import SafetensorsWriter, TensorSpec
+from sharpmoe.model.weights import SafetensorsWriter, TensorSpec, check_finite
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.partitions import Piece
+from sharpmoe.parallel.zero.partitions import EMA, MASTER, Piece
 
 _FIX = "resume from another checkpoint"
 
@@ -92,6 +92,8 @@ class StateReader:
             if first >= last:
                 continue
             part = self._slice(stored.path, f"{kind}/{name}", first - stored.place, last - stored.place)
+            if kind in (MASTER, EMA):
+                check_finite(f"{kind}/{name}", part, str(stored.path), "resume from an earlier checkpoint")
             out = part.new_empty(count) if out is None else out
             out[first - place : last - place] = part
             found += last - first

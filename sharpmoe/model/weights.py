@@ -29,6 +29,7 @@ from sharpmoe.model.initial import initial_value
 
 _FORMAT = "sharpmoe-1"
 _NEW_ALLOWED = "saliency_router"  # the part that a base checkpoint may lack: it starts as an identity
+OTHER_WEIGHTS = "use weights of an earlier checkpoint, or other ones"
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -101,11 +102,26 @@ def _encoded_header(specs: Mapping[str, TensorSpec], header: Mapping[str, str]) 
 def save_weights(
     path: str | Path, state: Mapping[str, Tensor], config: ModelConfig, meta: Mapping[str, str] | None = None
 ) -> None:
-    """Write a state dict as safetensors with the architecture and `meta` in its header, atomically. Raises OSError."""
+    """Write a state dict as safetensors with the architecture and `meta` in its header, atomically.
+
+    Raises OSError, and CheckpointError where a value is not finite.
+    """
     specs = {name: TensorSpec(value.shape, value.dtype) for name, value in state.items()}
+    for name, value in state.items():
+        check_finite(name, value, f"{path}: not written", "use other weights, or a dtype with a larger range")
     with weights_writer(path, specs, config, meta or {}) as writer:
         for name, value in state.items():
             writer.write(name, value)
+
+
+def check_finite(name: str, value: Tensor, where: str, fix: str) -> None:
+    """Raise CheckpointError where a tensor holds NaN or infinity. One pass, and no second tensor of its size."""
+    if not value.is_floating_point():
+        return
+    # In float64 no sum of finite values of a smaller dtype overflows.
+    small = value.dtype != torch.float64
+    if not (value.sum(dtype=torch.float64).isfinite() if small else value.isfinite().all()):
+        raise CheckpointError(f"{where}: {name} holds values that are not finite (NaN or infinity); {fix}")
 
 
 def weight_specs(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -133,9 +149,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict
     """Read a weights file of this project: tensors, architecture, meta. CheckpointError says what is wrong with it."""
     config, meta = read_header(path)
     try:
-        return load_file(path), config, meta
+        state = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a sound safetensors file ({error}); copy or export it again") from error
+    for name, value in state.items():
+        check_finite(name, value, str(path), OTHER_WEIGHTS)
+    return state, config, meta
 
 
 def is_own_weights(path: str | Path) -> bool:
@@ -198,9 +217,15 @@ class StartingWeights:
             value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
         return value.float()
 
+    def check_finite(self, rank: int = 0, size: int = 1) -> None:
+        """Read this rank's share of the file; CheckpointError where a value is not finite. No communication."""
+        for name in sorted(self._found)[rank::size]:
+            with safe_open(self.path, framework="pt") as file:
+                check_finite(name, file.get_tensor(name), str(self.path), OTHER_WEIGHTS)
+
 
 def load_model(path: str | Path) -> tuple[Backbone, dict[str, str]]:
-    """Build the model of a weights file, float32, in eval mode; return it with the file's meta."""
+    """Build the model of a weights file, float32, in eval mode; return it with the file's meta. As `read_weights`."""
     state, config, meta = read_weights(path)
     model = build_model(config)
     copy_state(model, state, str(path))

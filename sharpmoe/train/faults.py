@@ -22,6 +22,7 @@ from sharpmoe.train.terms import LossTerms
 
 _FAULT_FOLDER = "faults"
 _DAMAGE_FILE = "damage.jsonl"  # in the run folder: one object per damaged sample or shard
+_LAST_SKIPPED = 2  # steps: a run whose last ones were skipped has not converged; one may have had a bad batch
 _PRINTED = 3  # damaged samples that are printed at a time
 
 
@@ -59,15 +60,22 @@ def report_fault(
     log.say(f"step {step}: {record['fault']}; the step is {fate}; its samples: {place}")
 
 
-def check_skipped(folder: Path, step: int, result: StepResult, guard: GuardConfig) -> None:
-    """Raise TrainingError, alike on every rank, where guard.max_skipped steps in a row were skipped."""
+def check_skipped(folder: Path, step: int, result: StepResult, guard: GuardConfig, is_last: bool = False) -> None:
+    """Raise TrainingError, alike on every rank, where too many steps in a row were skipped: guard.max_skipped.
+
+    is_last: of the run, which does not end well with several steps that were skipped because they are not finite, nor
+    where all its steps were. Spikes that guard.skip_spikes skips may be the last steps.
+    """
     skipped = result.watch.skipped
-    if skipped < guard.max_skipped:
+    finite = math.isfinite(result.grad_norm) and all(map(math.isfinite, result.losses.values()))
+    ends_badly = is_last and not finite and skipped >= min(_LAST_SKIPPED, step)
+    if skipped < guard.max_skipped and not ends_badly:
         return
+    limit = "the limit is guard.max_skipped" if skipped >= guard.max_skipped else "they are the last of the run"
     raise TrainingError(
         f"step {step}: {skipped} step(s) in a row skipped, the last because {result.verdict.fault}; the weights are "
         f"still those after step {step - skipped}; see the samples in {folder / _FAULT_FOLDER}, lower optim.lr and go "
-        "on from a checkpoint (the limit is guard.max_skipped)"
+        f"on from a checkpoint ({limit})"
     )
 
 

@@ -46,6 +46,7 @@ def train(plan: RunPlan, world: World) -> Path:
 def _train(plan: RunPlan, world: World) -> Path:
     with raise_on_all_ranks(world):
         initial = initial_model(plan)
+        initial.weights.check_finite(world.rank, world.size)
         monitor_first = _monitor_was_cut_off(plan.folder, plan.start.step)
     if world.is_main:
         print(banner(plan.run, initial.model, plan.batch, plan.stage, world), flush=True)
@@ -139,7 +140,7 @@ def _check(session: Session, step: int, result: StepResult, suspects: faults.Sus
     folder, guard = session.plan.folder, session.plan.run.guard
     if result.verdict.fault:
         faults.report_fault(folder, step, result, suspects, session.world, session.log)
-        faults.check_skipped(folder, step, result, guard)
+        faults.check_skipped(folder, step, result, guard, is_last=step == session.plan.run.train.steps)
     if result.verdict.applied and guard.replicas_every and step % guard.replicas_every == 0:
         session.engine.check_replicas(step)
 

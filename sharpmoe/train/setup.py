@@ -27,7 +27,7 @@ from sharpmoe.durable import sha256_of
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
-from sharpmoe.model.weights import StartingWeights, check_architecture, read_header
+from sharpmoe.model.weights import StartingWeights
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train.labels import check_labels
@@ -127,9 +127,9 @@ def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tup
     data = None if missing else make_plan(run, ds_config, world).data.train
     init = run.checkpoint.init
     if init is not None and Path(init).is_file():
-        architecture, meta = read_header(init)
-        check_architecture(architecture, run.model, init)
-        found += _origin_notes(meta, data, run) if data is not None else ()
+        weights = StartingWeights(run.model, run.seed, init)
+        weights.check_finite()
+        found += _origin_notes(weights.meta, data, run) if data is not None else ()
     elif init is not None:
         found.append(f"{init} is not there yet: not checked against the model")
     with torch.device("meta"):

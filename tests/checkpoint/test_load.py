@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sharpmoe.checkpoint import load, manifest
+from sharpmoe.checkpoint import load, manifest, save
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError, SharpMoEError
@@ -249,6 +249,31 @@ def test_weights_put_together_beside_the_training_are_those_it_gathers(
 def test_a_finished_run_has_nothing_to_do(saved: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert loop.train(plan_for(saved, ALONE), ALONE) == root(saved) / "step00000002"
     assert "nothing to do" in capsys.readouterr().out
+
+
+def resumed_from_broken(world: World, run: RunConfig, kind: str) -> str:
+    """The error of resuming a checkpoint with a value that is not finite, which an earlier version could save."""
+    session = loop.open_session(plan_for(run, world), world, initial_model(plan_for(run, world)))
+    parts = {"ema": session.ema.shards, "master": session.engine.state.masters()}.get(kind)
+    with torch.no_grad():
+        if parts is None:
+            next(buffer for name, buffer in session.objective.model.named_buffers() if kind in name).fill_(torch.nan)
+        else:
+            parts[0].data.view(-1)[3] = torch.nan
+    first = message(lambda: loop.ensure_saved(session, Progress(1, 8)))
+    save.check_finite = lambda *_: None  # type: ignore[attr-defined]
+    loop.ensure_saved(session, Progress(1, 8))
+    return f"{first}\n{message(lambda: loop.train(plan_for(run, world), world))}"
+
+
+@pytest.mark.parametrize("kind", ["master", "ema", "expert_threshold"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(kind: str, shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, checkpoint={"resume": "auto"})
+    (answer,) = run_ranks(resumed_from_broken, 1, run, kind)
+    saving, resuming = answer.split("\n")
+    assert saving.startswith(f"CheckpointError: {root(run)}: step 1 is not saved: ")
+    assert resuming.startswith(f"CheckpointError: {root(run)}/step00000001/")
+    assert "holds values that are not finite (NaN or infinity); resume from an earlier checkpoint" in resuming
 
 
 def test_another_base_in_a_run_folder_needs_a_name(saved: RunConfig, tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sharpmoe.errors import CheckpointError
 from sharpmoe.model.weights import (
     SafetensorsWriter,
+    StartingWeights,
     TensorSpec,
+    check_finite,
     load_model,
     save_weights,
     weight_specs,
@@ -68,3 +71,36 @@ def test_one_by_one_equals_at_once(tmp_path: Path) -> None:
     (one, meta), (two, other) = (load_model(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
     assert meta == other == {"step": "3"}
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value: float, tmp_path: Path) -> None:
+    model = toy_model()
+    state, path = dict(model.state_dict()), tmp_path / "w.safetensors"
+    name = "blocks.1.moe.experts.w1"
+    state[name] = state[name].clone()
+    state[name][-1, -1, -1] = value
+    with pytest.raises(CheckpointError, match=f"w.safetensors: not written: {name} holds values that are not finite"):
+        save_weights(path, state, model.config)
+    assert not path.exists()
+    specs = weight_specs(model.config)
+    with weights_writer(path, specs, model.config, {}) as writer:  # as another version may have
+        for key in specs:
+            writer.write(key, state[key])
+    with pytest.raises(CheckpointError, match=f"w.safetensors: {name} holds values that are not finite"):
+        load_model(path)
+    starting = StartingWeights(model.config, 0, path)
+    errors = []
+    for rank in range(3):
+        try:
+            starting.check_finite(rank, 3)
+        except CheckpointError as error:
+            errors.append(str(error))
+    assert len(errors) == 1  # each rank reads its share
+    assert name in errors[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_values_are_finite(dtype: torch.dtype) -> None:
+    most = torch.full((9,), torch.finfo(dtype).max if dtype.is_floating_point else 1, dtype=dtype)
+    check_finite("a", most, "w", "fix")

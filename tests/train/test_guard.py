@@ -196,6 +196,53 @@ def test_bad_steps_in_a_row_end_the_run_on_all_ranks(shards: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("bad", "end"),
+    [
+        (range(16, 32), "TrainingError: step 4: 2 step(s) in a row skipped"),
+        (range(24, 32), "done"),  # one bad batch, which happens to be the last
+    ],
+)
+def test_a_run_does_not_end_well_with_skipped_steps(bad: range, end: str, shards: Path, tmp_path: Path) -> None:
+    (answer,) = run_ranks(trained, 1, make_run(shards, tmp_path), bad)
+    assert answer.startswith(end)
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists() == (end == "done")
+    assert end == "done" or answer.endswith("go on from a checkpoint (they are the last of the run)")
+
+
+@pytest.mark.dist
+def test_a_run_whose_only_step_was_skipped_does_not_end_well(shards: Path, tmp_path: Path) -> None:
+    (answer,) = run_ranks(trained, 1, make_run(shards, tmp_path, train={"steps": 1}), range(8))
+    assert answer.startswith("TrainingError: step 1: 1 step(s) in a row skipped")
+
+
+def explode_at(world: World, run: RunConfig, step: int) -> str:
+    """Train; after this step, which is finite itself, one weight is not."""
+    take = loop.train_step
+
+    def poisoned_step(engine: Any, *args: Any) -> Any:
+        result = take(engine, *args)
+        if args[3] + 1 == step and world.rank == world.size - 1:
+            engine.state.masters()[0].data.view(-1)[0] = torch.inf
+        return result
+
+    loop.train_step = poisoned_step  # type: ignore[attr-defined]
+    return trained(world, run, range(0))
+
+
+@pytest.mark.dist
+def test_weights_that_are_not_finite_do_not_end_as_done(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, checkpoint={"every": 1, "asynchronous": False})
+    answers = run_ranks(explode_at, 2, run, 4)
+    root = tmp_path / "run" / "checkpoints"
+    assert len(set(answers)) == 1
+    assert answers[0].startswith(f"CheckpointError: rank 0: {root}: step 4 is not saved: ")
+    assert answers[0].endswith("lower optim.lr, and go on from an earlier checkpoint or start again")
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step00000002", "step00000003"]
+    assert (root / "latest").read_text() == "step00000003"
+
+
 def stopping_at(world: World, runs: list[RunConfig]) -> None:
     for run in runs:
         loop.train(plan_for(run, world), world)

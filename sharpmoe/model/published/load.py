@@ -24,7 +24,7 @@ from sharpmoe.model.published.names import (
 )
 from sharpmoe.model.published.read import read_state
 from sharpmoe.model.published.sizes import read_sizes
-from sharpmoe.model.weights import copy_state
+from sharpmoe.model.weights import OTHER_WEIGHTS, check_finite, copy_state
 
 
 class PretrainedReport(NamedTuple):
@@ -84,6 +84,8 @@ def build_published(
     """Build the model of a published state dict under any convention, in eval mode. CheckpointError names `where`."""
     config, assumed = _published_config(state, convention, router, sizes)
     model = build_model(config)
+    for name, value in state.items():
+        check_finite(name, value, where, OTHER_WEIGHTS)
     new = copy_state(model, convert_published(state, convention), where)
     loaded = tuple(key for key in model.state_dict() if key not in new)
     return model.eval(), PretrainedReport(loaded, new, assumed)
