@@ -33,7 +33,7 @@ from sharpmoe.durable import remove_drafts, sha256_of, write_atomically
 from sharpmoe.errors import DataError
 
 SKIPPED_FILE = "skipped.jsonl"
-_COUNTS_FILE = "counts.json"
+_COUNTS_FILE = ".counts"
 WORK_FOLDER = ".work"
 _LISTED = 1000  # skipped images that the index itself names
 _SHOWN = 50  # skipped images that a summary names

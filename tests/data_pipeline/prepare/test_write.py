@@ -69,7 +69,7 @@ def test_what_lies_in_a_shard(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         *(".lock", "recipe.json", "codec.safetensors", "empty_text.npz", "index.json", "unseen-00000.tar"),
         *("unseen-00000.json", "train-00000.tar", "train-00000.json", "train-00001.tar", "train-00001.json"),
-        *("train-00002.tar", "train-00002.json", "counts.json"),
+        *("train-00002.tar", "train-00002.json", ".counts"),
     }
 
 

@@ -166,7 +166,7 @@ def test_held_out_pictures_without_a_class_of_train_are_named(val: str, tmp_path
     (tmp_path / "test" / "n01").mkdir(parents=True)
     (tmp_path / "test" / "n01" / "y.png").write_bytes(picture.read_bytes())
     (tmp_path / "train" / ".hidden").mkdir()
-    (tmp_path / "train" / "README.md").write_text("x")
+    (tmp_path / "train" / "notes.rst").write_text("x")
     found = listing(ClassFolderSource(tmp_path))
     assert {item.split for item in found.items} == {"train", "unseen"}
     assert len(found.items) == 9
@@ -175,7 +175,7 @@ def test_held_out_pictures_without_a_class_of_train_are_named(val: str, tmp_path
         f"{val}/n99/x.png": "n99/ is not a class of train/",
         "test/n01/y.png": "test/ is neither train/ nor val/ nor validation/ nor valid/",
         "train/.hidden": "a hidden folder is no class; rename it where it is one",
-        "*.md": "1 file of a kind that is not taken; only pictures in class folders are",
+        "*.rst": "1 file of a kind that is not taken; only pictures in class folders are",
     }
     assert all(entry.beside for entry in found.skipped)
 
