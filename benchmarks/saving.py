@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = make_plan(run, resolve_ds_config(Path(arguments.deepspeed), run, world.size), world)
         session = open_session(plan, world, initial_model(plan))
         rounds = measure(session, arguments.rounds)
-        launch.barrier(world)
+        launch.gather_objects(None, world)  # rank 0's folder stays until all ranks are done
     if world.is_main:
         report(rounds)
     launch.leave(0)

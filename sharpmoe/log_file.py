@@ -12,34 +12,42 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 LOG_FILE = "log.jsonl"  # name in the run folder
 
 
-def open_log(folder: Path) -> TextIO:
-    """Open the log of a run folder for appending; first end a line that a killed process left incomplete."""
-    path = folder / LOG_FILE
-    incomplete = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    stream = path.open("a", encoding="utf-8")
-    if incomplete:
-        stream.write("\n")
-    return stream
+class LogWriter:
+    """Appends to the log of a run folder, in the name of one process. Whatever cannot be written raises OSError."""
 
+    def __init__(self, folder: Path, run: str) -> None:
+        """Open the log; first end a line that a killed process left incomplete. `run`: the id of this process."""
+        path = folder / LOG_FILE
+        incomplete = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        self._run, self._stream = run, path.open("a", encoding="utf-8")
+        if incomplete:
+            self._stream.write("\n")
 
-def write_figures(stream: TextIO, run: str, step: int, figures: Mapping[str, float]) -> None:
-    """Append one line of figures, which must be finite, and flush it."""
-    _write_line(stream, {"run": run, "step": step, **figures})
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Append one line of figures, which must be finite, and flush it."""
+        self._append({"run": self._run, "step": step, **figures})
 
+    def event(self, step: int, event: str, details: Mapping[str, Any]) -> None:
+        """Append one event with its details, which must be JSON values, and flush it."""
+        self._append({"event": event, "run": self._run, "step": step, **details})
 
-def write_event(stream: TextIO, run: str, step: int, event: str, details: Mapping[str, Any]) -> None:
-    """Append one event with its details, which must be JSON values, and flush it."""
-    _write_line(stream, {"event": event, "run": run, "step": step, **details})
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more lines."""
+        return self._stream.closed
 
+    def close(self) -> None:
+        """Flush and close."""
+        self._stream.close()
 
-def _write_line(stream: TextIO, record: Mapping[str, Any]) -> None:
-    stream.write(json.dumps(record) + "\n")
-    stream.flush()
+    def _append(self, record: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from sharpmoe.log_file import LOG_FILE, open_log, read_log, read_log_lines, write_event, write_figures
+from sharpmoe.log_file import LOG_FILE, LogWriter, read_log, read_log_lines
 
 
 def written(folder: Path, run: str, first_step: int, steps: range) -> Path:
-    with open_log(folder) as stream:
-        write_event(stream, run, first_step - 1, "start", {"settings": {"seed": 1}})
-        for step in steps:
-            write_figures(stream, run, step, {"loss/total": float(step), f"only/{run}": 1.0})
+    log = LogWriter(folder, run)
+    log.event(first_step - 1, "start", {"settings": {"seed": 1}})
+    for step in steps:
+        log.figures(step, {"loss/total": float(step), f"only/{run}": 1.0})
+    log.close()
     return folder / LOG_FILE
 
 

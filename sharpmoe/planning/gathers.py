@@ -16,7 +16,7 @@ from sharpmoe.planning.layout import RankLayout, RankParameter
 from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule
 from sharpmoe.train.terms import fields_with_gradient
 
-_BEFORE, _AFTER = 3, 1  # modules beside the blocks: embedders, of which the condition is last, and the final layer
+_Blocks = Sequence[int | None]  # of each module in the order of use, which block it is; None before and after these
 _FOLLOWED = 4  # most micro-batches that are followed one by one
 _WARM_UP = 2  # optimizer steps until the recorded orders repeat
 
@@ -52,11 +52,11 @@ def _upper_bound(
 
     At the peak all parameters are gathered, and every model call of the largest graph holds a copy of the experts.
     """
-    uses: Counter[int] = Counter()
+    uses, blocks = Counter[int](), _blocks(parts)
     for each in schedule.passes:
-        forward = _forward_order(run, each)
+        forward = _forward_order(run, each, blocks)
         uses.update(used.module for used in forward)
-        uses.update(reached.module for reached in _backward_order(run, each, forward))
+        uses.update(reached.module for reached in _backward_order(run, each, forward, blocks))
     times = tuple(
         1 if part.numel <= layout.zero.persistence else 1 + layout.accumulation * uses[part.module] for part in parts
     )
@@ -72,32 +72,37 @@ def _upper_bound(
 
 
 def _count(run: RunConfig, parts: Sequence[RankParameter], schedule: RolloutSchedule, layout: RankLayout) -> Gathers:
-    coordinator = Coordinator(parts, layout.zero)
+    coordinator, blocks = Coordinator(parts, layout.zero), _blocks(parts)
     before = [0] * len(parts)
     for _ in range(_WARM_UP + 1):
         before, coordinator.peak, coordinator.arriving = list(coordinator.times), 0, 0
-        _engine_call(coordinator, run, schedule.passes * layout.accumulation)
+        _engine_call(coordinator, run, schedule.passes * layout.accumulation, blocks)
         coordinator.optimizer_step()
     times = tuple(now - then for now, then in zip(coordinator.times, before, strict=True))
     return Gathers(times=times, peak=coordinator.peak, arriving=coordinator.arriving)
 
 
-def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass]) -> None:
+def _engine_call(coordinator: Coordinator, run: RunConfig, passes: Sequence[Pass], blocks: _Blocks) -> None:
     """The call and the one backward that is the engine's."""
     coordinator.start()
     root = Used(-1, ROOT, has_graph=False, is_late=False)
     coordinator.forward([root])
     for number, part in enumerate(passes):
-        forward = _forward_order(run, part)
+        forward = _forward_order(run, part, blocks)
         coordinator.forward(forward)
         last = [Reached(-1, ROOT, False)] if number == len(passes) - 1 else []
-        coordinator.backward([*last, *_backward_order(run, part, forward)])
+        coordinator.backward([*last, *_backward_order(run, part, forward, blocks)])
     coordinator.finish()
 
 
-def _forward_order(run: RunConfig, part: Pass) -> list[Used]:
+def _blocks(parts: Sequence[RankParameter]) -> _Blocks:
+    """Return which block each module is."""
+    return list(dict(sorted((part.module, part.block) for part in parts)).values())
+
+
+def _forward_order(run: RunConfig, part: Pass, blocks: _Blocks) -> list[Used]:
     """Modules in the order in which forwards call them: the first embeds the latent, and the x0_prev."""
-    step = [MODEL, *([0] * _uses_x0_prev(run)), *range(_BEFORE + run.model.depth + _AFTER)]
+    step = [MODEL, *([0] * _uses_x0_prev(run)), *range(len(blocks))]
     quiet = part.no_graph_calls or int(len(part.calls) > 1)  # model calls at the beginning that meet no full graph
     return [
         Used(call * len(step) + place, module, call >= part.no_graph_calls and not part.recompute, call >= quiet)
@@ -106,7 +111,7 @@ def _forward_order(run: RunConfig, part: Pass) -> list[Used]:
     ]
 
 
-def _backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list[Reached]:
+def _backward_order(run: RunConfig, part: Pass, forward: Sequence[Used], blocks: _Blocks) -> list[Reached]:
     """Modules as a backward reaches them: what holds others comes before them.
 
     A module is reached once for each of its outputs that has a gradient, and once more to be recomputed. It is released
@@ -118,28 +123,30 @@ def _backward_order(run: RunConfig, part: Pass, forward: Sequence[Used]) -> list
         reached.append(Reached(first, MODEL, False))
         for place in reversed(range(first + 1, end)):
             module = forward[place].module
-            times = _times_reached(run, module, part.recompute)
-            released = (end == len(forward) or part.recompute) and _has_all_gradients(run, module)
+            times = _times_reached(run, module, part.recompute, blocks)
+            released = (end == len(forward) or part.recompute) and _has_all_gradients(run, module, blocks)
             reached += [Reached(place, module, False)] * (times - 1)
             reached.append(Reached(place, module, released))
     return reached
 
 
-def _has_all_gradients(run: RunConfig, module: int) -> bool:
+def _has_all_gradients(run: RunConfig, module: int, blocks: _Blocks) -> bool:
     """Whether every input of a module that could have a gradient gets one: embedders have none, and a dense block is
     handed the x0_prev without using it.
     """
-    block = module - _BEFORE
-    return block >= run.model.depth or (block >= 0 and (run.model.is_moe(block) or not _uses_x0_prev(run)))
+    block = blocks[module]
+    if block is None:
+        return module > blocks.index(0)
+    return run.model.is_moe(block) or not _uses_x0_prev(run)
 
 
 def _uses_x0_prev(run: RunConfig) -> bool:
     return run.stage == "posttrain" and run.model.saliency_router
 
 
-def _times_reached(run: RunConfig, module: int, recompute: bool) -> int:
-    block = module - _BEFORE
-    if not 0 <= block < run.model.depth:
-        return 2 if module == _BEFORE - 1 and run.model.conditioning == "text" else 1  # tokens and pooled text
+def _times_reached(run: RunConfig, module: int, recompute: bool, blocks: _Blocks) -> int:
+    block = blocks[module]
+    if block is None:  # the embedder of the condition is the last before the blocks: tokens and pooled text
+        return 2 if module == blocks.index(0) - 1 and run.model.conditioning == "text" else 1
     outputs = 1 + (len(fields_with_gradient(run)) if run.model.is_moe(block) else 0)
     return outputs + int(recompute)

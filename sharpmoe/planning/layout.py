@@ -27,6 +27,7 @@ class RankParameter(NamedTuple):
     numel: int  # elements when it is gathered: of stacked experts this rank's only
     ranks: int  # ranks among which it is partitioned
     module: int  # index of the module that is gathered as a whole, in the order of use
+    block: int | None  # index of the block that this module is; None for embedders and the final layer
     is_expert: bool
 
     @property
@@ -44,11 +45,21 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
     """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer."""
     with torch.device("meta"):
         model = build_model(run.model)
-    owners = [f"{name}." for name, _ in model.gathered_units()]
+    blocks = {block: index for index, block in enumerate(model.blocks)}
+    owners = [(f"{name}.", blocks.get(part)) for name, part in model.gathered_units()]
     parts = []
     for name, parameter in model.named_parameters():
         is_expert = ".experts." in name
         shared_by = ep_size if is_expert else 1
-        module = next(index for index, owner in enumerate(owners) if name.startswith(owner))
-        parts.append(RankParameter(name, parameter.numel() // shared_by, world // shared_by, module, is_expert))
+        module = next(index for index, (owner, _) in enumerate(owners) if name.startswith(owner))
+        parts.append(
+            RankParameter(
+                name=name,
+                numel=parameter.numel() // shared_by,
+                ranks=world // shared_by,
+                module=module,
+                block=owners[module][1],
+                is_expert=is_expert,
+            )
+        )
     return parts

@@ -54,6 +54,24 @@ class Monitor:
     share: Share
     log: RunLog | None  # rank 0 only
 
+    @classmethod
+    def open(
+        cls,
+        run: RunConfig,
+        held_out: ShardSet | None,
+        folder: Path,
+        device: torch.device,
+        share: Share,
+        log: RunLog | None,
+    ) -> Monitor:
+        """Open the codec, encode the fixed captions to `device`, and read once what will be measured on.
+
+        So damage of held-out samples is an error before the first step. held_out: None where the run `measures`
+        nothing. No communication. Raises DataError.
+        """
+        material = None if held_out is None else _open_material(run, held_out, device)
+        return cls(run=run, folder=folder, material=material, share=share, log=log)
+
     def before_training(self, build: Callable[[], Backbone]) -> None:
         """Measure and draw the model that a run starts from (not one that it resumes): allocation/before.json."""
         log = self.run.log
@@ -148,18 +166,6 @@ def measures(run: RunConfig) -> bool:
     """Whether a run measures or draws anything, for which it needs a held-out split."""
     log = run.log
     return log.validate_every > 0 or log.sample_every > 0 or (log.allocation and run.model.family.has_experts)
-
-
-def open_monitor(
-    run: RunConfig, held_out: ShardSet | None, folder: Path, device: torch.device, share: Share, log: RunLog | None
-) -> Monitor:
-    """Open the codec, encode the fixed captions to `device`, and read once what will be measured on.
-
-    So damage of held-out samples is an error before the first step. held_out: None where the run `measures` nothing.
-    No communication. Raises DataError.
-    """
-    material = None if held_out is None else _open_material(run, held_out, device)
-    return Monitor(run=run, folder=folder, material=material, share=share, log=log)
 
 
 def _open_material(run: RunConfig, held_out: ShardSet, device: torch.device) -> _Material:

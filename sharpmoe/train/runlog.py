@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from sharpmoe.log_file import open_log, write_event, write_figures
+from sharpmoe.log_file import LogWriter
 from sharpmoe.train.metrics import StepStats, due
 
 
@@ -41,7 +41,7 @@ class RunLog:
         self.total_steps, self.first_step, self.every = total_steps, first_step, every
         self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
-        self.lines = open_log(self.folder)
+        self.lines = LogWriter(self.folder, self.run)
         self.progress = _ProgressLine(total_steps, first_step, sys.stdout if stream is None else stream)
         self._complained = False
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -66,11 +66,11 @@ class RunLog:
                 writer.add_scalar(tag, value, step)
 
         self._events(write)
-        self._attempt(lambda: write_figures(self.lines, self.run, step, finite))
+        self._attempt(lambda: self.lines.figures(step, finite))
 
     def event(self, name: str, step: int, **about: Any) -> None:
         """Write what happened after `step` steps as one line of log.jsonl; values of `about` are JSON values."""
-        self._attempt(lambda: write_event(self.lines, self.run, step, name, about))
+        self._attempt(lambda: self.lines.event(step, name, about))
 
     def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
         """Write a picture (H, W, 3) uint8 to TensorBoard."""

@@ -20,7 +20,7 @@ from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings
 from sharpmoe.train import provenance
-from sharpmoe.train.monitor import Monitor, open_monitor
+from sharpmoe.train.monitor import Monitor
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.rollout_schedules import schedule_of
 from sharpmoe.train.runlog import RunLog
@@ -61,7 +61,7 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
         uses = schedule_of(plan.run).model_uses * plan.batch.accumulation
         warnings = regather_warnings(plan.ds_config, engine.num_parameters, uses)
         log = _open_log(plan, [*plan.notes, *initial.notes, *warnings], settings) if world.is_main else None
-        monitor = open_monitor(plan.run, plan.data.held_out, plan.folder, world.device, share, log)
+        monitor = Monitor.open(plan.run, plan.data.held_out, plan.folder, world.device, share, log)
     return Session(
         plan=plan,
         world=world,

@@ -13,7 +13,7 @@ from sharpmoe.evaluation.held_out import ALONE
 from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.runs import find_saved_model
-from sharpmoe.train.monitor import open_monitor
+from sharpmoe.train.monitor import Monitor
 from sharpmoe.train.runlog import RunLog
 from tests.report.run_folder import make_run_folder
 
@@ -29,7 +29,7 @@ def look_at(run_folder: Path) -> RunLog:
     run, (model, _) = source.run, load_model(source.weights)
     log = RunLog(run_folder, 2, stream=io.StringIO())
     held_out = ShardSet.open(run.data.shards, "unseen")
-    monitor = open_monitor(run, held_out, run_folder, torch.device("cpu"), ALONE, log)
+    monitor = Monitor.open(run, held_out, run_folder, torch.device("cpu"), ALONE, log)
     monitor.before_training(lambda: model)
     monitor.after_step(1, lambda: model)
     monitor.after_step(2, lambda: model)

@@ -17,7 +17,7 @@ from sharpmoe.checkpoint import manifest, save
 from sharpmoe.config import RunConfig
 from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks import signals, watchdog
-from sharpmoe.parallel.ranks.launch import World, barrier
+from sharpmoe.parallel.ranks.launch import World, gather_objects
 from sharpmoe.train import loop, monitor
 from tests.distributed import run_ranks, start_ranks
 from tests.train.setting import identical, make_run, plan_for
@@ -85,14 +85,14 @@ def interrupted(world: World, run: RunConfig, place: Place) -> Seen:
     with signals.listening(), signal_at(place, sent) if world.rank == 1 else nullcontext():
         loop.train(plan_for(run, world), world)
     took = time.monotonic() - sent[0] if sent else 0.0
-    barrier(world)  # rank 0 writes
+    gather_objects(None, world)  # rank 0 writes
     file = folder / loop._STOPPED_FILE
     stopped = json.loads(file.read_text()) if file.exists() else None
     latest = (folder / "checkpoints" / "latest").read_text()
     manifest.verify_checkpoint(folder / "checkpoints" / latest)
     with signals.listening():
         loop.train(plan_for(run, world), world)
-    barrier(world)
+    gather_objects(None, world)
     return Seen(stopped, latest, took, file.exists())
 
 

@@ -175,7 +175,7 @@ def test_figures_reach_the_files_before_the_log_is_closed(tmp_path: Path) -> Non
 def test_a_full_disk_costs_figures_not_the_run(tmp_path: Path) -> None:
     stream = io.StringIO()
     log = RunLog(tmp_path, 9, every=1, stream=stream)
-    log.lines = Path("/dev/full").open("w")  # noqa: SIM115 (the log closes it)
+    log.lines._stream = Path("/dev/full").open("w")  # noqa: SIM115 (the log closes it)
     for step in (1, 2, 3):
         log.step(stats(step))
     log.close()

@@ -14,7 +14,7 @@ from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.attach import attach
 from sharpmoe.model.weights import save_weights
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.train.monitor import measures, open_monitor
+from sharpmoe.train.monitor import Monitor, measures
 from sharpmoe.train.setup import InitialModel, _origin_notes, initial_model, rehearse
 from tests.fixtures_data import make_shards
 from tests.toys import toy_model
@@ -48,7 +48,7 @@ def test_only_a_run_that_measures_needs_held_out_samples(log: dict[str, int], sh
     silent = make_run(shards, tmp_path, data=data)
     plan = plan_for(silent, ALONE)
     assert plan.data.held_out is None
-    monitor = open_monitor(silent, None, tmp_path, ALONE.device, Share(), None)
+    monitor = Monitor.open(silent, None, tmp_path, ALONE.device, Share(), None)
     monitor.before_training(pytest.fail)  # builds no model
     monitor.after_step(silent.train.steps, pytest.fail)
     with pytest.raises(DataError, match=r"no samples in split 'nothing'.*set --data.validation_split train, or turn"):

@@ -26,6 +26,15 @@ class ExpertGroups(NamedTuple):
     edp_group: ProcessGroup  # ranks with the same experts
     singleton: ProcessGroup  # this rank alone: Megatron-core needs an expert tensor parallel group
 
+    @classmethod
+    def of(cls, ep_size: int, world: World) -> "ExpertGroups":
+        """Return the groups of `ep_size` of this rank, the same object at every call.
+
+        The first call communicates: all ranks make it. ep_size divides world.size (`check_ep_size`).
+        """
+        assert world.size % ep_size == 0
+        return _built(ep_size, world.rank)
+
     @property
     def name(self) -> str:
         """Name of the pair of groups in DeepSpeed."""
@@ -47,15 +56,6 @@ def check_ep_size(run: RunConfig, world_size: int) -> None:
             f"parallel.ep_size is {ep_size}, allowed: {' | '.join(map(str, possible))} (it must divide {world_size} "
             f"ranks and the experts; {what}); change it or the number of ranks"
         )
-
-
-def expert_groups(ep_size: int, world: World) -> ExpertGroups:
-    """Return the groups of `ep_size` of this rank, the same object at every call.
-
-    The first call communicates: all ranks make it. ep_size divides world.size (`check_ep_size`).
-    """
-    assert world.size % ep_size == 0
-    return _built(ep_size, world.rank)
 
 
 @cache

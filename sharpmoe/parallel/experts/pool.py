@@ -10,7 +10,7 @@ from sharpmoe.moe.pool import CallPool, Pool
 from sharpmoe.parallel.ranks.launch import World
 
 
-class WorldPool:
+class _WorldPool:
     """The tokens of all data-parallel ranks in the same call. Every rank calls each method; scores have no gradient.
 
     Cost: one all-gather of B N E float32 per MoE layer and rollout step, and experts whose rows per rank vary.
@@ -36,4 +36,4 @@ class WorldPool:
 
 def make_pool(run: RunConfig, world: World) -> Pool:
     """Build the pool that parallel.pool_scope names."""
-    return WorldPool(world) if run.parallel.pool_scope == "world" and world.size > 1 else CallPool()
+    return _WorldPool(world) if run.parallel.pool_scope == "world" and world.size > 1 else CallPool()

@@ -118,12 +118,6 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     return total.to(values.device)
 
 
-def barrier(world: World) -> None:
-    """Wait for all ranks."""
-    if world.size > 1:
-        dist.barrier()
-
-
 def gather_objects(value: object, world: World) -> list[Any]:
     """Return every rank's picklable value, in rank order, on every rank. One all-gather, none in a world of one."""
     if world.size == 1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.experts.dispatch import make_dispatcher
-from sharpmoe.parallel.experts.groups import expert_groups
+from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.experts.pool import make_pool
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.build import Values, materialise
@@ -57,7 +57,7 @@ class Engine:
         self.stage = int(ds_config["zero_optimization"]["stage"])
         self.module = module
         self.num_parameters = sum(p.numel() for p in module.parameters())
-        self._experts = expert_groups(run.parallel.ep_size, world)
+        self._experts = ExpertGroups.of(run.parallel.ep_size, world)
         place_experts(module, self._experts, make_dispatcher(run, self._experts), make_pool(run, world))
         materialise(module, values, ds_config, world)
         parts_whole = self.stage == 3 and gather_parts_whole(module)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher
 from sharpmoe.parallel.experts.dispatch import _regroup
-from sharpmoe.parallel.experts.groups import ExpertGroups, expert_groups
+from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.experts.megatron import _fix_counts
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
@@ -67,7 +67,7 @@ def distance(got: Tensor, expected: Tensor) -> float:
 def compare(world: World) -> Errors:
     """This rank's relative errors, for every layout of this world."""
     errors: Errors = {}
-    layouts = [expert_groups(ep, world) for size, ep in (ALONE, *LAYOUTS) if size == world.size]
+    layouts = [ExpertGroups.of(ep, world) for size, ep in (ALONE, *LAYOUTS) if size == world.size]
     # One object for all cases, as the layers of a model share one: what a case leaves behind would spoil the next.
     objects = [(groups, name, make(groups)) for groups in layouts for name, make in DISPATCHERS.items()]
     for case_name, case in CASES.items():

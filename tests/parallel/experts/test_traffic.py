@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher
-from sharpmoe.parallel.experts.groups import ExpertGroups, expert_groups
+from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.ranks.launch import World
 from tests.counting import Collective, CollectiveCounter
 from tests.distributed import run_ranks
@@ -26,7 +26,7 @@ class Traffic(NamedTuple):
 
 def traffic(world: World) -> tuple[dict[tuple[str, int | None], Traffic], dict[str, list[str]]]:
     """What each dispatcher sends, and how each refuses."""
-    groups = expert_groups(2, world)
+    groups = ExpertGroups.of(2, world)
     refused = refusals(groups)
     return {key: traffic_of(groups, world, *key) for key in COLLECTIVES}, refused
 
