@@ -20,7 +20,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError, SharpMoEError
 from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
-from sharpmoe.parallel.ranks.launch import World, barrier
+from sharpmoe.parallel.ranks.launch import World, gather_objects
 from sharpmoe.train import loop, setup
 from sharpmoe.train.setup import initial_model
 from tests.distributed import run_ranks
@@ -200,7 +200,7 @@ def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], l
     for step in (1, 2, 2, 3):
         loop.ensure_saved(session, Progress(step, step * 8))
     kept = sorted(os.listdir(folder))
-    barrier(world)
+    gather_objects(None, world)
     errors = []
     for full in range(world.size):
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -208,7 +208,7 @@ def save_and_fail(world: World, run: RunConfig) -> tuple[list[str], list[str], l
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
         errors.append(message(lambda: loop.ensure_saved(session, Progress(4, 32))))
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        barrier(world)
+        gather_objects(None, world)
     latest = (folder / "latest").read_text()
     manifest.verify_checkpoint(folder / latest)
     return kept, [latest, *sorted(os.listdir(folder))], errors
