@@ -20,7 +20,7 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.evaluation.held_out import Samples
 from sharpmoe.evaluation.validation import validate
 from sharpmoe.model.published.load import build_published
-from sharpmoe.model.published.names import CONVENTIONS, Convention
+from sharpmoe.model.published.names import CONVENTIONS, POSITIONS, Convention
 from sharpmoe.model.published.sizes import PublishedSizes, matching_families, read_sizes
 
 _PLAUSIBLE = 0.9  # a trained model has less than this fraction of the loss of predicting zero
@@ -108,33 +108,45 @@ def identify(
     losses: list[ConventionLoss] = []
     if samples is not None:
         losses = [
-            _measure(state, convention, router, samples, images, sizes or {})
+            _measure(state, kind, router, samples, images, sizes or {})
             for router in routers
-            for convention in dict.fromkeys(CONVENTIONS.values())
+            for kind in dict.fromkeys(_kind(state, family) for family in CONVENTIONS)
         ]
     return Identification(
         candidates=known,
-        sizes=read_sizes(state, routers[0]),
+        sizes=read_sizes(state, routers[0], POSITIONS[known[0][0]]),
         parameters=sum(value.numel() for value in state.values()),
         losses=tuple(sorted(losses, key=lambda measured: measured.loss)),
         zero_loss=math.nan if samples is None else _loss_of_zero(samples, images),
     )
 
 
+class _Kind(NamedTuple):
+    """What a family decides beside names: families of one kind compute the same function of a state dict."""
+
+    convention: Convention
+    absent_positions: str | None  # None: the state dict holds its positions
+
+
+def _kind(state: Mapping[str, Tensor], family: str) -> _Kind:
+    return _Kind(CONVENTIONS[family], None if "pos_embed" in state else POSITIONS[family])
+
+
 def _measure(
     state: Mapping[str, Tensor],
-    convention: Convention,
+    kind: _Kind,
     router: str,
     samples: Samples,
     images: int,
     sizes: Mapping[str, Any],
 ) -> ConventionLoss:
-    model, _ = build_published(state, convention, router, "checkpoint", **sizes)
+    convention, positions = kind
+    model, _ = build_published(state, convention, router, "checkpoint", positions or "sincos", **sizes)
     _check_shape(model.config, samples)
     if model.config.conditioning == "class":
         samples = _KnownLabels(samples, model.config.num_classes)
     result = validate(model, samples, images=images)
-    families = tuple(name for name, other in CONVENTIONS.items() if other == convention)
+    families = tuple(name for name in CONVENTIONS if _kind(state, name) == kind)
     return ConventionLoss(families, router, convention, result.mean, result.error)
 
 

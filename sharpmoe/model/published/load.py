@@ -16,6 +16,7 @@ from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.names import (
     CONVENTIONS,
+    POSITIONS,
     ROUTERS,
     SPELLINGS,
     CheckpointFamily,
@@ -23,8 +24,10 @@ from sharpmoe.model.published.names import (
     convert_published,
 )
 from sharpmoe.model.published.read import read_state
-from sharpmoe.model.published.sizes import read_sizes
+from sharpmoe.model.published.sizes import matching_families, read_sizes
 from sharpmoe.model.weights import OTHER_WEIGHTS, check_finite, copy_state
+
+_TABLE = "pos_embed"  # the buffer of fixed positions, in our names and in published ones
 
 
 class PretrainedReport(NamedTuple):
@@ -75,24 +78,42 @@ def read_pretrained(
     if family not in ROUTERS or router not in ROUTERS[family]:
         known = "; ".join(f"{name}: {', '.join(routers)}" for name, routers in ROUTERS.items())
         raise CheckpointError(f"family {family!r} has no router {router!r}; known are {known}")
-    return build_published(read_state(source, weights), CONVENTIONS[family], router, _name(source), **sizes)
+    state = read_state(source, weights)
+    _check_names(state, family, router, _name(source))
+    return build_published(state, CONVENTIONS[family], router, _name(source), POSITIONS[family], **sizes)
+
+
+def _check_names(state: Mapping[str, Tensor], family: CheckpointFamily, router: str, where: str) -> None:
+    """Raise CheckpointError where the key names of a state dict are those of other families or routers."""
+    candidates = matching_families(state)
+    if candidates and (family, router) not in candidates:
+        known = ", ".join("/".join(pair) for pair in candidates)
+        raise CheckpointError(
+            f"{where}: its key names are not those of family {family} with router {router}; they fit {known}; name one "
+            "of these (--family, --router)"
+        )
 
 
 def build_published(
-    state: Mapping[str, Tensor], convention: Convention, router: str, where: str, **sizes: Any
+    state: Mapping[str, Tensor], convention: Convention, router: str, where: str, absent_positions: str, **sizes: Any
 ) -> tuple[Backbone, PretrainedReport]:
-    """Build the model of a published state dict under any convention, in eval mode. CheckpointError names `where`."""
-    config, assumed = _published_config(state, convention, router, sizes)
+    """Build the model of a published state dict under any convention, in eval mode. CheckpointError names `where`.
+
+    absent_positions: the kind of positions (`POSITIONS`) where the state dict holds no table; a fixed one is computed.
+    """
+    config, assumed = _published_config(state, convention, router, absent_positions, sizes)
     model = build_model(config)
     for name, value in state.items():
         check_finite(name, value, where, OTHER_WEIGHTS)
-    new = copy_state(model, convert_published(state, convention), where)
-    loaded = tuple(key for key in model.state_dict() if key not in new)
+    converted = convert_published(state, convention)
+    computed = {_TABLE: model.get_buffer(_TABLE)} if config.positions == "sincos" and _TABLE not in converted else {}
+    new = copy_state(model, converted | computed, where)
+    loaded = tuple(key for key in model.state_dict() if key not in (*new, *computed))
     return model.eval(), PretrainedReport(loaded, new, assumed)
 
 
 def _published_config(
-    state: Mapping[str, Tensor], convention: Convention, router: str, sizes: Mapping[str, Any]
+    state: Mapping[str, Tensor], convention: Convention, router: str, absent_positions: str, sizes: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Return the architecture of a published state dict and the fields that were assumed. Raises CheckpointError."""
     given = {SPELLINGS.get(key, key): value for key, value in sizes.items() if value is not None}
@@ -107,7 +128,7 @@ def _published_config(
     elif router == "promoe_ec" and "top_k" in given:  # as its publication calls the capacity
         top_k = float(given.pop("top_k"))
         given = {"capacity": top_k, **given}
-    read, assumed = read_sizes(state, router)
+    read, assumed = read_sizes(state, router, absent_positions)
     assumed = {key: value for key, value in assumed.items() if key not in given}
     if "num_heads" not in {**given, **read, **assumed}:
         raise CheckpointError(f"num_heads of width {read['width']} cannot be read from the tensors: give num_heads")

@@ -35,6 +35,15 @@ CONVENTIONS: dict[str, Convention] = {
     "sit": Convention(-1.0, 1.0, -1, "velocity"),
     "dit": Convention(1.0, 0.0, 1, "ddpm_noise"),  # fed the DDPM step that `flow.ddpm_input` finds
 }
+# Positions of a family whose file holds no table of them (pos_embed): a fixed table may be left out, RoPE has none.
+POSITIONS: dict[str, Literal["sincos", "rope_2d"]] = {
+    "promoe": "sincos",
+    "kwai": "sincos",
+    "dsmoe": "rope_2d",
+    "dit_moe": "sincos",
+    "sit": "sincos",
+    "dit": "sincos",
+}
 ROUTERS: dict[str, tuple[str, ...]] = {
     "promoe": ("dense", "tc", "ec", "diffmoe", "promoe_tc", "promoe_ec"),
     "kwai": ("dense", "tc", "ec", "diffmoe"),

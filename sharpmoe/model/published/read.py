@@ -91,7 +91,7 @@ def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
     for place in _PLACES[weights]:
         if place in nested:
             return _pick(found[place], weights, f"{where}: {place}")
-    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    state = {key: _dense(key, value, where) for key, value in found.items() if isinstance(value, Tensor)}
     if not state:
         held = ", ".join(map(str, found))
         raise CheckpointError(f"{where}: no {weights} weights among {held}; set weights to the other of ema and model")
@@ -106,3 +106,16 @@ def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
     while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
         state = {key.split(".", 1)[1]: value for key, value in state.items()}
     return state
+
+
+def _dense(key: str, value: Tensor, where: str) -> Tensor:
+    """Return a tensor that can be computed with: sparse ones dense, 8-bit floats as float32, which holds them exactly.
+
+    Raises CheckpointError for a quantised one, whose values its scale decides, and for one that is no real number.
+    """
+    if value.is_quantized or value.is_complex() or value.is_meta:
+        kind = "without values" if value.is_meta else str(value.dtype)
+        raise CheckpointError(f"{where}: {key} is a tensor {kind}, expected real numbers; save it as float32")
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    return value.float() if value.is_floating_point() and value.itemsize == 1 else value

@@ -18,8 +18,11 @@ class PublishedSizes(NamedTuple):
     assumed: dict[str, Any]  # that tensors do not determine: the published value for this width or family
 
 
-def read_sizes(state: Mapping[str, Tensor], router: str) -> PublishedSizes:
-    """Read width, depth, experts and other fields from a published state dict. CheckpointError on a missing key."""
+def read_sizes(state: Mapping[str, Tensor], router: str, positions: str) -> PublishedSizes:
+    """Read width, depth, experts and other fields from a published state dict. CheckpointError on a missing key.
+
+    positions: of the family (`POSITIONS`), where the state dict holds no table of them.
+    """
     ours = convert_published(state, CONVENTIONS["promoe"])  # the sign of a velocity has no size
     for key in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"):
         if key not in ours:
@@ -46,7 +49,7 @@ def read_sizes(state: Mapping[str, Tensor], router: str) -> PublishedSizes:
     if "pos_embed" in ours:
         read |= {"positions": "sincos", "latent_size": round(ours["pos_embed"].shape[1] ** 0.5) * patch}
     else:
-        assumed |= {"positions": "rope_2d", "latent_size": 32}
+        assumed |= {"positions": positions, "latent_size": 32}
     if "blocks.0.attn.q_norm.weight" in ours:
         read |= {"qk_norm": True, "num_heads": width // ours["blocks.0.attn.q_norm.weight"].shape[0]}
         read["qk_norm_eps"] = 1e-6 if "blocks.0.attn.Wqkv.weight" in state else 1e-5

@@ -21,6 +21,7 @@ from sharpmoe.model.attach import attach, extend_to_text
 from sharpmoe.model.backbone import Backbone, TextCondition
 from sharpmoe.model.published.load import load_pretrained, read_pretrained
 from sharpmoe.model.published.names import CONVENTIONS, ROUTERS, to_published
+from sharpmoe.model.published.read import read_state
 from sharpmoe.model.published.sizes import matching_families
 from tests.recorded import assert_recorded
 from tests.toys import toy_model
@@ -156,7 +157,7 @@ def test_the_report_says_what_was_assumed(caplog: pytest.LogCaptureFixture) -> N
         ({"blocks.0.attn.qkv.bias": None}, ("dsmoe", "dsmoe"), "key blocks.0.attn.qkv.bias is missing"),
         ({"blocks.1.mlp.experts.blocks.2.up_proj.weight": None}, ("dsmoe", "dsmoe"), "expert 2 of 8 has no up_proj"),
         ({"x_embedder.proj.weight": None}, ("dsmoe", "dsmoe"), "x_embedder.proj.weight is missing"),
-        ({}, ("promoe", "dense"), "unknown"),
+        ({}, ("promoe", "dense"), "not those of family promoe with router dense; they fit dsmoe/dsmoe; name one"),
     ],
 )
 def test_what_does_not_match_is_an_error(change: dict, names: tuple[str, str], message: str) -> None:
@@ -164,6 +165,42 @@ def test_what_does_not_match_is_an_error(change: dict, names: tuple[str, str], m
     changed = {key: value for key, value in (weights | change).items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
         load_pretrained(changed, *names, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("family", "positions"), [("sit", "sincos"), ("dit", "sincos"), ("promoe", "sincos"), ("dsmoe", "rope_2d")]
+)
+def test_a_file_without_positions_has_those_of_its_family(family: str, positions: str) -> None:
+    name = next(name for name in NAMES if "sit" in name)
+    _, weights, _, router, sizes = load(name)
+    without = {key: value for key, value in weights.items() if key != "pos_embed"}
+    assert len(without) == len(weights) - 1
+    model, report = read_pretrained(without, family, router, **{**sizes, "latent_size": 8})
+    assert model.config.positions == report.assumed["positions"] == positions
+    assert "pos_embed" not in report.loaded
+    if positions == "sincos":
+        whole, _ = read_pretrained(weights, family, router, **sizes)
+        torch.testing.assert_close(model.state_dict()["pos_embed"], whole.state_dict()["pos_embed"])
+
+
+def test_tensors_of_other_layouts_are_read_as_their_values() -> None:
+    _, weights, family, router, sizes = load("published_dsmoe")
+    key = next(key for key, value in weights.items() if value.ndim == 2)
+    small = weights[key].to(torch.float8_e4m3fn)
+    for given in (small, small.float().to_sparse(), small.float().to_sparse_csr()):
+        assert torch.equal(read_state(weights | {key: given})[key], small.float())
+    load_pretrained(weights | {key: small}, family, router, **sizes)
+
+
+@pytest.mark.parametrize("kind", ["quantised", "complex", "meta"])
+def test_tensors_that_are_no_numbers_are_named(kind: str) -> None:
+    made = {
+        "quantised": lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8),
+        "complex": lambda: torch.ones(2, dtype=torch.complex64),
+        "meta": lambda: torch.ones(2, device="meta"),
+    }[kind]()
+    with pytest.raises(CheckpointError, match="the state dict: a.b is a tensor .*, expected real numbers"):
+        read_state({"a.b": made})
 
 
 def test_sizes_that_contradict_the_tensors_are_an_error() -> None:
