@@ -35,7 +35,7 @@ from benchmarks.published import (
 from sharpmoe.config import ModelConfig
 from sharpmoe.families import tokens_per_expert
 from sharpmoe.model.flops import Product
-from sharpmoe.moe.dispatch import Assignment, Counts, LocalDispatcher
+from sharpmoe.moe.dispatch import Assignment, LocalDispatcher, RowCounts
 from sharpmoe.moe.experts import Mlp
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import Routing
@@ -240,7 +240,7 @@ def dispatch(size: Size, options: Options) -> Case:
 
     def ours() -> tuple[Tensor, ...]:
         chosen = RULES["ec"].train(RuleInput(scores.detach()), config).flatten(0, 1)
-        assignment = Assignment(chosen, scores.flatten(0, 1), Counts(per_expert=count))
+        assignment = Assignment(chosen, scores.flatten(0, 1), RowCounts(per_expert=count))
         rows, _, ticket = dispatcher.dispatch(x.flatten(0, 1), assignment)
         y = dispatcher.combine(rows, ticket).view_as(x)
         return y, *torch.autograd.grad(y, leaves, dy)

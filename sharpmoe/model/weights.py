@@ -147,7 +147,7 @@ def stored_as(state: Mapping[str, Tensor], model: Backbone, dtype: torch.dtype) 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, str]]:
     """Read a weights file of this project: tensors, architecture, meta. CheckpointError says what is wrong with it."""
-    config, meta = read_header(path)
+    config, meta = _read_header(path)
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -163,7 +163,7 @@ def is_own_weights(path: str | Path) -> bool:
         return (file.metadata() or {}).get("format") == _FORMAT
 
 
-def read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
+def _read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     """Read architecture and meta of a weights file without its tensors. Raises CheckpointError as `read_weights`."""
     path = Path(path)
     if not path.is_file():
@@ -199,7 +199,7 @@ class StartingWeights:
         self.meta: dict[str, str] = {}
         self._found: frozenset[str] = frozenset()
         if path is not None:
-            found, self.meta = read_header(path)
+            found, self.meta = _read_header(path)
             check_architecture(found, config, str(path))
             with torch.device("meta"):
                 own = {key: value.shape for key, value in build_model(config).state_dict().items()}

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
-class Counts(NamedTuple):
+class RowCounts(NamedTuple):
     """What a selection rule fixes about the rows that experts take, so that it need not be read from the device.
 
     Neither field: the counts vary and only the device knows them.
@@ -28,7 +28,7 @@ class Assignment(NamedTuple):
 
     routing_map: Tensor  # (R, E) bool
     gates: Tensor  # (R, E) weight of each expert's output
-    counts: Counts = Counts()
+    counts: RowCounts = RowCounts()
 
 
 class Dispatched(NamedTuple):
@@ -106,7 +106,7 @@ def check_equal_counts(routing_map: Tensor, per_expert: int) -> None:
     """
     fits = (routing_map.sum(0) == per_expert).all()
     torch._assert_async(
-        fits, f"routing map: not every expert took {per_expert} rows; where counts vary, pass Counts() instead"
+        fits, f"routing map: not every expert took {per_expert} rows; where counts vary, pass RowCounts() instead"
     )
 
 

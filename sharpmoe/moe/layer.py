@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sharpmoe import families
 from sharpmoe.config import ModelConfig
-from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher, LocalDispatcher
+from sharpmoe.moe.dispatch import Assignment, Dispatcher, LocalDispatcher, RowCounts
 from sharpmoe.moe.experts import Experts, feed_forward
 from sharpmoe.moe.router import Router
 from sharpmoe.moe.routing import CallMode, Routing
@@ -48,14 +48,14 @@ class MoELayer(Router):
         y = self.dispatcher.combine(out, ticket).view_as(h)
         return (y if self.shared is None else y + self.shared(h)), routing
 
-    def _fixed_counts(self, h: Tensor, is_replay: bool) -> Counts:
+    def _fixed_counts(self, h: Tensor, is_replay: bool) -> RowCounts:
         """Return what the family fixes about the number of rows for tokens h (B, N, D), whatever the scores.
 
         A row is one token's copy for one expert that took it: a token that two experts took has two rows.
         """
         images, tokens, _ = h.shape
         training, pool_is_call = self.training, self.pool.is_call
-        return Counts(
+        return RowCounts(
             per_expert=families.rows_per_expert(
                 self.config, images, tokens, training=training, pool_is_call=pool_is_call
             ),

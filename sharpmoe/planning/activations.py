@@ -18,7 +18,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.model.build import build_model
-from sharpmoe.moe.dispatch import Assignment, Counts, Dispatched, LocalDispatcher
+from sharpmoe.moe.dispatch import Assignment, Dispatched, LocalDispatcher, RowCounts
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule, with_schedule
@@ -106,7 +106,7 @@ class _EvenDispatcher(LocalDispatcher):
 
     def dispatch(self, x: Tensor, assignment: Assignment) -> Dispatched:
         per_expert = max(1, self._rows // assignment.routing_map.shape[1])
-        return super().dispatch(x, assignment._replace(counts=Counts(per_expert)))
+        return super().dispatch(x, assignment._replace(counts=RowCounts(per_expert)))
 
 
 def count_activations(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:

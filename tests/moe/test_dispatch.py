@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharpmoe.moe.dispatch import Assignment, Counts, LocalDispatcher, Pairs
+from sharpmoe.moe.dispatch import Assignment, LocalDispatcher, Pairs, RowCounts
 from sharpmoe.moe.experts import Experts
 from tests.moe.dense import apply_experts, dense_experts, stacked_weights
 
@@ -19,7 +19,7 @@ def experts_of() -> Experts:
     return experts
 
 
-def compare(x: Tensor, chosen: Tensor, gates: Tensor, counts: Counts) -> None:
+def compare(x: Tensor, chosen: Tensor, gates: Tensor, counts: RowCounts) -> None:
     """Values and gradients."""
     weight = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view_as(x)
     weights = [w.requires_grad_() for w in stacked_weights(4, 8, 12)]
@@ -40,7 +40,7 @@ def test_any_map_equals_every_expert_on_every_token(seed: int, density: float, t
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 8, generator=g, dtype=torch.float64)
     gates = torch.rand(tokens, 4, generator=g, dtype=torch.float64)
-    compare(x, torch.rand(tokens, 4, generator=g) < density, gates, Counts())
+    compare(x, torch.rand(tokens, 4, generator=g) < density, gates, RowCounts())
 
 
 @settings(max_examples=20, deadline=None)
@@ -50,15 +50,15 @@ def test_equal_counts_equal_every_expert_on_every_token(seed: int, each: int) ->
     x = torch.randn(10, 8, generator=g, dtype=torch.float64)
     gates = torch.rand(10, 4, generator=g, dtype=torch.float64)
     best = torch.rand(10, 4, generator=g).topk(each, dim=0).indices
-    compare(x, torch.zeros(10, 4).scatter_(0, best, 1).bool(), gates, Counts(per_expert=each))
+    compare(x, torch.zeros(10, 4).scatter_(0, best, 1).bool(), gates, RowCounts(per_expert=each))
 
 
 def test_a_promise_of_equal_counts_is_checked() -> None:
     chosen = torch.eye(4).bool().repeat(2, 1)
     chosen[0] = False
-    with pytest.raises(RuntimeError, match=r"not every expert took 2 rows; where counts vary, pass Counts\(\)"):
+    with pytest.raises(RuntimeError, match=r"not every expert took 2 rows; where counts vary, pass RowCounts\(\)"):
         LocalDispatcher().dispatch(
-            torch.ones(8, 8).double(), Assignment(chosen, torch.ones(8, 4), Counts(per_expert=2))
+            torch.ones(8, 8).double(), Assignment(chosen, torch.ones(8, 4), RowCounts(per_expert=2))
         )
 
 
@@ -67,11 +67,11 @@ def test_a_promised_total_changes_nothing_and_is_checked() -> None:
     x, gates = torch.randn(5, 8).double(), torch.rand(5, 4).double()
     told, untold = (
         apply_experts(LocalDispatcher(), experts_of(), x, Assignment(chosen, gates, counts))
-        for counts in (Counts(total=5), Counts())
+        for counts in (RowCounts(total=5), RowCounts())
     )
     assert torch.equal(told, untold)
     with pytest.raises(RuntimeError, match="experts did not take 6 rows together"):
-        LocalDispatcher().dispatch(x, Assignment(chosen, gates, Counts(total=6)))
+        LocalDispatcher().dispatch(x, Assignment(chosen, gates, RowCounts(total=6)))
 
 
 def test_pairs_are_sorted_by_expert_then_token() -> None:

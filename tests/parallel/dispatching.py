@@ -28,7 +28,7 @@ class Case(NamedTuple):
     calls: int = 1  # of the same dispatcher in one graph, each on the outcome of the one before
     recompute: bool = False
     kind: str = "gelu"
-    each: int | None = None  # Counts.per_expert
+    each: int | None = None  # RowCounts.per_expert
 
 
 CASES = {

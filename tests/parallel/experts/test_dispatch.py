@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher
+from sharpmoe.moe.dispatch import Assignment, Dispatcher, RowCounts
 from sharpmoe.parallel.experts.dispatch import _regroup
 from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.experts.megatron import _fix_counts
@@ -47,7 +47,7 @@ def dispatched(case: Case, groups: ExpertGroups, dispatcher: Dispatcher, world: 
     gates = [d.gates.to(case.dtype).requires_grad_() for d in drawn]
 
     def layer(call: int, h: Tensor, gate: Tensor) -> Tensor:
-        args = (dispatcher, experts, h, Assignment(drawn[call].chosen, gate, Counts(per_expert=case.each)))
+        args = (dispatcher, experts, h, Assignment(drawn[call].chosen, gate, RowCounts(per_expert=case.each)))
         return checkpoint(apply_experts, *args, use_reentrant=False) if case.recompute else apply_experts(*args)
 
     y = chain(x, gates, layer)

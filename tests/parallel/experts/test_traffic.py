@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sharpmoe.moe.dispatch import Assignment, Counts, Dispatcher
+from sharpmoe.moe.dispatch import Assignment, Dispatcher, RowCounts
 from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.ranks.launch import World
 from tests.counting import Collective, CollectiveCounter
@@ -41,7 +41,7 @@ def traffic_of(groups: ExpertGroups, world: World, name: str, each: int | None) 
     dispatcher = DISPATCHERS[name](groups)
     before = held(dispatcher)
     with CollectiveCounter() as counter:
-        assignment = Assignment(chosen, gates, Counts(per_expert=each))
+        assignment = Assignment(chosen, gates, RowCounts(per_expert=each))
         loss = apply_experts(dispatcher, experts, x, assignment).square().sum()
         forward = counter.take()
         loss.backward()
@@ -94,7 +94,7 @@ def refusals(groups: ExpertGroups) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for name, each in itertools.product(DISPATCHERS, (3, 40)):
         with pytest.raises(RuntimeError) as caught:
-            DISPATCHERS[name](groups).dispatch(x, Assignment(chosen, gates, Counts(per_expert=each)))
+            DISPATCHERS[name](groups).dispatch(x, Assignment(chosen, gates, RowCounts(per_expert=each)))
         said.setdefault(name, []).append(str(caught.value))
     return said
 
@@ -104,5 +104,5 @@ def test_equal_splits_refuse_an_uneven_map(on_two_ranks: list[tuple[object, dict
     for _, refused in on_two_ranks:
         assert refused.keys() == DISPATCHERS.keys()
         for few, many in refused.values():
-            assert "not every expert took 3 rows; where counts vary, pass Counts()" in few
+            assert "not every expert took 3 rows; where counts vary, pass RowCounts()" in few
             assert "not every expert took 40 rows" in many
