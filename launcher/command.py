@@ -21,6 +21,7 @@ OVERRIDES_HELP = (
 
 _BUG = 1  # as Python ends after an exception
 _ERROR = 2  # as argparse ends
+INTERRUPTED = 128 + 2  # as of a process that SIGINT killed
 _BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE killed
 
 
@@ -30,7 +31,8 @@ class Command:
 
     Exit codes: what `act` returns (None is 0), 2 after wrong words or an error that is printed as one line (a
     SharpMoEError, or one of the system, torch or safetensors: see `outside_error`), 141 where nobody reads standard
-    output any more (`... | head`), 1 after a bug: any other exception, with its traceback and a line that says so.
+    output any more (`... | head`), 130 after Ctrl-C, 1 after a bug: any other exception, with its traceback and a line
+    that says so.
     With --debug every error shows its traceback.
     """
 
@@ -56,6 +58,10 @@ class Command:
             if self.reports():
                 _print_error(error, debug, str(error))
             return _ERROR
+        except KeyboardInterrupt:
+            if self.reports():
+                print("interrupted", file=sys.stderr, flush=True)
+            return INTERRUPTED
         except Exception as error:  # noqa: BLE001 - the last place where an exception can become a line
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit

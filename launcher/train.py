@@ -4,15 +4,15 @@
 plain `python` start the same run.
 
 Exit codes: 0, also where SIGTERM or SIGUSR1 stopped the run, which has saved itself and continues when it is started
-again; 2 on every rank after an error, which rank 0 prints as one line; 3 where another rank is lost; 128 + the number
-of a second signal.
+again; 130 where Ctrl-C (SIGINT) stopped it, after the same save; 2 on every rank after an error, which rank 0 prints as
+one line; 3 where another rank is lost; 128 + the number of a second signal.
 """
 
 import argparse
 from pathlib import Path
 
 from launcher.bounds import Whole
-from launcher.command import OVERRIDES_HELP, Command
+from launcher.command import INTERRUPTED, OVERRIDES_HELP, Command
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch, signals
@@ -43,7 +43,7 @@ def _ds_file(arguments: argparse.Namespace) -> Path:
     return first or second or DEFAULT_DS_CONFIG
 
 
-def _act(arguments: argparse.Namespace) -> None:
+def _act(arguments: argparse.Namespace) -> int:
     with signals.listening():
         world = launch.start()
         with launch.raise_on_all_ranks(world):
@@ -55,9 +55,13 @@ def _act(arguments: argparse.Namespace) -> None:
             plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
             text = rehearse(run, ds_config, world, notes) if plan is None else ""
         if plan is not None:
-            train(plan, world)
+            try:
+                train(plan, world)
+            except KeyboardInterrupt:  # the run has said so, and where it is saved
+                return INTERRUPTED
         elif world.is_main:
             print(text, flush=True)
+    return 0
 
 
 main = Command(

@@ -1,6 +1,7 @@
 """The life of a run: build, resume, step, monitor, save; stop when a signal asks for it."""
 
 import json
+import signal
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -36,14 +37,24 @@ _STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is 
 def train(plan: RunPlan, world: World) -> Path:
     """Run a plan to its last step, or to where a signal stops it; returns the last checkpoint's folder.
 
-    Communicates. Raises SharpMoEError on every rank, also where another live process runs in the folder; ends the
-    process with exit code 3 where another rank is lost.
+    Communicates. Raises on every rank: SharpMoEError, also where another live process runs in the folder; and, after
+    the save, KeyboardInterrupt where SIGINT (Ctrl-C) stopped it. Ends the process with code 3 where a rank is lost.
     """
     with watchdog.watching(world.rank, world.size, plan.run.peers), run_folder_owned(plan.folder, world):
-        return _train(choose_checkpoint(plan, world), world)
+        ended = _train(choose_checkpoint(plan, world), world)
+    if ended.signal == signal.SIGINT.name:
+        raise KeyboardInterrupt
+    return ended.folder
 
 
-def _train(plan: RunPlan, world: World) -> Path:
+class _Ended(NamedTuple):
+    """How a run ended."""
+
+    folder: Path  # its last checkpoint
+    signal: str = ""  # that stopped it
+
+
+def _train(plan: RunPlan, world: World) -> _Ended:
     with raise_on_all_ranks(world):
         initial = initial_model(plan)
         initial.weights.check_finite(world.rank, world.size)
@@ -54,7 +65,7 @@ def _train(plan: RunPlan, world: World) -> Path:
         if world.is_main:
             print(f"nothing to do: {plan.saved.folder} is at step {plan.start.step} of {plan.run.train.steps}")
             _clear_stopped(plan.folder)
-        return plan.saved.folder
+        return _Ended(plan.saved.folder)
     session = open_session(plan, world, initial)
     try:
         return _run(session, monitor_first)
@@ -66,7 +77,7 @@ def _train(plan: RunPlan, world: World) -> Path:
             session.log.close()
 
 
-def _run(session: Session, monitor_first: bool) -> Path:
+def _run(session: Session, monitor_first: bool) -> _Ended:
     """Step, monitor and save until the last step or a signal.
 
     monitor_first: the run was stopped while it measured the step that it resumes from, which is done now.
@@ -196,24 +207,24 @@ class _Timetable:
         return due
 
 
-def _finish(session: Session, progress: Progress) -> Path:
+def _finish(session: Session, progress: Progress) -> _Ended:
     watchdog.mark(f"the save of step {progress.step}")
     folder = ensure_saved(session, progress)
     if session.log is not None:
         session.log.say(f"done: {folder}")
-    return folder
+    return _Ended(folder)
 
 
-def _stop(session: Session, progress: Progress, signal: str, monitored: bool) -> Path:
+def _stop(session: Session, progress: Progress, name: str, monitored: bool) -> _Ended:
     """Save the state that a signal found, and leave the file that says so, once the checkpoint is on the disk."""
     watchdog.mark(f"the save of step {progress.step}")
     folder = ensure_saved(session, progress)
     if session.log is not None:
-        stopped = _Stopped(signal, progress.step, monitored)
+        stopped = _Stopped(name, progress.step, monitored)
         durable.write_atomically(session.plan.folder / _STOPPED_FILE, json.dumps(stopped._asdict()))
-        session.log.event("stop", progress.step, signal=signal, checkpoint=str(folder))
-        session.log.say(f"stopped by {signal} after step {progress.step}: {folder}; start it again to go on")
-    return folder
+        session.log.event("stop", progress.step, signal=name, checkpoint=str(folder))
+        session.log.say(f"stopped by {name} after step {progress.step}: {folder}; start it again to go on")
+    return _Ended(folder, name)
 
 
 class _Stopped(NamedTuple):

@@ -139,3 +139,12 @@ def test_a_closed_pipe_ends_quietly() -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["0", "141"]
     assert done.stderr == ""
+
+
+def _interrupt(_: argparse.Namespace) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_is_one_word_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Command(text=None, arguments=lambda _: None, act=_interrupt)([]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sharpmoe.checkpoint import manifest, save
 from sharpmoe.config import RunConfig
-from sharpmoe.log_file import read_log
+from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.parallel.ranks import signals, watchdog
 from sharpmoe.parallel.ranks.launch import World, gather_objects
 from sharpmoe.train import loop, monitor
@@ -57,7 +57,7 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def signal_at(place: Place, sent: list[float]) -> Iterator[None]:
+def signal_at(place: Place, sent: list[float], number: int = signal.SIGTERM) -> Iterator[None]:
     """Have call number `place.call` of a function find this rank asked to stop."""
     original: Callable[..., Any] = getattr(place.module, place.name)
     calls = 0
@@ -67,7 +67,7 @@ def signal_at(place: Place, sent: list[float]) -> Iterator[None]:
         calls += 1
         if calls == place.call:
             sent.append(time.monotonic())
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             while not signals.asked():
                 time.sleep(0.001)
         return original(*args, **kwargs)
@@ -141,6 +141,30 @@ def test_a_signal_anywhere_costs_nothing(shards: Path, tmp_path: Path) -> None:
         again, same = outcome(tmp_path / name / "run")
         assert again == figures, name
         assert identical(same, weights), name
+
+
+def pressed(world: World, run: RunConfig) -> tuple[str, int]:
+    """How a run ends that Ctrl-C meets on one rank in its second step; the step that the next start goes on from."""
+    how, place = "returned", Place(loop, "train_step", 2, 2)
+    with signals.listening(), signal_at(place, [], signal.SIGINT) if world.rank == 1 else nullcontext():
+        try:
+            loop.train(plan_for(run, world), world)
+        except KeyboardInterrupt:
+            how = "interrupted"
+    gather_objects(None, world)  # rank 0 writes
+    saved = plan_for(run, world).start.step
+    with signals.listening():
+        loop.train(plan_for(run, world), world)
+    return how, saved
+
+
+@pytest.mark.dist
+def test_ctrl_c_saves_and_interrupts_every_rank(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, stage="pretrain", train={"steps": 3}, checkpoint={"resume": "auto"})
+    assert run_ranks(pressed, 2, run) == [("interrupted", 2)] * 2
+    (event,) = [line for line in read_log_lines(tmp_path / "run" / "log.jsonl") if line.get("event") == "stop"]
+    assert (event["signal"], event["step"]) == ("SIGINT", 2)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step00000003"
 
 
 KILLED: dict[str, tuple[Any, str]] = {"step": (loop, "train_step"), "save": (save, "_write_own")}

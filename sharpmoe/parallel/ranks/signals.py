@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-_SAME_REQUEST = 1.0  # seconds: a scheduler may reach a process twice, itself and through torchrun
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_REQUEST = 1.0  # seconds: a scheduler, or Ctrl-C, may reach a process twice, itself and through its launcher
 
 _asked: signal.Signals | None = None
 
@@ -29,7 +29,7 @@ def asked() -> int:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within the context, store SIGTERM and SIGUSR1 (`asked`); a second signal ends the process with 128 + its number.
+    """Within the context, store SIGTERM, SIGUSR1 and SIGINT (`asked`); a second ends the process with 128 + its number.
 
     For the main thread. Signals within a second of the first count as the same request; a signal that was blocked
     before (launcher/hold_signals.py) counts as the first.

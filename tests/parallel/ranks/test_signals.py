@@ -40,7 +40,7 @@ def busy() -> "Iterator[subprocess.Popen[str]]":
     process.communicate()
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_the_first_signal_is_remembered_and_the_second_ends(
     busy: "subprocess.Popen[str]", second: signal.Signals
 ) -> None:
