@@ -185,7 +185,7 @@ def test_an_unknown_family_is_named_with_the_choices(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
     assert "model.router: got 'difmoe', allowed: dense | tc | ec | diffmoe | " in str(raised.value)
     assert "; did you mean diffmoe?" in str(raised.value)
-    with pytest.raises(ConfigError, match=r"model\.router: got 3, allowed: dense \| tc"):
+    with pytest.raises(ConfigError, match=r"model\.router: got '3', allowed: dense \| tc"):
         load_run_config(file, ["--model.router=3"])
 
 

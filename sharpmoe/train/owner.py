@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sharpmoe.checkpoint import retention
 from sharpmoe.errors import CheckpointError
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 
@@ -27,7 +26,8 @@ class _Owner(NamedTuple):
 def run_folder_owned(folder: Path, world: World) -> Iterator[None]:
     """Make the run folder and own it within the context, for all ranks of the run: rank 0 holds a lock.
 
-    Communicates. Raises CheckpointError on every rank where another live process owns the folder. The system drops the
+    Communicates. Raises CheckpointError on every rank where another live process owns the folder, OutsideError where it
+    cannot be written to. The system drops the
     lock of a process that ends, however it ends, so a run that was killed can be started again at once. It is a lock of
     the process (fcntl), not of the open file (flock): workers that the run forks do not keep it.
     """
@@ -43,9 +43,8 @@ def run_folder_owned(folder: Path, world: World) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> IO[str]:
-    with retention.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _OWNER_FILE).open("a+", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / _OWNER_FILE).open("a+", encoding="utf-8")
     try:
         _claim(folder, file)
     except BaseException:
@@ -63,10 +62,9 @@ def _claim(folder: Path, file: IO[str]) -> None:
     except OSError:  # a file system without locks: of processes on other hosts nothing is known
         if other is not None and other != me and other.host == me.host and _is_alive(other.pid):
             raise _owned_by(other, folder) from None
-    with retention.disk_errors(folder):
-        file.truncate(0)
-        file.write(json.dumps(me._asdict()))
-        file.flush()
+    file.truncate(0)
+    file.write(json.dumps(me._asdict()))
+    file.flush()
 
 
 def _read(file: IO[str]) -> _Owner | None:

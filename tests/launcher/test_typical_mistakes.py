@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty.pt").touch()
     (root / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (root / "page.pth").write_text("<!DOCTYPE html>\n<html>404</html>\n")
-    torch.save({"x": torch.zeros(2).to(torch.float8_e4m3fn)}, root / "fp8.pt")
+    torch.save({"x": torch.zeros(2, dtype=torch.complex64)}, root / "complex.pt")
     torch.save({"x": torch.zeros(2).to_sparse()}, root / "sparse.pt")
     (root / "half.safetensors").write_bytes((root / "class.safetensors").read_bytes()[:1000])
     (root / "twice.yaml").write_text("train:\n  steps: 1\n  steps: 2\n")
@@ -63,7 +63,7 @@ MISTAKES: list[tuple[str, str]] = [
     # places and files
     ("sample nowhere", "nowhere: neither a run folder with checkpoints/latest nor a .safetensors file"),
     ("sample @/toy --out @/file", "@/file: is a file, or below one, expected a folder; choose another place"),
-    ("sample @/half.safetensors", "@/half.safetensors: not a sound safetensors file"),
+    ("sample @/half.safetensors --shards @/shards", "@/half.safetensors: not a sound safetensors file"),
     ("export @/toy @/folder", "@/folder: is a folder, expected a file; add a file name"),
     ("export @/toy @/file/x.safetensors", "@/file: "),
     ("evaluate @/toy --out @/file/x", "@/file: is a file, or below one, expected a folder"),
@@ -76,8 +76,11 @@ MISTAKES: list[tuple[str, str]] = [
     ("convert @/empty.pt @/o.safetensors", "@/empty.pt: is empty, as a broken download leaves it; download it again"),
     ("convert @/pointer.pt @/o.safetensors", "is a pointer of Git LFS, not the file itself; fetch it with `git lfs"),
     ("convert @/page.pth @/o.safetensors", "is a web page, not a checkpoint; download the file itself"),
-    ("convert @/fp8.pt @/o.safetensors", "x is float8_e4m3fn, expected dense float32, bfloat16 or float16"),
-    ("convert @/sparse.pt @/o.safetensors", "x is sparse_coo, expected dense float32, bfloat16 or float16"),
+    (
+        "convert @/complex.pt @/o.safetensors",
+        "x is a tensor torch.complex64, expected real numbers; save it as float32",
+    ),
+    ("convert @/sparse.pt @/o.safetensors", "key x_embedder.proj.weight is missing: not a diffusion transformer"),
     ("identify @/half.safetensors", "@/half.safetensors: cannot be read as tensors only"),
     # devices, counts, words
     ("sample @/toy --device gpu", "--device: got 'gpu', allowed: auto (cuda where there is one, else cpu), cpu"),

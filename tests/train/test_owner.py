@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sharpmoe.errors import CheckpointError
+from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop, owner
 from sharpmoe.train.owner import run_folder_owned
@@ -64,6 +65,7 @@ def own_twice(world: World, folder: Path) -> int:
     for _ in range(2):  # as a run that is started again
         with run_folder_owned(folder, world):
             pid = json.loads((folder / ".owner").read_text())["pid"]
+            launch.gather_objects(pid, world)  # rank 0 writes the file anew only when all have read it
     assert world.rank != 0 or pid == os.getpid()
     return int(pid)
 

@@ -95,14 +95,6 @@ def _pick(found: Any, weights: str, where: str) -> dict[str, Tensor]:
     if not state:
         held = ", ".join(map(str, found))
         raise CheckpointError(f"{where}: no {weights} weights among {held}; set weights to the other of ema and model")
-    for key, value in state.items():
-        small = value.is_floating_point() and value.element_size() < 2
-        if value.layout is not torch.strided or value.is_quantized or small:
-            kind = "quantized" if value.is_quantized else value.dtype if small else value.layout
-            raise CheckpointError(
-                f"{where}: {key} is {str(kind).removeprefix('torch.')}, expected dense float32, bfloat16 or float16; "
-                "save the checkpoint again in one of them"
-            )
     while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
         state = {key.split(".", 1)[1]: value for key, value in state.items()}
     return state
