@@ -405,7 +405,7 @@ class LogConfig(_Section):
     sample_every: int = Field(0, ge=0)  # fixed samples and a routing sheet
     allocation: bool = True  # print the allocation table before and after
     allocation_images: int = Field(128, ge=1)  # held-out images of the table
-    # Peak TFLOP/s of a device in the precision of the run, for its utilisation; None: by its name (train/peak.py).
+    # Peak TFLOP/s of a device in the precision of the run, for its utilisation; None: by its name (train/flops.py).
     peak_tflops: float | None = Field(None, gt=0)
 
 

@@ -57,7 +57,9 @@ def find_checkpoints(root: Path, resume: str) -> Found:
     be read, and where `none` would mix a new run into another run's checkpoints.
     """
     if resume == "none":
-        if (root / retention.LATEST).exists():
+        if (root / retention.LATEST).exists() or any(
+            (path / MANIFEST).is_file() for path in retention.newest_first(root)
+        ):
             raise CheckpointError(
                 f"{root}: holds checkpoints, which checkpoint.resume: none would mix with a new run's; "
                 "give the run another --name, or move them away"

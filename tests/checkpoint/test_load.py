@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -174,6 +175,9 @@ def test_resume_names_are_understood(saved: RunConfig, tmp_path: Path) -> None:
     assert first(tmp_path, str(root(saved))) == last
     with pytest.raises(CheckpointError, match="would mix"):
         load.find_checkpoints(root(saved), "none")
+    shutil.copytree(last, tmp_path / "cut" / last.name)  # the run ended before `latest` was written
+    with pytest.raises(CheckpointError, match="would mix"):
+        load.find_checkpoints(tmp_path / "cut", "none")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         load.find_checkpoints(tmp_path, str(tmp_path / "nothing"))
 

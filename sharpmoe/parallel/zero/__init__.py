@@ -1,1 +1,1 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 behind one engine; the only folder that relies on inner names of DeepSpeed 0.19.8."""
+"""ZeRO-2 and ZeRO-3 behind one engine; only this folder and experts/groups.py use inner names of DeepSpeed."""
