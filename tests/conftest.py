@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -76,3 +77,18 @@ def private_extensions_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn shapes as shards, 20 training images."""
     return make_shards(tmp_path_factory.mktemp("shards") / "shapes")
+
+
+@pytest.fixture(autouse=True)
+def no_groups_of_an_earlier_test() -> None:
+    """Forget process groups that an earlier test has destroyed (launch.stop): DeepSpeed and the project keep theirs."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is None or torch.distributed.is_initialized():
+        return
+    groups._WORLD_GROUP = None
+    for kept in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        getattr(groups, kept).clear()
+        getattr(groups, f"{kept}_RANKS").clear()
+    ours = sys.modules.get("sharpmoe.parallel.experts.groups")
+    if ours is not None:
+        ours._built.cache_clear()
