@@ -38,6 +38,7 @@ def test_forward_calls_and_graphs(cases: dict[str, Case]) -> None:
     assert kept["checkpoint"] < 0.4 * STEPS
 
 
+@pytest.mark.slow
 def test_every_case_runs_and_its_gradients_agree(cases: dict[str, Case]) -> None:
     for case in cases.values():
         assert case.ours() == STEPS * TOY.images

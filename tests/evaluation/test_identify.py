@@ -45,6 +45,7 @@ def trained(shards: ShardSet, family: str, router: str = "ec", steps: int = 150)
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["promoe", "kwai"])
 def test_a_wrong_time_convention_is_caught(family: str, folder: Path) -> None:
     model = trained(ShardSet.open(folder, "train"), family)

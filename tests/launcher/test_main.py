@@ -58,6 +58,7 @@ def test_no_or_a_wrong_command_is_one_line(words: list[str], shown: str, capsys:
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same_error_and_exit_code(tmp_path: Path) -> None:
     for first in (["-m", "launcher", "report"], [str(PROJECT_ROOT / "launcher" / "report.py")]):
         words = [sys.executable, *first, str(tmp_path)]

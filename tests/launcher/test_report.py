@@ -37,6 +37,7 @@ def look_at(run_folder: Path) -> RunLog:
     return log
 
 
+@pytest.mark.slow
 def test_looking_at_a_run_leaves_pictures_figures_and_a_page(run_folder: Path) -> None:
     log = look_at(run_folder)
     names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*.png")}

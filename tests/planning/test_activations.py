@@ -16,6 +16,7 @@ def run_with(router: str = "diffmoe", **model: Any) -> RunConfig:
     return make_run(Path("shards"), Path("runs"), router, rollout={"num_steps": 6}, model=model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("router", "model"),
     [("diffmoe", {"depth": 8}), ("ec", {"depth": 7}), ("tc", {"depth": 8, "moe_every": 1, "dense_first": 2})],
@@ -26,6 +27,7 @@ def test_two_shallow_models_give_a_deep_one(router: str, model: dict[str, Any]) 
         assert found == (counted if isinstance(counted, _LinearBytes) else pytest.approx(counted, rel=0.01))
 
 
+@pytest.mark.slow
 def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
     one, two = (count_activations(run_with(), batch, 4) for batch in (2, 4))
     assert two.kept.per_step == pytest.approx(2 * one.kept.per_step, rel=0.02)

@@ -114,6 +114,7 @@ def test_what_is_asked_for_is_not_touched() -> None:
     assert resolve_schedule(run, {}, 1, 0.0) == (run, ())
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_choice(shards: Path, tmp_path: Path) -> None:
     run = make_run(shards, tmp_path, rollout={"schedule": "auto"})
     ds_config = resolve_ds_config(ZERO3, run, 1)

@@ -145,6 +145,7 @@ def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
     assert figures["throughput/mfu"][1] == figures["throughput/hfu"][1] == pytest.approx(per_rank / 2.0)
 
 
+@pytest.mark.slow
 def test_what_only_draws_or_reports_never_ends_a_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,7 @@ def test_graphs_kept() -> None:
     assert saved(a_run(6, schedule="two_pass", merged_steps=2)) == pytest.approx(2 * one, rel=0.02)
 
 
+@pytest.mark.slow
 def test_memory_of_two_pass_hardly_grows_with_the_steps() -> None:
     few, many = (alive(a_run(steps, schedule="two_pass")) for steps in (2, 12))
     x0_prev, maps, figures = BATCH * 4 * 16 * 16 * 4, 2 * BATCH * 64 * 4, 256

@@ -108,6 +108,7 @@ def test_what_a_kill_right_after_the_index_leaves_is_cleared_away(tmp_path: Path
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_the_last_one_writes_the_index(whole: dict[str, bytes], tmp_path: Path) -> None:
     codes = finished(start(tmp_path, 3))
     assert codes.count(0) >= 1
@@ -115,6 +116,7 @@ def test_ranks_share_the_work_and_the_last_one_writes_the_index(whole: dict[str,
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_costs_its_shards_alone(
     whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_an_epoch_from_a_moody_server(workers: int, folder: Path, options: Remot
     assert files <= options.cache_bytes + 100
 
 
+@pytest.mark.slow
 def test_a_cache_smaller_than_the_shards(folder: Path, options: RemoteOptions) -> None:
     tight = replace(options, cache_bytes=8 << 14)
     local = read(ShardSet.open(folder, "train"), 12)
@@ -127,6 +128,7 @@ def _there(folder: Path, request: Request) -> bool:
     return (folder / request.path.lstrip("/")).is_file()
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_no_damage(folder: Path, options: RemoteOptions) -> None:
     local = read(ShardSet.open(folder, "train"), 6)
     with serving(folder) as server:
