@@ -110,6 +110,12 @@ def measure_allocation(
     return _summarise(observed, ALLOCATION_TIMES, num_layers=len(model.moe_layers()))
 
 
+def steps_of_range(times: Sequence[float], name: str) -> list[int]:
+    """Return the indices of the times in a range of t of the table, such as "t > 0.65" or "all t"."""
+    lower, upper = _RANGES[name]
+    return [step for step, t in enumerate(times) if lower < t <= upper]
+
+
 def _summarise(observed: Observed, times: Sequence[float], num_layers: int) -> Allocation:
     """Return the allocation in observed rollouts (I, T, N) of a model with `num_layers` MoE layers."""
     collected = {name: observed.experts[:, _within(times, bounds)].sum(1) for name, bounds in _RANGES.items()}

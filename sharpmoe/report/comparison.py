@@ -14,6 +14,7 @@ from sharpmoe.config import DataConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.allocation import Allocation, measure_allocation
 from sharpmoe.model.weights import load_model
+from sharpmoe.report.compute_sheet import draw_compute_sheet
 from sharpmoe.report.figures import allocation_curves, save_png
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet, observe_routing
 from sharpmoe.report.runs import SavedModel
@@ -71,7 +72,10 @@ def compare_models(
 
 
 def write_comparison(folder: Path | str, found: Comparison) -> Path:
-    """Write one JSON file per model, the curves, and routing sheets on one colour scale; return the folder."""
+    """Write one JSON file and one routing sheet per model, curves, and the compute of several models; return the folder.
+
+    All routing sheets share one colour scale.
+    """
     folder = Path(folder)
     for name, result in found.allocations.items():
         result.save(folder / f"{slug(name)}.json")
@@ -79,4 +83,6 @@ def write_comparison(folder: Path | str, found: Comparison) -> Path:
     most = max((float(sheet.experts.max()) for sheet in found.routing.values()), default=None)
     for name, sheet in found.routing.items():
         save_png(draw_routing_sheet(sheet, name, most), folder / f"routing_{slug(name)}.png")
+    if len(found.routing) > 1:
+        save_png(draw_compute_sheet(found.routing), folder / "compute.png")
     return folder

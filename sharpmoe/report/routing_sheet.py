@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -58,9 +59,7 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
     All steps share one colour scale from 0 to `most` (default: the largest count), so rows and steps can be compared.
     M is scaled to the largest value of its image.
     """
-    num_images, num_steps, num_tokens = sheet.experts.shape
-    height, width = sheet.images.shape[2:]
-    rows = round(math.sqrt(num_tokens * height / width))  # tokens are square in the picture, whatever its aspect
+    num_images, num_steps, _ = sheet.experts.shape
     most = most or max(float(sheet.experts.max()), 1.0)
     columns = 3 + num_steps
     figure = Figure(figsize=(1.02 * columns + 0.9, 1.2 * num_images + 0.55 + 0.3 * bool(title)), dpi=110)
@@ -68,7 +67,7 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
     heads = ["image", "saliency M", "mask", *(f"t = {t:.3g}" for t in sheet.times)]
     for row, pixels in zip(range(num_images), to_pixels(sheet.images), strict=True):
         maps = [sheet.saliency[row], sheet.foreground[row], *sheet.experts[row]]
-        grids = [values.reshape(rows, -1).float().cpu().numpy() for values in maps]
+        grids = [to_grid(values, sheet) for values in maps]
         axes[row, 0].imshow(pixels)
         for column, grid in enumerate(grids, start=1):
             top = (float(grid.max()), 1.0, most)[min(column - 1, 2)]
@@ -76,9 +75,7 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
             drawn = axes[row, column].imshow(grid, interpolation="nearest", cmap=heat, vmin=0, vmax=top)
         if np.isnan(grids[1]).any():
             axes[row, 2].text(0.5, 0.5, "none", ha="center", va="center", transform=axes[row, 2].transAxes, fontsize=8)
-        axes[row, 0].set_xlabel(
-            _short(drawable(sheet.captions[row]), 48), fontsize=7.5, labelpad=3, loc="left", parse_math=False
-        )
+        write_caption(axes[row, 0], sheet.captions[row])
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for axis, head in zip(axes[0], heads, strict=True):
@@ -92,6 +89,18 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
     figure.colorbar(drawn, cax=bar).set_label("experts per token, all MoE layers", fontsize=8)
     bar.tick_params(labelsize=7)
     return render_figure(figure)
+
+
+def to_grid(values: Tensor, sheet: RoutingSheet) -> np.ndarray:
+    """Arrange one value per token (N,) as tokens lie in the image: (h, w) float32."""
+    height, width = sheet.images.shape[2:]
+    rows = round(math.sqrt(values.numel() * height / width))  # tokens are square in the picture, whatever its aspect
+    return values.reshape(rows, -1).float().cpu().numpy()
+
+
+def write_caption(axis: Axes, caption: str) -> None:
+    """Write a caption below the first picture of a row, shortened to one line."""
+    axis.set_xlabel(_short(drawable(caption), 48), fontsize=7.5, labelpad=3, loc="left", parse_math=False)
 
 
 def _short(text: str, length: int) -> str:
