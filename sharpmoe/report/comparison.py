@@ -72,9 +72,9 @@ def compare_models(
 
 
 def write_comparison(folder: Path | str, found: Comparison) -> Path:
-    """Write one JSON file and one routing sheet per model, curves, and the compute of several models; return the folder.
+    """Write a JSON file and a routing sheet of each model, curves, and of several models their compute side by side.
 
-    All routing sheets share one colour scale.
+    All routing sheets share one colour scale. Returns the folder.
     """
     folder = Path(folder)
     for name, result in found.allocations.items():

@@ -20,8 +20,8 @@ def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "after.json",
         "allocation.png",
-        "compute.png",
         "before.json",
+        "compute.png",
         "routing_after.png",
         "routing_before.png",
     ]
