@@ -98,8 +98,16 @@ def test_every_module_says_what_it_is():
 
 
 def test_the_readme_lists_every_router_family():
-    row = next(line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("| `model.router` |"))
-    assert re.findall(r"`(\w+)`", row.split("|")[2]) == list(FAMILIES)
+    table = text_of(ROOT / "README.md").split("| `model.router` |")[1].split("\n\n")[0]
+    rows = [row.split("|") for row in table.splitlines()[2:]]
+    listed = [(router, varies) for row in rows for router, varies in _routers(row[1], row[3])]
+    assert listed == [(name, "varies" if family.varies_compute else "equal") for name, family in FAMILIES.items()]
+
+
+def _routers(names: str, compute: str) -> list[tuple[str, str]]:
+    """Pair the routers of a row with whether their compute per token varies; one word holds for all of them."""
+    routers, words = re.findall(r"`(\w+)`", names), re.findall(r"\w+", compute)
+    return list(zip(routers, words if len(words) > 1 else words * len(routers), strict=True))
 
 
 def test_tests_selected_by_a_word_exist():
