@@ -29,7 +29,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Bucket(NamedTuple):
-    """One resolution. All buckets of a folder have the same number of tokens."""
+    """One resolution. Buckets of a folder may differ in their number of tokens."""
 
     image: tuple[int, int]  # pixels (H, W)
     latent: tuple[int, int, int]  # (C, h, w)

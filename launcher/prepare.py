@@ -97,14 +97,21 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _content_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the shards hold").add_argument
-    add("--size", type=POSITIVE, default=64, help="images are cropped to a square and resized to this many pixels")
+    add(
+        "--size",
+        type=POSITIVE,
+        help=f"images become squares of so many pixels (default: {Recipe.image_size}); with --buckets: the squares "
+        "that patch_pca is fitted to",
+    )
     add("--fit", choices=FITS, default="crop", help="images of another shape: crop the centre, or pad with white")
     add(
         "--buckets",
         default="",
-        help="aspect buckets instead of the square: a number of tokens (240: all grids of so many within 1:3), or a "
-        "list in pixels H x W as 256x256,192x336",
+        help="aspect buckets instead of the square: a list in pixels H x W as 256x256,192x336; with --bucket-step the "
+        "side of a square in pixels (512: all shapes of at most its area within 1:3); without, a number of tokens "
+        "(240: all grids of so many within 1:3)",
     )
+    add("--bucket-step", type=POSITIVE, help="sides of buckets are multiples of so many pixels, as 64")
     add("--patch-size", type=POSITIVE, default=2, help="patch size of the model, for the token grid")
     add("--codec", choices=("patch_pca", "autoencoder_kl", "pixel"), default="patch_pca", help="images to latents")
     add("--like", metavar="PLACE", help="codec and text encoder exactly as there: weights (.safetensors) or shards")

@@ -15,11 +15,12 @@ from data_pipeline.read.folder import read_index
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.errors import DamageError
 
-TEXT_WIDTH, POOLED_WIDTH, TEXT_LENGTH, TOKENS = 6, 5, 4, 4
+TEXT_WIDTH, POOLED_WIDTH, TEXT_LENGTH = 6, 5, 4
 BUCKETS = {
     "16x16": Bucket((16, 16), (2, 4, 4), (2, 2), 0),
     "32x8": Bucket((32, 8), (2, 8, 2), (4, 1), 0),
     "8x32": Bucket((8, 32), (2, 2, 8), (1, 4), 0),
+    "24x16": Bucket((24, 16), (2, 6, 4), (3, 2), 0),  # more tokens than the others
 }
 Files = dict[str, bytes]
 
@@ -123,7 +124,7 @@ def make_index(shards: Sequence[Shard], files: Mapping[str, str]) -> Index:
 
 def sample(number: int, bucket: Bucket, options: Options = PLAIN) -> dict[str, bytes]:
     """Members of a sample whose every value tells which one it is."""
-    ramp = np.arange(TOKENS, dtype=np.float32) / 8
+    ramp = np.arange(bucket.grid[0] * bucket.grid[1], dtype=np.float32) / 8
     latent = np.broadcast_to(np.arange(bucket.latent[2]), bucket.latent).astype(np.float16) + number % 64
     arrays = {
         "latent": latent,

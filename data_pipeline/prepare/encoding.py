@@ -19,8 +19,8 @@ from data_pipeline.encode.codecs import CachedLatent, Codec, Posterior
 from data_pipeline.encode.texts import TextEncoder, TextStates
 from data_pipeline.index import Places
 from data_pipeline.members import encode_json, encode_npy
+from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts
-from data_pipeline.prepare.plan import Resolution
 from data_pipeline.prepare.recipe import Recipe
 from data_pipeline.prepare.survey import unreadable
 from data_pipeline.sources.images import UNREADABLE, Picture, load_picture, mirror

@@ -10,13 +10,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.prepare.buckets import Resolution, nearest_buckets
 from data_pipeline.prepare.counts import Counts, reason_of
 from data_pipeline.prepare.encoding import BATCH, Encoded, Worker, decoded_batches, encode_batch, write_tar
-from data_pipeline.prepare.plan import Resolution, bucket_resolutions, nearest_buckets, shard_plans
+from data_pipeline.prepare.plan import shard_plans
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.recipe import Recipe, check_recipe
 from data_pipeline.prepare.survey import Catalog, survey
-from data_pipeline.prepare.write import Machine, bucket_report, new_codec, text_encoder, training_images
+from data_pipeline.prepare.write import (
+    Machine,
+    bucket_report,
+    new_codec,
+    recipe_resolutions,
+    text_encoder,
+    training_images,
+)
 from data_pipeline.sources.images import UNREADABLE, upright_size
 from data_pipeline.sources.items import ImageSource, Skipped, source_identity
 from sharpmoe.errors import DataError
@@ -50,7 +58,7 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
             raise DataError("the source holds no picture that can be used")
         images = islice(training_images(source, catalog, recipe, machine), _FITTED)
         codec = new_codec(recipe, images, machine.device)
-        resolutions = bucket_resolutions(recipe.buckets, recipe.image_size, recipe.patch_size, codec.latent_shape)
+        resolutions = recipe_resolutions(recipe, codec)
         chosen = nearest_buckets(catalog.pixels, resolutions)
         worker = Worker(source, recipe, codec, text_encoder(recipe, machine.device), machine.threads)
         shards = len(shard_plans(catalog, resolutions, chosen, recipe.shard_samples))

@@ -24,9 +24,10 @@ from data_pipeline.index import (
     parse_table,
 )
 from data_pipeline.members import encode_json
+from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, write_counts
 from data_pipeline.prepare.encoding import Worker, text_arrays
-from data_pipeline.prepare.plan import Resolution, ShardPlan
+from data_pipeline.prepare.plan import ShardPlan
 from data_pipeline.prepare.survey import Catalog
 from data_pipeline.sources.items import Skipped
 from sharpmoe.durable import remove_drafts, sha256_of, write_atomically

@@ -9,6 +9,7 @@ from typing import Any
 from data_pipeline.encode.build import CODECS, codec_settings, encoder_settings
 from data_pipeline.encode.like import read_origin
 from data_pipeline.identity import Identity
+from data_pipeline.prepare.buckets import check_buckets, listed_sizes
 from data_pipeline.sources.images import FITS
 from sharpmoe.errors import DataError
 
@@ -17,7 +18,13 @@ POSTERIORS = ("mean", "std", "sample")
 _VERSION = 1
 # They decide whether there are shards, not what these hold; the identity of a given codec holds a hash of it.
 _NOT_CONTENT = ("max_bad_share", "allow_missing", "given_codec")
-_ADDED = ("buckets", "posterior", "flip_pair", "fit")  # newer than the first folders; left out at their default
+_ADDED = (
+    "buckets",
+    "posterior",
+    "flip_pair",
+    "fit",
+    "bucket_step",
+)  # newer than the first folders; left out at their default
 
 
 def _default_codec() -> Identity:
@@ -32,7 +39,7 @@ def _default_encoder() -> Identity:
 class Recipe:
     """Everything that decides what the shards hold. The order of the fields is that of recipe.json."""
 
-    image_size: int = 64
+    image_size: int = 64  # side of the square; with buckets of the squares that a codec is fitted to
     patch_size: int = 2  # latent pixels per model token, each way
     codec: Identity = field(default_factory=_default_codec)
     encoder: Identity = field(default_factory=_default_encoder)
@@ -40,18 +47,19 @@ class Recipe:
     limit: int | None = None  # take only so many images, chosen by hash
     max_bad_share: float = 0.5  # of all images, skipped for any reason, before the whole run is refused
     allow_missing: bool = False  # leave out images that are named and do not exist
-    buckets: str = ""  # "" one square, a number of tokens, or a list as 64x64,48x80 (H x W pixels)
+    buckets: str = ""  # "" one square; a list as 64x64,48x80 (H x W pixels); tokens or, with bucket_step, pixels
     posterior: str = "mean"  # what is stored of an autoencoder's posterior: mean, std (and the mean), sample
     flip_pair: bool = False  # store the latent of the mirror image beside each latent
     given_codec: bytes | None = None  # a codec file that is used as it is, not fitted again; `codec` is its identity
     fit: str = "crop"  # images of another shape: crop, or pad with white
+    bucket_step: int | None = None  # buckets: all of about the area of a square, with sides that are multiples of it
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
     """Return the recipe of the command-line options of launcher/prepare.py, by name. Raises DataError."""
     codec, encoder, given = _latents_and_texts(options)
     return Recipe(
-        image_size=options["size"],
+        image_size=_image_size(options),
         codec=codec,
         encoder=encoder,
         given_codec=given,
@@ -67,9 +75,27 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
                 "posterior",
                 "flip_pair",
                 "fit",
+                "bucket_step",
             )
         },
     )
+
+
+def _image_size(options: Mapping[str, Any]) -> int:
+    """Return the side of the square, or with buckets that of the squares that a codec is fitted to.
+
+    Buckets of one area, which were the only ones, keep the default that their recipes have. Raises DataError.
+    """
+    size, spec, step = options["size"], options["buckets"], options["bucket_step"]
+    check_buckets(spec, step)
+    listed = listed_sizes(spec) if "x" in spec.lower() else []
+    areas = {height * width: min(height, width) for height, width in listed}
+    if step is None and len(areas) < 2:
+        return Recipe.image_size if size is None else int(size)
+    sides = {int(spec)} if step is not None else {side for image in listed for side in image}
+    if size is not None and size not in sides:
+        raise DataError(f"--size {size}: --buckets {spec} gives the sizes, and none is {size} pixels; leave out --size")
+    return int(size or (spec if step is not None else areas[max(areas)]))
 
 
 def _latents_and_texts(options: Mapping[str, Any]) -> tuple[Identity, Identity, bytes | None]:
@@ -94,6 +120,7 @@ def _latents_and_texts(options: Mapping[str, Any]) -> tuple[Identity, Identity, 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise a DataError for a value outside its range, or a posterior that the codec does not have."""
+    check_buckets(recipe.buckets, recipe.bucket_step)
     for name in ("image_size", "patch_size", "shard_samples", "limit"):
         value = getattr(recipe, name)
         if value is not None and value < 1:

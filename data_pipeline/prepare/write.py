@@ -40,6 +40,7 @@ from data_pipeline.encode.like import is_fitted
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.index import INDEX_FILE, ShardTable, table_bytes
 from data_pipeline.members import encode_json
+from data_pipeline.prepare.buckets import Resolution, bucket_lines, bucket_resolutions, nearest_buckets
 from data_pipeline.prepare.counts import Counts, write_counts
 from data_pipeline.prepare.encoding import (
     Encoded,
@@ -60,15 +61,7 @@ from data_pipeline.prepare.finish import (
     table_of,
     write_index,
 )
-from data_pipeline.prepare.plan import (
-    Resolution,
-    ShardPlan,
-    bucket_lines,
-    bucket_resolutions,
-    nearest_buckets,
-    plans_of_rank,
-    shard_plans,
-)
+from data_pipeline.prepare.plan import ShardPlan, plans_of_rank, shard_plans
 from data_pipeline.prepare.ranks import Rank, lock, wait
 from data_pipeline.prepare.recipe import RECIPE_FILE, Recipe, check_recipe, content_request, refuse_mixing
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
@@ -141,7 +134,7 @@ def _work(
     _check_catalog(catalog, recipe)
     images = partial(training_images, source, catalog, recipe, machine)
     codec = _codec(folder, work, recipe, machine, images)
-    resolutions = bucket_resolutions(recipe.buckets, recipe.image_size, recipe.patch_size, codec.latent_shape)
+    resolutions = recipe_resolutions(recipe, codec)
     worker = Worker(source, recipe, codec, text_encoder(recipe, machine.device), machine.threads)
     _record_recipe(folder, worker, asked)
     chosen = nearest_buckets(catalog.pixels, resolutions)
@@ -162,6 +155,13 @@ def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:
     refuse_bad_share(bad, len(bad), catalog.total + len(bad), recipe.max_bad_share)
     if not len(catalog):
         raise DataError("the source holds no picture that can be used")
+
+
+def recipe_resolutions(recipe: Recipe, codec: Codec) -> list[Resolution]:
+    """Return the buckets of a recipe. Raises DataError where the codec or the patch size does not divide a side."""
+    return bucket_resolutions(
+        recipe.buckets, recipe.image_size, recipe.patch_size, codec.latent_shape, recipe.bucket_step
+    )
 
 
 def bucket_report(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray, fit: str) -> list[str]:

@@ -65,7 +65,7 @@ class Mixture:
         self.text_length = max(source.text_length for source in sources)
         self.text_width, self.pooled_width, self.patch_size = first.text_width, first.pooled_width, first.patch_size
         self.codec, self.encoder = first.codec, first.encoder
-        self.buckets = {name: bucket for source in sources for name, bucket in source.buckets.items()}
+        self.buckets = _all_buckets(sources)
         self.streams = _streams(self.sources, weights or [source.num_samples for source in sources])
         prints = [source.fingerprint for source in sources]
         self.fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
@@ -85,6 +85,16 @@ class Mixture:
     def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the empty caption, padded like the texts of all sources (see ShardSet.empty_text)."""
         return max(self.sources, key=lambda source: source.text_length).empty_text()
+
+
+def _all_buckets(sources: Sequence[ShardSet]) -> dict[str, Bucket]:
+    """Return the buckets of all sources, each with the samples of all."""
+    found: dict[str, Bucket] = {}
+    for source in sources:
+        for name, bucket in source.buckets.items():
+            before = found[name].num_samples if name in found else 0
+            found[name] = bucket._replace(num_samples=before + bucket.num_samples)
+    return found
 
 
 def open_mixture(

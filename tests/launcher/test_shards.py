@@ -17,7 +17,7 @@ from tests.fixtures_data import make_shards
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sides = ((1, 1), (1, 4))
-    return make_shards(tmp_path_factory.mktemp("data") / "d", 30, buckets="32x32,16x64", sides=sides, captions=2)
+    return make_shards(tmp_path_factory.mktemp("data") / "d", 30, buckets="32x32,16x56", sides=sides, captions=2)
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -76,7 +76,7 @@ def test_verify_counts_what_a_lost_file_costs(
 def test_stats_tell_what_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(folder), "--samples", "8"]) == 0
     shown = capsys.readouterr().out
-    for part in ("30 in ", "train 25, unseen 5", "32x32", "16 x 64", "train: statistics of 8 samples", "4 classes"):
+    for part in ("30 in ", "train 25, unseen 5", "32x32", "16 x 56", "train: statistics of 8 samples", "4 classes"):
         assert part in shown
 
 

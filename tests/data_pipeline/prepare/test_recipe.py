@@ -54,6 +54,26 @@ def test_the_request_is_what_every_version_has_written() -> None:
     assert content_request({}, Recipe(buckets="240", flip_pair=True))["buckets"] == "240"
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (("--size", "32"), 32),
+        (("--buckets", "240"), 64),  # as recipes of earlier versions have it
+        (("--buckets", "128x512,256x256"), 64),  # equal areas, likewise
+        (("--buckets", "256x256,192x336"), 256),
+        (("--buckets", "192x336,336x192,256x128"), 192),
+        (("--buckets", "256x256,192x336", "--size", "192"), 192),
+        (("--buckets", "512", "--bucket-step", "64"), 512),
+    ],
+)
+def test_a_codec_is_fitted_to_squares_of_the_size_of_the_buckets(words: tuple[str, ...], size: int) -> None:
+    recipe = recipe_of(options(*words))
+    assert recipe.image_size == size
+    request = content_request({}, recipe)
+    assert request.get("bucket_step") == (64 if "--bucket-step" in words else None)
+    assert ("bucket_step" in request) == ("--bucket-step" in words)
+
+
 def test_a_codec_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = CodecKind(
         settings=lambda chosen: {"name": chosen["codec_name"]},

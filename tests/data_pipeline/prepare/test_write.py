@@ -342,7 +342,7 @@ def test_pictures_go_into_shards_of_their_shape(tmp_path: Path) -> None:
             assert decode_npy(sample["latent.npy"]).shape == bucket.latent
             np.testing.assert_array_equal(decode_npy(sample["saliency.npy"]), saliency)
             assert bucket.image == ((32, 32), (16, 64), (64, 16))[int(key.split("-")[1]) % 3]
-    assert said[0] == "bucket 32x32 (4x4 tokens): 16 pictures, 16 to train on, 0 enlarged"
+    assert said[0] == "bucket 32x32 (4x4 = 16 tokens): 16 pictures, 16 to train on, 0 enlarged, 0.0% cut off"
     assert said[3].startswith("small buckets, below 64")
 
 

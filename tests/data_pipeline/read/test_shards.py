@@ -173,13 +173,14 @@ def test_buckets_follow_one_another() -> None:
 
 
 def test_prepared_buckets(tmp_path: Path) -> None:
-    folder = make_shards(tmp_path / "d", 40, buckets="32x32,16x64", sides=((1, 1), (1, 4)))
+    folder = make_shards(tmp_path / "d", 40, buckets="32x32,24x64", sides=((1, 1), (1, 3)))
     shards = ShardSet.open(folder, "train")
     for name, bucket in shards.buckets.items():
         batch = shards.batch(shards.indices_of(name))
         assert batch.latent.shape[1:] == bucket.latent
-        assert batch.saliency.shape[1] == bucket.grid[0] * bucket.grid[1] == 16
-    assert set(shards.buckets) == {"32x32", "16x64"}
+        assert batch.saliency.shape[1] == bucket.grid[0] * bucket.grid[1]
+    assert {name: bucket.grid for name, bucket in shards.buckets.items()} == {"32x32": (4, 4), "24x64": (3, 8)}
+    assert (shards.main_bucket, shards.grid, shards.image_size) == ("32x32", (4, 4), 32)
 
 
 def test_folders_of_the_first_schema_are_read() -> None:

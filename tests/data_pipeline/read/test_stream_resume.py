@@ -3,6 +3,7 @@ stopped; and it takes no time, however long the index is."""
 
 import itertools
 import json
+import math
 import multiprocessing
 import random
 import time
@@ -86,7 +87,7 @@ def test_a_cut_changes_nothing(shards: ShardSet, whole: list[Visit], cut: int, w
 
 
 def test_cuts_of_buckets_and_mixtures_change_nothing() -> None:
-    one = open_files(write([("16x16", 9), ("32x8", 12), ("8x32", 4)], prefix="a"))
+    one = open_files(write([("16x16", 9), ("32x8", 12), ("24x16", 4)], prefix="a"))
     two = open_files(write([("16x16", 7), ("32x8", 5)], prefix="b"))
     mixture = Mixture([one, two], [2, 1])
     never = read(mixture, Start(), 30)
@@ -98,6 +99,32 @@ def test_cuts_of_buckets_and_mixtures_change_nothing() -> None:
     assert [[batch.keys for batch in step.batches] for step in parts] == [
         [batch.keys for batch in step.batches] for step in never
     ]
+
+
+def test_buckets_of_unequal_token_counts_go_on_under_another_number_of_ranks() -> None:
+    shards = open_files(write([("16x16", 30), ("24x16", 20), ("24x16", 4), ("8x32", 6)]))
+    never = read(shards, Start(), 20)
+    for step in never:
+        assert len({batch.latent.shape[1:] for batch in step.batches}) == 1
+        assert all(batch.saliency.shape[1] == math.prod(batch.latent.shape[2:]) // 4 for batch in step.batches)
+    before = read(shards, Start(), 7)
+    after = [read(shards, before[-1].consumed, 13, rank, 3) for rank in range(3)]
+    there = [
+        [key for part in ranks for batch in part.batches for key in batch.keys] for ranks in zip(*after, strict=True)
+    ]
+    assert there == [[key for batch in step.batches for key in batch.keys] for step in never[7:]]
+    for sizes, stop in zip(shards.bucket_shards.values(), never[-1].consumed.streams, strict=True):
+        assert abs(stop - 20 * BATCH * sum(sizes) / 60) <= 2 * BATCH  # in proportion to the samples
+    for name, of_bucket in shards.buckets.items():
+        keys = [
+            key
+            for step in never
+            for batch in step.batches
+            for key in batch.keys
+            if batch.latent.shape[1:] == of_bucket.latent
+        ]
+        counts = Counter(keys[: len(keys) // of_bucket.num_samples * of_bucket.num_samples])
+        assert set(counts.values()) == {len(keys) // of_bucket.num_samples}, name  # whole epochs: each sample once
 
 
 def of_rank(world: World, folder: str, start: int, workers: int) -> list[list[Visit]]:
