@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
@@ -31,6 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
 _WIDEST = 2**20  # of sizes of a model: beyond it, products of sizes leave 64 bits, and no device holds one layer
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
+_Factor = Annotated[float, Field(gt=0, le=1e6)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +62,10 @@ class _Section(BaseModel):
     def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true where a number is expected: pydantic takes it for 1."""
         values = value if isinstance(value, list | tuple) else [value]
-        if (
-            any(isinstance(one, bool) for one in values)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, dict) and get_origin(kind) is dict:
+            values = list(value.values())
+        if any(isinstance(one, bool) for one in values) and kind is not bool:
             raise PydanticCustomError("not_bool", "Input should not be true or false")
         return value
 
@@ -347,6 +348,9 @@ class OptimConfig(_Section):
     name: Literal["adamw", "sgd"] = "adamw"  # optimizer
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"  # who implements adamw; auto compiles nothing
     lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
+    # Factors on the learning rate, pattern: factor, at every step of the schedule. A pattern is one or more consecutive
+    # parts of a parameter's name, such as saliency_router, moe.gate or blocks.*.attn; the most specific one counts.
+    lr_scale: dict[str, _Factor] = {}
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)  # adamw
     eps: float = Field(1e-8, gt=0)  # adamw
     weight_decay: float = Field(0.0, ge=0)  # decoupled (AdamW)

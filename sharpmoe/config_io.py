@@ -18,7 +18,7 @@ from sharpmoe.config import ModelConfig, OneOf, RunConfig
 from sharpmoe.config_names import meaning
 from sharpmoe.errors import ConfigError
 from sharpmoe.families import FAMILIES
-from sharpmoe.overrides import StrictLoader, parse_overrides, yaml_problem
+from sharpmoe.overrides import StrictLoader, entry_of_map, parse_overrides, yaml_problem
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RUN_CONFIG = PROJECT_ROOT / "configs" / "runs" / "quickstart.yaml"
@@ -56,7 +56,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     given = parse_overrides(overrides)
     data = _read_yaml(path)
     for key, value in given.items():
-        _set(data, key.split("."), value)
+        _set(data, _parts(key), value)
     _check_keys(data, str(path), given)
     _fill_routing_weight(data)
     try:
@@ -129,6 +129,12 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
     data[last] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
 
 
+def _parts(key: str) -> list[str]:
+    """Return the names that lead to a dotted key; an entry of a map may have dots of its own."""
+    entry = entry_of_map(key)
+    return key.split(".") if entry is None else [*entry[0].split("."), entry[1]]
+
+
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     """Return the section class of every field, None for a plain value."""
     kinds = {name: field.annotation for name, field in model.model_fields.items()}
@@ -148,7 +154,7 @@ def _check_keys(data: Mapping[Any, Any], path: str, given: Mapping[str, Any]) ->
     """Reject unknown keys before pydantic does, with the nearest key of the whole configuration."""
     known = _dotted_keys(RunConfig)
     for key in [*given, *_written_keys(data, RunConfig)]:
-        if key not in known:
+        if key not in known and entry_of_map(key) is None:
             raise ConfigError(f"{_place(key, path, given)}: unknown key{_suggest(key, known)}")
 
 
@@ -177,6 +183,8 @@ def _place(dotted: str, path: str, given: Mapping[str, Any]) -> str:
     """Return where a key was given: the override, or the file."""
     if any(dotted == key or dotted.startswith(f"{key}.") for key in given):
         return f"--{dotted}"
+    if entry := next((key for key in given if entry_of_map(key) and key.startswith(f"{dotted}.")), None):
+        return f"--{entry}"
     return f"{path}: {dotted}"
 
 
@@ -238,6 +246,8 @@ def _type_words(kind: Any) -> str:
         return " ".join([_type_words(args[0]), " and ".join(bound for bound in bounds if bound)])
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"{{{', '.join(kind.model_fields)}}}"
+    if origin is dict:
+        return f"a map of names to {_type_words(args[1])}"
     if origin is not None:  # Literal
         return " | ".join(str(choice) for choice in args)
     return _TYPE_WORDS.get(kind, str(kind))

@@ -100,12 +100,26 @@ def yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
 
 def _kind_of(dotted: str) -> Any:
     """Return the annotation of a key of the run, None where there is no such key."""
+    entry = entry_of_map(dotted)
+    return _field_kind(dotted.split(".")) if entry is None else get_args(_field_kind(entry[0].split(".")))[1]
+
+
+def _field_kind(parts: Sequence[str]) -> Any:
     kind: Any = RunConfig
-    for part in dotted.split("."):
+    for part in parts:
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)) or part not in kind.model_fields:
             return None
         kind = kind.model_fields[part].annotation
     return kind
+
+
+def entry_of_map(dotted: str) -> tuple[str, str] | None:
+    """Return (key of the map, name in it) for a dotted key below a map such as optim.lr_scale, else None."""
+    parts = dotted.split(".")
+    for at in range(1, len(parts)):
+        if get_origin(_field_kind(parts[:at])) is dict:
+            return ".".join(parts[:at]), ".".join(parts[at:])
+    return None
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
@@ -115,7 +129,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 def _in_flow_form(kind: Any, text: str) -> bool:
     """Whether a value is a list or a map: of a key that may be text too only where it begins with a bracket."""
     parts = _alternatives(kind)
-    container = any(get_origin(part) is tuple or _is_section(part) for part in parts)
+    container = any(get_origin(part) in (tuple, dict) or _is_section(part) for part in parts)
     return container and (str not in parts or text.lstrip().startswith("["))
 
 
@@ -141,7 +155,8 @@ def _typed(kind: Any, node: Any) -> Any:
     if isinstance(node, dict):
         section = next((part for part in parts if _is_section(part)), None)
         fields = section.model_fields if section is not None else {}
-        return {key: _typed(fields[key].annotation if key in fields else str, value) for key, value in node.items()}
+        of_map = next((get_args(part)[1] for part in parts if get_origin(part) is dict), str)
+        return {key: _typed(fields[key].annotation if key in fields else of_map, value) for key, value in node.items()}
     if not isinstance(node, str):
         return node
     if NoneType in parts and node in _NULLS:

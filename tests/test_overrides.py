@@ -101,3 +101,15 @@ def test_a_name_is_that_of_a_folder(name: str) -> None:
     with pytest.raises(ConfigError, match="expected the name of a folder") as caught:
         load_run_config(None, [f"--name={name}"])
     assert "\n" not in str(caught.value)
+
+
+def test_entries_of_a_map_are_given_together_or_one_by_one() -> None:
+    assert parse_overrides(["--optim.lr_scale", "{saliency_router: 20, moe.gate: 0.5}"]) == {
+        "optim.lr_scale": {"saliency_router": 20, "moe.gate": 0.5}
+    }
+    one_by_one = ["--optim.lr_scale.saliency_router", "20", "--optim.lr_scale.moe.gate=0.5"]
+    run = load_run_config(None, one_by_one)
+    assert run.optim.lr_scale == {"saliency_router": 20, "moe.gate": 0.5}
+    for wrong in ("-1", "0", "true", "much"):
+        with pytest.raises(ConfigError, match=r"--optim\.lr_scale\.moe\.gate: .*a map of names to a finite number > 0"):
+            load_run_config(None, ["--optim.lr_scale.moe.gate", wrong])

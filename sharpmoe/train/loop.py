@@ -166,6 +166,7 @@ def _log_step(session: Session, step: int, result: StepResult, seconds: float, w
         losses=result.losses,
         grad_norm=result.grad_norm,
         lr=result.lr,
+        lr_scale=run.optim.lr_scale,
         images=images,
         tokens=calls * run.model.num_tokens,
         seconds=seconds,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class StepStats:
     losses: Mapping[str, float]  # name -> value, logged as loss/<name>
     grad_norm: float  # before clipping
     lr: float
+    lr_scale: Mapping[str, float] = field(default_factory=dict)  # pattern of parameter names -> factor on `lr`
     images: int  # trajectories of this step, all ranks
     tokens: int  # image tokens that the model computed in this step: images * T * N, all ranks
     seconds: float  # wall time of the step
@@ -67,6 +68,7 @@ class StepStats:
             **{f"loss/{name}": value for name, value in self.losses.items()},
             "optim/grad_norm": self.grad_norm,
             "optim/lr": self.lr,
+            **{f"optim/lr/{pattern}": self.lr * factor for pattern, factor in self.lr_scale.items()},
             "throughput/images_per_second": self.images / seconds,
             "throughput/tokens_per_second": self.tokens / seconds,
             "throughput/seconds_per_step": self.seconds,

@@ -130,16 +130,17 @@ class _ProgressLine:
         self.stream.flush()
 
     def render(self, stats: StepStats) -> str:
-        """Return counter, losses, gradient norm, learning rate, speed, utilisation, data wait, time left."""
+        """Return counter, losses, gradient norm, learning rates, speed, utilisation, data wait, time left."""
         done = stats.step - self.first_step + 1
         left = (time.monotonic() - self.started) / done * (self.total_steps - stats.step)
         losses = "  ".join(f"{name} {value:.4g}" for name, value in stats.losses.items() if value)
         speed = stats.images / max(stats.seconds, 1e-9)
         wait = stats.wait_seconds / max(stats.seconds, 1e-9)
+        scaled = "".join(f" ({name} {stats.lr * factor:.2e})" for name, factor in stats.lr_scale.items())
         used = "" if stats.mfu is None else f"  mfu {stats.mfu:.1%}"
         counter = f"{stats.step:>{len(str(self.total_steps))}}/{self.total_steps}"
         return (
-            f"step {counter}  {losses}  grad {stats.grad_norm:.3g}  lr {stats.lr:.2e}  {speed:.1f} images/s"
+            f"step {counter}  {losses}  grad {stats.grad_norm:.3g}  lr {stats.lr:.2e}{scaled}  {speed:.1f} images/s"
             f"{used}  data {wait:.0%}  left {_clock(left)}"
         )
 

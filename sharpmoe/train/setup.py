@@ -30,6 +30,7 @@ from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.optimizers import check_lr_scale
 from sharpmoe.train.labels import check_labels
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.provenance import banner
@@ -134,6 +135,7 @@ def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tup
         found.append(f"{init} is not there yet: not checked against the model")
     with torch.device("meta"):
         model = build_model(run.model)
+    check_lr_scale(dict(model.named_parameters()), run.optim.lr_scale)
     stage = int(ds_config["zero_optimization"]["stage"])
     return "\n".join([banner(run, model, layout, stage, world), *(f"  note: {note}" for note in found)])
 
@@ -239,10 +241,11 @@ def initial_model(plan: RunPlan) -> InitialModel:
     """Plan the model: seeded weights, or those of checkpoint.init unless the run resumes from a checkpoint.
 
     Raises CheckpointError where checkpoint.init is of another architecture, DataError where it was trained on latents
-    or texts of another kind.
+    or texts of another kind, ConfigError where a pattern of optim.lr_scale matches no parameter.
     """
     with torch.device("meta"):
         model = build_model(plan.run.model)
+    check_lr_scale(dict(model.named_parameters()), plan.run.optim.lr_scale)
     init = plan.run.checkpoint.init
     if init is None or plan.saved is not None:
         return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed), ())

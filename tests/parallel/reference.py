@@ -101,7 +101,8 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
     plan = plan_for(run, ALONE)
     objective = Objective(prepare_model(stirred_model(run)), run).train()
     model, parameters = objective.model, list(objective.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=run.optim.lr)
+    factors = [factor_of(name, run.optim.lr_scale) for name, _ in objective.named_parameters()]
+    optimizer = torch.optim.SGD([{"params": [parameter]} for parameter in parameters], lr=run.optim.lr)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     losses, norms, taken = [], [], {}
     for step, items in enumerate(items_of(plan, ALONE, steps)):
@@ -112,7 +113,8 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
         taken = taken or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, run.optim.clip_norm)))
         losses.append(float(torch.stack([r.terms.total for r in records]).mean()))
-        optimizer.param_groups[0]["lr"] = _learning_rate(run.optim, step, run.train.steps)
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = factor * _learning_rate(run.optim, step, run.train.steps)
         optimizer.step()
         if records[0].thresholds is not None:
             candidates = torch.stack([r.thresholds for r in records]).mean(0)
@@ -120,6 +122,11 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
         for name, value in model.state_dict().items():
             average[name] = value.clone() if "threshold" in name else average[name].lerp(value, 1 - run.optim.ema_decay)
     return Trace(losses, norms, dict(model.state_dict()), average, taken)
+
+
+def factor_of(name: str, lr_scale: dict[str, float]) -> float:
+    """The factor of the longest pattern; here each is plain text that occurs in the name."""
+    return lr_scale[max(found, key=len)] if (found := [text for text in lr_scale if text in name]) else 1.0
 
 
 def assert_same(trace: Trace, reference: Trace) -> None:

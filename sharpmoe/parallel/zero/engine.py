@@ -20,7 +20,7 @@ from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.experts.pool import make_pool
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.build import Values, materialise
-from sharpmoe.parallel.zero.optimizers import optimizer_factory
+from sharpmoe.parallel.zero.optimizers import optimizer_factory, optimizer_groups, set_learning_rate
 from sharpmoe.parallel.zero.partitions import ShardedState
 from sharpmoe.parallel.zero.patches import (
     Admit,
@@ -30,7 +30,7 @@ from sharpmoe.parallel.zero.patches import (
     gather_parts_whole,
     patch_optimizer,
 )
-from sharpmoe.parallel.zero.placement import gather_experts, is_expert, optimizer_groups, place_experts
+from sharpmoe.parallel.zero.placement import gather_experts, is_expert, place_experts
 from sharpmoe.parallel.zero.replicas import check_replicas
 
 
@@ -49,8 +49,8 @@ class Engine:
 
         A module on the meta device is filled from `values`, part by part; a real one must be the same on every rank.
         ds_config is complete (see sharpmoe.parallel.zero.config): batch triple, clipping, precision and stage are set.
-        Communicates: rank 0's weights are broadcast. Raises ConfigError where the optimizer cannot be built, or where
-        another version of DeepSpeed is installed.
+        Communicates: rank 0's weights are broadcast. Raises ConfigError where the optimizer cannot be built, a pattern
+        of optim.lr_scale matches nothing, or another version of DeepSpeed is installed.
         """
         check_version()
         self.world = world
@@ -64,7 +64,7 @@ class Engine:
         with float32_buffers(module):
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
-                model_parameters=optimizer_groups(module),
+                model_parameters=optimizer_groups(module, run.optim.lr_scale),
                 optimizer=optimizer_factory(run.optim, world.device),
                 config=_with_defaults(ds_config),
             )
@@ -90,10 +90,10 @@ class Engine:
     def step(self, lr: float, admit: Admit) -> Update:
         """Clip and update with learning rate `lr` where the gradient is finite and `admit(norm)`; clear gradients.
 
-        The norm is the one before clipping, the same on every rank, so that all ranks decide alike. Communicates.
+        `optim.lr_scale` multiplies `lr`. The norm is the one before clipping, over all groups and the same on every
+        rank, so that all ranks decide alike. Communicates.
         """
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._zero.param_groups, lr)
         norm = self._gate.take(self._engine.step, admit)
         return Update(norm, bool(self._engine.was_step_applied()))
 

@@ -111,16 +111,6 @@ def is_expert(parameter: Tensor) -> bool:
     return getattr(parameter, "ds_zero_placement_family", "") == _EXPERT_FAMILY
 
 
-def optimizer_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Return parameter groups for the optimizer, the experts in one of their own as DeepSpeed's ZeRO-2 requires."""
-    experts = [parameter for parameter in module.parameters() if is_expert(parameter)]
-    shared = [parameter for parameter in module.parameters() if not is_expert(parameter)]
-    groups: list[dict[str, Any]] = [{"params": shared, "name": "shared"}]
-    if experts:
-        groups.append({"params": experts, "name": experts[0].group_name, "moe": True})  # type: ignore[attr-defined]
-    return groups
-
-
 def local_experts(name: str, module: nn.Module) -> range | None:
     """Return which experts this rank holds of parameter `name` of `module`; None for any other parameter."""
     owner, _, last = name.rpartition(".experts.")
