@@ -54,6 +54,10 @@ class CheckpointError(SharpMoEError):
     """A checkpoint or a weights file is missing, damaged, or belongs to another model or layout."""
 
 
+class CheckpointDamageError(CheckpointError):
+    """A checkpoint is proven to be damaged: a file is missing, has another size, or has another hash."""
+
+
 class TrainingError(SharpMoEError):
     """A run cannot continue: a loss or a gradient is not finite."""
 

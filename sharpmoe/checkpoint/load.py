@@ -20,7 +20,7 @@ from sharpmoe.checkpoint.manifest import (
 from sharpmoe.checkpoint.rng import generators_file, restore_generators
 from sharpmoe.checkpoint.state import Contents, StateReader
 from sharpmoe.config import ModelConfig
-from sharpmoe.errors import CheckpointError
+from sharpmoe.errors import CheckpointDamageError, CheckpointError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import check_architecture, check_finite
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
@@ -40,7 +40,8 @@ class Found(NamedTuple):
     """Checkpoints that a run may resume, in the order in which they are tried; the same on every rank."""
 
     readable: tuple[Manifest, ...] = ()
-    refused: tuple[tuple[Path, CheckpointError], ...] = ()  # folders whose manifest is missing or damaged
+    damaged: tuple[tuple[Path, CheckpointDamageError], ...] = ()  # folders whose manifest is missing or damaged
+    barrier: CheckpointError | None = None  # why the next older one cannot be judged; none after it is tried
 
 
 class ResumePoint(NamedTuple):
@@ -51,10 +52,12 @@ class ResumePoint(NamedTuple):
 
 
 def find_checkpoints(root: Path, resume: str) -> Found:
-    """Read the manifests that checkpoint.resume names: of every checkpoint for auto, of one for a path.
+    """Read the manifests that checkpoint.resume names: of one checkpoint for a path, of every one for auto.
 
-    No communication. Raises CheckpointError where a named checkpoint is missing or damaged, where none of several can
-    be read, and where `none` would mix a new run into another run's checkpoints.
+    Under auto a damaged manifest is passed over. One that cannot be read or understood for another reason (permissions,
+    a network that fails, another version) is no damage, and what is older than it is not tried. No communication.
+    Raises CheckpointError where the checkpoint to resume is missing, damaged or cannot be judged, where none of several
+    is undamaged, and where `none` would mix a new run into another run's checkpoints.
     """
     if resume == "none":
         if (root / retention.LATEST).exists() or any(
@@ -67,16 +70,20 @@ def find_checkpoints(root: Path, resume: str) -> Found:
         return Found()
     if resume != "auto":
         return Found((read_manifest(_named(Path(resume))),))
-    readable, refused = [], []
+    readable, damaged, barrier = [], [], None
     for folder in retention.newest_first(root):
         try:
             readable.append(read_manifest(folder))
+        except CheckpointDamageError as error:
+            damaged.append((folder, error))
         except CheckpointError as error:
-            refused.append((folder, error))
-    found = Found(tuple(readable), tuple(refused))
-    if refused and not readable:
-        raise _none_sound(root, refused[0][1])
-    return found
+            barrier = error
+            break
+    if barrier is not None and not readable:
+        raise barrier
+    if damaged and not readable:
+        raise _none_sound(root, damaged)
+    return Found(tuple(readable), tuple(damaged), barrier)
 
 
 def _named(folder: Path) -> Path:
@@ -100,15 +107,17 @@ def check_fits(saved: Manifest, model: ModelConfig, identity: RunIdentity) -> No
 def first_sound(found: Found, root: Path, resume: str, world: World) -> ResumePoint:
     """Verify every file of the checkpoints found, each rank a share of the bytes, until one is undamaged.
 
-    Communicates. Under `auto` a damaged checkpoint is renamed and noted, and `latest` names the one that is resumed. Of
-    a path, or where no checkpoint is undamaged, raises CheckpointError on every rank.
+    Communicates. Under `auto` a checkpoint that is proven to be damaged is renamed and noted, and `latest` names the
+    one that is resumed. Raises CheckpointError on every rank, and renames nothing, where a checkpoint that would be
+    resumed cannot be judged (a file that cannot be read, or that does not belong there), where no checkpoint is
+    undamaged, and for a damaged one that was named by its path.
     """
-    damaged = list(found.refused)
+    damaged = list(found.damaged)
     for saved in found.readable:
         try:
             with raise_on_all_ranks(world):
                 verify_files(saved, split_files(saved, world.size)[world.rank])
-        except CheckpointError as error:
+        except CheckpointDamageError as error:
             if resume != "auto":
                 raise
             damaged.append((saved.folder, error))
@@ -118,8 +127,10 @@ def first_sound(found: Found, root: Path, resume: str, world: World) -> ResumePo
                 if world.is_main:
                     _set_aside(root, [folder for folder, _ in damaged], saved.folder)
         return ResumePoint(saved, tuple(f"{error}; skipped" for _, error in damaged))
+    if found.barrier is not None:
+        raise found.barrier
     if damaged:
-        raise _none_sound(root, damaged[0][1])
+        raise _none_sound(root, damaged)
     return ResumePoint(None)
 
 
@@ -132,8 +143,10 @@ def _set_aside(root: Path, damaged: list[Path], sound: Path) -> None:
                 retention.set_aside(folder)
 
 
-def _none_sound(root: Path, first: CheckpointError) -> CheckpointError:
-    return CheckpointError(f"{root}: no checkpoint is sound; the newest: {first}, or move them away to start again")
+def _none_sound(root: Path, damaged: list[tuple[Path, CheckpointDamageError]]) -> CheckpointError:
+    order = retention.newest_first(root)
+    _, newest = min(damaged, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order))
+    return CheckpointError(f"{root}: no checkpoint is sound; the newest: {newest}, or move them away to start again")
 
 
 def load_checkpoint(saved: Manifest, contents: Contents) -> None:

@@ -14,12 +14,13 @@ from pydantic import ValidationError
 
 from sharpmoe import durable
 from sharpmoe.config import ModelConfig, RunConfig
-from sharpmoe.errors import CheckpointError
+from sharpmoe.errors import CheckpointDamageError, CheckpointError
 
 MANIFEST = "manifest.json"
 _SEAL = "manifest.sha256"
 _SCHEMA = 2
 _FIX = "name an undamaged checkpoint with --checkpoint.resume"
+_OTHER = "or name another checkpoint with --checkpoint.resume"
 
 
 class Watch(NamedTuple):
@@ -92,25 +93,39 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint folder. Raises CheckpointError where it is missing or damaged."""
+    """Read the manifest of a checkpoint folder.
+
+    Raises CheckpointDamageError where it is missing or damaged, CheckpointError where it cannot be read or understood.
+    """
     path = folder / MANIFEST
     try:
         content, seal = path.read_bytes(), (folder / _SEAL).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); {_FIX}") from None
+        raise _unreadable(Path(error.filename), error) from None
     if seal != _seal(content).encode():
-        raise CheckpointError(f"{path}: damaged ({_SEAL} differs); {_FIX}")
+        raise CheckpointDamageError(f"{path}: damaged ({_SEAL} differs); {_FIX}")
     try:
         return _parse(folder, json.loads(content))
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path}: not understood ({reason}); {_FIX}") from None
+        raise CheckpointError(
+            f"{path}: not understood ({reason}): another version wrote it; use that, {_OTHER}"
+        ) from None
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error of a file that cannot be read. Only one that does not exist is damage: others may come back."""
+    if isinstance(error, FileNotFoundError):
+        return CheckpointDamageError(f"{path}: missing; {_FIX}")
+    return CheckpointError(f"{path}: cannot be read ({error.strerror}); correct that and start again, {_OTHER}")
 
 
 def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
     if content["schema"] != _SCHEMA:
         found = content["schema"]
-        raise CheckpointError(f"{folder / MANIFEST}: schema {found!r}, expected {_SCHEMA}: another version wrote it")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: schema {found!r}, expected {_SCHEMA}: another version wrote it; use that, {_OTHER}"
+        )
     progress = content["progress"]
     return Manifest(
         folder=folder,
@@ -139,24 +154,25 @@ def verify_checkpoint(folder: Path) -> Manifest:
 
 
 def verify_files(manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare size and sha256 of these files with the manifest, and raise CheckpointError on the first difference.
+    """Compare size and sha256 of these files with the manifest; raise CheckpointDamageError on the first difference.
 
-    Also on a file in the folder that the manifest does not list: it might be read too.
+    Raises CheckpointError where a file cannot be read, and for one in the folder that the manifest does not list: it
+    might be read too, but says nothing about the others.
     """
     for path in sorted(manifest.folder.rglob("*")):
         name = str(path.relative_to(manifest.folder))
         if path.is_file() and name not in (*manifest.files, MANIFEST, _SEAL):
-            raise CheckpointError(f"{path}: not part of the checkpoint; remove it, or {_FIX}")
+            raise CheckpointError(f"{path}: not part of the checkpoint; remove it, {_OTHER}")
     for name in names:
         path, known = manifest.folder / name, manifest.files[name]
         try:
             found = file_entry(path) if path.stat().st_size == known.size else None
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_FIX}") from None
+            raise _unreadable(path, error) from None
         if found is None:
-            raise CheckpointError(f"{path}: damaged (its size differs); {_FIX}")
+            raise CheckpointDamageError(f"{path}: damaged (its size differs); {_FIX}")
         if found != known:
-            raise CheckpointError(f"{path}: damaged (its sha256 differs); {_FIX}")
+            raise CheckpointDamageError(f"{path}: damaged (its sha256 differs); {_FIX}")
 
 
 def split_files(manifest: Manifest, count: int) -> Sequence[list[str]]:

@@ -1,5 +1,7 @@
 """Going on from a checkpoint is the same run, and a checkpoint that does not fit or is damaged is refused."""
 
+import errno
+import hashlib
 import json
 import os
 import resource
@@ -18,7 +20,7 @@ from torch import Tensor
 from sharpmoe.checkpoint import load, manifest, save
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.config import RunConfig
-from sharpmoe.errors import CheckpointError, SharpMoEError
+from sharpmoe.errors import CheckpointDamageError, CheckpointError, SharpMoEError
 from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
 from sharpmoe.parallel.ranks.launch import World, gather_objects
@@ -180,6 +182,89 @@ def test_resume_names_are_understood(saved: RunConfig, tmp_path: Path) -> None:
         load.find_checkpoints(tmp_path / "cut", "none")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         load.find_checkpoints(tmp_path, str(tmp_path / "nothing"))
+
+
+@pytest.fixture
+def copied(saved: RunConfig, tmp_path: Path) -> Path:
+    """Two sound checkpoints that a test may spoil."""
+    return Path(shutil.copytree(root(saved), tmp_path / "checkpoints"))
+
+
+def with_schema(folder: Path, schema: int) -> None:
+    """Write a manifest as another version would: sound, with a schema that this one does not know."""
+    content = json.loads((folder / "manifest.json").read_text()) | {"schema": schema}
+    text = json.dumps(content)
+    (folder / "manifest.json").write_text(text)
+    (folder / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
+
+
+def choose(folder: Path) -> load.ResumePoint:
+    return load.first_sound(load.find_checkpoints(folder, "auto"), folder, "auto", ALONE)
+
+
+def failing(original: Callable[..., Any], name: str, number: int) -> Callable[..., Any]:
+    """A function that reads, with an error of the system for a path of this name."""
+
+    def called(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name and path.parent.name == "step00000002":
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, *args, **kwargs)
+
+    return called
+
+
+REASONS: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str]] = {
+    "another schema": (lambda folder, _: with_schema(folder, 3), "schema 3, expected 2"),
+    "a stray file": (lambda folder, _: (folder / "notes.txt").write_text("x"), "notes.txt: not part of the checkpoint"),
+    "weights fail": (
+        lambda _, patch: patch.setattr(
+            manifest, "file_entry", failing(manifest.file_entry, "live.safetensors", errno.EIO)
+        ),
+        "live.safetensors: cannot be read (Input/output error)",
+    ),
+    "the manifest fails": (
+        lambda _, patch: patch.setattr(Path, "read_bytes", failing(Path.read_bytes, "manifest.json", errno.EACCES)),
+        "manifest.json: cannot be read (Permission denied)",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_is_no_damage_refuses_and_renames_nothing(
+    reason: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(os.listdir(copied))
+    spoil, part = REASONS[reason]
+    spoil(copied / "step00000002", monkeypatch)
+    with pytest.raises(CheckpointError) as caught:
+        choose(copied)
+    assert not isinstance(caught.value, CheckpointDamageError)
+    assert part in str(caught.value)
+    assert "or name another checkpoint with --checkpoint.resume" in str(caught.value)
+    assert sorted(os.listdir(copied)) == before
+    assert (copied / "latest").read_text() == "step00000002"
+
+
+def test_what_is_older_than_the_one_resumed_is_not_judged(copied: Path) -> None:
+    with_schema(copied / "step00000001", 3)
+    found = choose(copied).saved
+    assert found is not None
+    assert found.folder.name == "step00000002"
+
+
+def test_behind_a_damaged_one_that_which_cannot_be_judged_refuses(copied: Path) -> None:
+    with_schema(copied / "step00000001", 3)
+    (copied / "step00000002" / "live.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step00000001.*schema 3"):
+        choose(copied)
+    assert (copied / "step00000002").is_dir()
+
+
+def test_where_none_is_sound_the_newest_is_named(copied: Path) -> None:
+    (copied / "step00000001" / "manifest.json").unlink()  # found first, though it is older
+    (copied / "step00000002" / "live.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="the newest: .*step00000002/live.safetensors: missing"):
+        choose(copied)
 
 
 def test_a_manifest_tells_what_the_checkpoint_is(saved: RunConfig) -> None:
