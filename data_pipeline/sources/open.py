@@ -10,6 +10,7 @@ from pathlib import Path
 from data_pipeline.safety import redact
 from data_pipeline.sources.fluent import FluentSource
 from data_pipeline.sources.folders import ClassFolderSource, SidecarSource, has_captioned_image
+from data_pipeline.sources.idx import find_idx_source
 from data_pipeline.sources.items import IMAGE_SUFFIXES, ImageSource, Skipped
 from data_pipeline.sources.tables import TABLE_KINDS, Table, TableSource
 from data_pipeline.sources.tars import TarSource
@@ -79,6 +80,10 @@ def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None
     return TableSource(path, found, whole_folder=True) if found else None
 
 
+def _folder_with_idx(options: SourceOptions, path: Path) -> ImageSource | None:
+    return find_idx_source(path)
+
+
 def _folder_with_parquet(options: SourceOptions, path: Path) -> ImageSource | None:
     """Recognise a data set of Hugging Face: .parquet files that hold the images, in the folder or in data/."""
     tables = sorted(
@@ -123,6 +128,7 @@ SOURCES: tuple[Recogniser, ...] = (
     _table,
     _tar,
     _folder_with_table,
+    _folder_with_idx,
     _folder_with_parquet,
     _folder_with_tars,
     _folder,
