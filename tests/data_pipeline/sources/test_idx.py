@@ -74,11 +74,11 @@ def test_a_prefix_and_dots_are_names_too(tmp_path: Path) -> None:
 
 def test_what_is_not_taken_is_listed(folder: Path) -> None:
     write(folder / "train-images-idx3-ubyte", PIXELS)
-    (folder / "notes.md").write_text("")
+    (folder / "notes.rst").write_text("")
     items, skipped = listed(folder)
     assert len(items) == 9
     assert {entry.name: entry.reason for entry in skipped} == {
-        "notes.md": "no IDX file of images",
+        "notes.rst": "no IDX file of images",
         "train-images-idx3-ubyte.gz": "the same images are there unpacked",
     }
 
