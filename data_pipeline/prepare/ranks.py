@@ -2,16 +2,18 @@
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from sharpmoe.errors import DataError
 
-PATIENCE_S = 120.0  # without any progress of the others, before a rank does their part as well
+_PATIENCE_S = 120.0  # without a sign of life of the ranks that are waited for
 _POLL_S = 0.2
+_BEAT_S = 2.0  # between two signs of life
 # Rank, number of ranks and rank on its node, as launchers name them. The variables of Slurm are also set in a batch
 # script; only SLURM_STEP_ID says that `srun` has started this process.
 _SPELLINGS = (
@@ -31,7 +33,11 @@ class Rank(NamedTuple):
 
     def owns(self, digest: str) -> bool:
         """Return whether work with this hash belongs to this rank; every piece belongs to exactly one."""
-        return int(digest[:16], 16) % self.size == self.rank
+        return self.owner(digest) == self.rank
+
+    def owner(self, digest: str) -> int:
+        """Return the rank to which work with this hash belongs."""
+        return int(digest[:16], 16) % self.size
 
 
 def rank_of(environment: Mapping[str, str]) -> Rank:
@@ -59,15 +65,55 @@ def device_of(device: str, place: Rank) -> str:
     return f"cuda:{0 if alone else place.local}" if device == "cuda" and place.size > 1 else device
 
 
-def wait(left: Callable[[], int]) -> bool:
-    """Wait until `left()` is 0. Return False after `PATIENCE_S` without a change: a rank has died."""
+@contextmanager
+def heartbeat(folder: Path, place: Rank) -> Iterator[None]:
+    """Show the other ranks, by the time of a file in `folder`, that this one is alive."""
+    if place.size == 1:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _alive_file(folder, place.rank)
+    path.touch()
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT_S):
+            with suppress(OSError):  # the folder may be removed by the last rank, and is not made again
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def pulse(folder: Path, rank: int) -> int:
+    """Return a number that changes as long as a rank is alive; -1 where it has never been."""
+    try:
+        return _alive_file(folder, rank).stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _alive_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.alive"
+
+
+def wait(left: Callable[[], object]) -> bool:
+    """Wait until `left()` is false. Return False after `_PATIENCE_S` without a change of it: a rank has died.
+
+    `left` returns what is still to come and the pulse of those who do it, so that a slow rank is waited for.
+    """
     before, since = left(), time.monotonic()
     while before:
         time.sleep(_POLL_S)
         now = left()
         if now != before:
             before, since = now, time.monotonic()
-        elif time.monotonic() - since > PATIENCE_S:
+        elif time.monotonic() - since > _PATIENCE_S:
             return False
     return True
 

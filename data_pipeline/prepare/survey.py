@@ -14,7 +14,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from data_pipeline.identity import first_line
-from data_pipeline.prepare.ranks import Rank, wait
+from data_pipeline.prepare.ranks import Rank, pulse, wait
 from data_pipeline.sources.images import FORMATS, UNREADABLE, upright_size
 from data_pipeline.sources.items import ImageSource, Item, Skipped, Unit, from_json, hash_int, to_json
 from sharpmoe.durable import publish_once
@@ -129,7 +129,7 @@ def _uses(ordered: np.ndarray) -> np.ndarray:
 def survey(
     source: ImageSource, folder: Path, digests: list[str], place: Rank, *, read_sizes: bool, threads: int
 ) -> None:
-    """List this rank's units into `folder` and wait for those of the others; list these too where a rank has died.
+    """List this rank's units into `folder` and wait for those of the others; list those of a rank that has died.
 
     `read_sizes`: read the size of every image, which buckets need.
     """
@@ -137,9 +137,10 @@ def survey(
     _list_units(source, folder, {digest for digest in digests if place.owns(digest)}, read_sizes, threads)
     others = set(digests)
 
-    def left() -> int:
+    def left() -> list[tuple[int, int]]:
         others.difference_update(path.stem for path in folder.glob("*.jsonl"))
-        return len(others)
+        owners = sorted({place.owner(digest) for digest in others})
+        return [(len(others), 0), *((rank, pulse(folder, rank)) for rank in owners)] if others else []
 
     if not wait(left):
         _list_units(source, folder, others, read_sizes, threads)

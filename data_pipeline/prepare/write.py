@@ -62,7 +62,7 @@ from data_pipeline.prepare.finish import (
     write_index,
 )
 from data_pipeline.prepare.plan import ShardPlan, plans_of_rank, shard_plans
-from data_pipeline.prepare.ranks import Rank, lock, wait
+from data_pipeline.prepare.ranks import Rank, heartbeat, lock, pulse, wait
 from data_pipeline.prepare.recipe import RECIPE_FILE, Recipe, check_recipe, content_request, refuse_mixing
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources.images import Picture
@@ -104,8 +104,10 @@ def prepare_shards(source: ImageSource, folder: Path, recipe: Recipe, machine: M
         if index is not None:
             remove_work_files(folder)  # a run may have been killed right after its index
             return summary_of(folder, index, worked=False, fit=recipe.fit)
+        work = folder / WORK_FOLDER / hash_text(json.dumps(asked))[:16]
         try:
-            return _work(source, folder, recipe, machine, digests=digests, asked=asked)
+            with heartbeat(work, machine.place):
+                return _work(source, folder, recipe, machine, work=work, digests=digests, asked=asked)
         except FileNotFoundError:  # another rank has finished everything and removed our listings
             index = complete_index(folder)
             if index is None:
@@ -123,12 +125,18 @@ def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def _work(
-    source: ImageSource, folder: Path, recipe: Recipe, machine: Machine, *, digests: list[str], asked: dict[str, Any]
+    source: ImageSource,
+    folder: Path,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    work: Path,
+    digests: list[str],
+    asked: dict[str, Any],
 ) -> Summary:
     """Survey the source, write this rank's shards and, where all shards are complete, the index."""
     if machine.place.size == 1:
         remove_drafts(folder)
-    work = folder / WORK_FOLDER / hash_text(json.dumps(asked))[:16]
     survey(source, work, digests, machine.place, read_sizes=bool(recipe.buckets), threads=machine.threads)
     catalog = Catalog(work, digests, recipe.limit)
     _check_catalog(catalog, recipe)
@@ -187,12 +195,19 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _codec(folder: Path, work: Path, recipe: Recipe, machine: Machine, images: Callable[[], Iterator[Tensor]]) -> Codec:
-    """Return the folder's codec, or a new one: one that is fitted is fitted by the first rank for all."""
+    """Return the folder's codec, or a new one: one that is fitted is fitted by the first rank for all.
+
+    Raises DataError where that rank is dead: another fit would be another basis.
+    """
     if (folder / RECIPE_FILE).exists() and (folder / CODEC_FILE).exists():
         return load_codec(folder, machine.device)
     fitted = work / CODEC_FILE
-    if is_fitted(recipe.codec) and machine.place.rank:
-        wait(lambda: int(not fitted.exists()))
+    to_fit = is_fitted(recipe.codec) and recipe.given_codec is None
+    if to_fit and machine.place.rank and not wait(lambda: not fitted.exists() and (pulse(work, 0),)):
+        raise DataError(
+            f"{folder}: rank 0, which fits the codec for all {machine.place.size} ranks, gives no sign of life; run "
+            "the same command again on all ranks, or use --codec-from"
+        )
     if not fitted.exists():
         publish_once(fitted, codec_bytes(new_codec(recipe, images(), machine.device)))
     return load_codec(work, machine.device)

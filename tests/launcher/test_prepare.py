@@ -106,11 +106,14 @@ def test_several_encoders_side_by_side(pictures: Path, tmp_path: Path) -> None:
 def test_ranks_one_after_the_other(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ranks, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(ranks, "_POLL_S", 0.001)
     arguments = ["--source", str(pictures), "--out", str(tmp_path / "out"), *SMALL, "--shard-samples", "4"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, shown in (("1", "rank 1 of 2 has written its shards"), ("0", "prepared: train"), ("1", "")):
+    monkeypatch.setenv("RANK", "1")
+    assert main([*arguments, "--local_rank=0"]) == 2
+    assert "rank 0, which fits the codec for all 2 ranks, gives no sign of life" in capsys.readouterr().err
+    for rank, shown in (("0", "rank 0 of 2 has written its shards"), ("1", "prepared: train"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert main([*arguments, "--local_rank=0"]) == 0
         output = capsys.readouterr().out

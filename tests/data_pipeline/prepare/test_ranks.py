@@ -1,10 +1,12 @@
 import hashlib
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 import data_pipeline.prepare.ranks as ranks
-from data_pipeline.prepare.ranks import Rank, device_of, rank_of, wait
+from data_pipeline.prepare.ranks import Rank, device_of, heartbeat, pulse, rank_of, wait
 from sharpmoe.errors import DataError
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
@@ -52,7 +54,31 @@ def test_a_device_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_waiting_ends_with_the_work_and_with_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "_POLL_S", 0.001)
-    monkeypatch.setattr(ranks, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
     left = iter([5, 4, 4, 3, 0])
     assert wait(lambda: next(left))
     assert not wait(lambda: 1)
+
+
+def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_POLL_S", 0.01)
+    monkeypatch.setattr(ranks, "_BEAT_S", 0.02)
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.3)
+    end = time.monotonic() + 1.0
+    assert pulse(tmp_path, 0) == -1
+    with heartbeat(tmp_path / "work", Rank(0, 2)):
+        assert wait(lambda: time.monotonic() < end and (pulse(tmp_path / "work", 0),))
+    assert time.monotonic() >= end  # it had no news but the pulse for three times its patience
+    assert not wait(lambda: (pulse(tmp_path / "work", 0),))
+
+
+def test_a_heartbeat_makes_no_folder_anew_and_one_rank_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_BEAT_S", 0.01)
+    with heartbeat(tmp_path / "work", Rank(1, 2)):
+        shutil.rmtree(tmp_path / "work")
+        time.sleep(0.05)
+    with heartbeat(tmp_path / "work", Rank()):
+        pass
+    assert not (tmp_path / "work").exists()

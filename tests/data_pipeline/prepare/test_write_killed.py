@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 
 import data_pipeline.prepare.ranks as ranks
+import data_pipeline.prepare.write as write
+from data_pipeline.encode.build import codec_bytes
 from data_pipeline.prepare.finish import WORK_FOLDER
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.write import Machine, prepare_shards
 from data_pipeline.read.shards import ShardSet
+from sharpmoe.errors import DataError
 from tests.distributed import CONTEXT
 from tests.fixtures_data import ShapesSource, make_shards, shapes_recipe
 
@@ -120,8 +124,15 @@ def test_ranks_share_the_work_and_the_last_one_writes_the_index(whole: dict[str,
 def test_a_rank_that_never_comes_costs_its_shards_alone(
     whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(ranks, "_POLL_S", 0.01)
     source, recipe = recipe_of_many_shards()
+    with pytest.raises(DataError, match="rank 0, which fits the codec for all 2 ranks, gives no sign of life; run the"):
+        prepare_shards(source, tmp_path, recipe, Machine(progress=False, place=Rank(1, 2)))
+    assert not files(tmp_path) & {"codec.safetensors", "recipe.json"}
+    fitted = next((tmp_path / WORK_FOLDER).iterdir()) / "codec.safetensors"
+    assert not fitted.exists()
+    fitted.write_bytes(whole["codec.safetensors"])  # rank 0 has died after the fit
     second = prepare_shards(source, tmp_path, recipe, Machine(progress=False, place=Rank(1, 2)))
     assert not second.complete
     written = {name for name in files(tmp_path) if name.endswith(".tar")}
@@ -130,6 +141,30 @@ def test_a_rank_that_never_comes_costs_its_shards_alone(
     alone = prepare_shards(source, tmp_path, recipe, Machine(progress=False))  # without the other rank
     assert alone.complete
     assert contents(tmp_path) == whole
+
+
+def test_a_slow_fit_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(ranks, "_POLL_S", 0.01)
+    monkeypatch.setattr(ranks, "_BEAT_S", 0.02)
+    content = (make_shards(tmp_path / "other") / "codec.safetensors").read_bytes()
+    monkeypatch.setattr(write, "new_codec", None)  # it is not for this rank to fit one
+    work = tmp_path / "d" / WORK_FOLDER / "0123"
+    second = Machine(progress=False, place=Rank(1, 2))
+    with ranks.heartbeat(work, Rank(0, 2)):
+        threading.Timer(1.0, (work / "codec.safetensors").write_bytes, [content]).start()
+        codec = write._codec(tmp_path / "d", work, shapes_recipe(), second, lambda: iter(()))
+    assert codec_bytes(codec) == content
+
+
+def test_a_given_codec_is_waited_for_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "wait", None)
+    content = (make_shards(tmp_path / "other") / "codec.safetensors").read_bytes()
+    (tmp_path / "work").mkdir()
+    recipe = replace(shapes_recipe(), given_codec=content)
+    second = Machine(progress=False, place=Rank(1, 2))
+    codec = write._codec(tmp_path / "d", tmp_path / "work", recipe, second, lambda: iter(()))
+    assert codec_bytes(codec) == content
 
 
 def test_every_rank_of_a_second_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
