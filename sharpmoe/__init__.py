@@ -1,16 +1,52 @@
-"""SharpMoE: saliency-guided post-training of mixture-of-experts diffusion transformers."""
+"""SharpMoE: saliency-guided post-training of mixture-of-experts diffusion transformers.
+
+`dir(sharpmoe)` lists the Python interface; docs/tutorials/python-api.md is a tour of it. Every error that a user can
+fix is a `SharpMoEError` of one line. Importing this package imports nothing else: torch comes with the first name that
+is used, and DeepSpeed only with the commands. Type checkers read `__init__.pyi`.
+"""
 
 import importlib
 from typing import Any
 
-_ATTRIBUTES = {"attach": "sharpmoe.model.attach", "load_pretrained": "sharpmoe.model.published.load"}
+__version__ = "0.1.0"  # the only place; pyproject.toml reads it
+
+_HOMES = {
+    "RolloutLoss": "sharpmoe.api",
+    "SharpMoEError": "sharpmoe.errors",
+    "attach": "sharpmoe.model.attach",
+    "batches": "sharpmoe.api",
+    "finish_step": "sharpmoe.api",
+    "load": "sharpmoe.api",
+    "load_pretrained": "sharpmoe.model.published.load",
+    "open_shards": "sharpmoe.api",
+    "rollout_loss": "sharpmoe.api",
+    "sample": "sharpmoe.api",
+    "save": "sharpmoe.api",
+}
+
+__all__ = [
+    "RolloutLoss",
+    "SharpMoEError",
+    "__version__",
+    "attach",
+    "batches",
+    "finish_step",
+    "load",
+    "load_pretrained",
+    "open_shards",
+    "rollout_loss",
+    "sample",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `sharpmoe.attach` or `sharpmoe.load_pretrained` when it is first used.
-
-    Both need torch, which reading a configuration must not import.
-    """
-    if name in _ATTRIBUTES:
-        return getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+    """Import a name of the interface when it is first used: most need torch, which reading a run file must not load."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'sharpmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names of the interface."""
+    return list(__all__)

@@ -9,13 +9,21 @@ import binascii
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.encode.build import CODEC_FILE, CODECS, codec_bytes, codec_of, parse_codec
+from data_pipeline.encode.build import (
+    CODEC_FILE,
+    CODECS,
+    codec_bytes,
+    codec_of,
+    parse_codec,
+    restore_text_encoder,
+)
 from data_pipeline.encode.codecs import Codec
+from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.identity import Identity, first_line
 from sharpmoe.errors import DataError
 
@@ -29,6 +37,64 @@ class Origin(NamedTuple):
     codec: bytes  # a safetensors file, as `codec_bytes` makes it
     codec_identity: Identity
     encoder: Identity | None  # None where the place does not name it
+
+
+class _Encoded(Protocol):
+    """What says how data were encoded: prepared shards, or a mixture of them."""
+
+    codec: Identity
+    encoder: Identity
+
+    def codec_object(self) -> Codec: ...
+
+
+def origin_header(data: _Encoded) -> dict[str, str]:
+    """Return what the header of weights that are trained on `data` says of its codec and text encoder.
+
+    Their identities, and the numbers of a fitted codec. Raises DataError where the shards lack the codec.
+    """
+    found = {"codec": json.dumps(data.codec), "encoder": json.dumps(data.encoder)}
+    return found | (fitted_header(data.codec_object()) if is_fitted(data.codec) else {})
+
+
+def origin_in(header: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries of a weights file's header that `origin_header` has written; none where nothing is known."""
+    return {key: header[key] for key in ("codec", "encoder", FITTED_KEY) if key in header}
+
+
+def keeps_codec(header: Mapping[str, str]) -> bool:
+    """Return whether a weights file's header says all that is needed to load its codec."""
+    return "codec" in header and (FITTED_KEY in header or not is_fitted(json.loads(header["codec"])))
+
+
+class OriginCoders:
+    """Codec and text encoder that a weights file's header names: what drawing images needs of prepared shards."""
+
+    def __init__(self, header: Mapping[str, str], where: str = "the weights' header") -> None:
+        """`header`: as `origin_header` makes it; `where`: what messages call it. Reads nothing yet."""
+        self._header, self._where = header, where
+        self._encoders: dict[str, TextEncoder] = {}  # by device: one takes seconds to load
+
+    def codec_object(self, device: str = "cpu") -> Codec:
+        """Load the codec. Raises DataError where it is unknown, damaged, or no longer the same."""
+        if "codec" not in self._header:
+            raise DataError(f"{self._where}: does not say with which codec the weights were trained")
+        content = _fitted_codec(self._header, self._where)
+        identity, tensors = ({}, {}) if content is None else parse_codec(content, self._where)
+        return codec_of(identity or json.loads(self._header["codec"]), tensors, device, self._where)
+
+    def text_encoder(self, device: str = "cpu") -> TextEncoder:
+        """Load the text encoder. Raises DataError where it is unknown, missing, or has other weights."""
+        if "encoder" not in self._header:
+            raise DataError(f"{self._where}: does not say with which text encoder the weights were trained")
+        if device not in self._encoders:
+            self._encoders[device] = restore_text_encoder(json.loads(self._header["encoder"]), device)
+        return self._encoders[device]
+
+    def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode the empty caption: text (L, D), mask (L,) bool, pooled (D_pooled,). Raises DataError."""
+        states, mask, pooled = self.text_encoder().encode([""])
+        return states[0], mask[0], pooled[0]
 
 
 def fitted_header(codec: Codec) -> dict[str, str]:
@@ -95,15 +161,21 @@ def _of_folder(folder: Path) -> Origin:
 
 def _of_weights(header: Mapping[str, str], where: str) -> Origin:
     identity, encoder = json.loads(header["codec"]), json.loads(header["encoder"])
-    content = _decoded(header, where)
+    content = _fitted_codec(header, where)
     if content is not None:
         return _origin(content, where, encoder)
-    if is_fitted(identity):
+    return Origin(codec_bytes(codec_of(identity, {}, "cpu")), identity, encoder)
+
+
+def _fitted_codec(header: Mapping[str, str], where: str) -> bytes | None:
+    """Return the codec file that a header keeps; None where the identity says all. Raises DataError."""
+    content = _decoded(header, where)
+    if content is None and is_fitted(json.loads(header["codec"])):
         raise DataError(
             f"{where}: holds only the hash of its codec (an older version wrote it); name the folder of shards that it "
             "was trained on instead"
         )
-    return Origin(codec_bytes(codec_of(identity, {}, "cpu")), identity, encoder)
+    return content
 
 
 def _origin(content: bytes, where: str, encoder: Identity | None) -> Origin:

@@ -6,6 +6,8 @@ dispatcher of each MoE layer sends tokens to the ranks that hold the experts.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ class Backbone(nn.Module, ABC):
     """A denoising network with MoE layers. Its forward has no side effects."""
 
     config: ModelConfig
+    # Codec and text encoder that it was trained with, as the header of its weights file names them; empty: not known.
+    origin: Mapping[str, str] = MappingProxyType({})
     blocks: nn.ModuleList  # in the order of use: each is compiled and recomputed as one unit, and counted so in plans
 
     @abstractmethod

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpmoe.config import ModelConfig
+from sharpmoe.config import ModelConfig, OptimConfig
 from sharpmoe.families import tokens_per_expert
+from sharpmoe.moe.router import Router
 from sharpmoe.moe.routing import Routing
 
 
@@ -29,6 +30,20 @@ def _kth_probabilities(capacity_logits: Sequence[Tensor], capacity: float) -> Te
     pool = stacked.shape[-1]
     count = tokens_per_expert(pool, stacked.shape[1], capacity)
     return stacked.kthvalue(pool - count + 1).values.sigmoid()
+
+
+def update_routers(
+    layers: Sequence[Router], thresholds: Tensor | None, loads: Tensor | None, optim: OptimConfig
+) -> None:
+    """Move what moves once per optimizer step, in place; None for what the family does not have.
+
+    thresholds (layers, E): candidates, averaged over rollout steps, micro-batches and ranks. loads (layers, E): tokens
+    that each expert took. No communication.
+    """
+    if thresholds is not None:
+        update_thresholds([layer.expert_threshold for layer in layers], thresholds, optim.threshold_decay)
+    if loads is not None:
+        update_biases([layer.expert_bias for layer in layers], loads, optim.bias_rate)
 
 
 @torch.no_grad()

@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
@@ -75,8 +76,16 @@ def override_sampling(settings: SampleConfig, given: Mapping[str, object]) -> Sa
         raise ConfigError(f"sample.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
 
 
+class TextSource(Protocol):
+    """What encodes captions for a model: prepared shards, or what its weights file names."""
+
+    def text_encoder(self) -> TextEncoder: ...
+
+    def empty_text(self) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 def encode_prompts(
-    config: ModelConfig, shards: ShardSet, prompts: Prompts, device: torch.device | str = "cpu"
+    config: ModelConfig, shards: TextSource, prompts: Prompts, device: torch.device | str = "cpu"
 ) -> sampling.Request:
     """Encode prompts with the text encoder of the shards, to `device`. Raises ConfigError where there are none."""
     if config.conditioning == "class":

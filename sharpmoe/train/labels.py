@@ -4,7 +4,10 @@ The index holds no labels, so samples are looked at: all of a small split, some 
 label that this leaves out is found when its batch is drawn (`check_label`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from data_pipeline.read.damage import Damage
 from data_pipeline.read.shards import ShardSet
@@ -12,7 +15,9 @@ from data_pipeline.safety import scheme_of
 from sharpmoe.config import ModelConfig
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import spread
-from sharpmoe.parallel.ranks.launch import World
+
+if TYPE_CHECKING:  # its module imports DeepSpeed, and drawing a batch needs none
+    from sharpmoe.parallel.ranks.launch import World
 
 _SMALL = 4096  # samples of a local split that is looked at as a whole
 _SOME = 512  # of a larger one: each may be in a shard of its own, whose table is read

@@ -29,7 +29,8 @@ from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import rollout_steps
 from sharpmoe.train.session import Session, ema_model, ensure_saved, log_save, open_session
 from sharpmoe.train.setup import RunPlan, choose_checkpoint, initial_model
-from sharpmoe.train.step import StepResult, draw_trajectories, train_step
+from sharpmoe.train.step import StepResult, train_step
+from sharpmoe.train.trajectories import draw_trajectories
 
 _STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is to be started again
 

@@ -5,8 +5,10 @@ many micro-batches (docs/design/0003-rollout-schedules.md). `rollout_schedules` 
 without a graph; this module executes them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,14 @@ from torch import Tensor, nn
 from sharpmoe.config import RunConfig
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.moe.routing import CallMode
-from sharpmoe.parallel.zero.build import Values
 from sharpmoe.rollout import Replay, StepOutput, TrajectoryBatch, first_x0_prev, replay, replay_steps, rollout_step
 from sharpmoe.train.local_gradients import LocalGradients
 from sharpmoe.train.rollout_schedules import ModelCall, Pass, schedule_of
 from sharpmoe.train.tally import StepRecord, Tally
 from sharpmoe.train.terms import StepTerms, mass_gradient, routing_loss, step_mass, step_terms
+
+if TYPE_CHECKING:  # its module imports DeepSpeed; a loop of the user's own computes the same loss without it
+    from sharpmoe.parallel.zero.build import Values
 
 
 class StepRequest(NamedTuple):
@@ -109,7 +113,7 @@ class _Trajectory:
     def _step(self, call: ModelCall) -> Sequence[StepTerms]:
         """Run one rollout step; return its losses if they have a graph, else nothing."""
         (step,) = call.steps
-        with torch.set_grad_enabled(call.graph):
+        with torch.set_grad_enabled(call.graph and torch.is_grad_enabled()):
             mode = CallMode(recompute=call.recompute, for_losses=not call.first_of_two)
             output = rollout_step(self._model, self._item, step, self._x0_prev, mode)
             if call.first_of_two:

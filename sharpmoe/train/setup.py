@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_pipeline.encode.like import fitted_header, is_fitted, same_fit
+from data_pipeline.encode.like import is_fitted, origin_header, same_fit
 from data_pipeline.index import INDEX_FILE, Bucket
 from data_pipeline.read.mixture import Mixture, open_mixture
 from data_pipeline.read.shards import ShardSet
@@ -35,7 +35,7 @@ from sharpmoe.train.labels import check_labels
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import check_schedule
-from sharpmoe.train.step import EmptyText
+from sharpmoe.train.trajectories import EmptyText
 
 
 class RunData(NamedTuple):
@@ -50,8 +50,7 @@ class RunData(NamedTuple):
 
         Their identities, and the numbers of a fitted codec. Raises DataError where the shards lack the codec.
         """
-        found = {"codec": json.dumps(self.train.codec), "encoder": json.dumps(self.train.encoder)}
-        return found | (fitted_header(self.train.codec_object()) if is_fitted(self.train.codec) else {})
+        return origin_header(self.train)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
-"""One optimizer step, from a batch of the stream to the update.
+"""One optimizer step, from drawn trajectories (`train.trajectories`) to the update.
 
-`draw_trajectories` turns batches into trajectories with all randomness drawn; `train_step` runs them through the
-objective, exchanges the figures of the step between ranks in one all-reduce, and updates the weights and everything
-else that is updated once per step: thresholds, biases, the EMA.
+`train_step` runs them through the objective, exchanges the figures of the step between ranks in one all-reduce, and
+updates the weights and everything else that is updated once per step: thresholds, biases, the EMA.
 """
 
 import math
@@ -12,23 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.schema import Batch
-from sharpmoe import draws, flow
+from sharpmoe import draws
 from sharpmoe.config import OptimConfig, RunConfig
-from sharpmoe.model.backbone import ClassCondition, Condition, TextCondition
-from sharpmoe.moe.thresholds import update_biases, update_thresholds
+from sharpmoe.moe.thresholds import update_routers
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.guard import Verdict, Watch, loss_fault, next_watch, norm_fault
-from sharpmoe.train.labels import check_label
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import num_segments
 from sharpmoe.train.tally import StepRecord
 from sharpmoe.train.terms import LossTerms
-
-EmptyText = tuple[Tensor, Tensor, Tensor]  # stored embedding of the empty caption: (L, D_text), (L,), (D_pooled)
 
 
 class StepResult(NamedTuple):
@@ -50,18 +44,6 @@ class _Exchange(NamedTuple):
     thresholds: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
     loads: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
     routing: Tensor | None  # (MoE layers, 4 + E) float64, `routing_sums` over micro-batches and ranks
-
-
-def draw_trajectories(
-    batches: Sequence[Batch], empty_text: EmptyText, run: RunConfig, device: torch.device
-) -> list[TrajectoryBatch]:
-    """Copy a step's micro-batches to `device` and draw their noise, times and caption dropout.
-
-    Each draw is keyed by (seed, position), so it is the same on any layout of ranks. stage pretrain: one logit-normal
-    time; posttrain: T descending times that start at first_time. Raises DataError if a sample has no label that the
-    model needs. No communication.
-    """
-    return [_draw(_to_device(batch, device), empty_text, run) for batch in batches]
 
 
 def train_step(
@@ -128,51 +110,6 @@ def _trained_segment(run: RunConfig, step: int) -> int:
     return draws.rollout_block(run.seed, step, count) if count > 1 else 0
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy the tensors of a batch to `device`, except positions: they key random draws, which the host makes."""
-    return batch._replace(
-        latent=batch.latent.to(device),
-        text=batch.text.to(device),
-        text_mask=batch.text_mask.to(device),
-        pooled=batch.pooled.to(device),
-        label=batch.label.to(device),
-        saliency=batch.saliency.to(device),
-        foreground=batch.foreground.to(device),
-    )
-
-
-def _draw(batch: Batch, empty_text: EmptyText, run: RunConfig) -> TrajectoryBatch:
-    x0 = batch.latent
-    x1 = draws.noise(run.seed, batch.position, x0.shape[1:]).to(x0)
-    if run.stage == "pretrain":
-        times = flow.logit_normal_times(draws.normal_times(run.seed, batch.position))
-    else:
-        uniform = draws.uniform_times(run.seed, batch.position, run.rollout.num_steps - 1)
-        times = flow.descending_times(uniform, run.rollout.first_time)
-    dropped = draws.drop_caption(run.seed, batch.position, run.rollout.caption_dropout).to(x0.device)
-    return TrajectoryBatch(x0, x1, times.to(x0), _condition(batch, empty_text, run, dropped), batch.saliency)
-
-
-def _condition(batch: Batch, empty_text: EmptyText, run: RunConfig, dropped: Tensor) -> Condition:
-    """Return the condition of a batch; images with `dropped` (B,) bool get the empty caption or the null class.
-
-    Raises DataError if the model is class-conditional and an image has no label, or one that the model does not know.
-    """
-    if run.model.conditioning == "text":
-        tokens, mask, pooled = (field.to(batch.latent.device) for field in empty_text)
-        return TextCondition(
-            torch.where(dropped[:, None, None], tokens.to(batch.text), batch.text),
-            torch.where(dropped[:, None], mask, batch.text_mask),
-            torch.where(dropped[:, None], pooled.to(batch.pooled), batch.pooled),
-        )
-    unknown = (batch.label < 0) | (batch.label >= run.model.num_classes)
-    if unknown.any():
-        row = int(unknown.nonzero()[0])
-        check_label(run.model, "", batch.keys[row], int(batch.label[row]))
-    null = torch.full_like(batch.label, run.model.num_classes)
-    return ClassCondition(torch.where(dropped, null, batch.label) if run.model.class_dropout else batch.label)
-
-
 def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _Exchange:
     """Average loss terms, threshold candidates and loads, and add up routing sums, over micro-batches and ranks.
 
@@ -208,9 +145,5 @@ def _threshold_fault(exchange: _Exchange) -> str:
 
 def _update_once_per_step(objective: Objective, ema: ShardEma, exchange: _Exchange) -> None:
     """Update thresholds, biases and the EMA, after the optimizer has updated the weights."""
-    optim, layers = objective.run.optim, objective.model.moe_layers()
-    if exchange.thresholds is not None:
-        update_thresholds([layer.expert_threshold for layer in layers], exchange.thresholds, optim.threshold_decay)
-    if exchange.loads is not None:
-        update_biases([layer.expert_bias for layer in layers], exchange.loads, optim.bias_rate)
+    update_routers(objective.model.moe_layers(), exchange.thresholds, exchange.loads, objective.run.optim)
     ema.update()

@@ -19,7 +19,8 @@ from sharpmoe.parallel.zero.patches import Admit, Update
 from sharpmoe.parallel.zero.placement import gather_experts, is_expert
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.setup import RunPlan
-from sharpmoe.train.step import _learning_rate, _trained_segment, draw_trajectories, train_step
+from sharpmoe.train.step import _learning_rate, _trained_segment, train_step
+from sharpmoe.train.trajectories import draw_trajectories
 from tests.train.setting import ALONE, plan_for, stirred_model, worst
 
 Prepare = Callable[[Backbone], Backbone]

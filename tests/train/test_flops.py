@@ -14,7 +14,7 @@ from sharpmoe.train.flops import _named_peak, peak_tflops, rows_expected, step_f
 from sharpmoe.train.metrics import rows_taken
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import schedule_of
-from sharpmoe.train.step import _draw
+from sharpmoe.train.trajectories import _draw
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
 from tests.train.setting import CONFIGS, make_run, stirred_model
 

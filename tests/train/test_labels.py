@@ -13,7 +13,7 @@ from sharpmoe.errors import DataError
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import labels
 from sharpmoe.train.labels import check_labels
-from sharpmoe.train.step import draw_trajectories
+from sharpmoe.train.trajectories import draw_trajectories
 from tests.train.setting import make_run
 
 MODEL = ModelConfig(conditioning="class", num_classes=10)

@@ -19,8 +19,8 @@ from sharpmoe.rollout import first_x0_prev, rollout_step
 from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.step import _draw
 from sharpmoe.train.tally import StepRecord
+from sharpmoe.train.trajectories import _draw
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.train.setting import make_run, plan_for

@@ -1,0 +1,329 @@
+"""The Python interface: load a model, compute the loss of a rollout, draw images, save. `sharpmoe.NAME` finds it here.
+
+Nothing here imports DeepSpeed, starts processes or communicates: the commands of launcher/ do, with the same functions
+below, so that a loop of one's own computes what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipeline.encode.like import OriginCoders, keeps_codec, origin_header, origin_in
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import stream
+from data_pipeline.schema import Batch
+from sharpmoe import draws
+from sharpmoe.config import LossConfig, ModelConfig, OptimConfig, RolloutConfig, RunConfig, SampleConfig
+from sharpmoe.errors import ConfigError, DataError
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.weights import load_model, save_weights
+from sharpmoe.moe.thresholds import update_routers
+from sharpmoe.report.figures import to_pixels
+from sharpmoe.report.runs import SavedModel, find_saved_model
+from sharpmoe.report.samples import Prompts, check_shards, draw_images, encode_prompts, override_sampling
+from sharpmoe.rollout import TrajectoryBatch
+from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.rollout_schedules import check_schedule, num_segments
+from sharpmoe.train.terms import LossTerms
+from sharpmoe.train.trajectories import EmptyText, draw_trajectories
+
+_ANY_POSITION = 2**62  # positions of batches that have none are drawn below it
+_TEXT_FIELDS = ("text", "text_mask", "pooled")
+_FIELDS = ("latent", "saliency", "label", *_TEXT_FIELDS, "position")
+
+
+class RolloutLoss(NamedTuple):
+    """The loss of a micro-batch of rollouts, and what moves once per optimizer step (`finish_step`)."""
+
+    total: Tensor  # 0-d; its backward gives the gradient
+    parts: LossTerms  # total, flow, routing, router, heads: 0-d, detached, unweighted but for total
+    thresholds: Tensor | None  # (MoE layers, E) where the family has thresholds (DiffMoE, Expert Race)
+    loads: Tensor | None  # (MoE layers, E) where a bias balances the loads (DSMoE)
+
+
+def load(path: str | Path, *, weights: Literal["ema", "live"] = "ema") -> Backbone:
+    """Return the model of a run folder, a checkpoint folder or a weights file: float32, in eval mode, on the CPU.
+
+    `weights`: of a run or checkpoint, the averaged or the live ones. `model.config` is its architecture, and
+    `model.origin` says with which codec and text encoder it was trained, so that `sample` works.
+    Raises CheckpointError; for checkpoints of other projects use `load_pretrained`.
+    """
+    saved = find_saved_model(path, weights)
+    model, header = load_model(saved.weights)
+    model.origin = origin_in(header)
+    if saved.run is not None and not keeps_codec(model.origin):
+        model.origin = _origin_of_run(saved) or model.origin
+    return model
+
+
+def save(model: Backbone, path: str | Path, *, shards: ShardSet | str | Path | None = None) -> Path:
+    """Write a model as a weights file that `load`, launcher/sample.py and `checkpoint.init` of a run read; return it.
+
+    The file names the codec and the text encoder of `shards`, by default those in `model.origin`. Raises OSError, and
+    CheckpointError where a value is not finite.
+    """
+    origin = model.origin if shards is None else origin_header(_opened(shards))
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    save_weights(path, state, model.config, origin)
+    return Path(path)
+
+
+def open_shards(place: str | Path, split: str = "train") -> ShardSet:
+    """Open a split of prepared shards: a folder or a URL (docs/data.md). Raises DataError."""
+    return ShardSet.open(place, split)
+
+
+def batches(
+    shards: ShardSet, batch_size: int, *, seed: int = 0, start: int = 0, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Yield batches of shards without end, each of one resolution, in the order of a run with this seed.
+
+    `start`: samples taken before, to go on. `num_workers`: processes that read ahead; 0 is a thread. Fields and shapes:
+    `data_pipeline.schema.Batch`. Raises DataError where a sample is damaged. No communication.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected 1 or more")
+    steps = stream(
+        shards,
+        seed=seed,
+        global_batch=batch_size,
+        micro_batch=batch_size,
+        rank=0,
+        world=1,
+        start=start,
+        num_workers=num_workers,
+    )
+    return (loaded.batches[0] for loaded in steps)
+
+
+def rollout_loss(
+    model: Backbone,
+    batch: Batch | Mapping[str, Tensor] | TrajectoryBatch,
+    *,
+    loss: LossConfig | None = None,
+    rollout: RolloutConfig | None = None,
+    empty_text: EmptyText | None = None,
+    seed: int = 0,
+) -> RolloutLoss:
+    """Compute the loss of SharpMoE's post-training on a batch of images, as a run with these settings computes it.
+
+    L = mean over T steps of (L_FM + the family's own losses) + routing_weight * L_routing (arXiv 2606.26938, section 3;
+    docs/notation.md): each step denoises x_t at t_1 > ... > t_T > 0, and its saliency routers read the clean latent
+    predicted by the step before; L_routing is KL(softmax(mass_scale A) || softmax(saliency_scale M)) of the compute A
+    that each token got over the rollout and the saliency M of the image.
+
+    `batch`: one of
+    * a `Batch`, as `batches` yields it;
+    * a mapping of tensors: latent (B, C, H, W), saliency (B, N) in [0, 1] (N tokens, row-major;
+      `sharpmoe.saliency.saliency_map`), and label (B,) int64, or text (B, L, D), text_mask (B, L) bool and pooled
+      (B, P). position (B,) int64 keys the noise, the times and the dropped captions of each image with `seed`; without
+      it they are drawn from torch's global generator;
+    * a `TrajectoryBatch`, with noise and times already drawn; the length of `times` is T then.
+    All are moved to the model's device. `loss` and `rollout` have the defaults of a run (docs/configuration.md).
+    `empty_text`: the empty caption (`shards.empty_text()`) for `rollout.caption_dropout`; by default it is encoded with
+    the text encoder in `model.origin`.
+
+    With a schedule other than plain and checkpoint some of the backward is done here (rollout.schedule,
+    docs/design/0003); `total.backward()` completes the gradient, whatever the schedule. Under torch.no_grad nothing is
+    kept. Raises ConfigError, and DataError where the batch does not fit the model. No communication.
+    """
+    run = RunConfig(model=model.config, loss=loss or LossConfig(), rollout=rollout or RolloutConfig(), seed=seed)
+    run = _plain(run) if not torch.is_grad_enabled() else run
+    if not model.training:
+        raise ConfigError(
+            "rollout_loss: the model is in eval mode, in which experts choose otherwise than in training; call "
+            "model.train() first (under torch.no_grad() too)"
+        )
+    if isinstance(batch, TrajectoryBatch):
+        item, segment = _to_device(batch, model), 0
+        run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"num_steps": len(batch.times)})})
+    else:
+        whole = batch if isinstance(batch, Batch) else _as_batch(batch, model.config)
+        _check_batch(whole, model.config)
+        whole, empty = _texts(whole, model, empty_text, run)
+        (item,) = draw_trajectories([whole], empty, run, _device(model))
+        segment = draws.rollout_block(seed, int(whole.position[0]), num_segments(run))
+    check_schedule(run, len(item.x0))
+    answer = Objective(model, run)(StepRequest((item,), segment))
+    (record,) = answer.records
+    total = answer.loss - answer.loss.detach() + record.terms.total  # the last pass has the graph, the record the value
+    return RolloutLoss(total, record.terms, record.thresholds, record.loads)
+
+
+def finish_step(model: Backbone, *losses: RolloutLoss, optim: OptimConfig | None = None) -> None:
+    """Move what moves once per optimizer step, after `optimizer.step()`: thresholds and balancing biases, in place.
+
+    `losses`: of all micro-batches of the step. `optim`: threshold_decay and bias_rate, by default those of a run. Does
+    nothing for families without either. No communication.
+    """
+    thresholds = [loss.thresholds for loss in losses if loss.thresholds is not None]
+    loads = [loss.loads for loss in losses if loss.loads is not None]
+    update_routers(model.moe_layers(), _mean(thresholds), _mean(loads), optim or OptimConfig())
+
+
+def sample(
+    model: Backbone,
+    prompts: str | int | Sequence[str] | Sequence[int],
+    *,
+    shards: ShardSet | str | Path | None = None,
+    batch_size: int = 16,
+    num_steps: int | None = None,
+    method: Literal["euler", "heun"] | None = None,
+    cfg_scale: float | None = None,
+    guidance_source: Literal["own", "guided"] | None = None,
+    seed: int | None = None,
+) -> list[Image.Image]:
+    """Draw one image per caption, or per label of a class-conditional model, on the model's device.
+
+    `shards` decode the latents and encode the captions; by default the codec and the text encoder in `model.origin` do.
+    Settings that are not given have the defaults of the `sample` section (docs/configuration.md). The noise of image i
+    is keyed by (seed, i). The model's mode is restored. Raises ConfigError and DataError. No communication.
+    """
+    given = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
+    settings = override_sampling(SampleConfig(), given | {"guidance_source": guidance_source})
+    coders: ShardSet | OriginCoders
+    if shards is not None:
+        coders = _opened(shards)
+        check_shards(model, coders)
+    elif "codec" in model.origin:
+        coders = _coders(tuple(sorted(model.origin.items())))
+    else:
+        raise ConfigError("sample: the model does not say with which codec it was trained; give shards=FOLDER")
+    request = encode_prompts(model.config, coders, _prompts(prompts, model.config), _device(model))
+    images = draw_images(model, request, settings, coders.codec_object().decode, batch_size)
+    return [Image.fromarray(pixels) for pixels in to_pixels(images)]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _origin_of_run(saved: SavedModel) -> dict[str, str]:
+    """Return the origin in the run's shards, for weights of a version that did not keep it; empty without shards."""
+    assert saved.run is not None
+    data = saved.run.data
+    try:
+        return origin_header(ShardSet.open(data.first_place, data.train_split, data.remote.options()))
+    except DataError:
+        return {}
+
+
+@lru_cache(maxsize=4)
+def _coders(origin: tuple[tuple[str, str], ...]) -> OriginCoders:
+    return OriginCoders(dict(origin), "model.origin")
+
+
+def _opened(shards: ShardSet | str | Path) -> ShardSet:
+    return shards if isinstance(shards, ShardSet) else open_shards(shards)
+
+
+def _device(model: Backbone) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _prompts(prompts: str | int | Sequence[str] | Sequence[int], config: ModelConfig) -> Prompts:
+    many: list[str | int] = [prompts] if isinstance(prompts, str | int) else [*prompts]
+    captions = tuple(each for each in many if isinstance(each, str))
+    labels = tuple(int(each) for each in many if not isinstance(each, str))
+    if config.conditioning == "text" and labels:
+        raise ConfigError(f"sample: the model is text-conditional, got label {labels[0]}; give captions")
+    for label in labels:
+        if not 0 <= label < config.num_classes:
+            raise ConfigError(f"sample: label {label}, the model has classes 0 to {config.num_classes - 1}")
+    return Prompts(captions, labels)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def _plain(run: RunConfig) -> RunConfig:
+    """Return the run with the schedule that makes one call per step, which is all that is needed without a graph."""
+    kept = {"num_steps", "first_time", "caption_dropout"}
+    plain = RolloutConfig(**{key: getattr(run.rollout, key) for key in kept})
+    return run.model_copy(update={"rollout": plain})
+
+
+def _to_device(item: TrajectoryBatch, model: Backbone) -> TrajectoryBatch:
+    device = _device(model)
+    condition = type(item.condition)(*(part.to(device) for part in item.condition))
+    return TrajectoryBatch(
+        x0=item.x0.to(device),
+        x1=item.x1.to(device),
+        times=item.times.to(device),
+        condition=condition,
+        saliency=item.saliency.to(device),
+    )
+
+
+def _as_batch(given: Mapping[str, Tensor], config: ModelConfig) -> Batch:
+    """Fill up a batch of tensors to a `Batch`. Raises DataError where it lacks one, or has one of another name."""
+    needed = ("latent", "saliency", *(_TEXT_FIELDS if config.conditioning == "text" else ("label",)))
+    missing, unknown = [name for name in needed if name not in given], sorted(given.keys() - {*_FIELDS})
+    if missing or unknown:
+        wrong = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
+        raise DataError(
+            f"batch: {wrong}; a {config.conditioning}-conditional model takes {', '.join(needed)}, and position"
+        )
+    latent, count = given["latent"], len(given["latent"])
+    return Batch(
+        latent=latent,
+        text=given.get("text", latent.new_zeros(count, 0, 0)),
+        text_mask=given.get("text_mask", torch.zeros(count, 0, dtype=torch.bool)),
+        pooled=given.get("pooled", latent.new_zeros(count, 0)),
+        label=given.get("label", torch.full((count,), -1)),
+        saliency=given["saliency"],
+        foreground=torch.full_like(given["saliency"], torch.nan),
+        position=given.get("position", torch.randint(_ANY_POSITION, (count,))).cpu(),
+        keys=tuple(map(str, range(count))),
+        captions=("",) * count,
+    )
+
+
+def _check_batch(batch: Batch, config: ModelConfig) -> None:
+    """Raise DataError where the shapes of a batch are not those of the model."""
+    shape, patch = tuple(batch.latent.shape), config.patch_size
+    if len(shape) != 4 or shape[1] != config.latent_channels or shape[2] % patch or shape[3] % patch:
+        raise DataError(
+            f"batch: latent has shape {shape}, expected (B, {config.latent_channels}, H, W) with H and W multiples of "
+            f"{patch}"
+        )
+    count, tokens = shape[0], shape[2] // patch * (shape[3] // patch)
+    expected: dict[str, tuple[int, ...]] = {"saliency": (count, tokens)}
+    if config.conditioning == "text":
+        length = batch.text.shape[1] if batch.text.dim() == 3 else 0
+        expected["text"] = (count, length, config.text_width)
+        expected |= {"text_mask": (count, length), "pooled": (count, config.pooled_width)}
+    else:
+        expected["label"] = (count,)
+    for name, wanted in expected.items():
+        found = tuple(getattr(batch, name).shape)
+        if found != wanted:
+            raise DataError(f"batch: {name} has shape {found}, expected {wanted} beside a latent of shape {shape}")
+
+
+def _texts(batch: Batch, model: Backbone, empty_text: EmptyText | None, run: RunConfig) -> tuple[Batch, EmptyText]:
+    """Return the batch and the empty caption, padded to one length. Raises ConfigError where it is not known."""
+    if model.config.conditioning != "text" or (empty_text is None and run.rollout.caption_dropout == 0):
+        return batch, (batch.text[0], batch.text_mask[0], batch.pooled[0])  # not used
+    if empty_text is None and "encoder" not in model.origin:
+        raise ConfigError(
+            "rollout_loss: rollout.caption_dropout needs the empty caption; give empty_text=shards.empty_text(), or "
+            "rollout=RolloutConfig(caption_dropout=0)"
+        )
+    tokens, mask, pooled = empty_text or _coders(tuple(sorted(model.origin.items()))).empty_text()
+    missing = batch.text.shape[1] - len(mask)
+    if missing >= 0:
+        return batch, (functional.pad(tokens, (0, 0, 0, missing)), functional.pad(mask, (0, missing)), pooled)
+    text, text_mask = functional.pad(batch.text, (0, 0, 0, -missing)), functional.pad(batch.text_mask, (0, -missing))
+    return batch._replace(text=text, text_mask=text_mask), (tokens, mask, pooled)
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(parts)).double().mean(0) if parts else None
