@@ -333,6 +333,12 @@ class LossConfig(_Section):
     mass_reduction: Literal["sum", "mean"] = "mean"  # A summed over steps and MoE layers (paper), or its mean over them
     mass_scale: float = Field(3.0, gt=0)  # multiplies A before the softmax
     saliency_scale: float = Field(10.0, gt=0)  # multiplies M before the softmax
+    # The two scales from the training split (docs/design/0010), found once when a run starts and kept by its resumes.
+    # saliency_entropy replaces saliency_scale: entropy of softmax(scale * M) as a share of log N, mean over images.
+    saliency_entropy: float | None = Field(None, gt=0, lt=1)
+    # mass_spread replaces mass_scale, with counts: how much experts per token vary over the tokens of an image where A
+    # matches M, as their standard deviation over their mean.
+    mass_spread: float | None = Field(None, gt=0, le=10)
     count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts
     balance_weight: float = Field(0.01, ge=0)  # tc, dit_moe
     capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies
@@ -340,6 +346,12 @@ class LossConfig(_Section):
     contrastive_temperature: float = Field(0.07, gt=0)  # of that loss
     similarity_weight: float = Field(0.01, ge=0)  # race
     layer_weight: float = Field(0.01, ge=0)  # race: flow loss of each MoE layer's own head
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.mass_spread is not None and self.routing_mass != "counts":
+            raise ValueError(f"mass_spread is about counts of experts; routing_mass is {self.routing_mass}: set counts")
+        return self
 
 
 class OptimConfig(_Section):

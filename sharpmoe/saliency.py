@@ -1,4 +1,7 @@
-"""The saliency map M of a clean image, on the model's token grid."""
+"""The saliency map M of a clean image, on the model's token grid, and the scale that makes a target of it."""
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +42,33 @@ def token_mask(alpha: Tensor, grid: tuple[int, int]) -> Tensor:
         (B, h * w) float32 in [0, 1], row-major.
     """
     return _pool(alpha.float(), grid).clamp_(0, 1)
+
+
+def entropy_share(maps: Sequence[Tensor], scale: float) -> float:
+    """Return the entropy of softmax(scale * M) over the tokens of an image as a share of log N, mean over images.
+
+    maps: (I, N) each, one per number of tokens N > 1.
+    """
+    shares = []
+    for each in maps:
+        log_p = (scale * each.double()).log_softmax(-1)
+        shares.append(-(log_p.exp() * log_p).sum(-1) / math.log(each.shape[1]))
+    return float(torch.cat(shares).mean())
+
+
+def scale_for_entropy(maps: Sequence[Tensor], share: float) -> float:
+    """Return the scale at which `entropy_share` of `maps` is `share` in (0, 1), to six digits.
+
+    The entropy falls from log N at scale 0 with the scale. Raises ValueError where no scale up to 1e6 reaches it:
+    an image without edges has the entropy log N at any scale.
+    """
+    low, high = 1e-6, 1e6
+    if (least := entropy_share(maps, high)) > share:
+        raise ValueError(f"no scale makes the entropy of softmax(scale * M) less than {least:.3g} of log N")
+    for _ in range(64):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if entropy_share(maps, middle) > share else (low, middle)
+    return float(f"{math.sqrt(low * high):.6g}")
 
 
 def _pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -30,6 +30,7 @@ from sharpmoe.train.rollout_schedules import rollout_steps
 from sharpmoe.train.session import Session, ema_model, ensure_saved, log_save, open_session
 from sharpmoe.train.setup import RunPlan, choose_checkpoint, initial_model
 from sharpmoe.train.step import StepResult, train_step
+from sharpmoe.train.target import with_target_scales
 from sharpmoe.train.trajectories import draw_trajectories
 
 _STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is to be started again
@@ -42,7 +43,7 @@ def train(plan: RunPlan, world: World) -> Path:
     the save, KeyboardInterrupt where SIGINT (Ctrl-C) stopped it. Ends the process with code 3 where a rank is lost.
     """
     with watchdog.watching(world.rank, world.size, plan.run.peers), run_folder_owned(plan.folder, world):
-        ended = _train(choose_checkpoint(plan, world), world)
+        ended = _train(with_target_scales(choose_checkpoint(plan, world), world), world)
     if ended.signal == signal.SIGINT.name:
         raise KeyboardInterrupt
     return ended.folder
