@@ -1,21 +1,26 @@
 """Convert published weights to a weights file of this project, and back.
 
-`python launcher/convert.py checkpoint.pth OUT.safetensors --family promoe --router ec` writes a file that a run can
-start from (checkpoint.init); `python launcher/convert.py OURS.safetensors OUT.safetensors --to promoe` writes weights
-of this project under published key names.
+`python launcher/convert.py checkpoint.pth OUT.safetensors --family promoe --router ec --config RUN.yaml` writes a file
+that a run can start from (checkpoint.init), and the run file; `python launcher/convert.py OURS.safetensors
+OUT.safetensors --to promoe` writes weights of this project under published key names.
 """
 
 import argparse
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from launcher.bounds import POSITIVE, POSITIVE_REAL
+from launcher.bounds import POSITIVE
 from launcher.command import Command
+from launcher.published import add_reading_options, sizes_of
+from sharpmoe.config import ModelConfig
 from sharpmoe.durable import write_atomically
-from sharpmoe.model.attach import extend_to_text
+from sharpmoe.errors import ConfigError
+from sharpmoe.model.build import build_model
 from sharpmoe.model.published.load import read_pretrained
 from sharpmoe.model.published.names import CHECKPOINT_FAMILIES, NAMES, to_published
+from sharpmoe.model.published.run_file import check_free, write_run_file
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.report.runs import find_saved_model
 
@@ -25,18 +30,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "source",
         type=Path,
-        help="published .pth, .pt, .safetensors or folder; with --to a weights file or run folder of this project",
+        help="published .pth, .pt, .safetensors, index or folder; with --to a weights file or run folder of this "
+        "project",
     )
     add("out", type=Path, help=".safetensors file to write")
     add("--family", choices=CHECKPOINT_FAMILIES, default="promoe", help="family of the source")
     add("--router", choices=sorted(NAMES), default="dense", help="router of the source")
-    add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
     add("--to", choices=CHECKPOINT_FAMILIES, help="write weights of this project under the key names of this family")
-    add("--num-heads", type=POSITIVE, help="for a width that does not determine it")
-    add("--latent-size", type=POSITIVE, help="for a checkpoint without stored positions")
-    add("--top-k", type=POSITIVE, help="experts per token, for a family that does not determine it")
-    add("--capacity", type=POSITIVE_REAL, help="mean experts per token (default: 1)")
     add("--text-width", type=POSITIVE, help="extend a class-conditional model to text states of this width")
+    add("--config", type=Path, metavar="RUN.yaml", help="also write a run file that post-trains the weights")
+    add("--shards", metavar="PLACE", help="prepared data to name in the run file (default: data/imagenet256)")
+    add_reading_options(parser)
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -44,18 +48,57 @@ def _act(arguments: argparse.Namespace) -> None:
 
 
 def _from_published(arguments: argparse.Namespace) -> str:
-    sizes = {name: getattr(arguments, name) for name in ("num_heads", "latent_size", "top_k", "capacity")}
+    if arguments.config is not None:
+        check_free(arguments.config)
+    width = {"text_width": arguments.text_width, "pooled_width": arguments.text_width} if arguments.text_width else {}
     model, report = read_pretrained(
-        arguments.source, arguments.family, arguments.router, weights=arguments.weights, **sizes
+        arguments.source,
+        arguments.family,
+        arguments.router,
+        conditioning="text" if arguments.text_width else "class",
+        weights=arguments.weights,
+        **sizes_of(arguments),
+        **width,
     )
-    if arguments.text_width:
-        model = extend_to_text(model, arguments.text_width, arguments.text_width)
-    meta = {"published": f"{arguments.family}/{arguments.router}, {arguments.weights}"}
-    save_weights(arguments.out, model.state_dict(), model.config, meta)
-    return f"{arguments.out}: {report.line()}"
+    origin = f"{arguments.family}/{arguments.router}, {report.kind}"
+    save_weights(arguments.out, model.state_dict(), model.config, {"published": origin})
+    total, active = model.count_parameters()
+    lines = [
+        *report.lines(),
+        f"model       {_architecture(model.config)}",
+        f"parameters  {total / 1e6:.3f} million, {active / 1e6:.3f} million active per token; "
+        f"{arguments.out.stat().st_size / 1e6:.1f} MB",
+    ]
+    if model.config.family.has_experts and not model.config.saliency_router:
+        lines.append(f"in a run    {_saliency_size(model.config, total)} million new parameters: saliency routers")
+    if arguments.config is not None:
+        write_run_file(
+            arguments.config,
+            model.config,
+            arguments.out,
+            source=arguments.source.name,
+            origin=f"{origin} weights",
+            shards=arguments.shards,
+        )
+        lines.append(f"run file    {arguments.config}; check it with launcher/train.py --config FILE --dry-run")
+    return "\n".join([*lines, f"{arguments.out}: {report.line()}"])
+
+
+def _architecture(config: ModelConfig) -> str:
+    experts = f", {config.num_experts} experts" if config.family.has_experts else ""
+    latents = f"{config.latent_channels} x {config.latent_size} x {config.latent_size}"
+    return f"{config.router}: {config.width}/{config.depth}/{config.num_heads}{experts}, latents {latents}"
+
+
+def _saliency_size(config: ModelConfig, without: int) -> str:
+    with torch.device("meta"):
+        total, _ = build_model(config.model_copy(update={"saliency_router": True})).count_parameters()
+    return f"{(total - without) / 1e6:.3f}"
 
 
 def _to_published(arguments: argparse.Namespace) -> str:
+    if arguments.config is not None:
+        raise ConfigError("--config writes a run file for weights of this project; leave it out with --to")
     model, _ = load_model(find_saved_model(arguments.source).weights)
     state = to_published(model.state_dict(), model.config, arguments.to)
     contiguous = {key: value.contiguous() for key, value in state.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import POSITIVE
 from launcher.command import Command
+from launcher.published import add_reading_options, sizes_of
 from sharpmoe.evaluation.identify import identify
 from sharpmoe.model.published.names import CHECKPOINT_FAMILIES
 from sharpmoe.model.published.read import read_state
@@ -20,19 +21,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", type=Path, help=".pth, .pt or .safetensors file, or a folder with the shards of a checkpoint")
     add("--family", choices=CHECKPOINT_FAMILIES, help="check that the checkpoint is of this family")
-    add("--weights", choices=("ema", "model"), default="ema", help="which weights of a training checkpoint")
     add("--shards", help="prepared data with the latents that the checkpoint was trained on")
     add("--split", default="unseen", help="held-out split")
     add("--images", type=POSITIVE, default=64, help="held-out images")
-    add("--num-heads", type=POSITIVE, help="for a width that does not determine it")
-    add("--latent-size", type=POSITIVE, help="for a checkpoint without stored positions")
-    add("--top-k", type=POSITIVE, help="experts per token, for a family that does not determine it")
+    add_reading_options(parser)
 
 
 def _act(arguments: argparse.Namespace) -> int:
     shards = None if arguments.shards is None else ShardSet.open(arguments.shards, arguments.split)
-    sizes = {name: getattr(arguments, name) for name in ("num_heads", "latent_size", "top_k")}
-    found = identify(read_state(arguments.file, arguments.weights), shards, arguments.images, sizes)
+    state = read_state(arguments.file, arguments.weights)
+    found = identify(state.tensors, shards, arguments.images, sizes_of(arguments))
+    print(f"read        {'; '.join(state.notes)}")
     print(found)
     problem = found.problem(arguments.family)
     if problem is not None:

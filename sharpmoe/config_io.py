@@ -280,6 +280,12 @@ def _check_across_sections(run: RunConfig, path: str) -> None:
             f"{path}: log.sample_every is {run.log.sample_every}, but sample.captions is empty; "
             "list the captions to draw, or set log.sample_every to 0"
         )
+    without_null = run.model.conditioning == "class" and not run.model.class_dropout
+    if run.log.sample_every and without_null and run.sample.cfg_scale != 1:
+        raise ConfigError(
+            f"{path}: sample.cfg_scale is {run.sample.cfg_scale:g}, but with model.class_dropout false there is no "
+            '"no class" to guide away from; set sample.cfg_scale to 1, or log.sample_every to 0'
+        )
 
 
 def _there_are(names: Sequence[str], folder: Path) -> str:

@@ -65,7 +65,13 @@ class CfgSettings(NamedTuple):
 
         That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's
         own scores, expert choice the tokens of an image.
+        Raises ConfigError for guidance of a model that has nothing to guide away from.
         """
+        if model.conditioning == "class" and not model.class_dropout and sample.cfg_scale != 1:
+            raise ConfigError(
+                f'sample.cfg_scale is {sample.cfg_scale:g}, but the label table of the model has no row for "no class" '
+                "(model.class_dropout: false), so that guidance is impossible; set it to 1 (--cfg-scale 1)"
+            )
         pool: Literal["all", "call", "image"] = "call" if model.counts_calls else "all"
         return cls(sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool)
 

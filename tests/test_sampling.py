@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
+from sharpmoe.errors import ConfigError
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.backbone import ClassCondition, Condition, ModelOutput, TextCondition
 from sharpmoe.moe.routing import CallMode
@@ -202,3 +203,12 @@ def test_generated_latents_keep_no_graph(cfg_scale: float) -> None:
     assert modes == [False, False]
     assert not latents.requires_grad
     assert latents.grad_fn is None
+
+
+def test_guidance_without_a_row_for_no_class_is_refused() -> None:
+    model = toy_model("ec", conditioning="class", num_classes=3, class_dropout=False)
+    one = Request(ClassCondition(torch.tensor([1])), None, (0,))
+    with pytest.raises(ConfigError, match=r"cfg_scale is 1.5, but the label table .* set it to 1 \(--cfg-scale 1\)"):
+        generate(model, model.config, SampleConfig(num_steps=1), one)
+    plain = generate(model, model.config, SampleConfig(num_steps=1, cfg_scale=1.0), one)
+    assert plain.isfinite().all()

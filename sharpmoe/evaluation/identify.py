@@ -20,7 +20,7 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.evaluation.held_out import Samples
 from sharpmoe.evaluation.validation import validate
 from sharpmoe.model.published.load import build_published
-from sharpmoe.model.published.names import CONVENTIONS, POSITIONS, Convention
+from sharpmoe.model.published.names import CONVENTIONS, DEFAULTS, Convention, PublishedDefaults
 from sharpmoe.model.published.sizes import PublishedSizes, matching_families, read_sizes
 
 _PLAUSIBLE = 0.9  # a trained model has less than this fraction of the loss of predicting zero
@@ -80,6 +80,7 @@ class Identification:
         sizes = {**self.sizes.read, **{key: f"{value} (assumed)" for key, value in self.sizes.assumed.items()}}
         lines = [
             f"candidates  {self._candidate_names()}",
+            *self._undecided(),
             f"parameters  {self.parameters / 1e6:.3f} million",
             "sizes       " + ", ".join(f"{key} {value}" for key, value in sizes.items()),
         ]
@@ -88,6 +89,16 @@ class Identification:
             lines += [str(measured) for measured in self.losses]
             lines.append(f"{'':<10} {'':<22} {'zero':<14} {self.zero_loss:.4f}")
         return "\n".join(lines)
+
+    def _undecided(self) -> list[str]:
+        """Return lines that say what key names and shapes leave open, and what decides it."""
+        families, routers = (tuple(dict.fromkeys(column)) for column in zip(*self.candidates, strict=True))
+        lines = []
+        if len(families) > 1 and not self.losses:
+            lines.append(f"undecided   family: {', '.join(families)} have these key names; the loss tells: --shards")
+        if len(routers) > 1:
+            lines.append(f"undecided   router: {', '.join(routers)} have the same tensors; the publication tells")
+        return lines
 
     def _candidate_names(self) -> str:
         return ", ".join(f"{family}/{router}" for family, router in self.candidates)
@@ -114,7 +125,7 @@ def identify(
         ]
     return Identification(
         candidates=known,
-        sizes=read_sizes(state, routers[0], POSITIONS[known[0][0]]),
+        sizes=read_sizes(state, routers[0], DEFAULTS[known[0][0]]),
         parameters=sum(value.numel() for value in state.values()),
         losses=tuple(sorted(losses, key=lambda measured: measured.loss)),
         zero_loss=math.nan if samples is None else _loss_of_zero(samples, images),
@@ -125,11 +136,12 @@ class _Kind(NamedTuple):
     """What a family decides beside names: families of one kind compute the same function of a state dict."""
 
     convention: Convention
-    absent_positions: str | None  # None: the state dict holds its positions
+    defaults: PublishedDefaults  # for what the state dict leaves out
 
 
 def _kind(state: Mapping[str, Tensor], family: str) -> _Kind:
-    return _Kind(CONVENTIONS[family], None if "pos_embed" in state else POSITIONS[family])
+    defaults = DEFAULTS[family]
+    return _Kind(CONVENTIONS[family], defaults._replace(positions="sincos") if "pos_embed" in state else defaults)
 
 
 def _measure(
@@ -140,26 +152,30 @@ def _measure(
     images: int,
     sizes: Mapping[str, Any],
 ) -> ConventionLoss:
-    convention, positions = kind
-    model, _ = build_published(state, convention, router, "checkpoint", positions or "sincos", **sizes)
+    model, _ = build_published(state, kind.convention, router, "checkpoint", kind.defaults, **sizes)
     _check_shape(model.config, samples)
     if model.config.conditioning == "class":
-        samples = _KnownLabels(samples, model.config.num_classes)
+        samples = _KnownLabels(samples, model.config)
     result = validate(model, samples, images=images)
     families = tuple(name for name in CONVENTIONS if _kind(state, name) == kind)
-    return ConventionLoss(families, router, convention, result.mean, result.error)
+    return ConventionLoss(families, router, kind.convention, result.mean, result.error)
 
 
 class _KnownLabels:
     """Samples whose missing or out-of-range class labels are replaced by "no class"."""
 
-    def __init__(self, samples: Samples, num_classes: int) -> None:
-        self._samples, self._num_classes = samples, num_classes
+    def __init__(self, samples: Samples, config: ModelConfig) -> None:
+        self._samples, self._num_classes, self._has_null = samples, config.num_classes, config.class_dropout
         self.num_samples = samples.num_samples
 
     def batch(self, indices: Sequence[int]) -> Batch:
         batch = self._samples.batch(indices)
         known = (batch.label >= 0) & (batch.label < self._num_classes)
+        if not self._has_null and not known.all():
+            raise CheckpointError(
+                f"the shards hold labels beyond the {self._num_classes} classes of the checkpoint, and its label table "
+                'has no row for "no class"; name shards with its labels'
+            )
         return batch._replace(label=torch.where(known, batch.label, self._num_classes))
 
     def bucket_of(self, index: int) -> str:
@@ -170,7 +186,10 @@ def _check_shape(config: ModelConfig, samples: Samples) -> None:
     found = tuple(samples.batch([0]).latent.shape[1:])
     expected = (config.latent_channels, config.latent_size, config.latent_size)
     if found[0] != expected[0] or math.prod(found) != math.prod(expected):  # any aspect ratio is accepted
-        raise CheckpointError(f"the checkpoint takes latents {expected}, the shards hold {found}; name other shards")
+        raise CheckpointError(
+            f"the checkpoint takes latents {expected}, the shards hold {found}; name other shards, or ask for "
+            f"positions of another size (--latent-size {found[1]})"
+        )
 
 
 def _loss_of_zero(samples: Samples, images: int) -> float:

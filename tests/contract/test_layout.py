@@ -36,7 +36,6 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/model/embed.py": "model/test_dit.py",
     "sharpmoe/model/initial.py": "parallel/zero/test_build.py",
     "sharpmoe/model/published/names.py": "model/published/test_load.py",
-    "sharpmoe/model/published/read.py": "model/published/test_load.py",
     "sharpmoe/model/published/sizes.py": "model/published/test_load.py",
     "sharpmoe/moe/layer.py": "moe/test_counters.py",
     "sharpmoe/moe/pool.py": "moe/test_thresholds.py",

@@ -29,7 +29,7 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main([str(path), str(ours), "--family", "promoe", "--router", "promoe_ec", "--num-heads", "2"]) == 0
     assert "0 unmatched" in capsys.readouterr().out
     model, meta = load_model(ours)
-    assert meta["published"] == "promoe/promoe_ec, ema"
+    assert meta["published"] == "promoe/promoe_ec, plain"
     assert_recorded(model(golden["x_t"], golden["t"], golden["labels"]).v, golden["eval.v"])
     assert main([str(ours), str(back), "--to", "promoe"]) == 0
     before, after = load_file(path), load_file(back)

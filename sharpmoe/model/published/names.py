@@ -35,14 +35,24 @@ CONVENTIONS: dict[str, Convention] = {
     "sit": Convention(-1.0, 1.0, -1, "velocity"),
     "dit": Convention(1.0, 0.0, 1, "ddpm_noise"),  # fed the DDPM step that `flow.ddpm_input` finds
 }
-# Positions of a family whose file holds no table of them (pos_embed): a fixed table may be left out, RoPE has none.
-POSITIONS: dict[str, Literal["sincos", "rope_2d"]] = {
-    "promoe": "sincos",
-    "kwai": "sincos",
-    "dsmoe": "rope_2d",
-    "dit_moe": "sincos",
-    "sit": "sincos",
-    "dit": "sincos",
+
+
+class PublishedDefaults(NamedTuple):
+    """What a family says of models whose files do not determine it."""
+
+    positions: Literal["sincos", "rope_2d"]  # without a table (pos_embed): a fixed table may be left out, RoPE has none
+    latent_size: int = 32  # without a table: that of 256 x 256 pixels
+    num_classes: int = 1000  # tells whether the last row of a label table stands for "no class"
+    class_dropout: bool = True  # such a row is there, for a table of another length: all train with dropped labels
+
+
+DEFAULTS: dict[str, PublishedDefaults] = {
+    "promoe": PublishedDefaults("sincos"),
+    "kwai": PublishedDefaults("sincos"),
+    "dsmoe": PublishedDefaults("rope_2d"),
+    "dit_moe": PublishedDefaults("sincos"),
+    "sit": PublishedDefaults("sincos"),
+    "dit": PublishedDefaults("sincos"),
 }
 ROUTERS: dict[str, tuple[str, ...]] = {
     "promoe": ("dense", "tc", "ec", "diffmoe", "promoe_tc", "promoe_ec"),
@@ -117,7 +127,7 @@ def convert_published(state: Mapping[str, Tensor], convention: Convention) -> di
     """Convert a published state dict to our keys and our sign of the velocity.
 
     Under a convention that predicts data - noise the final layer is negated; the convention of time is a matter of the
-    architecture (`ModelConfig.time_scale`). Constants of training (the decay of DiffMoE's thresholds) are dropped.
+    architecture (`ModelConfig.time_scale`). Constants of training (`is_constant`) are dropped.
     """
     converted: dict[str, Tensor] = {}
     experts: dict[str, dict[tuple[int, str], Tensor]] = {}
@@ -127,7 +137,7 @@ def convert_published(state: Mapping[str, Tensor], convention: Convention) -> di
             converted[_plain_key(key)] = value.flatten(1) if key == "x_embedder.proj.weight" else value
         elif expert := _EXPERT_KEY.fullmatch(match[2]):
             experts.setdefault(match[1], {})[int(expert[1]), expert[2]] = value
-        elif match[2] != "ema_decay":
+        elif not is_constant(key):
             converted[f"{match[1]}.moe.{_layer_key(match[2], state, match[0])}"] = value
     for block, parts in experts.items():
         converted.update(_stack_experts(f"{block}.moe.experts", parts))
@@ -136,6 +146,11 @@ def convert_published(state: Mapping[str, Tensor], convention: Convention) -> di
             if name in converted:
                 converted[name] = -converted[name]
     return converted
+
+
+def is_constant(key: str) -> bool:
+    """Whether a published key is a constant of training that no model needs: the decay of DiffMoE's thresholds."""
+    return key.endswith(".ema_decay")
 
 
 def _plain_key(key: str) -> str:

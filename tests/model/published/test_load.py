@@ -19,6 +19,7 @@ from sharpmoe.flow import ddpm_input, ddpm_velocity, interpolate
 from sharpmoe.losses import ROUTER_LOSSES, flow_matching
 from sharpmoe.model.attach import attach, extend_to_text
 from sharpmoe.model.backbone import Backbone, TextCondition
+from sharpmoe.model.build import build_model
 from sharpmoe.model.published.load import load_pretrained, read_pretrained
 from sharpmoe.model.published.names import CONVENTIONS, ROUTERS, to_published
 from sharpmoe.model.published.read import read_state
@@ -141,7 +142,7 @@ def test_sources(kind: str, tmp_path: Path) -> None:
 def test_the_report_says_what_was_assumed(caplog: pytest.LogCaptureFixture) -> None:
     _, weights, family, router, sizes = load("published_dsmoe")
     _, report = read_pretrained(weights, family, router, **{**sizes, "latent_size": None, "saliency_router": True})
-    assert report.assumed == {"positions": "rope_2d", "latent_size": 32}
+    assert report.assumed == {"num_classes": 10, "class_dropout": True, "positions": "rope_2d", "latent_size": 32}
     assert all("saliency_router" in key for key in report.new)
     assert len(report.new) == 8
     with caplog.at_level(logging.INFO, logger="sharpmoe.model.published.load"):
@@ -157,7 +158,11 @@ def test_the_report_says_what_was_assumed(caplog: pytest.LogCaptureFixture) -> N
         ({"blocks.0.attn.qkv.bias": None}, ("dsmoe", "dsmoe"), "key blocks.0.attn.qkv.bias is missing"),
         ({"blocks.1.mlp.experts.blocks.2.up_proj.weight": None}, ("dsmoe", "dsmoe"), "expert 2 of 8 has no up_proj"),
         ({"x_embedder.proj.weight": None}, ("dsmoe", "dsmoe"), "x_embedder.proj.weight is missing"),
-        ({}, ("promoe", "dense"), "not those of family promoe with router dense; they fit dsmoe/dsmoe; name one"),
+        (
+            {},
+            ("promoe", "dense"),
+            "with router dense: its key blocks.1.mlp.experts.* and the others fit dsmoe/dsmoe; name one",
+        ),
     ],
 )
 def test_what_does_not_match_is_an_error(change: dict, names: tuple[str, str], message: str) -> None:
@@ -183,12 +188,107 @@ def test_a_file_without_positions_has_those_of_its_family(family: str, positions
         torch.testing.assert_close(model.state_dict()["pos_embed"], whole.state_dict()["pos_embed"])
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_positions_of_another_size_are_made_on_request(learned: bool) -> None:
+    name = next(name for name in NAMES if "sit" in name)
+    _, weights, family, router, sizes = load(name)
+    table = weights["pos_embed"]
+    side = round(table.shape[1] ** 0.5)
+    if learned:
+        table = torch.randn_like(table)
+    given = weights | {"pos_embed": table}
+    same, report = read_pretrained(given, family, router, **sizes)
+    assert same.config.latent_size == 2 * side
+    assert report.computed == ()
+    model, report = read_pretrained(given, family, router, **sizes, latent_size=4 * side)
+    made = model.state_dict()["pos_embed"]
+    assert made.shape == (1, 4 * side**2, table.shape[2])
+    assert report.computed == ("pos_embed",)
+    assert "pos_embed" not in report.loaded
+    if learned:  # neighbours of a token of the old grid lie around it
+        old = table.reshape(side, side, -1)
+        near = made.reshape(side, 2, side, 2, -1).mean((1, 3))
+        assert torch.nn.functional.cosine_similarity(old, near, dim=-1).min() > 0.7
+    else:  # as the model would have been built
+        expected = build_model(model.config).get_buffer("pos_embed")
+        assert torch.equal(made, expected)
+    with torch.no_grad():
+        assert model(torch.randn(1, 4, 4 * side, 4 * side), torch.tensor([0.5]), torch.tensor([0])).v.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1000, 1001])
+def test_a_label_table_is_read_with_or_without_a_row_for_no_class(rows: int) -> None:
+    _, weights, family, router, sizes = load(next(name for name in NAMES if "sit" in name))
+    key = "y_embedder.embedding_table.weight"
+    given = weights | {key: torch.randn(rows, weights[key].shape[1])}
+    model, report = read_pretrained(given, family, router, **sizes)
+    assert (model.config.num_classes, model.config.class_dropout) == (1000, rows == 1001)
+    assert "num_classes" not in report.assumed
+
+
+def test_a_label_table_of_other_data_follows_the_family_or_the_caller() -> None:
+    _, weights, family, router, sizes = load(next(name for name in NAMES if "sit" in name))
+    rows = len(weights["y_embedder.embedding_table.weight"])
+    model, report = read_pretrained(weights, family, router, **sizes)
+    assert (model.config.num_classes, model.config.class_dropout) == (rows - 1, True)
+    assert report.assumed["num_classes"] == rows - 1
+    model, report = read_pretrained(weights, family, router, **sizes, num_classes=rows)
+    assert (model.config.num_classes, model.config.class_dropout) == (rows, False)
+    assert "num_classes" not in report.assumed
+    with pytest.raises(CheckpointError, match=f"has {rows} rows, but num_classes is 3"):
+        read_pretrained(weights, family, router, **sizes, num_classes=3)
+    with pytest.raises(ConfigError, match="extended to text"):
+        read_pretrained(weights, family, router, **sizes, num_classes=rows, conditioning="text")
+
+
+def test_the_report_counts_what_is_new_unused_and_computed() -> None:
+    _, weights, family, router, sizes = load(next(name for name in NAMES if "sit" in name))
+    without = {key: value for key, value in weights.items() if key != "pos_embed"}
+    model, report = read_pretrained(
+        without, family, router, **sizes, latent_size=8, conditioning="text", text_width=7, pooled_width=5
+    )
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted(report.new) == sorted(name for name in names if "cross_attn" in name or "text_embedder" in name)
+    assert sorted(report.loaded) == sorted(set(names) - set(report.new))
+    assert report.unused == ("y_embedder.table.weight",)
+    assert report.computed == ("pos_embed",)
+    text = "\n".join(report.lines())
+    new = sum(p.numel() for name, p in model.named_parameters() if name in report.new)
+    assert f"new         {len(report.new)} parameter tensors ({new / 1e6:.3f} million) with initial values" in text
+    assert "unused      1 tensor of the file: y_embedder.table.weight" in text
+    assert "computed    1 buffer: pos_embed" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pos_embed": torch.zeros(1, 15, 16)}, "N tokens of a square grid"),
+        ({"final_layer.linear.weight": torch.zeros(24, 16)}, "gives 24 numbers per patch"),
+    ],
+)
+def test_shapes_that_no_family_has_are_one_line(change: dict[str, Tensor], message: str) -> None:
+    _, weights, family, router, sizes = load(next(name for name in NAMES if "sit" in name))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(weights | change, family, router, **sizes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_router_that_a_file_cannot_be_is_refused(name: str) -> None:
+    _, weights, _, _, _ = load(name)
+    fitting = matching_families(weights)
+    for other in ROUTERS:
+        for wrong in ROUTERS[other]:
+            if (other, wrong) not in fitting:
+                with pytest.raises(CheckpointError, match=f"cannot be of family {other} with router {wrong}: its key"):
+                    read_pretrained(weights, other, wrong)
+
+
 def test_tensors_of_other_layouts_are_read_as_their_values() -> None:
     _, weights, family, router, sizes = load("published_dsmoe")
     key = next(key for key, value in weights.items() if value.ndim == 2)
     small = weights[key].to(torch.float8_e4m3fn)
     for given in (small, small.float().to_sparse(), small.float().to_sparse_csr()):
-        assert torch.equal(read_state(weights | {key: given})[key], small.float())
+        assert torch.equal(read_state(weights | {key: given}).tensors[key], small.float())
     load_pretrained(weights | {key: small}, family, router, **sizes)
 
 
