@@ -16,6 +16,8 @@ BASE   := assets/base.safetensors
 LATEST := $(RUN)/checkpoints/latest
 TABLE  := $(RUN)/allocation/table.txt
 GRID   := $(RUN)/samples/drawn/grid.png
+# Without an accelerator each process of DeepSpeed warns that it found none.
+QUIET  := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -39,7 +41,7 @@ quickstart: $(READY)
 	@echo "== 1/3 data: images and captions to shards"
 	@python launcher/prepare.py
 	@echo "== 2/3 post-training of $(BASE)"
-	@deepspeed launcher/train.py --deepspeed configs/zero3.json
+	@$(QUIET) deepspeed --quiet launcher/train.py --deepspeed configs/zero3.json
 	@$(MAKE) --no-print-directory $(GRID)
 	@echo
 	@cat $(TABLE)

@@ -59,7 +59,7 @@ class Command:
                 _print_error(error, debug, str(error))
             return _ERROR
         except KeyboardInterrupt:
-            if self.reports():
+            if self.reports() and os.environ.get("RANK", "0") == "0":
                 print("interrupted", file=sys.stderr, flush=True)
             return INTERRUPTED
         except Exception as error:  # noqa: BLE001 - the last place where an exception can become a line

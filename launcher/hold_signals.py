@@ -1,7 +1,7 @@
-"""Run a command with SIGTERM and SIGUSR1 blocked: `python launcher/hold_signals.py COMMAND ...`.
+"""Run a command with SIGTERM, SIGUSR1 and SIGINT blocked: `python launcher/hold_signals.py COMMAND ...`.
 
 Processes inherit the block. A blocked signal stays pending until a process unblocks it, which the ranks of a run do
-(sharpmoe/parallel/ranks/signals.py); other processes, such as torchrun, never receive it.
+(sharpmoe/parallel/ranks/signals.py); other processes, such as torchrun or deepspeed, never receive it.
 """
 
 import os
@@ -9,5 +9,5 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     os.execvp(sys.argv[1], sys.argv[1:])

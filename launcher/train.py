@@ -9,6 +9,7 @@ one line; 3 where another rank is lost; 128 + the number of a second signal.
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from launcher.bounds import Whole
@@ -44,8 +45,8 @@ def _ds_file(arguments: argparse.Namespace) -> Path:
 
 
 def _act(arguments: argparse.Namespace) -> int:
-    with signals.listening():
-        world = launch.start()
+    with nullcontext() if arguments.dry_run else signals.listening(announce=launch.is_main()):
+        world = launch.start(debug=getattr(arguments, "debug", False))
         with launch.raise_on_all_ranks(world):
             requested = load_run_config(arguments.config, arguments.overrides)
             ds_config = resolve_ds_config(_ds_file(arguments), requested, world.size)

@@ -5,6 +5,7 @@ nothing and becomes a world of one that needs no port. Beside `parallel.zero` an
 only module that imports DeepSpeed, and it uses public names only.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -26,6 +27,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on every rank that it found nothing else
     # Some virtual machines advertise AMX and kill a process that uses it; oneDNN does, for bf16 on the host.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorBoard imports TensorFlow where there is one: errors only
 
 import deepspeed  # reads DS_ACCELERATOR
 from deepspeed.utils import logger
@@ -50,15 +53,15 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+def start(timeout: timedelta = timedelta(minutes=30), debug: bool = False) -> World:
     """Join the process group (nccl on CUDA, gloo on CPU) and return this process's place in it.
 
-    Raises ConfigError where a launcher set only some of its variables. Compiles nothing: DeepSpeed's shared-memory
-    operator, which its CPU accelerator would build with g++ for minutes, is used for inference only and is disabled.
+    Warnings of DeepSpeed, torch and Megatron-core are not shown unless `debug`; their errors are. Compiles nothing:
+    DeepSpeed's shared-memory operator, which its CPU accelerator would build with g++ for minutes, is used in inference
+    only and is disabled. Raises ConfigError where a launcher set only some of its variables.
     """
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, a line of noise each.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # SGD; tested here
+    if not debug:
+        _quiet_libraries()
     rank, size, local_rank = _place()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -73,6 +76,12 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return World(rank, size, local_rank, device)
+
+
+def _quiet_libraries() -> None:
+    """Hide what other libraries warn of, from every rank: names that they deprecate, untested pairs."""
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|megatron|apex)\b")
+    logger.setLevel(logging.ERROR)
 
 
 def is_main() -> bool:

@@ -10,9 +10,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_CLEARED = "\r\x1b[K"  # a terminal: the line that the cursor is in, with ^C in it, is written anew
 _SAME_REQUEST = 1.0  # seconds: a scheduler, or Ctrl-C, may reach a process twice, itself and through its launcher
 
 _asked: signal.Signals | None = None
@@ -28,17 +29,17 @@ def asked() -> int:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def listening(announce: bool = False) -> Iterator[None]:
     """Within the context, store SIGTERM, SIGUSR1 and SIGINT (`asked`); a second ends the process with 128 + its number.
 
     For the main thread. Signals within a second of the first count as the same request; a signal that was blocked
-    before (launcher/hold_signals.py) counts as the first.
+    before (launcher/hold_signals.py) counts as the first. announce: print one line on stderr when the first arrives.
     """
     global _asked
     _asked = None
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    reader = threading.Thread(target=_read, args=(ours,), name="signals", daemon=True)
+    reader = threading.Thread(target=_read, args=(ours, announce), name="signals", daemon=True)
     reader.start()
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, _ignore) for number in _STOPPING}
@@ -61,7 +62,7 @@ def _ignore(number: int, frame: object) -> None:
     """Handle a signal by doing nothing: the default action would end the process. `_read` gets its number."""
 
 
-def _read(pipe: socket.socket) -> None:
+def _read(pipe: socket.socket, announce: bool) -> None:
     global _asked
     first = 0.0
     while numbers := pipe.recv(16):
@@ -70,6 +71,14 @@ def _read(pipe: socket.socket) -> None:
                 continue
             if _asked is None:
                 _asked, first = signal.Signals(number), time.monotonic()
+                if announce:
+                    _write_line(f"{_asked.name}: the run ends after this step and saves; a second one ends it at once")
             elif time.monotonic() - first > _SAME_REQUEST:
-                os.write(2, f"second signal, {signal.Signals(number).name}: leaving at once\n".encode())
+                _write_line(f"second signal, {signal.Signals(number).name}: leaving at once")
                 os._exit(128 + number)
+
+
+def _write_line(text: str) -> None:
+    """Write to stderr past Python's buffers, whose lock the main thread may hold; on a terminal over its last line."""
+    with suppress(OSError):  # stderr may be closed
+        os.write(2, f"{_CLEARED if os.isatty(2) else ''}{text}\n".encode())
