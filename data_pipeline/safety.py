@@ -8,6 +8,7 @@ from urllib.parse import urlsplit, urlunsplit
 from sharpmoe.errors import DamageError, DataError
 
 SCHEMES = frozenset({"http", "https", "s3", "gs"})
+LFS_POINTER = b"version https://git-lfs"  # start of what Git LFS leaves where a file has not been fetched
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+-]*):")

@@ -29,7 +29,7 @@ from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, wr
 from data_pipeline.prepare.encoding import Worker, text_arrays
 from data_pipeline.prepare.plan import ShardPlan
 from data_pipeline.prepare.survey import Catalog
-from data_pipeline.sources.items import Skipped
+from data_pipeline.sources.items import Skipped, shown
 from sharpmoe.durable import remove_drafts, sha256_of, write_atomically
 from sharpmoe.errors import DataError
 
@@ -55,7 +55,7 @@ class Summary:
 
     def skipped_lines(self) -> list[str]:
         """Name the images that were left out, at most 50 of them."""
-        lines = [f"skipped {entry.name}: {entry.reason}" for entry in self.skipped[:_SHOWN]]
+        lines = [f"skipped {shown(entry.name)}: {shown(entry.reason)}" for entry in self.skipped[:_SHOWN]]
         if self.num_skipped > _SHOWN:
             lines.append(f"... {self.num_skipped} in all, see {self.folder / SKIPPED_FILE}")
         return lines
@@ -97,7 +97,9 @@ def refuse_bad_share(skipped: list[Skipped], count: int, total: int, allowed: fl
     """Raise a DataError that names some of them where more than the allowed share of all images cannot be used."""
     share = count / max(1, total)
     if share > allowed:
-        names = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3]) + ("; ..." if count > 3 else "")
+        names = "; ".join(f"{shown(entry.name)}: {shown(entry.reason)}" for entry in skipped[:3]) + (
+            "; ..." if count > 3 else ""
+        )
         raise DataError(
             f"{count} pictures ({share:.1%}) cannot be used, at most {allowed:.1%} may be skipped "
             f"({names}); correct them, or raise --max-bad-share"

@@ -2,12 +2,13 @@
 
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from sharpmoe.errors import DataError
 
@@ -123,13 +124,26 @@ def lock(folder: Path, shared: bool = False) -> Iterator[None]:
     """Make the folder and hold its lock: for one process alone, or (`shared`) for the ranks of one run.
 
     The lock saves work and detects mistakes; nothing breaks without it, so file systems without locks are allowed.
+    A folder that was made here is removed again where the body fails before it has written anything.
     Raises DataError where another process holds the lock, or where the folder cannot be written.
     """
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+    try:
+        with _locked(file, folder, shared):
+            yield
+    except BaseException:
+        if new and [path.name for path in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _locked(file: TextIO, folder: Path, shared: bool) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

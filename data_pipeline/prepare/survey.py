@@ -16,7 +16,7 @@ from PIL import UnidentifiedImageError
 from data_pipeline.identity import first_line
 from data_pipeline.prepare.ranks import Rank, pulse, wait
 from data_pipeline.sources.images import FORMATS, UNREADABLE, upright_size
-from data_pipeline.sources.items import ImageSource, Item, Skipped, Unit, from_json, hash_int, to_json
+from data_pipeline.sources.items import ImageSource, Item, Skipped, Unit, from_json, hash_int, shown, to_json
 from sharpmoe.durable import publish_once
 from sharpmoe.errors import DataError
 
@@ -195,7 +195,7 @@ def refuse_missing(catalog: Catalog, allow: bool) -> None:
         return
     missing = [entry for entry in catalog.left_out() if entry.missing]
     if missing:
-        names = ", ".join(entry.name for entry in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        names = ", ".join(shown(entry.name[:200]) for entry in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise DataError(
             f"{len(missing)} of {len(missing) + catalog.total} images are missing ({names}; {missing[0].reason}); "
             "correct the table, or pass --allow-missing to leave them out"

@@ -96,9 +96,9 @@ def prepare_shards(source: ImageSource, folder: Path, recipe: Recipe, machine: M
     latent is not finite.
     """
     check_recipe(recipe)
-    identity, digests = source_identity(source, source.units())
-    asked = content_request(identity, recipe)
-    with lock(folder, shared=machine.place.size > 1):
+    with lock(folder, shared=machine.place.size > 1):  # before the source is read, which may take long
+        identity, digests = source_identity(source, source.units())
+        asked = content_request(identity, recipe)
         _refuse_other_request(folder, asked)
         index = complete_index(folder)
         if index is not None:

@@ -1,14 +1,16 @@
-"""Images inside .parquet tables, as Hugging Face writes them: a column of {"bytes": ..., "path": ...}."""
+"""Images inside .parquet and .arrow tables, as Hugging Face writes them: a column of {"bytes": ..., "path": ...}."""
 
 import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from data_pipeline.safety import LFS_POINTER
+from data_pipeline.sources.files import Files
 from data_pipeline.sources.items import Place
 from sharpmoe.errors import DataError
 
@@ -29,8 +31,8 @@ class EmbeddedImages:
     table are copied once, by each process, to a temporary file (in TMPDIR) that disappears with the process.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, files: Files) -> None:
+        self._folder, self._files = folder, files
         self._copies: dict[str, tuple[BinaryIO, list[int]]] = {}  # by table: the copy, and where each image ends
         self._lock = threading.Lock()
 
@@ -38,7 +40,7 @@ class EmbeddedImages:
         """Return the image of row `place.offset` (from 1) of the table `place.file`, or the first `limit` bytes."""
         with self._lock:
             if place.file not in self._copies:
-                self._copies[place.file] = _copied(self._folder / place.file)
+                self._copies[place.file] = _copied(self._folder / place.file, self._files)
         file, ends = self._copies[place.file]
         start, end = (ends[place.offset - 1], ends[place.offset]) if place.offset < len(ends) else (0, -1)
         if end - start != place.size:
@@ -46,10 +48,10 @@ class EmbeddedImages:
         return os.pread(file.fileno(), end - start if limit is None else min(limit, end - start), start)
 
 
-def _copied(table: Path) -> tuple[BinaryIO, list[int]]:
+def _copied(table: Path, files: Files) -> tuple[BinaryIO, list[int]]:
     copy = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the source)
     ends = [0]
-    with opened(table, "") as file:
+    with opened(table, "", files) as file:
         column = image_columns(file)[0]
         for batch in file.iter_batches(batch_size=64, columns=[column]):
             for value in _bytes_of(batch, column):
@@ -61,19 +63,55 @@ def _copied(table: Path) -> tuple[BinaryIO, list[int]]:
 
 
 @contextmanager
-def opened(table: Path, expected: str) -> Iterator[Any]:
-    """Open a parquet file. Raises DataError where it is not one, or where pyarrow is not installed."""
+def opened(table: Path, expected: str, files: Files) -> Iterator[Any]:
+    """Open a .parquet or .arrow file; what is yielded has `schema_arrow` and `iter_batches`, as pyarrow's ParquetFile.
+
+    Raises DataError where it is not one, or where pyarrow is not installed.
+    """
+    kind = table.suffix[1:].lower()
     try:
         from pyarrow import ArrowException, parquet  # noqa: PLC0415  (optional)
     except ImportError:
         raise DataError(
-            f"{table}: reading .parquet needs pyarrow; pip install pyarrow, or save the table as .jsonl or .csv"
+            f"{table}: reading .{kind} needs pyarrow; pip install pyarrow, or save the table as .jsonl or .csv"
         ) from None
     try:
-        with parquet.ParquetFile(table) as file:
-            yield file
+        with files.open(table) as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise DataError(f"{table}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
+            stream.seek(0)
+            if kind == "arrow":
+                yield _ArrowFile(stream)
+            else:
+                with parquet.ParquetFile(stream) as file:
+                    yield file
     except (ArrowException, OSError) as error:
-        raise DataError(f"{table}: not a parquet table ({str(error).splitlines()[0]}); {expected}") from None
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, and not of the format
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{table}: not a {kind} table ({first}); {expected}") from None
+
+
+class _ArrowFile:
+    """An .arrow file: a stream of batches, as `datasets` writes it, or a file with an index, as Feather."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        from pyarrow import ipc  # noqa: PLC0415  (optional)
+
+        has_index = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        file = ipc.open_file(stream) if has_index else ipc.open_stream(stream)
+        self.schema_arrow = file.schema
+        self._batches: Iterable[Any] = (
+            (file.get_batch(number) for number in range(file.num_record_batches)) if has_index else file
+        )
+
+    def iter_batches(self, batch_size: int, columns: list[str]) -> Iterator[Any]:
+        """Yield parts of the batches."""
+        for batch in self._batches:
+            part = batch.select(columns)
+            for start in range(0, len(part), batch_size):
+                yield part.slice(start, batch_size)
 
 
 def image_columns(file: Any) -> list[str]:
@@ -119,3 +157,19 @@ def class_names(file: Any, column: str) -> list[str]:
     except (KeyError, TypeError, ValueError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def values_of(column: Any) -> list[Any]:
+    """Return the values of a column; texts that are not UTF-8 with surrogates, as `is_utf8` knows them."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+    return values
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return "\udcff"

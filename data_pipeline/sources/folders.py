@@ -7,6 +7,7 @@ from typing import Any
 
 from data_pipeline.identity import Identity
 from data_pipeline.sources import captions
+from data_pipeline.sources.files import LOCAL, Files, read_place
 from data_pipeline.sources.items import (
     IMAGE_SUFFIXES,
     Item,
@@ -17,13 +18,20 @@ from data_pipeline.sources.items import (
     identity_of,
     is_utf8,
     key_of,
-    read_place,
     shown,
     survey_beside,
     unit_beside,
     units_of,
 )
-from data_pipeline.sources.walk import LINK_TO_NOWHERE, OtherFiles, file_size, is_image, other_image, walk_folders
+from data_pipeline.sources.walk import (
+    LINK_TO_NOWHERE,
+    OtherFiles,
+    file_size,
+    is_image,
+    other_image,
+    text_lines,
+    walk_folders,
+)
 from sharpmoe.errors import DataError
 
 _NAMES_FILE = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", as Kaggle's ImageNet has it
@@ -34,9 +42,9 @@ _TAKEN = "pictures with NAME.txt, NAME.caption or NAME.json are"
 class SidecarSource:
     """Images below one folder, each captioned by NAME.txt, NAME.caption or NAME.json beside it."""
 
-    def __init__(self, folder: Path, left_out: Sequence[Skipped] = ()) -> None:
+    def __init__(self, folder: Path, left_out: Sequence[Skipped] = (), files: Files = LOCAL) -> None:
         """`left_out`: what else is known to be in the folder and not taken."""
-        self._folder, self._left_out = folder, left_out
+        self._folder, self._left_out, self._files = folder, left_out, files
 
     def units(self) -> Iterator[Unit]:
         """Yield images in the order of their folders and names, with sizes and captions."""
@@ -47,8 +55,9 @@ class SidecarSource:
             first, empty = first or without, empty and all(isinstance(found, str) for _, _, found in unit.records)
             yield unit
         if empty:
+            seen = first or next((f"{entry.name}: {entry.reason}" for entry in beside), "")
             raise DataError(
-                f"{self._folder}: no captioned image found{f' ({shown(first)})' if first else ''}; expected "
+                f"{self._folder}: no captioned image found{f' ({shown(seen)})' if seen else ''}; expected "
                 "captions.jsonl, .csv or .parquet, or a NAME.txt beside every NAME with one of "
                 f"{' '.join(sorted(IMAGE_SUFFIXES))}"
             )
@@ -112,7 +121,7 @@ class SidecarSource:
                 yield Item(key=key_of(file), split=held_out(file), captions=found, image=place, name=file)
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
-        return read_place(self._folder, item.image, limit)
+        return read_place(self._files, self._folder, item.image, limit)
 
 
 def has_captioned_image(folder: Path) -> bool:
@@ -135,12 +144,12 @@ class ClassFolderSource:
     Without `val` (or `validation`, `valid`), one image in twenty, by hash of its path, is held out.
     """
 
-    def __init__(self, folder: Path, moments: Path | None = None, flip: bool = False) -> None:
+    def __init__(self, folder: Path, moments: Path | None = None, flip: bool = False, files: Files = LOCAL) -> None:
         """`moments`: folder of ProMoE's cached CLASS/NAME.latent.npz files; `flip`: add training images mirrored."""
         for path, what in ((folder, "--source"), (moments, "--moments")):
             if path is not None and not path.is_dir():
                 raise DataError(f"{path}: no such folder; {what} takes a folder of class folders")
-        self._folder, self._moments, self._flip = folder, moments, flip
+        self._folder, self._moments, self._flip, self._files = folder, moments, flip, files
 
     def units(self) -> Iterator[Unit]:
         """Yield images class by class, with their sizes."""
@@ -168,7 +177,7 @@ class ClassFolderSource:
         for root, split in roots:
             within = root.relative_to(self._folder).as_posix()
             for label, name in enumerate(classes):
-                for path in self._files(root / name, beside):
+                for path in self._listed(root / name, beside):
                     file, other = path.relative_to(root).as_posix(), other_image(path.name)
                     if other is not None:
                         beside.append(Skipped((Path(within) / file).as_posix(), other, beside=True))
@@ -182,14 +191,14 @@ class ClassFolderSource:
     def _roots(self) -> list[tuple[Path, str]]:
         """Return folders of class folders with their split; "" where the split is drawn."""
         train = self._folder / "train"
-        train = train if train.is_dir() else self._folder
+        train = train if _is_split(train) else self._folder
         for val in (self._folder / name for name in _HELD_OUT_FOLDERS):
             # Without train/, a folder called val that holds no class of the others is itself a class.
             if val.is_dir() and (train != self._folder or _shares_class(val, train)):
                 return [(train, "train"), (val, "unseen")]
         return [(train, "")]
 
-    def _files(self, folder: Path, beside: list[Skipped]) -> list[Path]:
+    def _listed(self, folder: Path, beside: list[Skipped]) -> list[Path]:
         """Return all files of one class folder, sorted by path."""
         found: list[Path] = []
         for entry in walk_folders(folder) if folder.is_dir() else ():
@@ -224,7 +233,7 @@ class ClassFolderSource:
         if folder.parent == self._folder:
             expected = f"{folder.name}/ is neither train/ nor {' nor '.join(f'{name}/' for name in _HELD_OUT_FOLDERS)}"
         beside: list[Skipped] = []
-        for path in self._files(folder, beside):
+        for path in self._listed(folder, beside):
             if is_image(path.name):
                 yield Skipped(path.relative_to(self._folder).as_posix(), expected, beside=True)
         yield from beside
@@ -241,7 +250,7 @@ class ClassFolderSource:
             return
         for within, file, split, caption, label, size in unit.records:
             path = Path(within, file).as_posix()
-            latent = None if self._moments is None else (self._moments / file).with_suffix(".latent.npz")
+            latent = None if self._moments is None else self._latent(self._moments, within, file)
             wrong = self._wrong(path, size, latent)
             if wrong is not None:
                 yield Skipped(shown(path), wrong)
@@ -261,16 +270,28 @@ class ClassFolderSource:
             if self._flip and split == "train":
                 yield replace(item, key=f"{item.key}-flip", flip=True)
 
-    def _wrong(self, path: str, size: int | str, latent: Path | None) -> str | None:
+    def _latent(self, moments: Path, within: str, file: str) -> Path | str:
+        """Return the file of a cached latent, or why there is none.
+
+        Where the moments are not in folders of splits, as those of ProMoE, they are of the training images: an image of
+        another split takes its own only where no training image has the same class and name.
+        """
+        in_splits = within != "." and (moments / within).is_dir()
+        latent = (moments / within if in_splits else moments) / Path(file).with_suffix(".latent.npz")
+        if not in_splits and within not in (".", "train") and (self._folder / "train" / file).exists():
+            return f"no cached latent in {within}/, and the one of this name is that of train/{file}"
+        return latent if latent.is_file() else "no cached latent"
+
+    def _wrong(self, path: str, size: int | str, latent: Path | str | None) -> str | None:
         """Return why an image cannot be used, None where it can."""
         if not is_utf8(path):
             return "its name is not UTF-8"
         if isinstance(size, str):
             return size
-        return "no cached latent" if latent is not None and not latent.is_file() else None
+        return latent if isinstance(latent, str) else None
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
-        return read_place(self._folder, item.image, limit)
+        return read_place(self._files, self._folder, item.image, limit)
 
 
 def _class_folders(train: Path, apart: Iterable[Path], beside: list[Skipped], folder: Path) -> list[Path]:
@@ -295,6 +316,14 @@ def _no_class(path: Path, train: Path) -> str | None:
     return "a link to a folder that holds it" if train.resolve().is_relative_to(path.resolve()) else None
 
 
+def _is_split(train: Path) -> bool:
+    """Return whether a folder called train holds class folders, and is not itself the class of pictures of trains."""
+    if not train.is_dir():
+        return False
+    siblings = {path.name for path in train.parent.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    return siblings <= {"train", "test", *_HELD_OUT_FOLDERS} or any(path.is_dir() for path in train.iterdir())
+
+
 def _shares_class(val: Path, train: Path) -> bool:
     return any(path.is_dir() and (train / path.name).is_dir() for path in val.iterdir())
 
@@ -302,7 +331,5 @@ def _shares_class(val: Path, train: Path) -> bool:
 def _class_names(folder: Path) -> dict[str, str]:
     """Read the first name of every class from LOC_synset_mapping.txt; empty where the file does not exist."""
     path = folder / _NAMES_FILE
-    if not path.is_file():
-        return {}
-    lines = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = (line.partition(" ") for line in text_lines(path) if line.strip()) if path.is_file() else ()
     return {key: names.split(",")[0].strip() for key, _, names in lines}

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from data_pipeline.safety import LFS_POINTER
+
 # Other formats are never opened: Pillow passes some of them (EPS) to other programs, by the file's content alone.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_PIXELS = 64_000_000  # Pillow itself refuses only three times as many
@@ -66,6 +68,8 @@ def _on_white(image: Image.Image, size: tuple[int, int]) -> Picture:
 
 def _open(source: Path | bytes) -> Image.Image:
     """Read the header of an image, but not its pixels."""
+    if isinstance(source, bytes) and source.startswith(LFS_POINTER):
+        raise ValueError("a pointer of Git LFS, not the picture itself (git lfs pull)")
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     if image.width * image.height > _MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {_MAX_PIXELS} are decoded")

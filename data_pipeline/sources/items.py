@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from data_pipeline.identity import Identity
-from sharpmoe.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # Suffixes of image files that are not read; a source lists them as skipped.
 OTHER_IMAGES = frozenset({".avif", ".eps", ".heic", ".jp2", ".jxl", ".psd", ".svg", ".svgz"})
 UNIT_RECORDS = 4096  # records of a unit
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _HELD_OUT = 20  # one image in so many is held out where the source does not name splits
 
 Captions = tuple[tuple[str, float], ...]  # (caption, weight), one or more
@@ -136,29 +136,15 @@ def identity_of(kind: str, folder: Path, units: list[str], **settings: Any) -> I
     return {"kind": kind, **settings, "name": folder.resolve().name, "sha256": hash_text(" ".join(units))}
 
 
-def read_place(root: Path, place: Place, limit: int | None = None) -> bytes:
-    """Read an image file below `root`, or the first `limit` bytes of it.
-
-    Raises OSError where the file cannot be opened, DataError where it is not as long as it was when it was listed.
-    """
-    with (root / place.file).open("rb") as file:
-        file.seek(place.offset)
-        if limit is not None:
-            return file.read(min(limit, place.size))
-        content = file.read(place.size if place.offset else place.size + 1)
-    if len(content) != place.size:
-        raise DataError(f"{root / place.file}: changed since it was listed; prepare into another --out")
-    return content
-
-
 def is_utf8(text: str) -> bool:
     """Return False where text holds half a surrogate pair: from JSON, or from a file name in another encoding."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def shown(text: str) -> str:
-    """Return a file's name for messages, whatever its encoding."""
-    return text.encode(errors="backslashreplace").decode()
+    """Return a file's name for messages: on one line, without control characters, whatever its encoding."""
+    plain = _CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
+    return plain.encode(errors="backslashreplace").decode()
 
 
 def key_of(path: str) -> str:

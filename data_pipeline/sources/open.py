@@ -12,7 +12,8 @@ from data_pipeline.sources.fluent import FluentSource
 from data_pipeline.sources.folders import ClassFolderSource, SidecarSource, has_captioned_image
 from data_pipeline.sources.idx import find_idx_source
 from data_pipeline.sources.items import IMAGE_SUFFIXES, ImageSource, Skipped
-from data_pipeline.sources.tables import TABLE_KINDS, Table, TableSource
+from data_pipeline.sources.rows import TABLE_KINDS
+from data_pipeline.sources.tables import Table, TableSource
 from data_pipeline.sources.tars import TarSource
 from data_pipeline.sources.walk import is_image, walk_folders
 from sharpmoe.errors import DataError

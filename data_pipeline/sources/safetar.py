@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data_pipeline.safety import CAPS, Caps
+from data_pipeline.sources.files import LOCAL, Files
 from sharpmoe.errors import DamageError, DataError
 
 _BLOCK = 512
@@ -61,7 +62,11 @@ class _Entry(NamedTuple):
 
 
 def samples(
-    path: Path, suffixes: frozenset[str], caps: Caps = CAPS, ignored: Callable[[str], object] = lambda name: None
+    path: Path,
+    suffixes: frozenset[str],
+    caps: Caps = CAPS,
+    ignored: Callable[[str], object] = lambda name: None,
+    files: Files = LOCAL,
 ) -> Iterator[TarSample | Refusal]:
     """Yield the samples of a tar in its order, as `members` lists them; one above `caps.sample` bytes is refused.
 
@@ -71,7 +76,7 @@ def samples(
     Raises DamageError where the tar is cut short or damaged, DataError where it is compressed.
     """
     base, plain, dotted = "", _Growing(""), deque()  # type: str, _Growing, deque[_Growing]
-    for member in members(path, suffixes, caps, ignored):
+    for member in members(path, suffixes, caps, ignored, files):
         if isinstance(member, Refusal):
             yield member
             continue
@@ -125,16 +130,21 @@ def _complete(sample: _Growing, plain: _Growing, caps: Caps) -> TarSample | Refu
 
 
 def members(
-    path: Path, suffixes: frozenset[str], caps: Caps = CAPS, ignored: Callable[[str], object] = lambda name: None
+    path: Path,
+    suffixes: frozenset[str],
+    caps: Caps = CAPS,
+    ignored: Callable[[str], object] = lambda name: None,
+    files: Files = LOCAL,
 ) -> Iterator[Member | Refusal]:
     """Yield regular members with a suffix in `suffixes`; links, devices, `..` and too large ones are refused.
 
     Folders are ignored, and so are members of other suffixes (a set may hold what we do not use): `ignored` is called
-    with their names. Raises DamageError
-    where the tar is cut short or a header is damaged, DataError where it is compressed.
+    with their names. Raises DamageError where the tar is cut short or a header is damaged, DataError where it is
+    compressed.
     """
-    with path.open("rb") as file:
-        end = os.fstat(file.fileno()).st_size
+    with files.open(path) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
         _refuse_compressed(path, file)
         for entry in _entries(path, file, end):
             judged = _judge(entry, suffixes, caps)
@@ -144,10 +154,9 @@ def members(
                 ignored(entry.name)
 
 
-def read_member(path: Path, member: Member) -> bytes:
+def read_member(path: Path, member: Member, files: Files = LOCAL) -> bytes:
     """Read the content of a member. Raises DamageError where the tar ends before it does."""
-    with path.open("rb") as file:
-        content = os.pread(file.fileno(), member.size, member.offset)
+    content = files.read(path, member.offset, member.size)
     if len(content) != member.size:
         raise DamageError(f"{path}: ends inside {member.key}.{member.suffix}")
     return content

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_pipeline.identity import Identity
 from data_pipeline.sources import captions, safetar
+from data_pipeline.sources.files import LOCAL, Files, read_place
 from data_pipeline.sources.items import (
     IMAGE_SUFFIXES,
     OTHER_IMAGES,
@@ -19,11 +20,10 @@ from data_pipeline.sources.items import (
     held_out,
     identity_of,
     key_of,
-    read_place,
     survey_beside,
     unit_beside,
 )
-from data_pipeline.sources.walk import OtherFiles
+from data_pipeline.sources.walk import OtherFiles, text_lines
 from sharpmoe.errors import DamageError, DataError
 
 _IMAGES = tuple(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
@@ -40,17 +40,29 @@ class TarSource:
     or as `class 17` where there is no such file.
     """
 
-    def __init__(self, folder: Path, tars: list[Path], left_out: Sequence[Skipped] = ()) -> None:
+    def __init__(self, folder: Path, tars: list[Path], left_out: Sequence[Skipped] = (), files: Files = LOCAL) -> None:
         """`tars`: files below `folder`; `left_out`: what else is known to be in the folder and not taken."""
-        self._folder, self._tars, self._left_out = folder, tars, left_out
+        self._folder, self._tars, self._left_out, self._files = folder, tars, left_out, files
         self._names: list[str] | None = None
 
     def units(self) -> Iterator[Unit]:
         """Yield one unit per tar, with a digest of its name, size and the bytes at both ends."""
         for tar in self._tars:
             name = tar.relative_to(self._folder).as_posix()
-            yield Unit(hash_text(json.dumps([name, *_fingerprint(tar)])), [name])
+            yield Unit(hash_text(json.dumps([name, *self._fingerprint(tar)])), [name])
         yield from unit_beside(self._left_out)
+
+    def _fingerprint(self, tar: Path) -> tuple[int, str]:
+        size = self._files.size(tar)
+        if isinstance(size, str):
+            raise DataError(f"{tar}: {size}")
+        try:
+            with self._files.open(tar) as file:
+                start = file.read(_ENDS)
+                file.seek(max(0, size - _ENDS))
+                return size, hashlib.sha256(start + file.read()).hexdigest()
+        except OSError as error:
+            raise DataError(f"{tar}: cannot be read ({error.strerror})") from None
 
     def identity(self, units: list[str]) -> Identity:
         """Return a hash over all tars."""
@@ -64,7 +76,7 @@ class TarSource:
         for name in unit.records:
             path, others = self._folder / name, OtherFiles("only pictures with .txt, .caption, .json or .cls are")
             try:
-                for sample in safetar.samples(path, _SUFFIXES, ignored=others.add):
+                for sample in safetar.samples(path, _SUFFIXES, ignored=others.add, files=self._files):
                     if isinstance(sample, safetar.Refusal):
                         yield Skipped(f"{name}/{sample.name}", sample.reason)
                     elif sample.part_of and not _is_whole(sample):
@@ -85,10 +97,14 @@ class TarSource:
             return Skipped(name, reason or "no picture with this key")
         label = self._label(tar, sample)
         found = self._captions(tar, sample)
-        if not sample.members.keys() & {*_TEXTS, "json"} and label >= 0:
-            found = ((self._class_name(label), 1.0),)
+        if not sample.members.keys() & {*_TEXTS, "json"}:
+            if isinstance(label, str):
+                found = f"no caption, and its {label}"
+            elif label >= 0:
+                found = ((self._class_name(label), 1.0),)
         if isinstance(found, str):
             return Skipped(name, found)
+        label = -1 if isinstance(label, str) else label
         path = f"{name}.{image.suffix}"
         place = Place(tar, image.offset, image.size)
         return Item(key=key_of(path), split=held_out(path), captions=found, image=place, name=path, label=label)
@@ -96,7 +112,7 @@ class TarSource:
     def _class_name(self, label: int) -> str:
         if self._names is None:
             path = self._folder / _CLASS_NAMES
-            self._names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            self._names = text_lines(path) if path.is_file() else []
         name = self._names[label].strip() if label < len(self._names) else ""
         return name or f"class {label}"
 
@@ -106,34 +122,27 @@ class TarSource:
         tree = sample.members.get("json")
         found: Captions | str = "no caption: neither .txt nor .json"
         if tree is not None:
-            found = captions.from_json_bytes(safetar.read_member(self._folder / tar, tree), f"{sample.key}.json")
-        if text is not None and (isinstance(found, str) or len(found) < 2):
-            found = captions.from_text_bytes(
-                safetar.read_member(self._folder / tar, text), f"{sample.key}.{text.suffix}"
+            found = captions.from_json_bytes(
+                safetar.read_member(self._folder / tar, tree, self._files), f"{sample.key}.json"
             )
+        if text is not None and (isinstance(found, str) or len(found) < 2):
+            content = safetar.read_member(self._folder / tar, text, self._files)
+            found = captions.from_text_bytes(content, f"{sample.key}.{text.suffix}")
         return found
 
-    def _label(self, tar: str, sample: safetar.TarSample) -> int:
+    def _label(self, tar: str, sample: safetar.TarSample) -> int | str:
+        """Return the label of .cls, -1 where there is none, or what is wrong with it."""
         member = sample.members.get("cls")
-        text = b"" if member is None or member.size > 20 else safetar.read_member(self._folder / tar, member).strip()
-        return int(text) if text.isdigit() else -1
+        if member is None:
+            return -1
+        content = safetar.read_member(self._folder / tar, member, self._files) if member.size <= 64 else b"?"
+        return captions.label_of(content.decode(errors="replace"))
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
-        return read_place(self._folder, item.image, limit)
+        return read_place(self._files, self._folder, item.image, limit)
 
 
 def _is_whole(sample: safetar.TarSample) -> bool:
     """Return whether a sample has an image and something that captions it."""
     found = sample.members.keys()
     return bool(found & set(_IMAGES)) and bool(found & {*_TEXTS, "json", "cls"})
-
-
-def _fingerprint(tar: Path) -> tuple[int, str]:
-    try:
-        size = tar.stat().st_size
-        with tar.open("rb") as file:
-            start = file.read(_ENDS)
-            file.seek(max(0, size - _ENDS))
-            return size, hashlib.sha256(start + file.read()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{tar}: cannot be read ({error.strerror})") from None

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.sources.items import IMAGE_SUFFIXES, OTHER_IMAGES, Skipped
+from sharpmoe.errors import DataError
 
 LINK_TO_NOWHERE = "a link that leads nowhere"
+_ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip", ".zst"})
+_EXPAND = "expand archives to a folder or to a plain .tar"
 _CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini"})  # written by file managers, never by a person
 
 
@@ -51,6 +54,16 @@ def file_size(path: Path) -> int | str:
     return found.st_size if stat.S_ISREG(found.st_mode) else "not a regular file"
 
 
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a text file. Raises DataError where it cannot be read, or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); correct it, or remove it") from None
+
+
 class OtherFiles:
     """Counts, by suffix, of the files that a source sees and does not take."""
 
@@ -69,7 +82,8 @@ class OtherFiles:
         """Yield one record for every suffix; `where`: a prefix of its name."""
         for pattern, count in sorted(self._counts.items()):
             files = "1 file" if count == 1 else f"{count} files"
-            yield Skipped(where + pattern, f"{files} of a kind that is not taken; {self._taken}", beside=True)
+            how = _EXPAND if Path(pattern).suffix in _ARCHIVES else self._taken
+            yield Skipped(where + pattern, f"{files} of a kind that is not taken; {how}", beside=True)
 
 
 def is_image(name: str) -> bool:

@@ -80,6 +80,8 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "data_pipeline/read/verify.py": "launcher/test_shards.py",
     "data_pipeline/sources/captions.py": "data_pipeline/sources/test_folders.py",
     "data_pipeline/sources/embedded.py": "data_pipeline/sources/test_tables.py",
+    "data_pipeline/sources/files.py": "data_pipeline/sources/test_items.py",
+    "data_pipeline/sources/rows.py": "data_pipeline/sources/test_tables.py",
     "data_pipeline/sources/walk.py": "data_pipeline/sources/test_folders.py",
     "data_pipeline/store/http_ranges.py": "data_pipeline/store/test_remote.py",
     "data_pipeline/store/ranges.py": "data_pipeline/store/test_remote.py",

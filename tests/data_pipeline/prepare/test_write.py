@@ -268,6 +268,26 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     make_shards(tmp_path)
 
 
+def test_the_lock_is_tried_before_the_source_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShapesSource, "units", lambda _: pytest.fail("read"))
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process"):
+            make_shards(tmp_path)
+
+
+def test_a_source_that_cannot_be_used_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def units(_: ShapesSource) -> list[Unit]:
+        raise DataError("no captioned image")
+
+    monkeypatch.setattr(ShapesSource, "units", units)
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with pytest.raises(DataError, match="no captioned image"):
+            make_shards(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "d").write_text("")
     with pytest.raises(DataError, match="cannot be written to"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.items import Skipped, source_identity
+from data_pipeline.sources.items import Skipped, shown, source_identity
 from data_pipeline.sources.open import SourceOptions, open_source
 from sharpmoe.errors import DataError
 from tests.fixtures_data import Listing, listing
@@ -191,3 +191,36 @@ def test_a_folder_without_captions_says_what_it_saw(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"no captioned image found \(a.png: no caption in a.txt\); expected"):
         listed(tmp_path)
+
+
+def test_caption_files_that_have_no_end_are_left_out(tmp_path: Path) -> None:
+    picture(tmp_path / "good.png").with_suffix(".txt").write_text("good")
+    os.mkfifo(picture(tmp_path / "pipe.png").with_suffix(".txt"))  # reading it would wait forever
+    with picture(tmp_path / "huge.png").with_suffix(".txt").open("wb") as file:
+        file.truncate(6 << 30)
+    found = listed(tmp_path)
+    assert [item.name for item in found.items] == ["good.png"]
+    assert dict(entry[:2] for entry in found.skipped) == {
+        "huge.png": f"caption huge.txt has {6 << 30} bytes, at most {16 << 20} are read",
+        "pipe.png": "caption pipe.txt is not a regular file",
+    }
+
+
+@pytest.mark.parametrize("weight", ["1e400", "9" * 400, "-1", "NaN"])
+def test_weights_that_are_no_numbers_leave_their_picture_out(weight: str, tmp_path: Path) -> None:
+    picture(tmp_path / "good.png").with_suffix(".txt").write_text("good")
+    fields = f'{{"captions": [{{"text": "a", "weight": {weight}}}]}}'
+    picture(tmp_path / "bad.png").with_suffix(".json").write_text(fields)
+    ((name, reason, *_),) = listed(tmp_path).skipped
+    assert name == "bad.png"
+    assert reason.startswith("caption bad.json: weight ")
+
+
+def test_a_folder_with_an_archive_alone_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no captioned image found \(\*.gz: 1 file .*; expand archives to a folder"):
+        listed(tmp_path)
+
+
+def test_names_are_shown_on_one_line() -> None:
+    assert shown("a\nb\x1b[2J\udce9 \u00e9.png") == "a\\nb\\x1b[2J\\udce9 \u00e9.png"

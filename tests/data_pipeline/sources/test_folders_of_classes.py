@@ -186,3 +186,36 @@ def test_a_val_folder_beside_the_classes(tmp_path: Path) -> None:
     found = listing(ClassFolderSource(tmp_path)).items
     assert sorted({item.label for item in found}) == [0, 1, 2]
     assert sum(item.split == "unseen" for item in found) == 3
+
+
+def test_a_class_that_is_called_train(tmp_path: Path) -> None:
+    class_folder(tmp_path)
+    (tmp_path / "n02").rename(tmp_path / "train")
+    found = listing(ClassFolderSource(tmp_path))
+    assert {(Path(item.name).parent.name, item.label) for item in found.items} == {("n01", 0), ("n03", 1), ("train", 2)}
+    assert not found.skipped
+
+
+def test_class_names_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
+    class_folder(tmp_path)
+    (tmp_path / "LOC_synset_mapping.txt").write_bytes("n01 caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"LOC_synset_mapping.txt: not UTF-8 text \(byte 7\); save it as UTF-8"):
+        listing(ClassFolderSource(tmp_path))
+    (tmp_path / "LOC_synset_mapping.txt").write_bytes("\ufeffn01 caf\u00e9".encode())
+    assert {item.captions[0][0] for item in listing(ClassFolderSource(tmp_path)).items} == {"caf\u00e9", "n02", "n03"}
+
+
+@pytest.mark.parametrize("in_splits", [True, False])
+def test_a_held_out_picture_never_takes_the_latent_of_a_training_picture(in_splits: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    class_folder(folder / "train", images=2)
+    class_folder(folder / "val", images=1)
+    (folder / "val" / "n02" / "n02_0.png").rename(folder / "val" / "n02" / "other.png")
+    for split in ("train", "val"):
+        cache(folder / split, tmp_path / "cache" / (split if in_splits else ""))
+    found = listing(ClassFolderSource(folder, tmp_path / "cache"))
+    latents = {item.name: Path(item.latent).relative_to(tmp_path / "cache").as_posix() for item in found.items}
+    assert latents["val/n02/other.png"] == f"{'val/' if in_splits else ''}n02/other.latent.npz"
+    assert latents.get("val/n01/n01_0.png") == ("val/n01/n01_0.latent.npz" if in_splits else None)
+    assert len(found.skipped) == (0 if in_splits else 2)
+    assert all("that of train/n0" in entry.reason for entry in found.skipped)

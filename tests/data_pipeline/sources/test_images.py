@@ -188,3 +188,8 @@ def test_enlarged_pictures_are_marked(image: tuple[int, int], fit: str, enlarged
     size = (16, 16)
     assert load_picture(encoded(Image.new("RGB", image)), size, fit).enlarged is enlarged
     assert is_enlarged(np.array([image]), size, fit).tolist() == [enlarged]
+
+
+def test_a_pointer_of_git_lfs_says_so() -> None:
+    with pytest.raises(ValueError, match="a pointer of Git LFS, not the picture itself"):
+        load_picture(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", (8, 8))

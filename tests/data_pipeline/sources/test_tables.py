@@ -6,6 +6,7 @@ from PIL import Image
 
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
+from data_pipeline.sources import rows
 from data_pipeline.sources.items import Skipped
 from data_pipeline.sources.open import SourceOptions, open_source
 from sharpmoe.errors import DataError
@@ -321,3 +322,55 @@ def test_a_name_that_is_too_long_is_left_out(tmp_path: Path) -> None:
     found = listed(tmp_path)
     assert [item.name for item in found.items] == ["a.png"]
     assert found.skipped[0].missing
+
+
+def test_rows_that_name_nothing_and_odd_values_never_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_LINE_BYTES", 1000)
+    picture(tmp_path / "a.png")
+    good = {"file": "a.png", "caption": "red"}
+    captions(
+        tmp_path,
+        {"file": "", "caption": "x"},
+        '"a.png"',
+        {**good, "caption": 5},
+        {**good, "label": True},
+        f'{{"file": "a.png", "caption": "x", "label": {"9" * 400}}}',
+        {**good, "caption": "x" * 1000},
+        good,
+    )
+    found = listed(tmp_path)
+    assert [item.captions for item in found.items] == [(("red", 1.0),)]
+    assert [entry.reason.partition(";")[0] for entry in found.skipped] == [
+        "it names no file",
+        '"a.png"',
+        "row 3 of captions.jsonl: a caption that is not text",
+        "row 4 of captions.jsonl: label 'True' is not a whole number",
+        "row 5 of captions.jsonl: label 'a number of more than 19 digits' is not a whole number",
+        "longer than 1000 bytes",
+    ]
+
+
+def test_csv_with_semicolons_as_excel_writes_them(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_bytes(b"\xef\xbb\xbffile;caption;label\r\na.png;a red, red square;3\r\n")
+    ((item,), skipped) = listed(tmp_path)
+    assert (item.captions, item.label, skipped) == ((("a red, red square", 1.0),), 3, [])
+
+
+def test_parquet_with_odd_cells(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    content = picture(tmp_path / "a.png").read_bytes()
+    images = [{"bytes": content, "path": "a"}, None, {"bytes": None, "path": None}, {"bytes": content, "path": "b"}]
+    texts = arrow.array([b"red", b"x", b"x", b"caf\xe9"]).view(arrow.string())
+    parquet.write_table(arrow.table({"image": images, "text": texts}), tmp_path / "t.parquet")
+    found = listed(tmp_path / "t.parquet")
+    assert [item.captions for item in found.items] == [(("red", 1.0),)]
+    assert [tuple(entry[:2]) for entry in found.skipped] == [
+        ("t.parquet, line 2", "it holds no picture"),
+        ("t.parquet, line 3", "it holds no picture"),
+        ("t.parquet/4/b", "row 4 of t.parquet: a caption that is not UTF-8"),
+    ]
+    (tmp_path / "l.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DataError, match=r"l.parquet: is a pointer of Git LFS.*git lfs pull"):
+        listed(tmp_path / "l.parquet")

@@ -3,9 +3,11 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from data_pipeline.sources.open import SourceOptions, open_source
+from sharpmoe.errors import DataError
 from tests.data_pipeline.sources.test_images import encoded
 from tests.fixtures_data import Listing, listing
 
@@ -162,3 +164,31 @@ def test_pictures_beside_tars_are_named(tmp_path: Path) -> None:
     found = listed(tmp_path)
     assert [item.captions[0][0] for item in found.items] == ["one"]
     assert [(entry.name, entry.beside) for entry in found.skipped] == [("preview.png", True)]
+
+
+def test_labels_that_are_no_numbers_say_so_where_no_caption_is(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.tar",
+        ("0.png", PNG),
+        ("0.cls", "3.0\n"),
+        ("1.png", PNG),
+        ("1.cls", "cat"),
+        ("2.png", PNG),
+        ("2.cls", "9" * 70),
+        ("3.png", PNG),
+        ("3.cls", "cat"),
+        ("3.txt", "a cat"),
+    )
+    found = listed(tmp_path)
+    assert [(item.captions[0][0], item.label) for item in found.items] == [("class 3", 3), ("a cat", -1)]
+    assert [tuple(entry[:2]) for entry in found.skipped] == [
+        ("a.tar/1", "no caption, and its label 'cat' is not a whole number"),
+        ("a.tar/2", "no caption, and its label '?' is not a whole number"),
+    ]
+
+
+def test_class_names_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", ("0.png", PNG), ("0.cls", "0"))
+    (tmp_path / "classnames.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"classnames.txt: not UTF-8 text \(byte 3\); save it as UTF-8"):
+        listed(tmp_path)
