@@ -12,6 +12,7 @@ import launcher  # noqa: F401 - first, so that Ctrl-C is one line while the othe
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import POSITIVE
 from launcher.command import Command
+from launcher.devices import DEVICE_HELP, device_name
 from launcher.published import add_reading_options, sizes_of
 from sharpmoe.evaluation.identify import identify
 from sharpmoe.model.published.names import CHECKPOINT_FAMILIES
@@ -26,12 +27,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", default="unseen", help="held-out split")
     add("--images", type=POSITIVE, default=64, help="held-out images")
     add_reading_options(parser)
+    add("--device", type=device_name, default="auto", help=f"device that measures the loss: {DEVICE_HELP}")
 
 
 def _act(arguments: argparse.Namespace) -> int:
     shards = None if arguments.shards is None else ShardSet.open(arguments.shards, arguments.split)
     state = read_state(arguments.file, arguments.weights)
-    found = identify(state.tensors, shards, arguments.images, sizes_of(arguments))
+    found = identify(state.tensors, shards, arguments.images, sizes_of(arguments), arguments.device)
     print(f"read        {'; '.join(state.notes)}")
     print(found)
     problem = found.problem(arguments.family)

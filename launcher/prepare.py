@@ -71,7 +71,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("data/fluent64"), help="folder of the shards")
     add("--dry-run", action="store_true", help="print counts, sizes, buckets, time and bytes; write nothing")
     device = f"device of the autoencoder and the text encoder: {DEVICE_HELP}; cuda is one per rank"
-    add("--device", type=device_name, default="cpu", help=device)
+    add("--device", type=device_name, default="auto", help=device)
     add("--threads", type=POSITIVE, default=min(8, os.cpu_count() or 1), help="threads that decode images, per rank")
     add("--max-bad-share", type=SHARE, default=Recipe().max_bad_share, help="share of images that may be left out")
     add("--allow-missing", action="store_true", help="leave out images that a table names and that do not exist")

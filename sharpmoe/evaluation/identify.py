@@ -105,12 +105,16 @@ class Identification:
 
 
 def identify(
-    state: Mapping[str, Tensor], samples: Samples | None, images: int = 64, sizes: Mapping[str, Any] | None = None
+    state: Mapping[str, Tensor],
+    samples: Samples | None,
+    images: int = 64,
+    sizes: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Identification:
     """Identify a published state dict; with held-out `samples`, also measure its loss under every known convention.
 
-    `sizes` are fields that its tensors cannot show, as `load_pretrained` takes them. Raises CheckpointError where no
-    family has these key names.
+    `sizes` are fields that its tensors cannot show, as `load_pretrained` takes them. `device`: of the model while its
+    loss is measured. Raises CheckpointError where no family has these key names.
     """
     known = tuple(matching_families(state))
     if not known:
@@ -119,13 +123,13 @@ def identify(
     losses: list[ConventionLoss] = []
     if samples is not None:
         losses = [
-            _measure(state, kind, router, samples, images, sizes or {})
+            _measure(state, kind, router, samples, images, sizes or {}, device)
             for router in routers
             for kind in dict.fromkeys(_kind(state, family) for family in CONVENTIONS)
         ]
     return Identification(
         candidates=known,
-        sizes=read_sizes(state, routers[0], DEFAULTS[known[0][0]]),
+        sizes=read_sizes(state, routers[0], DEFAULTS[known[0][0]], (sizes or {}).get("num_classes")),
         parameters=sum(value.numel() for value in state.values()),
         losses=tuple(sorted(losses, key=lambda measured: measured.loss)),
         zero_loss=math.nan if samples is None else _loss_of_zero(samples, images),
@@ -151,12 +155,13 @@ def _measure(
     samples: Samples,
     images: int,
     sizes: Mapping[str, Any],
+    device: str,
 ) -> ConventionLoss:
     model, _ = build_published(state, kind.convention, router, "checkpoint", kind.defaults, **sizes)
     _check_shape(model.config, samples)
     if model.config.conditioning == "class":
         samples = _KnownLabels(samples, model.config)
-    result = validate(model, samples, images=images)
+    result = validate(model.to(device), samples, images=images)
     families = tuple(name for name in CONVENTIONS if _kind(state, name) == kind)
     return ConventionLoss(families, router, kind.convention, result.mean, result.error)
 
