@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from sharpmoe.config_io import nearest
 from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
 

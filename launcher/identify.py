@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import launcher  # noqa: F401 - first, so that Ctrl-C is one line while the others are imported
+import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import POSITIVE
 from launcher.command import Command

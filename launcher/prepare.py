@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import launcher  # noqa: F401 - first, so that Ctrl-C is one line while the others are imported
+import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.encode.transformer_texts import MINILM
 from data_pipeline.prepare.estimate import dry_run
 from data_pipeline.prepare.finish import Summary

@@ -6,7 +6,7 @@ For published figures of a class-conditional model: `--npz batch.npz --num 50000
 import argparse
 from pathlib import Path
 
-import launcher  # noqa: F401 - first, so that Ctrl-C is one line while the others are imported
+import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, SEED
 from launcher.command import Command

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import launcher  # noqa: F401 - first, so that Ctrl-C is one line while the others are imported
+import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.prepare.merge import merge_folders
 from data_pipeline.read.folder import read_index
 from data_pipeline.read.shards import ShardSet

@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_ends_at_once(form: Form, training: "subprocess.Popen[st
 
 
 SLOW_IMPORT = """
-import launcher, sys, time
+import launcher.uncaught, sys, time
 print("importing", flush=True)
 time.sleep(60)
 """
