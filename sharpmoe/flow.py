@@ -9,6 +9,13 @@ A network trained to predict the noise of a DDPM is asked for its velocity here,
 import torch
 from torch import Tensor
 
+# Ranges of t by which figures are told apart, highest noise first: lower < t <= upper.
+TIME_RANGES: dict[str, tuple[float, float]] = {
+    "t > 0.65": (0.65, 1.0),
+    "t 0.35-0.65": (0.35, 0.65),
+    "t < 0.35": (0.0, 0.35),
+}
+
 
 def _per_sample(t: Tensor, like: Tensor) -> Tensor:
     """Shape t (B,) as (B, 1, ...) so that it broadcasts over `like` (B, ...)."""

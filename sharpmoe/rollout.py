@@ -33,6 +33,7 @@ class StepOutput(NamedTuple):
     x0_hat: Tensor  # (B, C, H, W) predicted clean latent, detached: the x0_prev of the next step
     routing: tuple[Routing, ...]  # one per MoE layer
     v_target: Tensor  # (B, C, H, W) velocity from data to noise
+    t: Tensor  # (B,)
 
 
 class Replay(NamedTuple):
@@ -97,7 +98,7 @@ def replay_steps(
 def _step_output(batch: TrajectoryBatch, x_t: Tensor, t: Tensor, output: ModelOutput) -> StepOutput:
     v_target = velocity_target(batch.x0, batch.x1)
     flow = flow_matching(output.v, v_target)
-    return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, v_target)
+    return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, v_target, t)
 
 
 def _repeat(condition: Condition, times: int) -> Condition:

@@ -250,17 +250,18 @@ def test_a_new_family_is_counted(toy: str) -> None:
     """In metrics, FLOPs and row counts; its rule is the one by which flipped choices are found."""
     model = toy_model(toy, capacity=1.5).train()
     output, forward, backward = counted(model, uses_x0_prev=True)
+    about = torch.full((1, IMAGES), 0.5), torch.rand(IMAGES, model.config.num_tokens)
     rows = rows_of_call(model.config, IMAGES)
     assert [int(record.routing_map.sum()) for record in output.routing] == [rows, rows]
     done = products(model.config, Call(images=IMAGES, rows=2 * rows, text_tokens=TEXT_LENGTH, uses_x0_prev=True))
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
-    named = routing_scalars(routing_sums([output.routing], model.config))
+    named = routing_scalars(routing_sums([output.routing], model.config, *about))
     assert 0 < named["routing_flipped/layer0"] < 1
     assert named["routing_load_min/layer0"] == named["routing_load_max/layer0"] == 1
     unsteered = tuple(record._replace(routing_map=alternate(RuleInput(record.gate_logits.sigmoid()), model.config))
                       for record in output.routing)  # fmt: skip
-    assert routing_scalars(routing_sums([unsteered], model.config))["routing_flipped/layer0"] == 0
+    assert routing_scalars(routing_sums([unsteered], model.config, *about))["routing_flipped/layer0"] == 0
 
 
 @pytest.mark.slow

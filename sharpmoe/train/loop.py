@@ -15,7 +15,7 @@ from data_pipeline.read.schedule import Start
 from data_pipeline.read.stream import Loaded, stream
 from sharpmoe import durable
 from sharpmoe.checkpoint.manifest import Progress
-from sharpmoe.config import CheckpointConfig
+from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.ranks import watchdog
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
@@ -23,7 +23,7 @@ from sharpmoe.parallel.ranks.signals import StopAskedError
 from sharpmoe.train import faults
 from sharpmoe.train.flops import peak_tflops, rows_expected, step_flops
 from sharpmoe.train.guard import Watch
-from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows_taken
+from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows_taken, strength_warning
 from sharpmoe.train.owner import run_folder_owned
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import rollout_steps
@@ -176,6 +176,16 @@ def _log_step(session: Session, step: int, result: StepResult, seconds: float, w
         effort=_effort(session, None if result.routing is None else rows_taken(result.routing) / calls),
     )
     session.log.step(stats, None if result.routing is None else routing_scalars(result.routing))
+    if result.routing is not None and session.objective.uses_x0_prev and _is_halfway(run, step):
+        warning = strength_warning(result.routing, step)
+        if warning:
+            session.log.say(f"warning: {warning}")
+
+
+def _is_halfway(run: RunConfig, step: int) -> bool:
+    """Whether this logged step is the first after the warm-ups and half of the run: once, when there is time to act."""
+    half = max(run.train.steps // 2, run.optim.warmup_steps)
+    return (step - 1) // run.log.every * run.log.every < half <= step
 
 
 def _effort(session: Session, rows: float | None) -> Effort:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import ModelConfig
-from sharpmoe.moe.routing import Routing, score_logits
-from sharpmoe.moe.selection import RULES, RuleInput
+from sharpmoe.flow import TIME_RANGES
+from sharpmoe.moe.influence import INERT, INFLUENCE_COLUMNS, TAKES_OVER, choice_of_gate, influence, influence_figures
+from sharpmoe.moe.routing import Routing
 from sharpmoe.train.flops import StepFlops
 
-_SUMS = 4  # tokens, entropy, choices, flipped choices; then one column per expert
+_LAYER_SUMS = 4  # tokens, entropy, choices, flipped choices
+_SUMS = _LAYER_SUMS + len(TIME_RANGES) * INFLUENCE_COLUMNS  # then the influence by range of t; then a column per expert
 
 
 class Effort(NamedTuple):
@@ -96,39 +98,45 @@ def due(step: int, every: int) -> bool:
     return every > 0 and (step == 1 or step % every == 0)
 
 
-def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig) -> Tensor:
-    """Return the sums of the routing of T training steps x MoE layers: (layers, 4 + E) float64, to be added over ranks.
+def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig, times: Tensor, saliency: Tensor) -> Tensor:
+    """Return the sums of the routing of T training steps x MoE layers: (layers, columns) float64, to add over ranks.
 
-    Columns: tokens, entropy of the scores in nats, choices, choices that the saliency router flipped (the same rule,
-    applied to the call by the gate's logits alone, would not make them), then tokens of each expert. Without gradient.
+    times (T, B) and saliency (B, N), the maps M, of the same images. Columns: tokens, entropy of the scores in nats,
+    choices, choices that the saliency router flipped (the same rule, applied to the call by the gate's logits alone,
+    would not make them); `influence` of each range of t; then tokens of each expert. Without gradient.
     """
     with torch.no_grad():
-        steps = [torch.stack([_layer_sums(layer, config) for layer in step]) for step in routing if step]
+        steps = [
+            torch.stack([_layer_sums(layer, config, t, saliency) for layer in step])
+            for step, t in zip(routing, times, strict=True)
+            if step
+        ]
         return torch.stack(steps).sum(0) if steps else torch.zeros(0, _SUMS + config.total_experts, dtype=torch.float64)
 
 
-def _layer_sums(record: Routing, config: ModelConfig) -> Tensor:
+def _layer_sums(record: Routing, config: ModelConfig, t: Tensor, saliency: Tensor) -> Tensor:
     chosen = record.routing_map
-    by_scores = score_logits(record.gate_logits, config.score)
-    by_scores = by_scores if record.bias is None else by_scores + record.bias
-    by_gate = RULES[config.router].train(RuleInput(by_scores), config)
+    by_gate = choice_of_gate(record, config, training=True)
     shares = record.logits.softmax(-1)
     entropy = -torch.special.xlogy(shares, shares).sum()
     flipped = (chosen[..., : config.num_experts] & ~by_gate).sum()
     sums = [chosen[..., 0].numel(), entropy, chosen.sum(), flipped]
     head = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=chosen.device) for value in sums])
-    return torch.cat([head, chosen.flatten(0, 1).sum(0).double()])
+    inside = torch.stack([(lower < t) & (t <= upper) for lower, upper in TIME_RANGES.values()]).double()  # (ranges, B)
+    by_range = (inside.unsqueeze(-1) * influence(record, by_gate, saliency)).sum(1).flatten()
+    return torch.cat([head, by_range, chosen.flatten(0, 1).sum(0).double()])
 
 
 def routing_scalars(sums: Tensor) -> dict[str, float]:
-    """Name the figures of every MoE layer from summed `routing_sums` (layers, 4 + E).
+    """Name the figures of every MoE layer from summed `routing_sums` (layers, columns).
 
     load_min and load_max: tokens of the least and most loaded expert over the mean load; dead_experts: experts without
-    a token; entropy: of the scores, as a share of its maximum log E; flipped: share of choices.
+    a token; entropy: of the scores, as a share of its maximum log E; flipped: share of choices; and by range of t those
+    of `influence_figures`, saliency_<figure>_<range>/layer<n>.
     """
     named: dict[str, float] = {}
     for layer, row in enumerate(sums.cpu().double()):
-        tokens, entropy, choices, flipped = row[:_SUMS].tolist()
+        tokens, entropy, choices, flipped = row[:_LAYER_SUMS].tolist()
         load = row[_SUMS:]
         ideal = max(choices / len(load), 1e-12)
         figures = {
@@ -139,7 +147,25 @@ def routing_scalars(sums: Tensor) -> dict[str, float]:
             "flipped": flipped / max(choices, 1.0),
         }
         named |= {f"routing_{name}/layer{layer}": value for name, value in figures.items()}
+        for name, part in zip(TIME_RANGES, row[_LAYER_SUMS:_SUMS].view(len(TIME_RANGES), -1).tolist(), strict=True):
+            by_range = influence_figures(part).items()
+            named |= {f"saliency_{what}_{name.replace(' ', '')}/layer{layer}": value for what, value in by_range}
     return named
+
+
+def strength_warning(sums: Tensor, step: int) -> str:
+    """Return what is to be said of saliency routers that are inert or take over, from summed `routing_sums`, or "".
+
+    Their logits' spread over tokens against the gate's, over all layers and times.
+    """
+    by_range = sums[:, _LAYER_SUMS:_SUMS].view(len(sums), len(TIME_RANGES), INFLUENCE_COLUMNS)
+    spread = influence_figures(by_range.sum((0, 1)).tolist()).get("spread")
+    found = f"step {step}: logits of the saliency routers vary over tokens {{:.2g}} times as much as those of the gates"
+    if spread is not None and spread < INERT:
+        return f"{found.format(spread)}: they steer next to nothing; raise their learning rate, as in optim.lr_scale"
+    if spread is not None and spread > TAKES_OVER:
+        return f"{found.format(spread)}: gates hardly matter; lower their learning rate or loss.routing_weight"
+    return ""
 
 
 def rows_taken(sums: Tensor) -> float:

@@ -84,7 +84,7 @@ class _Trajectory:
         self._model, self._run, self._item = objective.model, objective.run, item
         self._uses_x0_prev = objective.uses_x0_prev
         self._num_steps, self._num_trained = len(item.times), num_trained
-        self._tally = Tally(objective.run, with_routing)
+        self._tally = Tally(objective.run, with_routing, item.saliency)
         self._x0_prev = first_x0_prev(item, self._uses_x0_prev)
         self._replays: dict[int, Replay] = {}  # by rollout step
         self._mass_weight: Tensor | None = None  # (B, N) w
@@ -108,7 +108,7 @@ class _Trajectory:
 
     def record(self) -> StepRecord:
         """Return the figures of the trajectory. Call it after the last pass."""
-        return self._tally.record(self._item.saliency)
+        return self._tally.record()
 
     def _step(self, call: ModelCall) -> Sequence[StepTerms]:
         """Run one rollout step; return its losses if they have a graph, else nothing."""

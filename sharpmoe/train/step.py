@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
     losses: dict[str, float]  # mean over the global batch
     grad_norm: float  # before clipping; inf if it is not finite
     lr: float
-    routing: Tensor | None  # (MoE layers, 4 + E) float64, `routing_sums` over the global batch; if `with_routing`
+    routing: Tensor | None  # (MoE layers, columns) float64, `routing_sums` over the global batch; if `with_routing`
     verdict: Verdict
     watch: Watch  # for the next step
     terms: Tensor  # (micro-batches, 5) float64, the fields of `LossTerms` for this rank's own micro-batches
@@ -43,7 +43,7 @@ class _Exchange(NamedTuple):
     losses: Tensor  # (5,) float64, the fields of `LossTerms`, mean over micro-batches and ranks
     thresholds: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
     loads: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
-    routing: Tensor | None  # (MoE layers, 4 + E) float64, `routing_sums` over micro-batches and ranks
+    routing: Tensor | None  # (MoE layers, columns) float64, `routing_sums` over micro-batches and ranks
 
 
 def train_step(

@@ -19,7 +19,7 @@ class StepRecord(NamedTuple):
     terms: LossTerms  # of the whole trajectory
     thresholds: Tensor | None  # (MoE layers, E) threshold candidates of families with thresholds, mean over T
     loads: Tensor | None  # (MoE layers, E) share of tokens that each expert took, if a bias balances the loads
-    routing: Tensor | None  # (MoE layers, 4 + E) `metrics.routing_sums` over T (4 scalars, E loads), if requested
+    routing: Tensor | None  # (MoE layers, columns) `metrics.routing_sums` over T, if requested
 
 
 class Tally:
@@ -28,8 +28,9 @@ class Tally:
     A step that is run twice calls `add_mass` in the first run and `add` in the second.
     """
 
-    def __init__(self, run: RunConfig, with_routing: bool) -> None:
-        self.run, self.with_routing = run, with_routing
+    def __init__(self, run: RunConfig, with_routing: bool, saliency: Tensor) -> None:
+        """Start with nothing. saliency (B, N): the maps M of the trajectories."""
+        self.run, self.with_routing, self._saliency = run, with_routing, saliency
         self.mass: Tensor | None = None  # (B, N) A so far, detached
         self._steps: list[Tensor] = []  # (3,) flow, router, heads
         self._totals: list[Tensor] = []
@@ -55,15 +56,15 @@ class Tally:
         if model.bias_balancing:
             self._loads.append(torch.stack([r.routing_map.float().mean((0, 1)) for r in output.routing]))
         if self.with_routing:
-            sums = routing_sums([output.routing], model)
+            sums = routing_sums([output.routing], model, output.t[None], self._saliency)
             self._routing = sums if self._routing is None else self._routing + sums
 
-    def record(self, saliency: Tensor) -> StepRecord:
-        """Return the record of the trajectory; `saliency` (B, N) is its map M."""
+    def record(self) -> StepRecord:
+        """Return the record of the trajectory."""
         flow, router, heads = torch.stack(self._steps).mean(0)
         routing, weight = torch.zeros_like(flow), self.run.loss.routing_weight
         if self.mass is not None:
-            routing = routing_loss(self.mass, saliency, self.run)
+            routing = routing_loss(self.mass, self._saliency, self.run)
         total = torch.stack(self._totals).mean() + weight * routing
         terms = LossTerms(total=total, flow=flow, routing=routing, router=router, heads=heads)
         return StepRecord(terms, _mean(self._thresholds), _mean(self._loads), self._routing)

@@ -1,14 +1,17 @@
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
+from sharpmoe.config import ModelConfig
 from sharpmoe.evaluation.held_out import _held_out_batch
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import rollout
 from sharpmoe.train.flops import StepFlops
-from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, routing_sums, rows_taken
+from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, routing_sums, rows_taken, strength_warning
 from tests.toys import ToySamples, toy_config, toy_model
 
 
@@ -25,6 +28,14 @@ def stats(step: int, seconds: float = 0.5) -> StepStats:
     )
 
 
+TIMES, SALIENCY = torch.tensor([[0.999] * 3, [0.4] * 3]), ToySamples().batch([0, 1, 2]).saliency
+
+
+def sums_of(routing: Sequence[Sequence[Routing]], config: ModelConfig) -> Tensor:
+    """At the times of `records`, with the maps of its images."""
+    return routing_sums(routing, config, TIMES[: len(routing)], SALIENCY)
+
+
 def records(router: str, untrained: bool) -> tuple[tuple[Routing, ...], ...]:
     model = toy_model(router).train()
     if untrained:
@@ -38,24 +49,56 @@ def records(router: str, untrained: bool) -> tuple[tuple[Routing, ...], ...]:
 
 @pytest.mark.parametrize("router", ["tc", "ec", "diffmoe"])
 def test_a_saliency_router_that_adds_nothing_flips_nothing(router: str) -> None:
-    named = routing_scalars(routing_sums(records(router, untrained=True), toy_config(router)))
+    named = routing_scalars(sums_of(records(router, untrained=True), toy_config(router)))
     assert named["routing_flipped/layer0"] == 0
     assert named["routing_flipped/layer1"] == 0
 
 
 @pytest.mark.parametrize("router", ["tc", "ec", "diffmoe"])
 def test_flips_are_counted_under_the_same_rule_and_pool(router: str) -> None:
-    named = routing_scalars(routing_sums(records(router, untrained=False), toy_config(router)))
+    named = routing_scalars(sums_of(records(router, untrained=False), toy_config(router)))
     assert 0 < named["routing_flipped/layer0"] < 1
     assert 0 < named["routing_entropy/layer0"] <= 1
     if router != "tc":
         assert named["routing_load_min/layer0"] == named["routing_load_max/layer0"] == 1  # equal by construction
 
 
+def test_strength_is_told_by_range_of_time() -> None:
+    """Two of the three ranges are in the rollout; the figures of each are of its steps alone."""
+    steps, config = records("ec", untrained=False), toy_config("ec")
+    named = routing_scalars(sums_of(steps, config))
+    assert {tag for tag in named if tag.startswith("saliency_") and tag.endswith("layer1")} == {
+        f"saliency_{what}_{name}/layer1"
+        for what in ("spread", "flipped", "agreement")
+        for name in ("t>0.65", "t0.35-0.65")
+    }
+    alone = routing_scalars(routing_sums(steps[:1], config, TIMES[:1], SALIENCY))
+    assert (
+        alone["routing_flipped/layer0"]
+        == alone["saliency_flipped_t>0.65/layer0"]
+        == named["saliency_flipped_t>0.65/layer0"]
+    )
+    assert named["saliency_spread_t>0.65/layer0"] > 0
+
+
+def test_an_inert_and_an_overbearing_router_are_warned_of() -> None:
+    config = toy_config("ec")
+    assert "they steer next to nothing; raise" in strength_warning(sums_of(records("ec", untrained=True), config), 5)
+    steps = records("ec", untrained=False)
+    known = sums_of(steps, config)
+    assert strength_warning(known, 5) == ""
+    louder = tuple(
+        tuple(layer._replace(logits=layer.gate_logits + 1e3 * (layer.logits - layer.gate_logits)) for layer in step)
+        for step in steps
+    )
+    assert "gates hardly matter; lower" in strength_warning(sums_of(louder, config), 5)
+    assert strength_warning(sums_of([()], toy_config("dense")), 5) == ""
+
+
 def test_sums_are_additive_over_steps_and_micro_batches() -> None:
     config, steps = toy_config("tc"), records("tc", untrained=False)
-    parts = [routing_sums([step], config) for step in steps]
-    torch.testing.assert_close(routing_sums(steps, config), sum(parts))
+    parts = [routing_sums([step], config, t[None], SALIENCY) for step, t in zip(steps, TIMES, strict=True)]
+    torch.testing.assert_close(sums_of(steps, config), sum(parts))
 
 
 def test_loads_and_dead_experts_by_hand() -> None:
@@ -63,7 +106,7 @@ def test_loads_and_dead_experts_by_hand() -> None:
     chosen = torch.tensor([[[1, 0, 0], [1, 0, 0], [0, 1, 0]]], dtype=torch.bool)
     record = Routing(scores.log(), scores.log(), scores, scores * chosen, chosen, scores[:, :1], None)
     config = toy_config("tc", num_experts=3)
-    named = routing_scalars(routing_sums([(record,)], config))
+    named = routing_scalars(routing_sums([(record,)], config, torch.tensor([[0.5]]), torch.rand(1, 3)))
     assert named["routing_load_max/layer0"] == pytest.approx(2.0)
     assert named["routing_load_min/layer0"] == 0
     assert named["routing_dead_experts/layer0"] == 1
@@ -73,7 +116,7 @@ def test_loads_and_dead_experts_by_hand() -> None:
 
 
 def test_a_dense_model_has_no_routing_figures() -> None:
-    assert routing_scalars(routing_sums([(), ()], toy_config("dense"))) == {}
+    assert routing_scalars(sums_of([(), ()], toy_config("dense"))) == {}
 
 
 def test_step_figures_are_grouped_and_per_second() -> None:
@@ -89,7 +132,7 @@ def test_step_figures_are_grouped_and_per_second() -> None:
 def test_rows_are_those_that_experts_took() -> None:
     steps = records("diffmoe", untrained=False)
     taken = sum(int(layer.routing_map.sum()) for step in steps for layer in step)
-    assert rows_taken(routing_sums(steps, toy_config())) == taken > 0
+    assert rows_taken(sums_of(steps, toy_config())) == taken > 0
 
 
 def test_speed_counts_model_flops_per_rank() -> None:
