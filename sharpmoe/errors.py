@@ -77,10 +77,10 @@ def outside_error(error: BaseException) -> SharpMoEError | None:
         return OutsideError(_system_line(error))
     if type(error).__name__ == "SafetensorError" and type(error).__module__.startswith("safetensors"):
         return OutsideError(
-            f"safetensors: {_one_line(error)}{_raised_at(error)}; check the file, its folder and its disk"
+            f"safetensors: {first_line(error)}{_raised_at(error)}; check the file, its folder and its disk"
         )
     if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
-        said = _one_line(error)
+        said = first_line(error)
         hint = next((fix for word, fix in _TORCH_FIXES.items() if word in said.lower()), "--debug shows the traceback")
         return OutsideError(f"torch: {said}{_raised_at(error)}; {hint}")
     return None
@@ -88,14 +88,14 @@ def outside_error(error: BaseException) -> SharpMoEError | None:
 
 def _system_line(error: OSError) -> str:
     place = error.filename2 or error.filename
-    reason, fix = _SYSTEM_FIXES.get(error.errno or 0, (error.strerror or _one_line(error), ""))
+    reason, fix = _SYSTEM_FIXES.get(error.errno or 0, (error.strerror or first_line(error), ""))
     if place is None:
-        return f"{_one_line(error)}{_raised_at(error)}" + (f"; {fix}" if fix else "; --debug shows the traceback")
+        return f"{first_line(error)}{_raised_at(error)}" + (f"; {fix}" if fix else "; --debug shows the traceback")
     return f"{os.fsdecode(place) if isinstance(place, bytes) else place}: {reason}" + (f"; {fix}" if fix else "")
 
 
-def _one_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name; a later line is another library's advice."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type where it says nothing; later lines are advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

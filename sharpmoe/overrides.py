@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from sharpmoe.config import RunConfig
-from sharpmoe.errors import ConfigError
+from sharpmoe.errors import ConfigError, first_line
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -94,7 +94,7 @@ class _TextLoader(_UniqueKeys, yaml.BaseLoader):
 def yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     """Return where and what is wrong with a YAML text, on one line."""
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or first_line(error)
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 

@@ -20,7 +20,7 @@ from data_pipeline.read.samples import Draw, Sample
 from data_pipeline.read.schedule import BatchSchedule, Pick, Start
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
-from sharpmoe.errors import DataError
+from sharpmoe.errors import DataError, first_line
 
 _PREFETCH_STEPS = 2
 
@@ -185,7 +185,7 @@ def _watched(batches: Iterator[Loaded]) -> Generator[Loaded, None, None]:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                reason = str(error).splitlines()[0].strip().rstrip(".").replace("DataLoader worker", "reader process")
+                reason = first_line(error).rstrip(".").replace("DataLoader worker", "reader process")
                 raise DataError(
                     f"data: {reason}; memory, or /dev/shm, may be too small: lower data.num_workers (0 reads without "
                     "processes) and go on from the last checkpoint"

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from data_pipeline.safety import LFS_POINTER
 from data_pipeline.sources.files import Files
 from data_pipeline.sources.items import Place
-from sharpmoe.errors import DataError
+from sharpmoe.errors import DataError, first_line
 
 _NAMES = ("image", "img", "jpg", "png", "webp", "file", "picture")  # of columns that may hold images
 
@@ -88,7 +88,7 @@ def opened(table: Path, expected: str, files: Files) -> Iterator[Any]:
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, and not of the format
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise DataError(f"{table}: not a {kind} table ({first}); {expected}") from None
 
 

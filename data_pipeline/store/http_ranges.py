@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from data_pipeline.safety import redact
 from data_pipeline.store.ranges import TransientError
-from sharpmoe.errors import DamageError, DataError
+from sharpmoe.errors import DamageError, DataError, first_line
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -220,4 +220,4 @@ def _reason(error: Exception) -> str:
         return "time-out"
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return redact(str(error).splitlines()[0][:120]) if str(error) else type(error).__name__
+    return redact(first_line(error)[:120])

@@ -20,7 +20,7 @@ from sharpmoe.checkpoint.manifest import (
 from sharpmoe.checkpoint.rng import generators_file, restore_generators
 from sharpmoe.checkpoint.state import Contents, StateReader
 from sharpmoe.config import ModelConfig
-from sharpmoe.errors import CheckpointDamageError, CheckpointError
+from sharpmoe.errors import CheckpointDamageError, CheckpointError, first_line
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import check_architecture, check_finite
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
@@ -176,5 +176,5 @@ def _load_buffers(model: Backbone, path: Path) -> None:
                 check_finite(name, value, str(path), "resume from an earlier checkpoint")
                 buffer.copy_(value)
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error

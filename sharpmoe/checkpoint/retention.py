@@ -8,7 +8,7 @@ from pathlib import Path
 from sharpmoe import durable
 from sharpmoe.checkpoint.manifest import MANIFEST
 from sharpmoe.config import CheckpointConfig
-from sharpmoe.errors import CheckpointError
+from sharpmoe.errors import CheckpointError, first_line
 
 LATEST = "latest"
 _SLACK = 1.02  # of the bytes of tensors: headers, manifests, blocks that are not full
@@ -20,7 +20,7 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
+        reason = error.strerror or first_line(error)
         raise CheckpointError(f"{place}: cannot be written ({reason}); free space or change output") from error
 
 

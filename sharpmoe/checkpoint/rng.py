@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpmoe.errors import CheckpointError
+from sharpmoe.errors import CheckpointError, first_line
 
 
 def generators_file(rank: int) -> str:
@@ -54,7 +54,7 @@ def restore_generators(path: Path) -> None:
         if "cuda" in saved and torch.cuda.is_available():
             torch.cuda.set_rng_state(_tensor(saved["cuda"]))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error
 
 

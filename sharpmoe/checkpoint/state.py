@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sharpmoe.errors import CheckpointError
+from sharpmoe.errors import CheckpointError, first_line
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import SafetensorsWriter, TensorSpec, check_finite
 from sharpmoe.parallel.zero.ema import ShardEma
@@ -111,7 +111,7 @@ class StateReader:
                     (count,) = file.get_slice(key).get_shape()
                     self._stored.setdefault(key, []).append(_Stored(path, places[key.partition("/")[2]], count))
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {_FIX}") from error
+            raise CheckpointError(f"{path}: cannot be read ({first_line(error)}); {_FIX}") from error
 
     def _slice(self, path: Path, key: str, first: int, last: int) -> Tensor:
         try:
@@ -119,5 +119,5 @@ class StateReader:
                 self._opened = path, safe_open(path, framework="pt")
             part: Tensor = self._opened[1].get_slice(key)[first:last]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {_FIX}") from error
+            raise CheckpointError(f"{path}: cannot be read ({first_line(error)}); {_FIX}") from error
         return part

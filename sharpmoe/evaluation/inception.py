@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharpmoe.errors import ConfigError, DataError
+from sharpmoe.errors import ConfigError, DataError, first_line
 
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _SIDE = 299  # pixels that the network reads, each way
@@ -88,7 +88,7 @@ def load_inception(path: Path, *, unverified: bool = False) -> Inception:
         found = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(found)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: no weights of the Inception network of FID ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: no weights of the Inception network of FID ({first_line(error)})") from None
     return model
 
 

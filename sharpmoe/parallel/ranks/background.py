@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharpmoe.errors import CheckpointError, SharpMoEError
+from sharpmoe.errors import CheckpointError, SharpMoEError, first_line
 from sharpmoe.parallel.ranks.launch import World, common_error
 
 _TIMEOUT = timedelta(hours=6)  # ranks wait here for the slowest disk; the death of a rank is noticed at once
@@ -71,7 +71,7 @@ def _lost_rank_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise CheckpointError(f"a rank was lost during a save ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"a rank was lost during a save ({first_line(error)})") from error
 
 
 class _Copied(NamedTuple):
