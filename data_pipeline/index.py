@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from data_pipeline.members import encode_json
@@ -22,6 +22,7 @@ from sharpmoe.errors import DataError
 _SCHEMA_VERSION = 2
 INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
 Identity = dict[str, Any]
+_PLAIN_SALIENCY: Identity = {"kind": "laplacian"}
 Places = Mapping[str, Sequence[int]]  # member extension, as "latent.npy" -> (offset, size, crc32) inside the tar
 
 _T = TypeVar("_T")
@@ -66,6 +67,7 @@ class Index:
     shards: list[Shard]
     files: dict[str, str]  # sha256 of the other files: codec, empty caption
     skipped: list[tuple[str, str]]  # (name, reason) of what the source has and the shards lack
+    saliency: Identity = field(default_factory=lambda: dict(_PLAIN_SALIENCY))  # where the maps M come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ def index_bytes(index: Index) -> bytes:
     tree = _fields(index)
     tree["buckets"] = {name: bucket._asdict() for name, bucket in index.buckets.items()}
     tree["shards"] = [_fields(shard) for shard in index.shards]
+    if index.saliency == _PLAIN_SALIENCY:
+        del tree["saliency"]  # as in folders that were written before there was another
     return sealed({"schema": _SCHEMA_VERSION, **tree})
 
 
@@ -173,6 +177,7 @@ def _index(tree: dict[str, Any]) -> Index:
         shards=shards,
         files={check_name(name): _digest(digest) for name, digest in tree["files"].items()},
         skipped=[(str(name), str(reason)) for name, reason in tree["skipped"]],
+        saliency=dict(tree.get("saliency", _PLAIN_SALIENCY)),
     )
 
 

@@ -15,6 +15,7 @@ from data_pipeline.prepare.estimate import dry_run
 from data_pipeline.prepare.finish import Summary
 from data_pipeline.prepare.ranks import Rank, device_of, rank_of
 from data_pipeline.prepare.recipe import POSTERIORS, Recipe, recipe_of
+from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.prepare.write import Machine, prepare_shards
 from data_pipeline.sources.images import FITS
 from data_pipeline.sources.open import SourceOptions, open_source
@@ -55,6 +56,7 @@ def _source_options(arguments: argparse.Namespace) -> SourceOptions:
         flip=arguments.flip,
         cache=arguments.cache,
         tarball=arguments.tarball,
+        saliency_maps=SALIENCIES[arguments.saliency].is_supplied,
     )
 
 
@@ -113,6 +115,13 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
         "(240: all grids of so many within 1:3)",
     )
     add("--bucket-step", type=POSITIVE, help="sides of buckets are multiples of so many pixels, as 64")
+    add(
+        "--saliency",
+        choices=tuple(SALIENCIES),
+        default=Recipe.saliency,
+        help="the map M of an image: laplacian, of its pixels; supplied, NAME.saliency.png beside it or the column "
+        "`saliency` of a table",
+    )
     add("--patch-size", type=POSITIVE, default=2, help="patch size of the model, for the token grid")
     add("--codec", choices=("patch_pca", "autoencoder_kl", "pixel"), default="patch_pca", help="images to latents")
     add("--like", metavar="PLACE", help="codec and text encoder exactly as there: weights (.safetensors) or shards")

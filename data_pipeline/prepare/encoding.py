@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +23,12 @@ from data_pipeline.members import encode_json, encode_npy
 from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts
 from data_pipeline.prepare.recipe import Recipe
+from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.prepare.survey import unreadable
-from data_pipeline.sources.images import UNREADABLE, Picture, load_picture, mirror
+from data_pipeline.sources.images import UNREADABLE, Picture, load_map, load_picture, mirror
 from data_pipeline.sources.items import ImageSource, Item, Skipped, hash_int
 from sharpmoe.errors import DataError
-from sharpmoe.saliency import saliency_map, token_mask
+from sharpmoe.saliency import token_mask
 
 BATCH = 32  # images encoded together
 _AHEAD = 2 * BATCH  # images decoded in advance
@@ -93,23 +95,29 @@ def decoded_pictures(
 
 
 def _try_load(source: ImageSource, item: Item, size: tuple[int, int], fit: str) -> Picture | Skipped:
-    """Return the decoded image, or why it cannot be used. Raises DataError where the disk itself fails."""
+    """Return the image with its maps, or why it cannot be used. Raises DataError where the disk itself fails."""
+    what = ""
     try:
         picture = load_picture(source.read(item), size, fit)
+        if item.saliency is not None:
+            what = "its saliency map is "
+            assert picture.view is not None
+            content = source.read(replace(item, image=item.saliency))
+            picture = picture._replace(saliency=load_map(content, picture.view))
         return mirror(picture) if item.flip else picture
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
             raise DataError(
                 f"{item.name}: cannot be read ({error}); nothing is lost, run the same command again"
             ) from None
-        return Skipped(item.name, unreadable(error))
+        return Skipped(item.name, what + unreadable(error))
 
 
 def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -> Iterator[Encoded]:
     """Encode every image of a batch. Raises DataError where a result is not finite."""
     images = torch.from_numpy(np.stack([picture.pixels for picture in batch.pictures]))
     latents = _latents(worker, batch.items, images)
-    saliency = saliency_map(images, resolution.grid)
+    saliency = SALIENCIES[worker.recipe.saliency].maps(images, batch.pictures, resolution.grid)
     texts = _texts(worker.encoder, batch.items)
     for row, item in enumerate(batch.items):
         arrays = {name: tensor[row] for name, tensor in latents.items()}

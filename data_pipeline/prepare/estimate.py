@@ -16,10 +16,11 @@ from data_pipeline.prepare.encoding import BATCH, Encoded, Worker, decoded_batch
 from data_pipeline.prepare.plan import shard_plans
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.recipe import Recipe, check_recipe
-from data_pipeline.prepare.survey import Catalog, survey
+from data_pipeline.prepare.survey import Catalog
 from data_pipeline.prepare.write import (
     Machine,
     bucket_report,
+    list_source,
     new_codec,
     recipe_resolutions,
     text_encoder,
@@ -52,7 +53,7 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
     check_recipe(recipe)
     _, digests = source_identity(source, source.units())
     with tempfile.TemporaryDirectory() as folder:
-        survey(source, Path(folder), digests, Rank(), read_sizes=bool(recipe.buckets), threads=machine.threads)
+        list_source(source, Path(folder), digests, recipe, Rank(), machine.threads)
         catalog = Catalog(Path(folder), digests, recipe.limit)
         if not len(catalog):
             raise DataError("the source holds no picture that can be used")

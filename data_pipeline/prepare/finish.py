@@ -144,6 +144,7 @@ def write_index(
         shards=shards,
         files={name: sha256_of(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
         skipped=[(entry.name, entry.reason) for entry in skipped[:_LISTED]],
+        saliency={"kind": worker.recipe.saliency},
     )
     write_counts(folder / _COUNTS_FILE, sum((read_counts(counts_file(work, plan.name)) for plan in every), Counts()))
     write_atomically(folder / INDEX_FILE, index_bytes(index))

@@ -58,6 +58,7 @@ def merge_folders(
 def _check_alike(first_store: Store, first: Index, store: Store, index: Index) -> None:
     check_identity("codec", store.location, found=index.codec, expected=first.codec)
     check_identity("text encoder", store.location, found=index.encoder, expected=first.encoder)
+    check_identity("saliency", store.location, found=index.saliency, expected=first.saliency)
     empty = [i.files.get(EMPTY_FILE) for i in (first, index)]
     checks: list[tuple[str, object, object]] = [
         ("patch_size", first.patch_size, index.patch_size),

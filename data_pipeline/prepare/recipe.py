@@ -10,6 +10,7 @@ from data_pipeline.encode.build import CODECS, codec_settings, encoder_settings
 from data_pipeline.encode.like import read_origin
 from data_pipeline.identity import Identity
 from data_pipeline.prepare.buckets import check_buckets, listed_sizes
+from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.sources.images import FITS
 from sharpmoe.errors import DataError
 
@@ -18,13 +19,8 @@ POSTERIORS = ("mean", "std", "sample")
 _VERSION = 1
 # They decide whether there are shards, not what these hold; the identity of a given codec holds a hash of it.
 _NOT_CONTENT = ("max_bad_share", "allow_missing", "given_codec")
-_ADDED = (
-    "buckets",
-    "posterior",
-    "flip_pair",
-    "fit",
-    "bucket_step",
-)  # newer than the first folders; left out at their default
+# Newer than the first folders; left out at their default.
+_ADDED = ("buckets", "posterior", "flip_pair", "fit", "bucket_step", "saliency")
 
 
 def _default_codec() -> Identity:
@@ -53,6 +49,7 @@ class Recipe:
     given_codec: bytes | None = None  # a codec file that is used as it is, not fitted again; `codec` is its identity
     fit: str = "crop"  # images of another shape: crop, or pad with white
     bucket_step: int | None = None  # buckets: all of about the area of a square, with sides that are multiples of it
+    saliency: str = "laplacian"  # of images: a row of SALIENCIES
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
@@ -76,6 +73,7 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
                 "flip_pair",
                 "fit",
                 "bucket_step",
+                "saliency",
             )
         },
     )
@@ -129,6 +127,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise DataError(f"posterior {recipe.posterior!r}: expected {', '.join(POSTERIORS)}")
     if recipe.fit not in FITS:
         raise DataError(f"fit {recipe.fit!r}: expected {', '.join(FITS)}")
+    if recipe.saliency not in SALIENCIES:
+        raise DataError(f"saliency {recipe.saliency!r}: expected {', '.join(SALIENCIES)}")
     kind = recipe.codec["kind"]
     if recipe.fit != "crop" and kind in CODECS and CODECS[kind].is_cached:
         raise DataError(f"fit {recipe.fit}: cached latents are those of cropped images; use --fit crop")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -127,14 +127,23 @@ def _uses(ordered: np.ndarray) -> np.ndarray:
 
 
 def survey(
-    source: ImageSource, folder: Path, digests: list[str], place: Rank, *, read_sizes: bool, threads: int
+    source: ImageSource,
+    folder: Path,
+    digests: list[str],
+    place: Rank,
+    *,
+    read_sizes: bool,
+    threads: int,
+    need_maps: bool = False,
 ) -> None:
     """List this rank's units into `folder` and wait for those of the others; list those of a rank that has died.
 
-    `read_sizes`: read the size of every image, which buckets need.
+    `read_sizes`: read the size of every image, which buckets need; `need_maps`: leave out images without a saliency
+    map.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _list_units(source, folder, {digest for digest in digests if place.owns(digest)}, read_sizes, threads)
+    look = _Look(read_sizes, need_maps)
+    _list_units(source, folder, {digest for digest in digests if place.owns(digest)}, look, threads)
     others = set(digests)
 
     def left() -> list[tuple[int, int]]:
@@ -143,25 +152,40 @@ def survey(
         return [(len(others), 0), *((rank, pulse(folder, rank)) for rank in owners)] if others else []
 
     if not wait(left):
-        _list_units(source, folder, others, read_sizes, threads)
+        _list_units(source, folder, others, look, threads)
 
 
-def _list_units(source: ImageSource, folder: Path, wanted: set[str], read_sizes: bool, threads: int) -> None:
+class _Look(NamedTuple):
+    """What is looked at in every image that is listed."""
+
+    sizes: bool
+    maps: bool
+
+
+def _list_units(source: ImageSource, folder: Path, wanted: set[str], look: _Look, threads: int) -> None:
     wanted = {digest for digest in wanted if not (folder / f"{digest}.jsonl").exists()}
     if not wanted:
         return
     with ThreadPoolExecutor(threads) as pool:
         for unit in source.units():
             if unit.digest in wanted:
-                _list_unit(source, folder, unit, read_sizes, pool)
+                _list_unit(source, folder, unit, look, pool)
 
 
-def _list_unit(source: ImageSource, folder: Path, unit: Unit, read_sizes: bool, pool: ThreadPoolExecutor) -> None:
+def _list_unit(source: ImageSource, folder: Path, unit: Unit, look: _Look, pool: ThreadPoolExecutor) -> None:
     entries: Iterator[Item | Skipped] = source.survey(unit)
-    if read_sizes:
+    if look.maps:
+        entries = map(_with_map, entries)
+    if look.sizes:
         entries = pool.map(partial(_with_size, source), list(entries))
     content = "".join(to_json(entry) + "\n" for entry in entries)
     publish_once(folder / f"{unit.digest}.jsonl", content.encode())
+
+
+def _with_map(entry: Item | Skipped) -> Item | Skipped:
+    if isinstance(entry, Skipped) or entry.saliency is not None:
+        return entry
+    return Skipped(entry.name, f"no saliency map ({PurePosixPath(entry.name).stem}.saliency.png)")
 
 
 def _with_size(source: ImageSource, entry: Item | Skipped) -> Item | Skipped:

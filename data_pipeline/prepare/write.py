@@ -64,6 +64,7 @@ from data_pipeline.prepare.finish import (
 from data_pipeline.prepare.plan import ShardPlan, plans_of_rank, shard_plans
 from data_pipeline.prepare.ranks import Rank, heartbeat, lock, pulse, wait
 from data_pipeline.prepare.recipe import RECIPE_FILE, Recipe, check_recipe, content_request, refuse_mixing
+from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources.images import Picture
 from data_pipeline.sources.items import ImageSource, Skipped, hash_text, source_identity
@@ -137,7 +138,7 @@ def _work(
     """Survey the source, write this rank's shards and, where all shards are complete, the index."""
     if machine.place.size == 1:
         remove_drafts(folder)
-    survey(source, work, digests, machine.place, read_sizes=bool(recipe.buckets), threads=machine.threads)
+    list_source(source, work, digests, recipe, machine.place, machine.threads)
     catalog = Catalog(work, digests, recipe.limit)
     _check_catalog(catalog, recipe)
     images = partial(training_images, source, catalog, recipe, machine)
@@ -154,6 +155,12 @@ def _work(
         return Summary(folder=folder, complete=False)
     index = write_index(folder, work, worker, catalog, source=asked["source"], every=every, resolutions=resolutions)
     return summary_of(folder, index, worked=True, fit=recipe.fit)
+
+
+def list_source(source: ImageSource, work: Path, digests: list[str], recipe: Recipe, place: Rank, threads: int) -> None:
+    """List the images of a source into `work`, with all that a recipe needs to know of them (see survey)."""
+    need_maps = SALIENCIES[recipe.saliency].is_supplied
+    survey(source, work, digests, place, read_sizes=bool(recipe.buckets), threads=threads, need_maps=need_maps)
 
 
 def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:

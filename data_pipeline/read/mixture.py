@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from data_pipeline.encode.codecs import Codec
+from data_pipeline.identity import check_identity
 from data_pipeline.index import Bucket, Identity
 from data_pipeline.read.damage import Damage
 from data_pipeline.read.samples import Draw, Sample
@@ -50,12 +51,13 @@ class Mixture:
     def __init__(self, sources: Sequence[ShardSet], weights: Sequence[float] | None = None) -> None:
         """`weights`: relative frequencies of the sources; by default their sizes.
 
-        Raises DataError where the sources were made with another codec, text encoder or patch size.
+        Raises DataError where the sources were made with another codec, text encoder, saliency or patch size.
         """
         first = sources[0]
         self.sources = tuple(sources)
         for other in sources[1:]:
             other.require(first.codec, first.encoder)
+            check_identity("saliency", other.location, found=other.saliency, expected=first.saliency)
             if other.patch_size != first.patch_size:
                 raise DataError(
                     f"{other.location}: patch_size is {other.patch_size}, {first.location} has {first.patch_size}; "

@@ -57,6 +57,7 @@ class ShardSet:
     patch_size: int
     codec: Identity
     encoder: Identity
+    saliency: Identity  # where the maps come from
     splits: dict[str, int]  # samples of every split of the folder
     fingerprint: str  # sha256 of the index, which holds the checksums of all other files
 
@@ -65,6 +66,7 @@ class ShardSet:
         self.location, self.split, self.fingerprint = store.location, split, fingerprint
         self.text_length, self.text_width, self.pooled_width = index.text_length, index.text_width, index.pooled_width
         self.patch_size, self.codec, self.encoder = index.patch_size, index.codec, index.encoder
+        self.saliency = index.saliency
         self.splits = index.splits
         self._store, self._files = store, index.files
         self._arrange(index)

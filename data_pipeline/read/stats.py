@@ -73,6 +73,7 @@ def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -
         f"  text       {index.text_length} tokens x {index.text_width} at most, pooled {index.pooled_width}",
         f"  codec      {_identity(index.codec)}",
         f"  encoder    {_identity(index.encoder)}",
+        f"  saliency   {_identity(index.saliency)}",
         f"  source     {_identity(index.source)}",
         f"  {'bucket':<10} {'pixels (H x W)':<16} {'latent (C, h, w)':<18} {'tokens':<10} {'samples':>9} {'share':>7}",
     ]

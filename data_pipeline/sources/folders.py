@@ -28,8 +28,11 @@ from data_pipeline.sources.walk import (
     OtherFiles,
     file_size,
     is_image,
+    is_saliency_map,
     other_image,
+    saliency_map_of,
     text_lines,
+    unused_maps,
     walk_folders,
 )
 from sharpmoe.errors import DataError
@@ -40,19 +43,24 @@ _TAKEN = "pictures with NAME.txt, NAME.caption or NAME.json are"
 
 
 class SidecarSource:
-    """Images below one folder, each captioned by NAME.txt, NAME.caption or NAME.json beside it."""
+    """Images below one folder, each captioned by NAME.txt, NAME.caption or NAME.json beside it.
 
-    def __init__(self, folder: Path, left_out: Sequence[Skipped] = (), files: Files = LOCAL) -> None:
-        """`left_out`: what else is known to be in the folder and not taken."""
-        self._folder, self._left_out, self._files = folder, left_out, files
+    NAME.saliency.png without a caption of its own is the saliency map of NAME, and no image.
+    """
+
+    def __init__(
+        self, folder: Path, left_out: Sequence[Skipped] = (), files: Files = LOCAL, maps: bool = False
+    ) -> None:
+        """`left_out`: what else is known to be in the folder and not taken; `maps`: take saliency maps."""
+        self._folder, self._left_out, self._files, self._maps = folder, left_out, files, maps
 
     def units(self) -> Iterator[Unit]:
         """Yield images in the order of their folders and names, with sizes and captions."""
         beside = list(self._left_out)
         empty, first = True, ""
         for unit in units_of(self._records(beside)):
-            without = next((f"{file}: {found}" for file, _, found in unit.records if isinstance(found, str)), "")
-            first, empty = first or without, empty and all(isinstance(found, str) for _, _, found in unit.records)
+            without = next((f"{file}: {found}" for file, _, found, *_ in unit.records if isinstance(found, str)), "")
+            first, empty = first or without, empty and all(isinstance(found, str) for _, _, found, *_ in unit.records)
             yield unit
         if empty:
             seen = first or next((f"{entry.name}: {entry.reason}" for entry in beside), "")
@@ -64,21 +72,24 @@ class SidecarSource:
         yield from unit_beside(beside)
 
     def _records(self, beside: list[Skipped]) -> Iterator[Any]:
-        """Yield [file, bytes, captions or why there are none]; add to `beside` what is no image."""
-        others = OtherFiles(f"only {_TAKEN}")
+        """Yield [file, bytes, captions or why there are none, the place of a map]; add to `beside` what is no image."""
+        others, unused = OtherFiles(f"only {_TAKEN}"), 0
         for found in walk_folders(self._folder):
             if isinstance(found, Skipped):
                 beside.append(found)
                 continue
             folder, names = found
-            files = dict.fromkeys(names, False)  # whether a caption file has its image
+            files = dict.fromkeys(names, False)  # whether a caption file or a map has its image
+            maps = {name for name in names if is_saliency_map(name) and captions.caption_file(name, files) is None}
             for name in names:
-                if is_image(name):
+                if is_image(name) and name not in maps:
                     yield self._record(folder / name, files)
             for name, used in files.items():
                 if not used and not is_image(name):
                     self._note(folder / name, beside, others)
-        beside += others.left_out()
+            unused += 0 if self._maps else len(maps)
+            beside += [_alone(folder / name, self._folder) for name in sorted(maps) if self._maps and not files[name]]
+        beside += [*others.left_out(), *unused_maps(unused)]
 
     def _record(self, path: Path, files: dict[str, bool]) -> Any:
         file = path.relative_to(self._folder).as_posix()
@@ -91,7 +102,12 @@ class SidecarSource:
         if isinstance(size, str):
             return [file, 0, size]
         missing = f"no caption in {path.with_suffix('.txt').name}"
-        return [file, size, missing if caption is None else captions.from_file(path.parent / caption)]
+        record = [file, size, missing if caption is None else captions.from_file(path.parent / caption)]
+        found = saliency_map_of(path.name, files.__contains__) if self._maps else None
+        if found is None:
+            return record
+        files[found] = True
+        return record + _map_record(path.with_name(found), self._folder)
 
     def _note(self, path: Path, beside: list[Skipped], others: OtherFiles) -> None:
         file = path.relative_to(self._folder).as_posix()
@@ -111,17 +127,31 @@ class SidecarSource:
         if unit.beside:
             yield from survey_beside(unit)
             return
-        for file, size, found in unit.records:
+        for file, size, found, *maps in unit.records:
             if not is_utf8(file):
                 yield Skipped(shown(file), "its name is not UTF-8")
             elif isinstance(found, str):
                 yield Skipped(file, found)
             else:
                 place = Place(file, 0, size)
-                yield Item(key=key_of(file), split=held_out(file), captions=found, image=place, name=file)
+                saliency = Place(*maps) if maps else None
+                yield Item(
+                    key=key_of(file), split=held_out(file), captions=found, image=place, name=file, saliency=saliency
+                )
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
         return read_place(self._files, self._folder, item.image, limit)
+
+
+def _map_record(path: Path, folder: Path) -> list[Any]:
+    """Return the place of a saliency map below `folder`; nothing where it cannot be read."""
+    size = file_size(path)
+    return [path.relative_to(folder).as_posix(), 0, size] if isinstance(size, int) else []
+
+
+def _alone(path: Path, folder: Path) -> Skipped:
+    name = path.relative_to(folder).as_posix()
+    return Skipped(name, "a saliency map without a picture of its name", beside=True)
 
 
 def has_captioned_image(folder: Path) -> bool:
@@ -142,14 +172,26 @@ class ClassFolderSource:
     Labels count the classes in the order of their names, as torchvision and every published trainer do. Captions are
     the first name of the class in LOC_synset_mapping.txt, where the folder holds that file, else the folder's name.
     Without `val` (or `validation`, `valid`), one image in twenty, by hash of its path, is held out.
+    CLASS/NAME.saliency.png is the saliency map of NAME, and no image.
     """
 
-    def __init__(self, folder: Path, moments: Path | None = None, flip: bool = False, files: Files = LOCAL) -> None:
-        """`moments`: folder of ProMoE's cached CLASS/NAME.latent.npz files; `flip`: add training images mirrored."""
+    def __init__(
+        self,
+        folder: Path,
+        moments: Path | None = None,
+        flip: bool = False,
+        files: Files = LOCAL,
+        maps: bool = False,
+    ) -> None:
+        """`moments`: folder of ProMoE's cached CLASS/NAME.latent.npz files; `flip`: add training images mirrored.
+
+        `maps`: take saliency maps.
+        """
         for path, what in ((folder, "--source"), (moments, "--moments")):
             if path is not None and not path.is_dir():
                 raise DataError(f"{path}: no such folder; {what} takes a folder of class folders")
         self._folder, self._moments, self._flip, self._files = folder, moments, flip, files
+        self._maps = maps
 
     def units(self) -> Iterator[Unit]:
         """Yield images class by class, with their sizes."""
@@ -168,7 +210,7 @@ class ClassFolderSource:
 
         The bytes are a text where the file cannot be read. Adds to `beside` what no class folder holds.
         """
-        others = OtherFiles("only pictures in class folders are")
+        others, unused = OtherFiles("only pictures in class folders are"), 0
         roots = self._roots()
         train = roots[0][0]
         apart = {root for root, _ in roots}
@@ -177,16 +219,23 @@ class ClassFolderSource:
         for root, split in roots:
             within = root.relative_to(self._folder).as_posix()
             for label, name in enumerate(classes):
-                for path in self._listed(root / name, beside):
+                listed = self._listed(root / name, beside)
+                maps = {str(path) for path in listed if is_saliency_map(path.name)}
+                unused, used = unused + (0 if self._maps else len(maps)), set[str | None]()
+                for path in (path for path in listed if str(path) not in maps):
                     file, other = path.relative_to(root).as_posix(), other_image(path.name)
                     if other is not None:
                         beside.append(Skipped((Path(within) / file).as_posix(), other, beside=True))
                     elif is_image(path.name):
-                        yield [within, file, split, names.get(name, name), label, file_size(path)]
+                        found = saliency_map_of(str(path), maps.__contains__) if self._maps else None
+                        used.add(found)
+                        of_map = [] if found is None else _map_record(Path(found), self._folder)
+                        yield [within, file, split, names.get(name, name), label, file_size(path), *of_map]
                     else:
                         others.add(path.name)
+                beside += [_alone(Path(path), self._folder) for path in sorted(maps) if self._maps and path not in used]
         beside += self._without_class(roots, classes, others)
-        beside += others.left_out()
+        beside += [*others.left_out(), *unused_maps(unused)]
 
     def _roots(self) -> list[tuple[Path, str]]:
         """Return folders of class folders with their split; "" where the split is drawn."""
@@ -248,7 +297,7 @@ class ClassFolderSource:
         if unit.beside:
             yield from survey_beside(unit)
             return
-        for within, file, split, caption, label, size in unit.records:
+        for within, file, split, caption, label, size, *maps in unit.records:
             path = Path(within, file).as_posix()
             latent = None if self._moments is None else self._latent(self._moments, within, file)
             wrong = self._wrong(path, size, latent)
@@ -265,6 +314,7 @@ class ClassFolderSource:
                 name=path,
                 label=label,
                 latent=cached,
+                saliency=Place(*maps) if maps else None,
             )
             yield item
             if self._flip and split == "train":

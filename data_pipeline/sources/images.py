@@ -21,12 +21,22 @@ _ORIENTATION = ExifTags.Base.Orientation
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+class View(NamedTuple):
+    """Which part of an image is seen at the trained resolution, and how large: what maps of it must follow."""
+
+    box: tuple[float, float, float, float]  # left, top, right and bottom of the part, as shares of the upright image
+    inner: tuple[int, int]  # pixels (H, W) of the part, centred in `size`
+    size: tuple[int, int]  # trained resolution (H, W)
+
+
 class Picture(NamedTuple):
     """A decoded image at the trained resolution (H, W)."""
 
     pixels: np.ndarray  # (3, H, W) float32 in [-1, 1], composited on white
     alpha: np.ndarray | None  # (1, H, W) float32 in [0, 1]; None where the file has no transparency
     enlarged: bool = False  # the file has fewer pixels than the trained resolution, each way
+    view: View | None = None
+    saliency: np.ndarray | None = None  # (1, H, W) float32 in [0, 1]; None where the source has no map of the image
 
 
 def load_picture(source: Path | bytes, size: tuple[int, int], fit: str = "crop") -> Picture:
@@ -40,13 +50,37 @@ def load_picture(source: Path | bytes, size: tuple[int, int], fit: str = "crop")
     would hold no information.
     """
     with _open(source) as opened:
-        image = ImageOps.exif_transpose(opened)
-        part = _cropped(_to_eight_bit(image), size) if fit == "crop" else _to_eight_bit(image)
+        whole = _to_eight_bit(ImageOps.exif_transpose(opened))
+        box = _crop_box(whole, size) if fit == "crop" else (0, 0, whole.width, whole.height)
+        part = whole.crop(box) if fit == "crop" else whole
     image = _to_srgb(part)
     inner = size if fit == "crop" else _inner(image, size)
     enlarged = image.height < inner[0] or image.width < inner[1]
-    picture = _on_white(image, inner)._replace(enlarged=enlarged)
+    shares = box[0] / whole.width, box[1] / whole.height, box[2] / whole.width, box[3] / whole.height
+    picture = _on_white(image, inner)._replace(enlarged=enlarged, view=View(shares, inner, size))
     return picture if inner == size else _padded(picture, size)
+
+
+def load_map(content: bytes, view: View) -> np.ndarray:
+    """Decode a grey map of a whole image, of any size, and fit it as the image was: (1, H, W) float32 in [0, 1].
+
+    0 is black and 1 is white, with 8 or 16 bits; colours become grey, transparency is ignored, and bars beside a
+    padded image are 0. Raises one of `UNREADABLE` where it cannot be decoded.
+    """
+    with _open(content) as opened:
+        grey = _grey(ImageOps.exif_transpose(opened))
+    left, top, right, bottom = view.box
+    box = left * grey.width, top * grey.height, right * grey.width, bottom * grey.height
+    height, width = view.inner
+    levels = np.asarray(grey.resize((width, height), Image.Resampling.BILINEAR, box), dtype=np.float32)
+    return np.pad(levels[None].clip(0, 1), _around(view.inner, view.size))
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Convert to one channel of floats in [0, 1]."""
+    most = 65535 if image.mode.startswith("I") else 255
+    levels = np.asarray(image if most > 255 else _to_eight_bit(image).convert("L"), dtype=np.float32)
+    return Image.fromarray(levels / most)
 
 
 def is_enlarged(pixels: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
@@ -77,10 +111,12 @@ def _open(source: Path | bytes) -> Image.Image:
 
 
 def mirror(picture: Picture) -> Picture:
-    """Return the mirror image."""
+    """Return the mirror image, with its maps mirrored."""
     pixels = np.ascontiguousarray(picture.pixels[..., ::-1])
-    alpha = None if picture.alpha is None else np.ascontiguousarray(picture.alpha[..., ::-1])
-    return picture._replace(pixels=pixels, alpha=alpha)
+    alpha, saliency = (
+        None if one is None else np.ascontiguousarray(one[..., ::-1]) for one in (picture.alpha, picture.saliency)
+    )
+    return picture._replace(pixels=pixels, alpha=alpha, saliency=saliency)
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
@@ -142,21 +178,26 @@ def _inner(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
 
 def _padded(picture: Picture, size: tuple[int, int]) -> Picture:
     """Centre a picture in `size` (H, W): white around it, and transparent."""
-    _, height, width = picture.pixels.shape
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    around = ((0, 0), (top, size[0] - height - top), (left, size[1] - width - left))
+    around = _around(picture.pixels.shape[1:], size)
     alpha = None if picture.alpha is None else np.pad(picture.alpha, around)
     return picture._replace(pixels=np.pad(picture.pixels, around, constant_values=1.0), alpha=alpha)
 
 
-def _cropped(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Crop to the largest centred part with the shape of `size` (H, W)."""
+def _around(inner: tuple[int, ...], size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Return the rows and columns before and after each axis of (C, *inner) that make it (C, *size)."""
+    height, width = inner
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return (0, 0), (top, size[0] - height - top), (left, size[1] - width - left)
+
+
+def _crop_box(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of the largest centred part with the shape of `size` (H, W)."""
     height, width = size
     across = min(image.width, round(image.height * width / height))
     down = min(image.height, round(image.width * height / width))
     across, down = max(1, across), max(1, down)
     left, top = (image.width - across) // 2, (image.height - down) // 2
-    return image.crop((left, top, left + across, top + down))
+    return left, top, left + across, top + down
 
 
 def _levels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

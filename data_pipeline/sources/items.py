@@ -42,6 +42,7 @@ class Item:
     latent: str = ""  # a cached latent's file, where the source has one
     flip: bool = False  # mirror the image
     pixels: tuple[int, int] | None = None  # (H, W) upright, where it has been read
+    saliency: Place | None = None  # the file of its saliency map, where the source has one and was asked for it
 
 
 _ITEM_FIELDS = tuple(entry.name for entry in fields(Item))
@@ -89,7 +90,9 @@ class ImageSource(Protocol):
 
 def to_json(entry: Item | Skipped) -> str:
     """Return one line: the fields as a JSON array."""
-    values = [getattr(entry, name) for name in _ITEM_FIELDS] if isinstance(entry, Item) else entry
+    values = [getattr(entry, name) for name in _ITEM_FIELDS] if isinstance(entry, Item) else [*entry]
+    if isinstance(entry, Item) and entry.saliency is None:
+        values.pop()  # the last field: listings without maps are as every version has written them
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -98,10 +101,11 @@ def from_json(line: bytes | str) -> Item | Skipped:
     values = json.loads(line)
     if len(values) <= len(Skipped._fields):
         return Skipped(*values)
-    named = dict(zip(_ITEM_FIELDS, values, strict=True))
+    named = dict(zip(_ITEM_FIELDS, values, strict=False))
     named["captions"] = tuple((text, weight) for text, weight in named["captions"])
     named["image"] = Place(*named["image"])
     named["pixels"] = None if named["pixels"] is None else tuple(named["pixels"])
+    named["saliency"] = Place(*named["saliency"]) if named.get("saliency") else None
     return Item(**named)
 
 

@@ -44,6 +44,7 @@ class SourceOptions:
     flip: bool = False  # class folders: add training images mirrored
     cache: Path = Path("data/downloads")  # of the default images
     tarball: Path | None = None  # the npm package of the default images
+    saliency_maps: bool = False  # take the maps that lie beside the images, or that a table names
 
 
 Recogniser = Callable[[SourceOptions, Path], ImageSource | None]  # None: the options do not name this source
@@ -55,11 +56,11 @@ def _fluent(options: SourceOptions, path: Path) -> ImageSource | None:
 
 def _class_folders(options: SourceOptions, path: Path) -> ImageSource | None:
     chosen = options.class_folders or options.moments
-    return ClassFolderSource(path, options.moments, options.flip) if chosen else None
+    return ClassFolderSource(path, options.moments, options.flip, maps=options.saliency_maps) if chosen else None
 
 
 def _table(options: SourceOptions, path: Path) -> ImageSource | None:
-    return TableSource(path.parent, [Table(path)]) if _is_table(path) else None
+    return TableSource(path.parent, [Table(path)], maps=options.saliency_maps) if _is_table(path) else None
 
 
 def _tar(options: SourceOptions, path: Path) -> ImageSource | None:
@@ -74,11 +75,11 @@ def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None
             names = ", ".join(table.name for table in tables)
             raise DataError(f"{path}: holds {names}; name one of them with --source")
         if tables:
-            return TableSource(path, [Table(tables[0])], whole_folder=True)
+            return TableSource(path, [Table(tables[0])], whole_folder=True, maps=options.saliency_maps)
     found = [
         Table(table, split) for name, split in _SPLIT_FOLDERS.items() for table in _tables_in(path / name, "metadata")
     ]
-    return TableSource(path, found, whole_folder=True) if found else None
+    return TableSource(path, found, whole_folder=True, maps=options.saliency_maps) if found else None
 
 
 def _folder_with_idx(options: SourceOptions, path: Path) -> ImageSource | None:
@@ -103,7 +104,7 @@ def _folder_with_parquet(options: SourceOptions, path: Path) -> ImageSource | No
         Table(table, split or "train" if "unseen" in splits else "")
         for table, split in zip(tables, splits, strict=True)
     ]
-    return TableSource(path, found, whole_folder=True)
+    return TableSource(path, found, whole_folder=True, maps=options.saliency_maps)
 
 
 def _folder_with_tars(options: SourceOptions, path: Path) -> ImageSource | None:
@@ -120,7 +121,7 @@ def _folder(options: SourceOptions, path: Path) -> ImageSource | None:
         )
         for tar in _tars_in(path)
     ]
-    return SidecarSource(path, left_out)
+    return SidecarSource(path, left_out, maps=options.saliency_maps)
 
 
 SOURCES: tuple[Recogniser, ...] = (

@@ -14,9 +14,10 @@ from data_pipeline.sources.items import Captions, is_utf8, shown
 from sharpmoe.errors import DataError
 
 _FILE_FIELDS = ("file", "image", "path", "filename", "file_name")
+_SALIENCY = "saliency"  # column with the path of a saliency map
 ROW_FORM = 'expected {"file": "a.png", "caption": "..."} with an optional integer "label"'
 _COLUMNS = f"expected a column {' or '.join(_FILE_FIELDS)} and a column {' or '.join(FIELDS)}"
-_KNOWN = frozenset({*_FILE_FIELDS, *FIELDS, "label"})
+_KNOWN = frozenset({*_FILE_FIELDS, *FIELDS, "label", _SALIENCY})
 _FIELD_BYTES = 1 << 20  # of one cell
 _LINE_BYTES = 16 << 20  # of one line of a .jsonl
 
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     captions: Captions | str  # a text says why the row cannot be used
     label: int
     size: int = -1  # bytes of an image that the table holds itself
+    saliency: str = ""  # file of its saliency map, where the row names one
 
 
 def read_rows(table: Path, files: Files) -> Iterator[Row]:
@@ -56,7 +58,10 @@ def _row(table: Path, number: int, fields: Any) -> Row:
         return Row(number, row_name(table, number), fields if isinstance(fields, str) else _shown_row(fields), -1)
     label = label_of(tree.get("label"))
     found = from_object(tree) if isinstance(label, int) else label
-    return Row(number, file, found, label if isinstance(label, int) else -1, size)
+    saliency = tree.get(_SALIENCY)
+    if not isinstance(saliency, str) or "\0" in saliency or not is_utf8(saliency):
+        saliency = ""
+    return Row(number, file, found, label if isinstance(label, int) else -1, size, saliency)
 
 
 def _shown_row(fields: Any) -> str:
@@ -197,7 +202,9 @@ def _columnar(table: Path, files: Files) -> Iterator[tuple[int, Any]]:
         columns = embedded.image_columns(file)
         class_names = embedded.class_names(file, "label")
         _need_columns(table, names, has_images=bool(columns), has_captions=bool(class_names))
-        wanted = [name for name in (*_FILE_FIELDS, *FIELDS, "label") if name in names and name not in columns]
+        wanted = [
+            name for name in (*_FILE_FIELDS, *FIELDS, "label", _SALIENCY) if name in names and name not in columns
+        ]
         number = 0
         for batch in file.iter_batches(batch_size=512 if columns else 4096, columns=[*wanted, *columns[:1]]):
             images = embedded.images_of(batch, columns[0]) if columns else None

@@ -22,7 +22,14 @@ from data_pipeline.sources.items import (
     units_of,
 )
 from data_pipeline.sources.rows import ROW_FORM, read_rows, row_name
-from data_pipeline.sources.walk import OtherFiles, is_image, walk_folders
+from data_pipeline.sources.walk import (
+    OtherFiles,
+    is_image,
+    is_saliency_map,
+    saliency_map_of,
+    unused_maps,
+    walk_folders,
+)
 from sharpmoe.errors import DataError
 
 _NAMED = 1_000_000  # rows of tables up to which the rest of their folder is compared with them
@@ -41,11 +48,19 @@ class TableSource:
     Columns: file (or image, path, filename), caption (or text, prompt, captions), label (optional, an integer). An
     image may be in several rows: each is a sample of its own. Several captions of one sample are a list. A .parquet or
     .arrow may hold the images themselves, as Hugging Face writes them: a column of {"bytes", "path"}.
+    A column `saliency` is the path of a saliency map; without, it is NAME.saliency.png beside the image.
     """
 
-    def __init__(self, folder: Path, tables: Sequence[Table], whole_folder: bool = False, files: Files = LOCAL) -> None:
-        """`tables`: files below `folder`; `whole_folder`: name what else `folder` holds as left out."""
-        self._folder, self._tables, self._whole_folder = folder, tables, whole_folder
+    def __init__(
+        self,
+        folder: Path,
+        tables: Sequence[Table],
+        whole_folder: bool = False,
+        files: Files = LOCAL,
+        maps: bool = False,
+    ) -> None:
+        """`tables`: files below `folder`; `whole_folder`: name what else it holds; `maps`: take saliency maps."""
+        self._folder, self._tables, self._whole_folder, self._maps = folder, tables, whole_folder, maps
         self._files, self._pictures = files, EmbeddedImages(folder, files)
 
     def units(self) -> Iterator[Unit]:
@@ -55,7 +70,7 @@ class TableSource:
         for unit in units_of(self._records()):
             for record in unit.records:
                 if self._whole_folder and len(named) < _NAMED:
-                    named.add(hash(os.path.normpath(record[1])))
+                    named.update(hash(os.path.normpath(file)) for file in (record[1], *record[7:]))
                 if isinstance(record[2], str):
                     first = first or f"{record[1]}: {record[2]}"
                 else:
@@ -71,7 +86,7 @@ class TableSource:
         """Yield what the folder holds beside the tables and the images that they name (hashes of their paths)."""
         others = OtherFiles("only the table and its pictures are")
         tables = {table.path for table in self._tables}
-        count, first = 0, ""
+        count, first, unused = 0, "", 0
         for found in walk_folders(self._folder):
             if isinstance(found, Skipped):
                 yield found
@@ -81,12 +96,17 @@ class TableSource:
                 if not is_image(path.name):
                     if path not in tables:
                         others.add(path.name)
-                elif hash(file) not in named:
+                elif hash(file) in named:
+                    continue
+                elif is_saliency_map(path.name):
+                    unused += not self._maps
+                else:
                     count, first = count + 1, first or file
         if count:
             more = f" and {count - 1} more" if count > 1 else ""
             yield Skipped(f"{first}{more}", f"not named in {self._names()}", beside=True)
         yield from others.left_out()
+        yield from unused_maps(unused)
 
     def _names(self) -> str:
         return ", ".join(table.path.name for table in self._tables[:3]) + (", ..." if len(self._tables) > 3 else "")
@@ -95,13 +115,15 @@ class TableSource:
         return str(self._tables[0].path if len(self._tables) == 1 else self._folder)
 
     def _records(self) -> Iterator[Any]:
-        """Yield [row, file, captions or why there are none, label], with place and split where they are known."""
+        """Yield [row, file, captions or why there are none, label], with table, bytes, split and map where known."""
         for table in self._tables:
             within = table.path.parent.relative_to(self._folder)
             for row in read_rows(table.path, self._files):
                 file = (within / row.file).as_posix() if within.parts else row.file
                 extra = [table.path.relative_to(self._folder).as_posix(), row.size, table.split]
-                known = row.size >= 0 or table.split
+                if self._maps and row.saliency:
+                    extra.append((within / row.saliency).as_posix())
+                known = row.size >= 0 or table.split or len(extra) > 3
                 yield [row.number, file, row.captions, row.label, *(extra if known else ())]
 
     def identity(self, units: list[str]) -> Identity:
@@ -114,7 +136,7 @@ class TableSource:
             yield from survey_beside(unit)
             return
         for number, file, found, label, *extra in unit.records:
-            table, size, split = extra or (self._tables[0].path.name, -1, "")
+            table, size, split, *maps = extra or (self._tables[0].path.name, -1, "")
             where = f"row {number} of {Path(table).name}"
             if isinstance(found, str):
                 named = not file.endswith(row_name(Path(table), number))
@@ -130,7 +152,29 @@ class TableSource:
             else:
                 texts = tuple((text, weight) for text, weight in found)
                 split = split or held_out(file)
-                yield Item(key=key_of(file), split=split, captions=texts, image=place, name=file, label=label)
+                saliency = self._map(file, maps)
+                if isinstance(saliency, str):
+                    yield Skipped(file, f"its saliency map{f' {shown(maps[0])}' if maps else ''} is {saliency}")
+                    continue
+                yield Item(
+                    key=key_of(file),
+                    split=split,
+                    captions=texts,
+                    image=place,
+                    name=file,
+                    label=label,
+                    saliency=saliency,
+                )
+
+    def _map(self, file: str, named: list[str]) -> Place | str | None:
+        """Return the saliency map that a row names or that lies beside its image; a text says what is wrong."""
+        if named:
+            return self._place(named[0]) if os.path.lexists(self._folder / named[0]) else "not there"
+        beside = saliency_map_of(file, self._is_there) if self._maps else None
+        return None if beside is None else self._place(beside)
+
+    def _is_there(self, file: str) -> bool:
+        return (self._folder / file).is_file()
 
     def _place(self, file: str) -> Place | str:
         size = self._files.size(self._folder / file)

@@ -3,13 +3,14 @@
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipeline.sources.items import IMAGE_SUFFIXES, OTHER_IMAGES, Skipped
 from sharpmoe.errors import DataError
 
 LINK_TO_NOWHERE = "a link that leads nowhere"
+_MAP, _MAP_SUFFIXES = ".saliency", (".png", ".jpg", ".jpeg", ".webp")
 _ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip", ".zst"})
 _EXPAND = "expand archives to a folder or to a plain .tar"
 _CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini"})  # written by file managers, never by a person
@@ -89,6 +90,28 @@ class OtherFiles:
 def is_image(name: str) -> bool:
     """Return whether a file's suffix is that of an image, of a kind that is read or not."""
     return Path(name).suffix.lower() in IMAGE_SUFFIXES | OTHER_IMAGES
+
+
+def is_saliency_map(name: str) -> bool:
+    """Return whether a file is named as the saliency map of an image: NAME.saliency.png, in any case."""
+    lower = name.lower()
+    return lower.endswith(tuple(f"{_MAP}{suffix}" for suffix in _MAP_SUFFIXES))
+
+
+def saliency_map_of(image: str, is_there: Callable[[str], bool]) -> str | None:
+    """Return the name (or the path, where `image` is one) of the saliency map of an image; None where there is none."""
+    stem = image.removesuffix(Path(image).suffix)
+    for suffix in _MAP_SUFFIXES:
+        for spelling in (f"{_MAP}{suffix}", f"{_MAP}{suffix.upper()}", f"{_MAP}{suffix}".upper()):
+            if is_there(stem + spelling):
+                return stem + spelling
+    return None
+
+
+def unused_maps(count: int) -> Iterator[Skipped]:
+    """Yield one record of the saliency maps that a source was not asked for; none where there are none."""
+    if count:
+        yield Skipped(f"*{_MAP}.*", f"saliency maps ({count}), which --saliency supplied takes", beside=True)
 
 
 def other_image(name: str) -> str | None:

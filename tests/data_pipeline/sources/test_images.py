@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.images import UNREADABLE, is_enlarged, load_picture
+from data_pipeline.sources.images import UNREADABLE, is_enlarged, load_map, load_picture
 
 
 def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
@@ -193,3 +193,45 @@ def test_enlarged_pictures_are_marked(image: tuple[int, int], fit: str, enlarged
 def test_a_pointer_of_git_lfs_says_so() -> None:
     with pytest.raises(ValueError, match="a pointer of Git LFS, not the picture itself"):
         load_picture(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", (8, 8))
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+def _ramp(height: int, width: int) -> np.ndarray:
+    """Grey levels that rise to the right and below: any part of it tells where it is."""
+    rows, columns = np.mgrid[0.5:height, 0.5:width]
+    return (rows / height * 120 + columns / width * 120).astype(np.float32)
+
+
+def _file(levels: np.ndarray) -> bytes:
+    return encoded(Image.fromarray(levels))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("size", [(64, 64), (32, 96), (96, 32)])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])
+def test_a_map_is_fitted_as_its_picture(fit: str, size: tuple[int, int], scale: float) -> None:
+    height, width = 300, 200
+    picture = load_picture(_file(_ramp(height, width).round().astype(np.uint8)), size, fit)
+    assert picture.view is not None
+    content = _file(_ramp(round(height * scale), round(width * scale)).round().astype(np.uint8))
+    found = load_map(content, picture.view)
+    assert found.shape == (1, *size)
+    seen = (picture.pixels[:1] + 1) / 2
+    bars = seen == 1
+    np.testing.assert_allclose(found[~bars], seen[~bars], atol=0.02)
+    assert (found[bars] == 0).all()
+
+
+def test_maps_of_16_bits_colours_and_transparency_are_grey() -> None:
+    view = load_picture(_file(np.zeros((8, 8), np.uint8)), (8, 8)).view
+    assert view is not None
+    for image in (
+        np.full((4, 4), 32768, np.uint16),
+        np.full((4, 4, 3), 128, np.uint8),
+        np.concatenate([np.full((4, 4, 3), 128, np.uint8), np.zeros((4, 4, 1), np.uint8)], 2),
+    ):
+        np.testing.assert_allclose(load_map(_file(image), view), 0.5, atol=0.003)
+    with pytest.raises(UNREADABLE):
+        load_map(b"no picture", view)
