@@ -12,15 +12,16 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from launcher.bounds import Whole
+from launcher.bounds import POSITIVE, POSITIVE_REAL, Whole
 from launcher.command import INTERRUPTED, OVERRIDES_HELP, Command
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch, signals
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.auto import resolve_schedule
+from sharpmoe.planning.rehearsal import Target, rehearse
 from sharpmoe.train.loop import train
-from sharpmoe.train.setup import make_plan, rehearse
+from sharpmoe.train.setup import make_plan
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--deepspeed", nargs="?", type=Path, metavar="FILE", help="DeepSpeed JSON (default: configs/zero3.json)")
     add("--deepspeed_config", type=Path, metavar="FILE", help="the same, in DeepSpeed's spelling of two words")
     add("--config", type=Path, metavar="FILE", help="run file (default: configs/runs/quickstart.yaml)")
-    add("--dry-run", action="store_true", help="check everything, print the banner, stop")
+    add("--dry-run", action="store_true", help="check that the run will start, change nothing, and end with `ok`")
+    add("--world", type=POSITIVE, help="--dry-run: number of ranks that the run will have (default: those started)")
+    add("--device-memory", type=POSITIVE_REAL, metavar="GIB", help="--dry-run: memory of a device, if not of one here")
     add("--local_rank", "--local-rank", type=Whole(-1), help=argparse.SUPPRESS)
 
 
@@ -49,20 +52,31 @@ def _act(arguments: argparse.Namespace) -> int:
         world = launch.start(debug=getattr(arguments, "debug", False))
         with launch.raise_on_all_ranks(world):
             requested = load_run_config(arguments.config, arguments.overrides)
-            ds_config = resolve_ds_config(_ds_file(arguments), requested, world.size)
+            _check_dry_run_options(arguments)
+            ds_config = resolve_ds_config(_ds_file(arguments), requested, arguments.world or world.size)
         memory = launch.least_memory(world)
+        if arguments.dry_run:
+            target = Target.of(world, memory, arguments.world, arguments.device_memory)
+            with launch.raise_on_all_ranks(world):
+                text = rehearse(requested, ds_config, world, target)
+            if world.is_main:
+                print(text, flush=True)
+            return 0
         with launch.raise_on_all_ranks(world):
             run, notes = resolve_schedule(requested, ds_config, world.size, memory)
-            plan = None if arguments.dry_run else make_plan(run, ds_config, world, notes)
-            text = rehearse(run, ds_config, world, notes) if plan is None else ""
-        if plan is not None:
-            try:
-                train(plan, world)
-            except KeyboardInterrupt:  # the run has said so, and where it is saved
-                return INTERRUPTED
-        elif world.is_main:
-            print(text, flush=True)
+            plan = make_plan(run, ds_config, world, notes)
+        try:
+            train(plan, world)
+        except KeyboardInterrupt:  # the run has said so, and where it is saved
+            return INTERRUPTED
     return 0
+
+
+def _check_dry_run_options(arguments: argparse.Namespace) -> None:
+    if not arguments.dry_run and (arguments.world or arguments.device_memory):
+        raise ConfigError(
+            "--world and --device-memory say what a --dry-run assumes; a run has the ranks that it is started with"
+        )
 
 
 main = Command(

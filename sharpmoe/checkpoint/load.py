@@ -1,5 +1,6 @@
 """Find the checkpoint that a run resumes, verify it, and load it."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from sharpmoe.model.weights import check_architecture, check_finite
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.parallel.zero.partitions import EMA, fill_pieces
 
+_READ_IN_REHEARSAL = 4 << 30  # bytes; seconds
 _START_NEW = "start a new run from its live.safetensors (checkpoint.init)"
 # How to resolve a difference in each field of RunIdentity.
 _FIXES = {
@@ -112,26 +114,70 @@ def first_sound(found: Found, root: Path, resume: str, world: World) -> ResumePo
     resumed cannot be judged (a file that cannot be read, or that does not belong there), where no checkpoint is
     undamaged, and for a damaged one that was named by its path.
     """
+
+    def verify(saved: Manifest) -> None:
+        with raise_on_all_ranks(world):
+            verify_files(saved, split_files(saved, world.size)[world.rank])
+
+    choice, damaged = _first_that(found, root, resume, verify)
+    if damaged and choice.saved is not None:
+        with raise_on_all_ranks(world):
+            if world.is_main:
+                _set_aside(root, damaged, choice.saved.folder)
+    return choice
+
+
+def rehearse_resume(found: Found, root: Path, resume: str, model: Backbone) -> ResumePoint:
+    """Choose as `first_sound` and read as `load_checkpoint`, alone and without changing anything. No communication.
+
+    model: on the meta device. Of checkpoints of more than 4 GiB only sizes and headers are checked. Raises what these
+    two raise.
+    """
+
+    def verify(saved: Manifest) -> None:
+        verify_files(saved, saved.files, sizes_only=not _is_small(saved))
+
+    choice, _ = _first_that(found, root, resume, verify)
+    if choice.saved is not None:
+        _read_all(choice.saved, model)
+    return choice
+
+
+def _first_that(
+    found: Found, root: Path, resume: str, verify: Callable[[Manifest], None]
+) -> tuple[ResumePoint, list[Path]]:
+    """Return the first checkpoint that `verify` accepts and the damaged ones before it; see `first_sound`."""
     damaged = list(found.damaged)
     for saved in found.readable:
         try:
-            with raise_on_all_ranks(world):
-                verify_files(saved, split_files(saved, world.size)[world.rank])
+            verify(saved)
         except CheckpointDamageError as error:
             if resume != "auto":
                 raise
             damaged.append((saved.folder, error))
             continue
-        if damaged:
-            with raise_on_all_ranks(world):
-                if world.is_main:
-                    _set_aside(root, [folder for folder, _ in damaged], saved.folder)
-        return ResumePoint(saved, tuple(f"{error}; skipped" for _, error in damaged))
+        notes = tuple(f"{error}; skipped" for _, error in damaged)
+        return ResumePoint(saved, notes), [folder for folder, _ in damaged]
     if found.barrier is not None:
         raise found.barrier
     if damaged:
         raise _none_sound(root, damaged)
-    return ResumePoint(None)
+    return ResumePoint(None), []
+
+
+def _is_small(saved: Manifest) -> bool:
+    return sum(file.size for file in saved.files.values()) <= _READ_IN_REHEARSAL
+
+
+def _read_all(saved: Manifest, model: Backbone) -> None:
+    """Read what `load_checkpoint` reads of a checkpoint, all ranks' pieces, into nothing."""
+    reader = StateReader(saved.folder)
+    if not _is_small(saved):
+        return
+    for name, parameter in model.named_parameters():
+        for kind in sorted(reader.kinds):
+            reader.piece(kind, name, 0, parameter.numel())
+    _load_buffers(model, saved.folder / "live.safetensors")
 
 
 def _set_aside(root: Path, damaged: list[Path], sound: Path) -> None:

@@ -72,14 +72,18 @@ def set_aside(folder: Path) -> Path:
 
 
 def check_room(root: Path, need: int) -> None:
-    """Raise CheckpointError where the disk of `root` has no room for `need` bytes of tensors."""
-    root.mkdir(parents=True, exist_ok=True)
-    free, need = shutil.disk_usage(root).free, int(need * _SLACK)
+    """Raise CheckpointError where the disk of `root`, which need not exist, has no room for `need` bytes of tensors."""
+    free, need = free_bytes(root), int(need * _SLACK)
     if free < need:
         raise CheckpointError(
             f"{root}: a checkpoint takes {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free space, lower "
             "checkpoint.keep, or change output"
         )
+
+
+def free_bytes(root: Path) -> int:
+    """Return the free bytes of the disk that a folder is on, or would be on."""
+    return shutil.disk_usage(next(place for place in (root, *root.absolute().parents) if place.exists())).free
 
 
 def _is_name(name: str) -> bool:

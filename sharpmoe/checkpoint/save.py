@@ -26,7 +26,7 @@ from sharpmoe.checkpoint.manifest import FileEntry, Manifest, Progress, RunIdent
 from sharpmoe.checkpoint.rng import generator_states, generators_file, write_generators
 from sharpmoe.checkpoint.state import Contents, state_file, write_state
 from sharpmoe.checkpoint.weights import gather_table, whole_tensors
-from sharpmoe.config import CheckpointConfig
+from sharpmoe.config import CheckpointConfig, ModelConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.weights import check_finite, weight_specs, weights_writer
 from sharpmoe.parallel.ranks.background import HostCopies, SideGroup
@@ -64,11 +64,15 @@ class Checkpoints:
     """The checkpoints of one run. Every rank creates one and makes the same calls; one save runs at a time.
 
     Before there is a model, `find`, `check_fits` and `first_sound` say which checkpoint the run resumes.
+    `rehearse_resume`, `size` and `check_room` are for a dry run, which changes nothing.
     """
 
     find = staticmethod(load.find_checkpoints)
     check_fits = staticmethod(load.check_fits)
     first_sound = staticmethod(load.first_sound)
+    rehearse_resume = staticmethod(load.rehearse_resume)
+    check_room = staticmethod(retention.check_room)
+    free_bytes = staticmethod(retention.free_bytes)
 
     def __init__(
         self,
@@ -89,6 +93,12 @@ class Checkpoints:
         self._specs = weight_specs(contents.model.config)
         self._copies = HostCopies()
         self._running: Future[Outcome] | None = None
+
+    @staticmethod
+    def size(model: ModelConfig, states: int) -> int:
+        """Return the bytes of tensors of one checkpoint. states: tensors of the optimizer per parameter."""
+        elements = sum(spec.shape.numel() for spec in weight_specs(model).values())
+        return torch.float32.itemsize * elements * (2 + states + len(_WEIGHTS))  # masters and their average, and so on
 
     def load(self, saved: Manifest) -> None:
         """Load the state of a checkpoint that is intact and fits the run. Communicates; see `load_checkpoint`."""

@@ -91,8 +91,7 @@ class Planner:
         if zero.stage == 3:
             gathers = count_gathers(run, parts, schedule, layout)
         graphs = self._measured(layout.micro_batch).of(schedule)
-        states = 2 if run.optim.name == "adamw" else 0
-        step = StepNeeds(graphs, layout.accumulation, gathers, states, self._monitored)
+        step = StepNeeds(graphs, layout.accumulation, gathers, optimizer_states(run), self._monitored)
         memory, sent = rank_memory(parts, zero, step), traffic(run, layout, parts, schedule, gathers)
         return Estimate(layout=layout, schedule=schedule, memory=memory, traffic=sent)
 
@@ -102,6 +101,11 @@ class Planner:
         log = self.run.log
         is_monitored = log.validate_every or log.sample_every or log.allocation
         return sum(part.numel for part in rank_parameters(self.run, 1, 1)) if is_monitored else 0
+
+
+def optimizer_states(run: RunConfig) -> int:
+    """Return the tensors that the optimizer keeps per parameter."""
+    return 2 if run.optim.name == "adamw" else 0
 
 
 def _text_tokens(run: RunConfig) -> int:

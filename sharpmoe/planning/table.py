@@ -54,6 +54,25 @@ def as_text(budget: Budget, advice: Advice, device_memory: float, notes: Sequenc
     return "\n\n".join(blocks)
 
 
+def memory_lines(estimate: Estimate, device_memory: float | None) -> list[str]:
+    """Return the memory plan of one layout and schedule in a few lines. device_memory: GiB, None where unknown."""
+    memory, room = estimate.memory, ""
+    if device_memory is not None:
+        fits = "fits" if memory.peak <= usable(device_memory) else "may not fit"
+        room = f" of {device_memory:.1f} GiB ({fits})"
+    state = memory.state - memory.host
+    lines = [
+        f"  {'memory':<11}{_size(memory.peak)} per rank at the peak as planned{room}",
+        f"  {'':<11}{_size(state)} stay: weights, masters, gradients, optimizer, EMA; {_size(memory.backward)} in a "
+        f"backward, {_size(memory.activations)} of it activations",
+    ]
+    if memory.look:
+        lines.append(f"  {'':<11}{_size(memory.look)} while it measures (log.*)")
+    if memory.host:
+        lines.append(f"  {'':<11}{_size(memory.host)} per rank in host memory (offloaded)")
+    return lines
+
+
 def _head(budget: Budget) -> str:
     run, layout = budget.run, budget.own.layout
     model = run.model

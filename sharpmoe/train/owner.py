@@ -42,6 +42,20 @@ def run_folder_owned(folder: Path, world: World) -> Iterator[None]:
             file.close()
 
 
+def check_unowned(folder: Path) -> None:
+    """Raise CheckpointError where a live process owns the run folder. Changes nothing, no communication."""
+    if not (folder / _OWNER_FILE).is_file():
+        return
+    with (folder / _OWNER_FILE).open(encoding="utf-8") as file:
+        other = _read(file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # refused where another process has the lock
+        except (BlockingIOError, PermissionError):
+            raise _owned_by(other, folder) from None
+        except OSError:
+            _check_by_pid(other, folder)
+
+
 def _lock(folder: Path) -> IO[str]:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / _OWNER_FILE).open("a+", encoding="utf-8")
@@ -60,11 +74,17 @@ def _claim(folder: Path, file: IO[str]) -> None:
     except (BlockingIOError, PermissionError):
         raise _owned_by(other, folder) from None
     except OSError:  # a file system without locks: of processes on other hosts nothing is known
-        if other is not None and other != me and other.host == me.host and _is_alive(other.pid):
-            raise _owned_by(other, folder) from None
+        if other != me:
+            _check_by_pid(other, folder)
     file.truncate(0)
     file.write(json.dumps(me._asdict()))
     file.flush()
+
+
+def _check_by_pid(other: _Owner | None, folder: Path) -> None:
+    """Raise CheckpointError where the owner that the file names is alive on this host."""
+    if other is not None and other.host == socket.gethostname() and _is_alive(other.pid):
+        raise _owned_by(other, folder) from None
 
 
 def _read(file: IO[str]) -> _Owner | None:

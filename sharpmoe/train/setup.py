@@ -1,4 +1,4 @@
-"""Everything known and checked before a run starts: its plan, its data, its initial model, and a rehearsal of all.
+"""Everything known and checked before a run starts: its plan, its data, its initial model.
 
 Only `choose_checkpoint` communicates.
 """
@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from data_pipeline.encode.like import is_fitted, origin_header, same_fit
-from data_pipeline.index import INDEX_FILE, Bucket
+from data_pipeline.index import Bucket
 from data_pipeline.read.mixture import Mixture, open_mixture
 from data_pipeline.read.shards import ShardSet
-from data_pipeline.safety import scheme_of
 from sharpmoe.checkpoint.load import Found
 from sharpmoe.checkpoint.manifest import Manifest, Progress, RunIdentity
 from sharpmoe.checkpoint.save import Checkpoints
@@ -25,6 +24,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.durable import sha256_of
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
+from sharpmoe.log_file import LOG_FILE
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights
@@ -33,9 +33,12 @@ from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.optimizers import check_lr_scale
 from sharpmoe.train.labels import check_labels
 from sharpmoe.train.monitor import measures
-from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import check_schedule
 from sharpmoe.train.trajectories import EmptyText
+
+# What a run needs to write in its folder, beside pictures and tables, which may fail.
+_FILES = (LOG_FILE, "config.yaml", "zero.json")
+_FOLDERS = ("checkpoints", "tensorboard")
 
 
 class RunData(NamedTuple):
@@ -95,9 +98,17 @@ class InitialModel(NamedTuple):
     notes: tuple[str, ...]  # what the user should know
 
 
-def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> RunPlan:
+def make_plan(
+    run: RunConfig,
+    ds_config: dict[str, Any],
+    world: World,
+    notes: tuple[str, ...] = (),
+    *,
+    readers: World | None = None,
+) -> RunPlan:
     """Check everything that can be checked without a model: data, batch, checkpoint. `notes` go before its own.
 
+    readers: the processes that share the reading of labels, where these are not `world` (a dry run for other ranks).
     Raises ConfigError, DataError, CheckpointError.
     """
     check_ep_size(run, world.size)
@@ -105,51 +116,42 @@ def make_plan(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tu
     batch = batch_arithmetic(run, world.size)
     check_schedule(run, batch.micro_batch)
     data = _open_data(run)
-    check_labels(run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], world)
+    check_labels(
+        run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], readers or world
+    )
     identity = RunIdentity.of(run, data.train.fingerprint)
     plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, identity=identity, notes=notes)
     found = Checkpoints.find(plan.checkpoints, run.checkpoint.resume)
     return _resume(next(iter(found.readable), None), replace(plan, found=found))
 
 
-def rehearse(run: RunConfig, ds_config: dict[str, Any], world: World, notes: tuple[str, ...] = ()) -> str:
-    """Check a run as `make_plan` does and return its banner, with `notes` and one more for each thing still missing.
-
-    Data and initial weights that exist must fit (ConfigError, DataError, CheckpointError); a recipe may be rehearsed
-    before its data are prepared. No weights are made; no communication.
-    """
-    found = [*notes]
-    layout = batch_arithmetic(run, world.size)
-    check_ep_size(run, world.size)
-    local = [Path(place) for place, _ in run.data.places if scheme_of(place) is None]
-    missing = [folder for folder in local if not (folder / INDEX_FILE).is_file()]
-    found += [f"{folder} is not prepared yet: not checked against the model" for folder in missing]
-    data = None if missing else make_plan(run, ds_config, world).data.train
-    init = run.checkpoint.init
-    if init is not None and Path(init).is_file():
-        weights = StartingWeights(run.model, run.seed, init)
-        weights.check_finite()
-        found += _origin_notes(weights.meta, data, run) if data is not None else ()
-    elif init is not None:
-        found.append(f"{init} is not there yet: not checked against the model")
-    with torch.device("meta"):
-        model = build_model(run.model)
-    check_lr_scale(dict(model.named_parameters()), run.optim.lr_scale)
-    stage = int(ds_config["zero_optimization"]["stage"])
-    return "\n".join([banner(run, model, layout, stage, world), *(f"  note: {note}" for note in found)])
-
-
 def _check_output(folder: Path) -> None:
-    """Raise ConfigError where the run folder could not be made or written: found before the first step, not after."""
+    """Raise ConfigError where the run folder could not be made or written: found before the first step, not after.
+
+    Also where a file or folder of an earlier start in it cannot be written any more.
+    """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "cannot be written to" if there.is_dir() else "is not a folder"
         raise ConfigError(f"output: {folder} cannot be made: {there} {reason}; set output to a folder of your own")
+    for place in (folder / name for name in (*_FILES, *_FOLDERS) if (folder / name).exists()):
+        is_kind, kind = (place.is_file(), "file") if place.name in _FILES else (place.is_dir(), "folder")
+        if not is_kind or not os.access(place, os.W_OK):
+            reason = "cannot be written to" if is_kind else f"is not a {kind}"
+            raise ConfigError(f"output: {place} {reason}; move it away, or give the run a --name of its own")
 
 
 def choose_checkpoint(plan: RunPlan, world: World) -> RunPlan:
     """Return the plan with a verified checkpoint to resume from. Communicates; see `load.first_sound`."""
     choice = Checkpoints.first_sound(plan.found, plan.checkpoints, plan.run.checkpoint.resume, world)
+    return _resume(choice.saved, replace(plan, notes=(*plan.notes, *choice.notes)))
+
+
+def rehearse_checkpoint(plan: RunPlan) -> RunPlan:
+    """Choose as `choose_checkpoint`, alone, and read it as the run would; see `load.rehearse_resume`."""
+    with torch.device("meta"):
+        model = build_model(plan.run.model)
+    choice = Checkpoints.rehearse_resume(plan.found, plan.checkpoints, plan.run.checkpoint.resume, model)
     return _resume(choice.saved, replace(plan, notes=(*plan.notes, *choice.notes)))
 
 

@@ -19,9 +19,9 @@ from sharpmoe.planning.auto import _cheapest, resolve_schedule
 from sharpmoe.planning.estimate import Planner
 from sharpmoe.train import loop
 from sharpmoe.train.rollout_schedules import schedule_of, with_schedule
-from sharpmoe.train.setup import make_plan, rehearse
+from sharpmoe.train.setup import make_plan
 from tests.distributed import run_ranks
-from tests.train.setting import ALONE, CONFIGS, make_run
+from tests.train.setting import CONFIGS, make_run
 
 GIB = 2**30
 ZERO3 = CONFIGS / "zero3.json"
@@ -112,16 +112,6 @@ def test_without_a_routing_loss_two_passes_are_one() -> None:
 def test_what_is_asked_for_is_not_touched() -> None:
     run = tiny().model_copy(update={"rollout": with_schedule(tiny(), schedule="segments").rollout})
     assert resolve_schedule(run, {}, 1, 0.0) == (run, ())
-
-
-@pytest.mark.slow
-def test_a_dry_run_shows_the_choice(shards: Path, tmp_path: Path) -> None:
-    run = make_run(shards, tmp_path, rollout={"schedule": "auto"})
-    ds_config = resolve_ds_config(ZERO3, run, 1)
-    found, notes = resolve_schedule(run, ds_config, 1, 8)
-    text = rehearse(found, ds_config, ALONE, notes)
-    assert "T = 3, plain" in text
-    assert text.splitlines()[-1].startswith("  note: rollout.schedule: auto took plain")
 
 
 def start(world: World, run: RunConfig, memories: list[float]) -> tuple[str, ...]:

@@ -8,19 +8,12 @@ from torch import Tensor
 
 from data_pipeline.encode.like import fitted_header
 from data_pipeline.encode.patch_pca import PatchPCA
-from launcher.train import main
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.evaluation.held_out import Share
-from sharpmoe.model.attach import attach
 from sharpmoe.model.weights import save_weights
-from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.train.monitor import Monitor, measures
-from sharpmoe.train.setup import InitialModel, _origin_notes, initial_model, rehearse
-from tests.fixtures_data import make_shards
-from tests.toys import toy_model
-from tests.train.setting import ALONE, CONFIGS, identical, make_run, plan_for, stirred_model
-
-RUNS = sorted((CONFIGS / "runs").rglob("*.yaml"))
+from sharpmoe.train.setup import InitialModel, _origin_notes, initial_model
+from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
 
 @pytest.mark.parametrize(
@@ -130,17 +123,6 @@ def test_the_same_fit_with_other_rounding_is_noted(shards: Path, tmp_path: Path)
         _origin_notes(meta, plan.data.train, run)
 
 
-def test_a_dry_run_refuses_data_of_another_fit(shards: Path, tmp_path: Path) -> None:
-    base = make_run(shards, tmp_path, model={"saliency_router": False})
-    meta = plan_for(base, ALONE).data.origin()
-    meta["codec"] = json.dumps(json.loads(meta["codec"]) | {"sha256": "b"})
-    path = tmp_path / "base.safetensors"
-    save_weights(path, stirred_model(base).state_dict(), base.model, {key: meta[key] for key in ("codec", "encoder")})
-    run = make_run(shards, tmp_path, checkpoint={"init": str(path)})
-    with pytest.raises(DataError, match="--like"):
-        rehearse(run, resolve_ds_config(CONFIGS / "zero2.json", run, 1), ALONE)
-
-
 def test_a_batch_that_cannot_be_shared_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.micro_batch"):
         plan_for(make_run(shards, tmp_path, train={"micro_batch": 3}), ALONE)
@@ -150,33 +132,3 @@ def test_an_output_that_cannot_be_a_folder_is_found_before_the_first_step(shards
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"output: .*file/run cannot be made: .*file is not a folder; set output to"):
         plan_for(make_run(shards, tmp_path / "file"), ALONE)
-
-
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_a_shipped_run_file_passes_a_dry_run(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)  # neither data nor weights are here
-    assert main(["--deepspeed", str(CONFIGS / "zero3.json"), "--config", str(path), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "M active per token" in said
-    assert "is not prepared yet" in said
-
-
-def test_what_a_rehearsal_finds_must_fit(tmp_path: Path) -> None:
-    shards = make_shards(tmp_path / "shards")
-
-    def rehearsed(**sections: object) -> str:
-        run = make_run(shards, tmp_path, "ec", **sections)
-        return rehearse(run, resolve_ds_config(CONFIGS / "zero3.json", run, 1), ALONE)
-
-    assert "note" not in rehearsed()
-    with pytest.raises(DataError, match=r"made for model\.latent_size 8"):
-        rehearsed(model={"latent_size": 16})
-    path = tmp_path / "base.safetensors"
-    model = attach(toy_model("ec", text_width=32, pooled_width=32))
-    save_weights(path, model.state_dict(), model.config)
-    assert "note" not in rehearsed(checkpoint={"init": str(path)})
-    with pytest.raises(CheckpointError, match=r"model\.num_experts is 4 there, 2 in the run"):
-        rehearsed(checkpoint={"init": str(path)}, model={"num_experts": 2})
-    assert "is not there yet" in rehearsed(checkpoint={"init": str(tmp_path / "none.safetensors")})

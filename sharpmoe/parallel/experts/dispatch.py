@@ -3,6 +3,7 @@
 An expert-parallel group shares the experts of a layer: its rank r holds the r-th run of E / ep_size experts.
 """
 
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sharpmoe.config import RunConfig
+from sharpmoe.errors import ConfigError
 from sharpmoe.moe.dispatch import (
     Assignment,
     Dispatched,
@@ -24,7 +26,8 @@ from sharpmoe.parallel.experts.groups import ExpertGroups
 
 
 def make_dispatcher(run: RunConfig, groups: ExpertGroups) -> Dispatcher:
-    """Build the dispatcher that parallel.dispatcher names. No communication."""
+    """Build the dispatcher that parallel.dispatcher names. No communication. Raises ConfigError: `check_dispatcher`."""
+    check_dispatcher(run)
     if run.parallel.dispatcher == "megatron":
         # Imported only where it is used: Megatron-core takes more than three seconds to import.
         from sharpmoe.parallel.experts.megatron import MegatronDispatcher  # noqa: PLC0415
@@ -33,6 +36,22 @@ def make_dispatcher(run: RunConfig, groups: ExpertGroups) -> Dispatcher:
     if groups.ep_size == 1:
         return LocalDispatcher()
     return _NativeDispatcher(groups.ep_group, run.model.total_experts)
+
+
+def check_dispatcher(run: RunConfig) -> None:
+    """Raise ConfigError where the package of parallel.dispatcher is not installed."""
+    if run.parallel.dispatcher == "megatron" and not _is_installed("megatron.core"):
+        raise ConfigError(
+            "parallel.dispatcher: megatron needs the package megatron-core, which is not installed; install it, or use "
+            "parallel.dispatcher: native"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of what it is in
+        return False
 
 
 class _NativeDispatcher:

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
-from sharpmoe.parallel.experts.dispatch import make_dispatcher
+from sharpmoe.parallel.experts.dispatch import check_dispatcher, make_dispatcher
 from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.experts.pool import make_pool
 from sharpmoe.parallel.ranks.launch import World
@@ -70,6 +71,13 @@ class Engine:
             )
         self._gate = patch_optimizer(self._zero, self.stage, parts_whole)
         self.state = ShardedState(self._zero, self.stage)
+
+    @staticmethod
+    def check(run: RunConfig, device: torch.device) -> None:
+        """Raise ConfigError where an engine of this run cannot be made in this environment. No communication."""
+        check_version()
+        check_dispatcher(run)
+        optimizer_factory(run.optim, device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward through the engine."""

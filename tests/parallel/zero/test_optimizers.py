@@ -18,7 +18,7 @@ from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.optimizers import _pattern_of, check_lr_scale, optimizer_factory
 from sharpmoe.train import loop
-from sharpmoe.train.setup import rehearse
+from sharpmoe.train.setup import initial_model
 from sharpmoe.train.step import _learning_rate
 from tests.distributed import run_ranks
 from tests.parallel.reference import Case, Trace, assert_same, with_engine, with_plain_torch
@@ -68,7 +68,7 @@ def test_a_pattern_without_parameters_names_what_there_is(shards: Path, tmp_path
         check_lr_scale(names, {"saliency_route": 2.0})
     run = make_run(shards, tmp_path, optim={"lr_scale": {"nothing": 2.0}})
     with pytest.raises(ConfigError, match="'nothing' matches no parameter"):  # before anything is started
-        rehearse(run, plan_for(run, ALONE).ds_config, ALONE)
+        initial_model(plan_for(run, ALONE))
 
 
 @pytest.fixture(scope="module")
