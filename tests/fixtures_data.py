@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from data_pipeline.prepare.recipe import Recipe
@@ -104,6 +106,22 @@ def make_shards(
     """
     recipe = replace(shapes_recipe(size, channels, patch_size, shard_samples, text_width), **changes)
     prepare_shards(ShapesSource(num_images, size, (), captions, sides), folder, recipe, QUIET)
+    return folder
+
+
+def tiny_autoencoder(folder: Path) -> Path:
+    """Save an AutoencoderKL with random weights, factor 2 and four channels, as diffusers saves it."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8],
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    ).save_pretrained(folder)
     return folder
 
 

@@ -49,17 +49,17 @@ def commands(block: str) -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-def run_command(words: list[str]) -> str:
+def run_command(words: list[str], expected: int = 0) -> str:
     """Run `python launcher/NAME.py ...`, `deepspeed launcher/train.py ...` or `torchrun ...`; return what it prints.
 
     It runs in the current folder, with one rank: a command that trains in a process of its own, any other in this one.
-    The exit code must be 0.
+    The exit code must be `expected`.
     """
     place = next(index for index, word in enumerate(words) if word.startswith("launcher/"))
     name = Path(words[place]).stem
     call = _in_process if name == "train" else _here
     code, output = call(name, words[place + 1 :])
-    assert code == 0, f"{shlex.join(words)}: exit code {code}\n{output}"
+    assert code == expected, f"{shlex.join(words)}: exit code {code}\n{output}"
     return output
 
 

@@ -70,6 +70,8 @@ def _read_folder(path: Path) -> dict[str, Any]:
             f"{path}: is a run folder of this project, not a published checkpoint; its weights are "
             "checkpoints/stepNNNNNNNN/ema.safetensors, and launcher/export.py copies them"
         )
+    if (path / "model_index.json").is_file() and (path / "transformer").is_dir():  # a pipeline of diffusers
+        return _read_folder(path / "transformer")
     states = sorted(path.glob("mp_rank_*_model_states.pt"))  # DeepSpeed: beside them are optimizer states
     files = states or sorted(file for suffix in _SHARD_SUFFIXES for file in path.glob(f"*.{suffix}"))
     suffixes = {file.suffix for file in files}
