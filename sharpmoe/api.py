@@ -245,7 +245,7 @@ def _prompts(prompts: str | int | Sequence[str] | Sequence[int], config: ModelCo
 
 def _plain(run: RunConfig) -> RunConfig:
     """Return the run with the schedule that makes one call per step, which is all that is needed without a graph."""
-    kept = {"num_steps", "first_time", "caption_dropout"}
+    kept = {"num_steps", "first_time", "noise", "caption_dropout"}
     plain = RolloutConfig(**{key: getattr(run.rollout, key) for key in kept})
     return run.model_copy(update={"rollout": plain})
 

@@ -42,6 +42,13 @@ def noise(
     return _stack(lambda g: g.standard_normal(tuple(shape), dtype=np.float32), seed, purpose, positions)
 
 
+def fresh_noise(
+    seed: int, positions: Sequence[int] | Tensor, steps: int, shape: Sequence[int], purpose: Purpose = Purpose.NOISE
+) -> Tensor:
+    """Standard normal noise of every step (steps, B, *shape) float32; that of the first step is `noise`'s."""
+    return noise(seed, positions, (steps, *shape), purpose).transpose(0, 1).contiguous()
+
+
 def uniform_times(seed: int, positions: Sequence[int] | Tensor, count: int) -> Tensor:
     """Uniform draws (count, B) float32 in [0, 1)."""
     return _stack(lambda g: g.random(count, dtype=np.float32), seed, Purpose.TIMES, positions).T.contiguous()

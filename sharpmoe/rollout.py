@@ -1,7 +1,8 @@
 """The recursive denoising rollout (SharpMoE section 3.2): each step reads the clean latent predicted by the one before.
 
-A trajectory is one pair (x0, x1) at T descending times. x0_prev, which the saliency routers read, is x_{t_1} itself at
-step 1 and the detached x0_hat of step k - 1 at step k. Nothing here communicates or draws random numbers.
+A trajectory is one pair (x0, x1) at T descending times, or one x0 with noise drawn anew at each of them. x0_prev, which
+the saliency routers read, is x_{t_1} itself at step 1 and the detached x0_hat of step k - 1 at step k. Nothing here
+communicates or draws random numbers.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,18 @@ class TrajectoryBatch(NamedTuple):
     """One micro-batch of trajectories with all randomness drawn."""
 
     x0: Tensor  # (B, C, H, W) clean latents
-    x1: Tensor  # (B, C, H, W) noise
+    x1: Tensor  # (B, C, H, W) noise, or (T, B, C, H, W) where it is drawn anew at each step
     times: Tensor  # (T, B), descending in T
     condition: Condition
     saliency: Tensor  # (B, N) the map M
+
+    def noise(self, step: int) -> Tensor:
+        """Return the noise (B, C, H, W) of a step (0-based)."""
+        return self.x1 if self.x1.ndim == self.x0.ndim else self.x1[step]
+
+    def x_t(self, step: int) -> Tensor:
+        """Return the noisy latent (B, C, H, W) of a step (0-based)."""
+        return interpolate(self.x0, self.noise(step), self.times[step])
 
 
 class StepOutput(NamedTuple):
@@ -50,7 +59,7 @@ class Replay(NamedTuple):
 
 def first_x0_prev(batch: TrajectoryBatch, uses_x0_prev: bool) -> Tensor | None:
     """Return x0_prev of the first step: x_{t_1}, or None where no step reads x0_prev."""
-    return interpolate(batch.x0, batch.x1, batch.times[0]) if uses_x0_prev else None
+    return batch.x_t(0) if uses_x0_prev else None
 
 
 def rollout_step(
@@ -61,10 +70,9 @@ def rollout_step(
     mode: CallMode = CallMode(),
 ) -> StepOutput:
     """Denoise at times[step] (0-based) of the trajectories, with or without a graph as the caller's grad mode says."""
-    t = batch.times[step]
-    x_t = interpolate(batch.x0, batch.x1, t)
-    output = model(x_t, t, batch.condition, x0_prev, mode)
-    return _step_output(batch, x_t, t, output)
+    x_t = batch.x_t(step)
+    output = model(x_t, batch.times[step], batch.condition, x0_prev, mode)
+    return _step_output(batch, step, x_t, output)
 
 
 def replay(output: StepOutput, x0_prev: Tensor | None) -> Replay:
@@ -78,7 +86,7 @@ def replay_steps(
 ) -> list[StepOutput]:
     """Run some steps (0-based) again as one batch, with the routing and x0_prev of their first pass."""
     times = [batch.times[step] for step in steps]
-    x_t = [interpolate(batch.x0, batch.x1, t) for t in times]
+    x_t = [batch.x_t(step) for step in steps]
     x0_prevs = [each.x0_prev for each in replays if each.x0_prev is not None]
     maps = tuple(torch.cat(layer) for layer in zip(*(each.routing_maps for each in replays), strict=True))
     condition = _repeat(batch.condition, len(steps))
@@ -90,13 +98,13 @@ def replay_steps(
         CallMode(routing_maps=maps),
     )
     return [
-        _step_output(batch, x_t[index], times[index], _part(output, index, len(steps), each.cutoffs))
-        for index, each in enumerate(replays)
+        _step_output(batch, step, x_t[index], _part(output, index, len(steps), each.cutoffs))
+        for index, (step, each) in enumerate(zip(steps, replays, strict=True))
     ]
 
 
-def _step_output(batch: TrajectoryBatch, x_t: Tensor, t: Tensor, output: ModelOutput) -> StepOutput:
-    v_target = velocity_target(batch.x0, batch.x1)
+def _step_output(batch: TrajectoryBatch, step: int, x_t: Tensor, output: ModelOutput) -> StepOutput:
+    t, v_target = batch.times[step], velocity_target(batch.x0, batch.noise(step))
     flow = flow_matching(output.v, v_target)
     return StepOutput(flow, clean_prediction(x_t, output.v.detach(), t), output.routing, v_target, t)
 

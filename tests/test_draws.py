@@ -32,3 +32,11 @@ def test_blocks_are_drawn_evenly() -> None:
     counts = torch.bincount(torch.tensor([draws.rollout_block(0, step, 5) for step in range(2000)]))
     assert len(counts) == 5
     assert counts.min() > 300
+
+
+def test_fresh_noise_begins_as_fixed_noise_and_depends_on_nothing_else() -> None:
+    fresh = draws.fresh_noise(3, [7, 8], 5, (4, 6))
+    assert fresh.shape == (5, 2, 4, 6)
+    assert torch.equal(fresh[0], draws.noise(3, [7, 8], (4, 6)))
+    assert torch.equal(fresh[:, 1:], draws.fresh_noise(3, [8], 5, (4, 6)))
+    assert all(not torch.equal(fresh[0], later) for later in fresh[1:])

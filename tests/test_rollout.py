@@ -47,19 +47,20 @@ def make_objective(run: RunConfig) -> Objective:
     return Objective(model, run).train()
 
 
-def make_item(seed: int = 3) -> TrajectoryBatch:
+def make_item(seed: int = 3, fresh: bool = False) -> TrajectoryBatch:
     g = torch.Generator().manual_seed(seed)
-    x0, x1 = torch.randn(2, BATCH, 4, 8, 8, generator=g)
+    x0, *noise = torch.randn(1 + (STEPS if fresh else 1), BATCH, 4, 8, 8, generator=g)
+    x1 = torch.stack(noise) if fresh else noise[0]
     times = descending_times(torch.rand(STEPS - 1, BATCH, generator=g), 0.999)
     text = torch.randn(BATCH, 5, 6, generator=g)
     condition = TextCondition(text, torch.ones(BATCH, 5, dtype=torch.bool), torch.randn(BATCH, 4, generator=g))
     return TrajectoryBatch(x0, x1, times, condition, torch.rand(BATCH, 16, generator=g))
 
 
-def gradients(run: RunConfig, block: int = 0, items: int = 1) -> tuple[Tensor, StepRecord]:
+def gradients(run: RunConfig, block: int = 0, items: int = 1, fresh: bool = False) -> tuple[Tensor, StepRecord]:
     """Gradient of the mean over `items` micro-batches, and the record of the first."""
     objective = make_objective(run)
-    answer = objective(StepRequest(tuple(make_item(3 + i) for i in range(items)), block))
+    answer = objective(StepRequest(tuple(make_item(3 + i, fresh) for i in range(items)), block))
     assert all(p.grad is None for p in objective.parameters())
     answer.loss.backward()
     flat = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in objective.parameters()]
@@ -91,6 +92,27 @@ def test_every_schedule_has_the_gradient_of_plain(router: str, mass: str) -> Non
         told, expected = ((*each.terms, each.thresholds) for each in (other_record, record))
         for ours, theirs in zip(told, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", ["ec", "diffmoe"])
+def test_noise_drawn_anew_is_that_of_each_step_in_every_schedule(router: str) -> None:
+    plain, record = gradients(make_run(router, "counts"), fresh=True)
+    assert distance(plain, gradients(make_run(router, "counts"))[0]) > 1e-2
+    for name, fields in SCHEDULES.items():
+        other, other_record = gradients(make_run(router, "counts", **fields), fresh=True)
+        assert distance(other, plain) < 1e-10, name
+        for ours, theirs in zip(other_record.terms, record.terms, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    run = make_run(router, "counts", schedule="segments", segment_steps=2)
+    blocks = [gradients(run, block, fresh=True)[0] for block in range(STEPS // 2)]
+    assert distance(torch.stack(blocks).mean(0), plain) < 1e-10
+    again = make_item(fresh=True)
+    same = again._replace(x1=again.x1[:1].expand_as(again.x1))  # the same noise at each step is fixed noise
+    one = again._replace(x1=again.x1[0])
+    model = make_objective(make_run(router)).model
+    for ours, theirs in zip(rollout(model, same, True), rollout(model, one, True), strict=True):
+        assert torch.equal(ours.x0_hat, theirs.x0_hat)
+        assert torch.equal(ours.v_target, theirs.v_target)
 
 
 @pytest.mark.parametrize(("name", "calls"), [("two_pass", STEPS), ("hybrid, merged", 3 + 1), ("checkpoint", 2 * STEPS)])

@@ -42,7 +42,10 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _draw(batch: Batch, empty_text: EmptyText, run: RunConfig) -> TrajectoryBatch:
     x0 = batch.latent
-    x1 = draws.noise(run.seed, batch.position, x0.shape[1:]).to(x0)
+    if run.stage == "posttrain" and run.rollout.noise == "fresh":
+        x1 = draws.fresh_noise(run.seed, batch.position, run.rollout.num_steps, x0.shape[1:]).to(x0)
+    else:
+        x1 = draws.noise(run.seed, batch.position, x0.shape[1:]).to(x0)
     if run.stage == "pretrain":
         times = flow.logit_normal_times(draws.normal_times(run.seed, batch.position))
     else:
