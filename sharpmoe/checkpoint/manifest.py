@@ -74,12 +74,14 @@ class Manifest:
     model: ModelConfig
     settings: dict[str, Any]  # dotted key -> value: resolved configuration, engine keys, versions of the code
     files: dict[str, FileEntry]  # by relative path
+    saved: float = 0.0  # when it was written, in seconds since 1970; 0: by a version that did not say so
 
 
 def write_manifest(manifest: Manifest) -> None:
     """Write and flush manifest.json and manifest.sha256 in `manifest.folder`. Raises OSError."""
     content = {
         "schema": _SCHEMA,
+        "saved": manifest.saved,
         "progress": manifest.progress._asdict() | {"watch": manifest.progress.watch._asdict()},
         "layout": manifest.identity._asdict(),
         "model": manifest.model.model_dump(mode="json"),
@@ -134,6 +136,7 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         model=ModelConfig(**content["model"]),
         settings=content["settings"],
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
+        saved=float(content.get("saved", 0.0)),
     )
 
 

@@ -1,5 +1,6 @@
 """The folder of a run's checkpoints: names, the newest, which ones stay, room on the disk. No communication."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,10 +40,18 @@ def latest(root: Path) -> Path | None:
 
 
 def newest_first(root: Path) -> list[Path]:
-    """Return all checkpoint folders: `latest` first, then by the time of their manifest, those without one last."""
-    first = latest(root)
+    """Return all checkpoint folders: `latest` first, then by the time in their manifest, those without one last.
+
+    The times of files do not count: a copy has others. A manifest that does not tell its time has that of the
+    checkpoint before it in the order of steps.
+    """
+    first, order, time = latest(root), [], 0.0
     found = [path for path in root.glob("step*") if path.is_dir() and _is_name(path.name)]
-    return sorted(found, key=lambda path: (path == first, _written(path)), reverse=True)
+    for path in sorted(found, key=_step_of):
+        has_manifest = (path / MANIFEST).is_file()
+        time = _time_of(path / MANIFEST) or time
+        order.append(((path == first, has_manifest, time if has_manifest else 0.0, _step_of(path)), path))
+    return [path for _, path in sorted(order, reverse=True)]
 
 
 def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
@@ -53,7 +62,7 @@ def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
     ours = [path for path in newest_first(root) if (path / MANIFEST).is_file()]
     last = [newest, *(path for path in ours if path != newest)][: config.keep]
     for path in ours:
-        milestone = config.keep_every > 0 and int(path.name.removeprefix("step")) % config.keep_every == 0
+        milestone = config.keep_every > 0 and _step_of(path) % config.keep_every == 0
         if path not in last and not milestone:
             durable.remove_folder(path)
     for path in root.glob(".step*"):
@@ -90,8 +99,13 @@ def _is_name(name: str) -> bool:
     return name.startswith("step") and name.removeprefix("step").isdigit()
 
 
-def _written(folder: Path) -> int:
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step"))
+
+
+def _time_of(manifest: Path) -> float:
+    """Return when a checkpoint was written as its manifest says, 0 where it does not, or cannot be read."""
     try:
-        return (folder / MANIFEST).stat().st_mtime_ns
-    except OSError:
-        return 0
+        return float(json.loads(manifest.read_bytes())["saved"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0

@@ -234,6 +234,7 @@ class Checkpoints:
             model=self._contents.model.config,
             settings=dict(self._settings),
             files=files,
+            saved=time.time(),
         )
         write_manifest(manifest)
         durable.flush_tree(draft)

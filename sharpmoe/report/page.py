@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import Allocation, allocation_table
 from sharpmoe.log_file import LOG_FILE, read_log
 from sharpmoe.report import figures
+
+_ENDS = {"before": 0, "after": 2}  # names that a run gives its two tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -49,17 +52,22 @@ def _section(title: str, body: str) -> str:
 
 
 def _allocation(folder: Path) -> str:
-    """Return table and curves of allocation/*.json, in the order in which the files were written."""
-    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    """Return table and curves of allocation/*.json: before training first, after it last, others by name."""
+    files = sorted(folder.glob("*.json"), key=lambda path: (_ENDS.get(path.stem, 1), _natural(path)))
     results = {path.stem: Allocation.load(path) for path in files}
     if not results:
         return ""
     return f"<pre>{html.escape(allocation_table(results))}</pre>\n{_embedded(figures.allocation_curves(results))}"
 
 
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return a key that orders names by the numbers in them, whatever the times of the files are."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.stem)]
+
+
 def _pictures(folder: Path, kind: str) -> str:
-    """Return links to the pictures of samples/ or routing/, newest first, without those in folders below."""
-    files = sorted((folder / kind).glob("*.png"), reverse=True)
+    """Return links to the pictures of samples/ or routing/, the last step first, without those in folders below."""
+    files = sorted((folder / kind).glob("*.png"), key=_natural, reverse=True)
     return "\n".join(
         f'<figure><img loading="lazy" src="{html.escape(f"{kind}/{path.name}")}">'
         f"<figcaption>{html.escape(path.stem)}</figcaption></figure>"

@@ -129,7 +129,7 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(
     retention.check_room(tmp_path / "checkpoints", 9_000)
 
 
-def pretend(root: Path, step: int) -> Path:
+def pretend(root: Path, step: int, saved: float = 0.0) -> Path:
     """A checkpoint of one file, published as a save does."""
     final = root / retention.folder_name(step)
     draft = root / f".{final.name}.partial"
@@ -144,6 +144,7 @@ def pretend(root: Path, step: int) -> Path:
             model=RunConfig().model,
             settings={},
             files=files,
+            saved=saved,
         )
     )
     durable.publish_folder(draft, final)
@@ -171,11 +172,28 @@ def test_the_last_ones_and_the_milestones_stay(config: dict[str, int], kept: lis
 
 
 def test_what_was_written_last_counts_not_the_highest_step(tmp_path: Path) -> None:
-    for number, step in enumerate((5, 6, 2)):  # a run that went on from an older checkpoint
+    for number, step in enumerate((5, 6, 2, 3)):  # a run that went on from an older checkpoint
+        os.utime(pretend(tmp_path, step, 1e9 + number) / "manifest.json", ns=(9 - number, 9 - number))  # as copied
+    names = ["step00000003", "step00000002", "step00000006", "step00000005"]
+    assert [path.name for path in retention.newest_first(tmp_path)] == names
+    assert manifest.read_manifest(tmp_path / "step00000003").saved == 1e9 + 3
+    (tmp_path / "latest").unlink()
+    assert [path.name for path in retention.newest_first(tmp_path)] == names
+    retention.drop_old(tmp_path, tmp_path / "step00000003", CheckpointConfig(keep=2))
+    assert sorted(os.listdir(tmp_path)) == ["step00000002", "step00000003"]
+
+
+def test_checkpoints_that_do_not_tell_their_time_are_ordered_by_step(tmp_path: Path) -> None:
+    for number, step in enumerate((9, 10, 8)):
         os.utime(pretend(tmp_path, step) / "manifest.json", ns=(number, number))
-    assert [path.name for path in retention.newest_first(tmp_path)] == ["step00000002", "step00000006", "step00000005"]
-    retention.drop_old(tmp_path, tmp_path / "step00000002", CheckpointConfig(keep=2))
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step00000002", "step00000006"]
+    (tmp_path / "latest").unlink()
+    pretend(tmp_path, 11, 1e9)
+    (tmp_path / "latest").unlink()
+    (pretend(tmp_path, 12) / "manifest.json").write_text("damaged")
+    (tmp_path / "latest").unlink()
+    (tmp_path / "step00000013").mkdir()  # not by a save
+    steps = [retention._step_of(path) for path in retention.newest_first(tmp_path)]
+    assert steps == [12, 11, 10, 9, 8, 13]
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -1,6 +1,7 @@
 """The page of a run, from the command line."""
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from data_pipeline.read.shards import ShardSet
 from launcher.report import main
+from sharpmoe.evaluation.allocation import measure_allocation
 from sharpmoe.evaluation.held_out import ALONE
 from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
@@ -51,6 +53,30 @@ def test_looking_at_a_run_leaves_pictures_figures_and_a_page(run_folder: Path) -
     assert set(linked) == expected
     assert all((run_folder / path).is_file() for path in linked)
     assert "change (paired)" in page
+
+
+def test_a_copy_of_a_run_has_the_same_report(run_folder: Path, tmp_path: Path) -> None:
+    """Copies have other times: those of cp and git are all new and in any order, those of rsync and tar may be old."""
+    source = find_saved_model(run_folder)
+    shards = ShardSet.open(source.run.data.shards, "unseen")
+    measured = measure_allocation(load_model(source.weights)[0], shards, images=2)
+    run = tmp_path / "toy"
+    for name in ("after", "before", "middle10", "middle9"):
+        measured.save(run / "allocation" / f"{name}.json")
+    (run / "log.jsonl").write_text('{"run": "a", "step": 1, "loss/total": 1.0}\n')
+    (run / "samples").mkdir()
+    for name in ("step00000002", "step00000010", "step0000001"):
+        (run / "samples" / f"{name}.png").touch()
+    pages = set()
+    for order in (1, -1):
+        for number, path in enumerate(sorted(run.rglob("*.*"))[::order]):
+            os.utime(path, (number, number))
+        assert main([str(run)]) == 0
+        pages.add((run / "report.html").read_text())
+    (page,) = pages
+    head = next(line for line in page.splitlines() if "middle9" in line)
+    assert head.split() == ["before", "middle9", "middle10", "after"]
+    assert re.findall(r"step(\d+)\.png", page) == ["00000010", "00000002", "0000001"]
 
 
 def test_a_report_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
