@@ -43,8 +43,8 @@ def step_cases(config: ModelConfig, images: int, options: Options) -> Iterator[C
     """Yield steps of a model without and with the update, and of a model with saliency routers with it."""
     guided = config.saliency_router
     step = (GuidedStep if guided else Step)(make_model(config, options), images, options)
-    rows = rows_of_call(config, images) * config.num_moe_layers
-    done = products(config, Call(images=images, rows=rows, uses_x0_prev=guided))
+    rows = rows_of_call(config, images, config.num_tokens) * config.num_moe_layers
+    done = products(config, Call(images=images, tokens=config.num_tokens, rows=rows, uses_x0_prev=guided))
     forward, backward = forward_flops(done), backward_flops(done)
     total, gemms = forward.total + backward.total, gemms_of(done, config.num_experts)
     limit = counting(bare(gemms, options), images)

@@ -33,6 +33,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON (default: configs/zero<stage>.json)")
     add("--micro-batch", type=POSITIVE, help="images per rank and engine call (default: train.micro_batch)")
     add(
+        "--tokens",
+        type=POSITIVE,
+        metavar="N",
+        help="tokens per image (default: the largest resolution of the prepared data, else the square of the model)",
+    )
+    add(
         "--schedule",
         choices=("auto", *SCHEDULES),
         help="rollout schedule (default: that of the run); auto: the cheapest that fits",
@@ -48,7 +54,7 @@ def _act(arguments: argparse.Namespace) -> int:
     file = arguments.deepspeed or PROJECT_ROOT / "configs" / f"zero{arguments.zero or 3}.json"
     ds_config = resolve_ds_config(file, run, arguments.world)
     ds_config["zero_optimization"]["stage"] = arguments.zero or ds_config["zero_optimization"]["stage"]
-    planner = Planner(run)
+    planner = Planner(run, arguments.tokens)
     layout = planner.layout(arguments.world, ds_config)
     planner, notes = resolve_planner(planner, layout, arguments.device_memory)
     budget = planner.budget(layout)

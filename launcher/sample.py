@@ -13,6 +13,7 @@ from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
+from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
@@ -22,6 +23,7 @@ from sharpmoe.report.samples import (
     Prompts,
     check_shards,
     draw_to_files,
+    image_side,
     override_sampling,
     parse_part,
     read_captions,
@@ -51,7 +53,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--num", type=POSITIVE, default=50_000, help="images of --npz")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
     add("--shards", help="prepared shards, for codec and text encoder (default: those of the run)")
-    add("--bucket", metavar="HxW", help="resolution of the shards to draw in (default: a square)")
+    add("--width", type=POSITIVE, help="pixels (default: the square of the model; any multiple of a token's pixels)")
+    add("--height", type=POSITIVE, help="pixels, as --width")
     add("--steps", type=POSITIVE, help="sampling steps (default: sample.num_steps of the run)")
     add("--method", choices=("euler", "heun"), help="sampler (default: sample.method)")
     add("--cfg-scale", type=NOT_NEGATIVE_REAL, help="classifier-free guidance, 1 is none (default: sample.cfg_scale)")
@@ -86,10 +89,12 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, object]:
 def _npz(
     arguments: argparse.Namespace, settings: SampleConfig, model: Backbone, shards: ShardSet, saved: SavedModel
 ) -> Path:
+    if arguments.width or arguments.height:
+        raise ConfigError("--npz draws the square of the model, as published figures are: leave out --width, --height")
     batch = AdmBatch(
         path=arguments.npz,
         num_images=arguments.num,
-        image_size=shards.image_size,
+        image_size=image_side(model.config, shards),
         batch_size=arguments.batch_size,
         weights=saved.name,
         part=arguments.part,
@@ -103,7 +108,7 @@ def _files(
     arguments: argparse.Namespace, settings: SampleConfig, model: Backbone, shards: ShardSet, saved: SavedModel
 ) -> Path | str:
     size, part = arguments.batch_size, arguments.part
-    options = DrawOptions(part, size, arguments.pool_per_image, arguments.bucket)
+    options = DrawOptions(part, size, arguments.pool_per_image, arguments.height, arguments.width)
     folder = arguments.out or saved.folder / "samples" / "drawn"
     grid = draw_to_files(model, shards, _prompts(arguments, settings), settings, folder, options)
     return grid or f"part {part}: nothing to draw; a part is at least one batch (--batch-size {size})"

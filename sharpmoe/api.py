@@ -151,7 +151,7 @@ def rollout_loss(
         whole, empty = _texts(whole, model, empty_text, run)
         (item,) = draw_trajectories([whole], empty, run, _device(model))
         segment = draws.rollout_block(seed, int(whole.position[0]), num_segments(run))
-    check_schedule(run, len(item.x0))
+    check_schedule(run, len(item.x0), (item.saliency.shape[1],))
     answer = Objective(model, run)(StepRequest((item,), segment))
     (record,) = answer.records
     total = answer.loss - answer.loss.detach() + record.terms.total  # the last pass has the graph, the record the value

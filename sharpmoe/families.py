@@ -122,8 +122,6 @@ class _RoutedModel(Protocol):
     @property
     def family(self) -> Family: ...
     @property
-    def num_tokens(self) -> int: ...
-    @property
     def num_experts(self) -> int: ...
     @property
     def top_k(self) -> int: ...
@@ -134,7 +132,11 @@ class _RoutedModel(Protocol):
 
 
 def tokens_per_expert(num_pooled: int, num_experts: int, capacity: float) -> int:
-    """Return how many of `num_pooled` tokens each expert takes: floor(num_pooled / E * capacity), at least one."""
+    """Return how many of `num_pooled` tokens each expert takes: floor(num_pooled / E * capacity), at least one.
+
+    The tokens are those of the call: an image of another grid has another capacity, rounded by itself. What the floor
+    leaves out is less than one token per expert and pool.
+    """
     return max(1, int(num_pooled / num_experts * capacity))
 
 
@@ -146,12 +148,13 @@ def pairs_of_pool(num_pooled: int, num_experts: int, capacity: float) -> int:
     return min(num_pooled * num_experts, max(1, int(num_pooled * capacity)))
 
 
-def rows_of_call(model: _RoutedModel, images: int) -> int:
+def rows_of_call(model: _RoutedModel, images: int, tokens: int) -> int:
     """Return the rows that the routed experts of one MoE layer compute together in a training call.
 
-    All images have a class: those without one go to the unconditional expert, where there is one.
+    A call has `images` images of `tokens` tokens. All have a class: those without one go to the unconditional expert,
+    where there is one.
     """
-    competition, pool = model.family.competition, images * model.num_tokens
+    competition, pool = model.family.competition, images * tokens
     if competition is None:
         return 0
     if competition == "token":

@@ -170,8 +170,9 @@ class ImagePart(NamedTuple):
 def compile_blocks(model: Backbone) -> Backbone:
     """Compile every block with torch.compile, in place; returns the model.
 
-    Equal to the rounding of float32 (tests: 1e-5 of a latent's range). The first call of a batch size compiles, one to
-    three minutes; it pays off for many images. Raises ConfigError where a CPU has no C++ compiler.
+    Equal to the rounding of float32 (tests: 1e-5 of a latent's range). The first call of a batch size and of a size
+    of images compiles, one to three minutes; it pays off for many images. Raises ConfigError where a CPU has no C++
+    compiler.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(tool) for tool in (os.environ.get("CXX", "c++"), "g++", "clang++")):
@@ -194,7 +195,7 @@ def generate(
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
-    `size` (H, W) of the latents: square and of the configured size by default, else with as many tokens.
+    `size` (H, W) of the latents: the square of the configured size by default, else multiples of the patch.
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
     pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
     a pool of its own. The model must be whole and in eval mode. Nothing is communicated, and the loop reads nothing

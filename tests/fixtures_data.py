@@ -125,6 +125,17 @@ def tiny_autoencoder(folder: Path) -> Path:
     return folder
 
 
+def make_unequal_shards(folder: Path, num_images: int = 36) -> Path:
+    """Write pictures in three sizes of unequal token counts, without a codec.
+
+    Latents (3, 8, 8), (3, 4, 14) and (3, 10, 12): 16, 14 and 30 tokens. Splits train (30) and unseen (6), both with all
+    sizes.
+    """
+    square, wide, large = (1.0, 1.0), (1.0, 3.5), (1.0, 1.2)
+    sides = (square, wide, large, square, wide)
+    return make_shards(folder, num_images, codec={"kind": "pixel"}, buckets="8x8,4x14,10x12", sides=sides)
+
+
 def shapes_recipe(
     size: int = 32, channels: int = 4, patch_size: int = 2, shard_samples: int = 8, text_width: int = 32
 ) -> Recipe:

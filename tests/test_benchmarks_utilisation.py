@@ -47,7 +47,7 @@ def test_the_limit_multiplies_as_much_as_the_step(guided: bool) -> None:
 
 
 def test_shapes_of_forward_and_backward() -> None:
-    done = products(ModelConfig.model_validate(SIZES | {"router": "ec"}), Call(images=2, rows=32))
+    done = products(ModelConfig.model_validate(SIZES | {"router": "ec"}), Call(images=2, tokens=16, rows=32))
     routed = [gemm for gemm in gemms_of(done, 4) if gemm.times == 1 and 128 in gemm[1:4] and 8 in gemm[1:4]]
     there, weight, rows = Gemm(4, 8, 32, 128, 1), Gemm(4, 128, 8, 32, 1), Gemm(4, 8, 128, 32, 1)
     back = Gemm(4, 8, 128, 32, 1), Gemm(4, 32, 8, 128, 1), Gemm(4, 8, 32, 128, 1)

@@ -144,7 +144,7 @@ def test_declared_rows_are_those_of_the_rule(
         assert (each is not None) == (config.family.fixed_rows(training) == "each")
         assert (total is not None) == (config.family.fixed_rows(training) is not None)
         if training:
-            assert taken.sum() == rows_of_call(config, images)
+            assert taken.sum() == rows_of_call(config, images, config.num_tokens)
 
 
 def test_what_competes_in_inference_fixes_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,9 +251,11 @@ def test_a_new_family_is_counted(toy: str) -> None:
     model = toy_model(toy, capacity=1.5).train()
     output, forward, backward = counted(model, uses_x0_prev=True)
     about = torch.full((1, IMAGES), 0.5), torch.rand(IMAGES, model.config.num_tokens)
-    rows = rows_of_call(model.config, IMAGES)
+    rows = rows_of_call(model.config, IMAGES, model.config.num_tokens)
     assert [int(record.routing_map.sum()) for record in output.routing] == [rows, rows]
-    done = products(model.config, Call(images=IMAGES, rows=2 * rows, text_tokens=TEXT_LENGTH, uses_x0_prev=True))
+    done = products(
+        model.config, Call(images=IMAGES, tokens=16, rows=2 * rows, text_tokens=TEXT_LENGTH, uses_x0_prev=True)
+    )
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
     named = routing_scalars(routing_sums([output.routing], model.config, *about))
@@ -268,7 +270,7 @@ def test_a_new_family_is_counted(toy: str) -> None:
 def test_a_new_family_is_planned(toy: str) -> None:
     run = make_run(Path("shards"), Path("runs"), toy, loss={"routing_weight": 0.5}, model={"capacity": 2.0})
     fewer = make_run(Path("shards"), Path("runs"), toy, loss={"routing_weight": 0.5})
-    assert rows_expected(run, 4) == 2 * rows_expected(fewer, 4) == 2 * 2 * 16
+    assert rows_expected(run, 4, 16) == 2 * rows_expected(fewer, 4, 16) == 2 * 2 * 16
 
     def peak(run: RunConfig) -> int:
         planner = Planner(run)

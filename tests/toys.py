@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data_pipeline.index import Bucket
 from data_pipeline.schema import Batch
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.backbone import Backbone
@@ -34,10 +35,16 @@ def toy_model(router: str = "diffmoe", **fields: object) -> Backbone:
 
 
 class ToySamples:
-    """Held-out samples drawn from their index; every fifth has no foreground mask."""
+    """Held-out samples drawn from their index; every fifth has no foreground mask.
 
-    def __init__(self, num_samples: int = 11) -> None:
-        self.num_samples = num_samples
+    `sizes` of latents: as many samples of each, one size after the other.
+    """
+
+    def __init__(self, num_samples: int = 11, sizes: Sequence[tuple[int, int]] = ((8, 8),)) -> None:
+        self.num_samples, self._each = num_samples, -(-num_samples // len(sizes))
+        self.buckets = {
+            f"{8 * h}x{8 * w}": Bucket((8 * h, 8 * w), (4, h, w), (h // 2, w // 2), self._each) for h, w in sizes
+        }
         self.read: list[list[int]] = []  # indices of every batch that was asked for
 
     def batch(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> Batch:
@@ -59,15 +66,17 @@ class ToySamples:
         )
 
     def bucket_of(self, index: int) -> str:
-        return "64x64"
+        return list(self.buckets)[index // self._each]
 
     def _row(self, index: int) -> tuple[Tensor, ...]:
         g = torch.Generator().manual_seed(index)
-        foreground = (torch.rand(16, generator=g) > 0.5).float()
+        shape = self.buckets[self.bucket_of(index)].latent
+        tokens = shape[1] * shape[2] // 4
+        foreground = (torch.rand(tokens, generator=g) > 0.5).float()
         return (
-            torch.randn(4, 8, 8, generator=g),
+            torch.randn(shape, generator=g),
             torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=g),
             torch.randn(POOLED_WIDTH, generator=g),
-            torch.rand(16, generator=g),
+            torch.rand(tokens, generator=g),
             foreground if index % 5 else torch.full_like(foreground, torch.nan),
         )

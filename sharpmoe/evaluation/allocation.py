@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
-from sharpmoe.evaluation.held_out import ALONE, Observed, Samples, Share, observe, spread
+from sharpmoe.evaluation.held_out import ALONE, Observed, Samples, Share, TokenTables, observe, spread
 from sharpmoe.model.backbone import Backbone
 
 ALLOCATION_TIMES = tuple(round(0.999 - k * (0.999 - 0.05) / 9, 6) for k in range(10))
@@ -117,30 +117,41 @@ def steps_of_range(times: Sequence[float], name: str) -> list[int]:
 
 
 def _summarise(observed: Observed, times: Sequence[float], num_layers: int) -> Allocation:
-    """Return the allocation in observed rollouts (I, T, N) of a model with `num_layers` MoE layers."""
-    collected = {name: observed.experts[:, _within(times, bounds)].sum(1) for name, bounds in _RANGES.items()}
-    steps = {name: int(_within(times, bounds).sum()) for name, bounds in _RANGES.items()}
-    per_layer = {name: total / max(steps[name] * num_layers, 1) for name, total in collected.items()}
-    bins = {name: _by_quantile(mean, observed.saliency) for name, mean in per_layer.items()}
-    values = {
-        "saliency": {name: _spearman(total, observed.saliency) for name, total in collected.items()},
-        "foreground": {name: _spearman(total, observed.foreground) for name, total in collected.items()},
-        "experts": {name: mean.mean(1) for name, mean in per_layer.items()},
-        "flow": {name: observed.flow[:, _within(times, bounds)].mean(1) for name, bounds in _RANGES.items()},
-    }
+    """Return the allocation in observed rollouts of a model with `num_layers` MoE layers.
+
+    Correlations and fifths are of the tokens of one image, so that images of any resolution can be averaged.
+    """
+    parts = [_per_image(tables, times, num_layers) for tables in observed.tokens]
+    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    values = {what: {name: joined[what, name] for name in _RANGES} for what in ("saliency", "foreground", "experts")}
+    values["flow"] = {name: observed.flow[:, _within(times, bounds)].mean(1) for name, bounds in _RANGES.items()}
     return Allocation(
         **{what: {name: _image_mean(value) for name, value in ranges.items()} for what, ranges in values.items()},
-        saliency_by_time={
-            t: _image_mean(_spearman(observed.experts[:, k], observed.saliency)) for k, t in enumerate(times)
+        saliency_by_time={t: _image_mean(joined["saliency", t]) for t in times},
+        experts_by_saliency={
+            name: tuple(_image_mean(column) for column in joined["fifths", name].T) for name in _RANGES
         },
-        experts_by_saliency={name: tuple(_image_mean(column) for column in rows.T) for name, rows in bins.items()},
         constant={name: int(value.isnan().sum()) for name, value in values["saliency"].items()},
         per_image={
             what: {name: tuple(value.tolist()) for name, value in ranges.items()} for what, ranges in values.items()
         },
-        images=len(observed.experts),
+        images=len(observed.flow),
         times=tuple(times),
     )
+
+
+def _per_image(seen: TokenTables, times: Sequence[float], num_layers: int) -> dict[tuple[str, str | float], Tensor]:
+    """Return figures (I,) of images of one resolution by (what, range of t), and ("saliency", t); fifths are (I, 5)."""
+    figures: dict[tuple[str, str | float], Tensor] = {}
+    for name, bounds in _RANGES.items():
+        steps = _within(times, bounds)
+        total = seen.experts[:, steps].sum(1)
+        mean = total / max(int(steps.sum()) * num_layers, 1)
+        figures["saliency", name] = _spearman(total, seen.saliency)
+        figures["foreground", name] = _spearman(total, seen.foreground)
+        figures["experts", name] = mean.mean(1)
+        figures["fifths", name] = _by_quantile(mean, seen.saliency)
+    return figures | {("saliency", t): _spearman(seen.experts[:, k], seen.saliency) for k, t in enumerate(times)}
 
 
 def _paired_change(before: Allocation, after: Allocation, what: str, name: str) -> ImageMean:

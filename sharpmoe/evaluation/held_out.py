@@ -7,7 +7,8 @@ each rank fills its rows of tables of zeros that the ranks then add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -15,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from data_pipeline.index import Bucket
 from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
@@ -28,6 +30,11 @@ class Samples(Protocol):
 
     @property
     def num_samples(self) -> int: ...
+
+    @property
+    def buckets(self) -> Mapping[str, Bucket]:
+        """The resolutions by name."""
+        ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read the samples at `indices`, all of one bucket."""
@@ -52,17 +59,24 @@ ALONE = Share()
 class _Chunk(NamedTuple):
     """Images that share the model calls of one rollout."""
 
-    rows: range  # rows of the tables
+    run: int  # number of the run of one resolution that they belong to
+    rows: range  # rows of all images
     counted: bool  # False: repeated only so that all ranks make the same number of calls
 
 
-class Observed(NamedTuple):
-    """Measurements of held-out rollouts: I images, T times, N tokens. The same on every rank, on the CPU."""
+class TokenTables(NamedTuple):
+    """What was measured of every token of I images of one resolution: T times, N tokens."""
 
     experts: Tensor  # (I, T, N) float32: experts that took the token, summed over MoE layers
-    flow: Tensor  # (I, T) float32: flow-matching loss
     saliency: Tensor  # (I, N) float32 in [0, 1]
     foreground: Tensor  # (I, N) float32 in [0, 1], NaN for images without a mask
+
+
+class Observed(NamedTuple):
+    """Measurements of held-out rollouts: I images, T times. The same on every rank, on the CPU."""
+
+    flow: Tensor  # (I, T) float32: flow-matching loss
+    tokens: tuple[TokenTables, ...]  # one per run of images of one resolution, in the order of the images
 
 
 def observe(
@@ -81,21 +95,25 @@ def observe(
     router reads none. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share a model call.
     Runs in eval mode without gradients and restores the mode. Communicates by `share.reduce` alone, once per table.
     """
-    device = next(model.parameters()).device
-    tables: Observed | None = None
+    if not len(indices):
+        raise ValueError("no held-out samples to observe")
+    device, names = next(model.parameters()).device, [samples.bucket_of(index) for index in indices]
+    runs = _runs(names)
+    tables = [_zeros(run, samples.buckets[names[run.start]], len(times)) for run in runs]
+    flow = torch.zeros(len(indices), len(times))
     with evaluating(model):
-        for rows, counted in _chunks_of_rank([samples.bucket_of(index) for index in indices], chunk, share):
+        for number, rows, counted in _chunks_of_rank(runs, chunk, share):
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)
             item = _held_out_batch(batch, picked, times, model.config, seed, device)
-            seen = _observed(batch, item, rollout(model, item, uses_x0_prev=model.config.saliency_router))
-            tables = tables or Observed(*(part.new_zeros(len(indices), *part.shape[1:]) for part in seen))
+            steps = rollout(model, item, uses_x0_prev=model.config.saliency_router)
             if counted:
-                for table, part in zip(tables, seen, strict=True):
-                    table[rows.start : rows.stop] = part
-    if tables is None:
-        raise ValueError("no held-out samples to observe")
-    return Observed(*(share.reduce(table.to(device)).cpu() for table in tables))
+                flow[rows.start : rows.stop] = _flow_losses(item, steps)
+                first = runs[number].start
+                for table, part in zip(tables[number], _of_tokens(batch, item, steps), strict=True):
+                    table[rows.start - first : rows.stop - first] = part
+    columns = [_reduced(column, share, device) for column in zip(*tables, strict=True)]
+    return Observed(_reduced([flow], share, device)[0], tuple(TokenTables(*run) for run in zip(*columns, strict=True)))
 
 
 def spread(num_samples: int, count: int) -> list[int]:
@@ -104,16 +122,32 @@ def spread(num_samples: int, count: int) -> list[int]:
     return [i * num_samples // count for i in range(count)]
 
 
-def _chunks_of_rank(buckets: Sequence[str], chunk: int, share: Share) -> list[_Chunk]:
+def _runs(names: Sequence[str]) -> list[range]:
+    """Return the rows of each run of equal names."""
+    edges = [row for row in range(1, len(names)) if names[row] != names[row - 1]]
+    return [range(start, stop) for start, stop in pairwise([0, *edges, len(names)])]
+
+
+def _chunks_of_rank(runs: Sequence[range], chunk: int, share: Share) -> list[_Chunk]:
     """Return the chunks of one rank: every world-th of all; the last chunk again, uncounted, where it would have fewer.
 
-    `buckets`: bucket of every row; a chunk is of one bucket.
+    `runs`: rows of one resolution each, as a chunk is.
     """
-    edges = [row for row in range(1, len(buckets)) if buckets[row] != buckets[row - 1]]
-    runs = list(pairwise([0, *edges, len(buckets)]))
-    chunks = [range(at, min(at + chunk, stop)) for start, stop in runs for at in range(start, stop, chunk)]
+    chunks = [(number, range(at, min(at + chunk, run.stop))) for number, run in enumerate(runs) for at in run[::chunk]]
     mine = range(share.rank, -(-len(chunks) // share.world) * share.world, share.world)
-    return [_Chunk(chunks[min(i, len(chunks) - 1)], i < len(chunks)) for i in mine]
+    return [_Chunk(*chunks[min(i, len(chunks) - 1)], i < len(chunks)) for i in mine]
+
+
+def _zeros(run: range, bucket: Bucket, num_times: int) -> TokenTables:
+    images, tokens = len(run), math.prod(bucket.grid)
+    return TokenTables(torch.zeros(images, num_times, tokens), torch.zeros(images, tokens), torch.zeros(images, tokens))
+
+
+def _reduced(parts: Sequence[Tensor], share: Share, device: torch.device) -> list[Tensor]:
+    """Add tensors up over the ranks, in one exchange whatever their shapes; on the CPU."""
+    whole = share.reduce(torch.cat([part.flatten() for part in parts]).to(device)).cpu()
+    pieces = whole.split([part.numel() for part in parts])
+    return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
 
 
 @contextmanager
@@ -156,7 +190,7 @@ def _experts_per_token(routing: Sequence[Routing]) -> Tensor:
     return torch.stack([layer.routing_map.sum(-1) for layer in routing]).sum(0).float()
 
 
-def _observed(batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Observed:
+def _of_tokens(batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput]) -> TokenTables:
     dense = torch.zeros_like(item.saliency)  # no MoE layer: no token is taken by an expert
     experts = torch.stack([_experts_per_token(step.routing) if step.routing else dense for step in steps], 1)
-    return Observed(experts.cpu(), _flow_losses(item, steps).cpu(), batch.saliency, batch.foreground)
+    return TokenTables(experts, batch.saliency, batch.foreground)

@@ -171,7 +171,7 @@ class _KnownLabels:
 
     def __init__(self, samples: Samples, config: ModelConfig) -> None:
         self._samples, self._num_classes, self._has_null = samples, config.num_classes, config.class_dropout
-        self.num_samples = samples.num_samples
+        self.num_samples, self.buckets = samples.num_samples, samples.buckets
 
     def batch(self, indices: Sequence[int]) -> Batch:
         batch = self._samples.batch(indices)
@@ -188,12 +188,13 @@ class _KnownLabels:
 
 
 def _check_shape(config: ModelConfig, samples: Samples) -> None:
-    found = tuple(samples.batch([0]).latent.shape[1:])
     expected = (config.latent_channels, config.latent_size, config.latent_size)
-    if found[0] != expected[0] or math.prod(found) != math.prod(expected):  # any aspect ratio is accepted
+    found = [bucket.latent for bucket in samples.buckets.values()]
+    if not any(latent[0] == expected[0] and math.prod(latent) == math.prod(expected) for latent in found):
+        # Any aspect ratio is accepted, and other sizes beside.
         raise CheckpointError(
-            f"the checkpoint takes latents {expected}, the shards hold {found}; name other shards, or ask for "
-            f"positions of another size (--latent-size {found[1]})"
+            f"the checkpoint takes latents {expected}, the shards hold {', '.join(map(str, found))}; name other "
+            f"shards, or ask for positions of another size (--latent-size {found[0][1]})"
         )
 
 

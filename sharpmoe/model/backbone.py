@@ -62,7 +62,8 @@ class Backbone(nn.Module, ABC):
     ) -> ModelOutput:
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
-        x_t need not be square, but must have as many tokens as a square one of the configured size; else ValueError.
+        x_t need not have the configured size: H and W are multiples of the patch, else ValueError, and all that counts
+        tokens (capacities, positions, records) follows its grid.
         condition: what the model is conditioned on, or what `prepare` returned for it; a bare tensor (B,) is read as
         class labels; TypeError if it is of a kind that the model does not use. x0_prev (B, C, H, W): clean latent
         predicted by the previous step, detached here; the saliency routers read it, and None gives the base routing.
@@ -84,11 +85,6 @@ class Backbone(nn.Module, ABC):
         They are in the order in which forward uses them, and each parameter of the model is in exactly one of them. The
         first embeds x_t and x0_prev; the last computes the output.
         """
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens per image."""
-        return self.config.num_tokens
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers in depth order."""

@@ -108,8 +108,9 @@ class DiT(Backbone):
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
         grid = self._grid(x_t)
-        tokens = self._embed(x_t, grid)
-        x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach(), grid)
+        positions = self._positions(grid)
+        tokens = self._embed(x_t, positions)
+        x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach(), positions)
         c = functional.silu(self.t_embedder(t) + prepared.c)
         context = Context(c, prepared.text, self._rotary(t.device, grid), prepared.unconditional)
         records: list[Routing] = []
@@ -124,19 +125,24 @@ class DiT(Backbone):
 
     def _grid(self, latent: Tensor) -> tuple[int, int]:
         """Tokens (h, w) of a latent."""
-        (height, bottom), (width, right) = (divmod(size, self.config.patch_size) for size in latent.shape[2:])
-        if bottom or right or height * width != self.num_tokens:
-            raise ValueError(f"latent {tuple(latent.shape[1:])}: expected one of {self.num_tokens} tokens")
-        return height, width
+        patch, (channels, height, width) = self.config.patch_size, latent.shape[1:]
+        if channels != self.config.latent_channels or height % patch or width % patch or not height * width:
+            raise ValueError(
+                f"latent {(channels, height, width)}: expected {self.config.latent_channels} channels and sides that "
+                f"are multiples of the patch size {patch}"
+            )
+        return height // patch, width // patch
 
-    def _embed(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Positions (1, h w, D) that are added to tokens, where the family adds them."""
+        side = self.config.latent_size // self.config.patch_size
+        if self.pos_embed is None or grid == (side, side):
+            return self.pos_embed
+        return sincos_positions(self.config.width, grid, side, self.pos_embed.device)
+
+    def _embed(self, latent: Tensor, positions: Tensor | None) -> Tensor:
         tokens: Tensor = self.x_embedder(latent.to(self.x_embedder.proj.weight.dtype))
-        if self.pos_embed is None:
-            return tokens
-        positions, side = self.pos_embed, self.config.latent_size // self.config.patch_size
-        if grid != (side, side):
-            positions = sincos_positions(self.config.width, grid, side, tokens.device)
-        return tokens + positions.to(tokens.dtype)
+        return tokens if positions is None else tokens + positions.to(tokens.dtype)
 
     def _embed_condition(self, condition: Condition | Prepared | Tensor) -> "_Prepared":
         condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition

@@ -41,8 +41,9 @@ def unpatchify(tokens: Tensor, patch: int, channels: int, grid: tuple[int, int])
 def sincos_positions(width: int, grid: tuple[int, int], side: int, device: torch.device | None = None) -> Tensor:
     """Return fixed 2-D sine-cosine positions (1, h w, width) float32, as in MAE and DiT: half for x, half for y.
 
-    Another grid than (side, side) is centred on it, with the same distance between tokens: the middle of an image has
-    one position in every aspect ratio, and no axis is stretched.
+    Another grid than (side, side), smaller or larger, is centred on it with the same distance between tokens: the
+    middle of an image has one position in every aspect ratio, and no axis is stretched. Beyond the square positions are
+    extrapolated, not interpolated (docs/design/0011-aspect-buckets.md).
     """
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4))
     axes = []
@@ -59,7 +60,7 @@ def rotary_positions(head_width: int, grid: tuple[int, int], kind: str, device: 
     """Return cosines and sines (2, h w, head_width) float32 of rotary positions (arXiv 2104.09864) on a grid (h, w).
 
     rope_2d: the first half of a head rotates with the row, the second with the column, as in DSMoE; rope_1d: the whole
-    head rotates with the token's place in the sequence.
+    head rotates with the token's place in the sequence. On a larger grid the angles go on (they are extrapolated).
     """
     axes = 2 if kind == "rope_2d" else 1
     quarter = head_width // axes // 2

@@ -1,4 +1,4 @@
-"""The matrix products of one call of the model, counted from the configuration and the routing taken.
+"""The matrix products of one call of the model, counted from the configuration, the tokens and the routing taken.
 
 A product (m, k) x (k, n) is 2 m k n floating point operations. Everything else (norms, activations, softmax, gathers,
 losses, optimizer) is not counted, as is usual for utilisation.
@@ -19,6 +19,7 @@ class Call:
     """One call of the model."""
 
     images: int = 1
+    tokens: int  # per image
     rows: float = 0  # rows that the routed experts computed, over all MoE layers; a mean need not be whole
     text_tokens: int = 0  # per image, padding included; class-conditional models have none
     uses_x0_prev: bool = False  # given x0_prev, the clean latent predicted by the previous step
@@ -93,7 +94,7 @@ def products(config: ModelConfig, call: Call) -> list[Product]:
 
 def _outside(config: ModelConfig, call: Call) -> Iterator[Product]:
     """Embedders and final layer."""
-    width, images, tokens = config.width, call.images, call.images * config.num_tokens
+    width, images, tokens = config.width, call.images, call.images * call.tokens
     patch = config.latent_channels * config.patch_size**2
     yield Product("dense", 1, tokens, patch, width, gradients=1, in_block=False)
     if call.uses_x0_prev:
@@ -111,28 +112,28 @@ def _outside(config: ModelConfig, call: Call) -> Iterator[Product]:
 
 def _trunk(config: ModelConfig, call: Call) -> Iterator[Product]:
     """What every block has: modulation, attention, attention to text."""
-    width, tokens = config.width, call.images * config.num_tokens
+    width, tokens = config.width, call.images * call.tokens
     yield Product("dense", 1, call.images, width, 6 * width)
     yield Product("dense", 1, tokens, width, 3 * width)
-    yield from _attention(config, call.images, config.num_tokens)
+    yield from _attention(config, call, call.tokens)
     yield Product("dense", 1, tokens, width, width)
     if config.conditioning == "text":
         yield Product("dense", 2, tokens, width, width)  # queries, and the way out
         yield Product("dense", 1, call.images * call.text_tokens, width, 2 * width)
-        yield from _attention(config, call.images, call.text_tokens)
+        yield from _attention(config, call, call.text_tokens)
 
 
-def _attention(config: ModelConfig, images: int, keys: int) -> Iterator[Product]:
-    heads, head_width = images * config.num_heads, config.width // config.num_heads
-    yield Product("dense", 1, config.num_tokens, head_width, keys, batch=heads)
-    yield Product("dense", 1, config.num_tokens, keys, head_width, batch=heads)
+def _attention(config: ModelConfig, call: Call, keys: int) -> Iterator[Product]:
+    heads, head_width = call.images * config.num_heads, config.width // config.num_heads
+    yield Product("dense", 1, call.tokens, head_width, keys, batch=heads)
+    yield Product("dense", 1, call.tokens, keys, head_width, batch=heads)
 
 
 def _feed_forward(config: ModelConfig, call: Call, kind: str, hidden: int) -> Iterator[Product]:
     """A feed-forward network that every token goes through."""
     if kind in ("identity", "none"):
         return
-    tokens = call.images * config.num_tokens
+    tokens = call.images * call.tokens
     yield Product("dense", 2 if kind == "swiglu" else 1, tokens, config.width, hidden)
     yield Product("dense", 1, tokens, hidden, config.width)
 
@@ -140,7 +141,7 @@ def _feed_forward(config: ModelConfig, call: Call, kind: str, hidden: int) -> It
 def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
     """What an MoE layer computes for every token."""
     yield from _gate(config, call)
-    width, experts, tokens = config.width, config.num_experts, call.images * config.num_tokens
+    width, experts, tokens = config.width, config.num_experts, call.images * call.tokens
     if call.uses_x0_prev and config.saliency_router:
         yield Product("router", 1, tokens, width, width)
         yield Product("router", 1, tokens, width, experts)
@@ -151,7 +152,7 @@ def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
 
 
 def _gate(config: ModelConfig, call: Call) -> Iterator[Product]:
-    width, experts, tokens = config.width, config.num_experts, call.images * config.num_tokens
+    width, experts, tokens = config.width, config.num_experts, call.images * call.tokens
     if config.gate == "mlp":
         yield Product("router", 1, tokens, width, width)
     yield Product("router", 1, tokens, width, experts)

@@ -65,6 +65,13 @@ class GraphBytes(NamedTuple):
     calls: int  # model calls in the graph: how often it uses each parameter
 
 
+class SampleTokens(NamedTuple):
+    """How large the samples of a plan are."""
+
+    image: int  # tokens per image
+    text: int  # tokens per caption
+
+
 class _StorageMeter:
     """Adds up the bytes of unique storages. Holds on to what it has seen, so that no address is seen twice."""
 
@@ -109,8 +116,8 @@ class _EvenDispatcher(LocalDispatcher):
         return super().dispatch(x, assignment._replace(counts=RowCounts(per_expert)))
 
 
-def count_activations(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
-    """Run the objective on tensors without storage and count; `text_tokens` per caption.
+def count_activations(run: RunConfig, micro_batch: int, tokens: SampleTokens) -> Activations:
+    """Run the objective on tensors without storage and count. Only the number of an image's tokens matters, not a grid.
 
     Depth is a pattern of dense and MoE blocks that repeats, and what is kept is linear in it: two shallow models are
     enough.
@@ -119,8 +126,8 @@ def count_activations(run: RunConfig, micro_batch: int, text_tokens: int) -> Act
     short = model.dense_first + model.moe_every + (model.depth - model.dense_first) % model.moe_every
     repeats = max(0, (model.depth - short) // model.moe_every)
     if repeats < 2:
-        return _count(run, micro_batch, text_tokens)
-    one, two = (_count(_with_depth(run, depth), micro_batch, text_tokens) for depth in (short, short + model.moe_every))
+        return _count(run, micro_batch, tokens)
+    one, two = (_count(_with_depth(run, depth), micro_batch, tokens) for depth in (short, short + model.moe_every))
     return Activations(
         _extend(one.kept, two.kept, repeats),
         _extend(one.inputs, two.inputs, repeats),
@@ -137,11 +144,11 @@ def _extend(one: _LinearBytes, two: _LinearBytes, repeats: int) -> _LinearBytes:
     return _LinearBytes(*(first + repeats * (second - first) for first, second in zip(one, two, strict=True)))
 
 
-def _count(run: RunConfig, micro_batch: int, text_tokens: int) -> Activations:
-    model = _skeleton(run, micro_batch)
+def _count(run: RunConfig, micro_batch: int, tokens: SampleTokens) -> Activations:
+    model = _skeleton(run, micro_batch, tokens.image)
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = Objective(model.to_empty(device="cpu"), run).train()
-        items = {steps: _item(run, micro_batch, steps, text_tokens) for steps in (1, 2)}
+        items = {steps: _item(run, micro_batch, steps, tokens) for steps in (1, 2)}
         kept, block = _line([_graph(objective, item, recompute=False) for item in items.values()])
         inputs, _ = _line([_graph(objective, item, recompute=True) for item in items.values()])
         replayed = _replay(objective, items[1])
@@ -154,12 +161,12 @@ def _line(counted: list[tuple[int, int]]) -> tuple[_LinearBytes, int]:
     return _LinearBytes(2 * one - two, two - one), block
 
 
-def _skeleton(run: RunConfig, micro_batch: int) -> Backbone:
+def _skeleton(run: RunConfig, micro_batch: int, tokens: int) -> Backbone:
     """The model without storage, in the dtypes of training. How experts are spread changes weights, not rows."""
     with torch.device("meta"):
         model = build_model(run.model)
     for layer in model.moe_layers():
-        layer.dispatcher = _EvenDispatcher(rows_of_call(run.model, micro_batch))
+        layer.dispatcher = _EvenDispatcher(rows_of_call(run.model, micro_batch, tokens))
     if run.train.precision == "bf16":
         model = model.bfloat16()
     for buffer in model.buffers():  # the engine keeps them in float32
@@ -167,17 +174,17 @@ def _skeleton(run: RunConfig, micro_batch: int) -> Backbone:
     return model
 
 
-def _item(run: RunConfig, micro_batch: int, steps: int, text_tokens: int) -> TrajectoryBatch:
+def _item(run: RunConfig, micro_batch: int, steps: int, tokens: SampleTokens) -> TrajectoryBatch:
     model = run.model
-    latent = torch.empty(micro_batch, model.latent_channels, model.latent_size, model.latent_size)
+    latent = torch.empty(micro_batch, model.latent_channels, model.patch_size, tokens.image * model.patch_size)
     condition: Condition = ClassCondition(torch.empty(micro_batch, dtype=torch.int64))
     if model.conditioning == "text":
         condition = TextCondition(
-            torch.empty(micro_batch, text_tokens, model.text_width),
-            torch.empty(micro_batch, text_tokens, dtype=torch.bool),
+            torch.empty(micro_batch, tokens.text, model.text_width),
+            torch.empty(micro_batch, tokens.text, dtype=torch.bool),
             torch.empty(micro_batch, model.pooled_width),
         )
-    times, saliency = torch.empty(steps, micro_batch), torch.empty(micro_batch, model.num_tokens)
+    times, saliency = torch.empty(steps, micro_batch), torch.empty(micro_batch, tokens.image)
     return TrajectoryBatch(latent, torch.empty_like(latent), times, condition, saliency)
 
 

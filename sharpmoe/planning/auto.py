@@ -50,7 +50,7 @@ def resolve_schedule(run: RunConfig, ds_config: dict[str, Any], world: int, devi
     """
     if run.rollout.schedule != "auto":
         return ResolvedRun(run, ())
-    planner = Planner(run)
+    planner = Planner(run, read_urls=True)
     layout = planner.layout(world, ds_config)
     choice = _choose(planner, layout, device_memory)
     choice.check()

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.index import INDEX_FILE
-from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.mixture import open_mixture
+from data_pipeline.safety import scheme_of
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.zero.settings import ZeroSettings
-from sharpmoe.planning.activations import Activations, count_activations
+from sharpmoe.planning.activations import Activations, SampleTokens, count_activations
 from sharpmoe.planning.gathers import Gathers, count_gathers
 from sharpmoe.planning.layout import RankLayout, rank_parameters
 from sharpmoe.planning.memory import Memory, StepNeeds, rank_memory
 from sharpmoe.planning.traffic import Traffic, traffic
 from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
+from sharpmoe.train.shapes import shape_mismatch, token_counts
 
 _USUAL_TEXT_TOKENS = 32
 
@@ -40,6 +42,7 @@ class Budget(NamedTuple):
     """Estimates of a run, under its own schedule first and then under the others."""
 
     run: RunConfig
+    tokens: int  # of an image
     parameters: int  # of the model
     expert_parameters: int
     estimates: tuple[Estimate, ...]
@@ -53,11 +56,17 @@ class Budget(NamedTuple):
 class Planner:
     """Estimates for a run; what does not depend on the layout is counted once. No communication, no weights."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, tokens: int | None = None, *, read_urls: bool = False) -> None:
+        """Plan for images of `tokens` tokens: by default the largest of the prepared data, else the model's square.
+
+        read_urls: read what data at URLs have too; otherwise only folders are. Raises DataError where data that are
+        there cannot be read.
+        """
         self.run = run
-        tokens = _text_tokens(run)
+        found = _sample_tokens(run, read_urls)
+        self._tokens = found if tokens is None else found._replace(image=tokens)
         self._measured: Callable[[int], Activations] = cache(
-            lambda micro_batch: count_activations(run, micro_batch, tokens)
+            lambda micro_batch: count_activations(run, micro_batch, self._tokens)
         )
 
     def under(self, run: RunConfig) -> "Planner":
@@ -81,7 +90,7 @@ class Planner:
         others = [schedule_of(run) for run in all_schedules(self.run)]
         schedules = (own, *(schedule for schedule in others if schedule.name != own.name))
         estimates = tuple(self.estimate(layout, schedule) for schedule in schedules)
-        return Budget(self.run, sum(part.numel for part in parts), experts, estimates)
+        return Budget(self.run, self._tokens.image, sum(part.numel for part in parts), experts, estimates)
 
     def estimate(self, layout: RankLayout, schedule: RolloutSchedule) -> Estimate:
         """Estimate one layout under one schedule."""
@@ -92,7 +101,8 @@ class Planner:
             gathers = count_gathers(run, parts, schedule, layout)
         graphs = self._measured(layout.micro_batch).of(schedule)
         step = StepNeeds(graphs, layout.accumulation, gathers, optimizer_states(run), self._monitored)
-        memory, sent = rank_memory(parts, zero, step), traffic(run, layout, parts, schedule, gathers)
+        memory = rank_memory(parts, zero, step)
+        sent = traffic(run, layout, parts, schedule, gathers, self._tokens.image)
         return Estimate(layout=layout, schedule=schedule, memory=memory, traffic=sent)
 
     @property
@@ -108,8 +118,22 @@ def optimizer_states(run: RunConfig) -> int:
     return 2 if run.optim.name == "adamw" else 0
 
 
-def _text_tokens(run: RunConfig) -> int:
-    """Return the tokens per caption: of the prepared data, else the usual limit. Raises DataError."""
-    if run.model.conditioning != "text" or not (Path(run.data.first_place) / INDEX_FILE).is_file():
-        return _USUAL_TEXT_TOKENS
-    return ShardSet.open(run.data.first_place, run.data.train_split).text_length
+def _sample_tokens(run: RunConfig, read_urls: bool) -> SampleTokens:
+    """Return the largest sizes in the prepared data: a step is of one resolution, and one of the largest has to fit.
+
+    Where there are no data yet, or only such as the model does not take, the square of the model and the usual limit of
+    captions. Raises DataError.
+    """
+    places = [(place, weight) for place, weight in run.data.places if _is_there(place, read_urls)]
+    if not places:
+        return SampleTokens(run.model.num_tokens, _USUAL_TEXT_TOKENS)
+    data = open_mixture(places, run.data.train_split, run.data.remote.options())
+    fits = shape_mismatch(data, run.model) is None
+    return SampleTokens(
+        image=token_counts(data.buckets)[-1] if fits else run.model.num_tokens,
+        text=data.text_length if run.model.conditioning == "text" else _USUAL_TEXT_TOKENS,
+    )
+
+
+def _is_there(place: str, read_urls: bool) -> bool:
+    return read_urls if scheme_of(place) else (Path(place) / INDEX_FILE).is_file()

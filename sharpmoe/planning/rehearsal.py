@@ -31,6 +31,7 @@ from sharpmoe.train.owner import check_unowned
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import schedule_of
 from sharpmoe.train.setup import InitialModel, RunPlan, initial_model, make_plan, rehearse_checkpoint
+from sharpmoe.train.shapes import token_counts
 from sharpmoe.train.target import with_target_scales
 from sharpmoe.train.trajectories import draw_trajectories
 
@@ -59,9 +60,9 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
     Writes nothing but, for remote shards, a temporary folder. Raises what the start raises: SharpMoEError.
     """
     planned = world if target.ranks == world.size else world._replace(rank=0, size=target.ranks)
-    resolved = resolve_schedule(requested, ds_config, planned.size, target.device_memory or ASSUMED_MEMORY)
-    with _cache_elsewhere(resolved.run) as run:
-        plan = make_plan(run, ds_config, planned, resolved.notes, readers=world)
+    with _cache_elsewhere(requested) as cached:
+        run, found = resolve_schedule(cached, ds_config, planned.size, target.device_memory or ASSUMED_MEMORY)
+        plan = make_plan(run, ds_config, planned, found, readers=world)
         check_unowned(plan.folder)
         plan = with_target_scales(rehearse_checkpoint(plan), world._replace(rank=0, size=1))
         initial = initial_model(plan)
@@ -77,7 +78,8 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
         *(f"  note: {note}" for note in notes),
     ]
     _check_memory(estimate, target)
-    return "\n".join([banner(plan.run, initial.model, plan.batch, plan.stage, planned), *lines, "ok"])
+    tokens = token_counts(plan.data.train.buckets)
+    return "\n".join([banner(plan.run, initial.model, plan.batch, plan.stage, planned, tokens), *lines, "ok"])
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def _check_start(plan: RunPlan, initial: InitialModel, planned: World, target: T
 
 
 def _estimate(plan: RunPlan, planned: World) -> Estimate:
-    planner = Planner(plan.run)
+    planner = Planner(plan.run, token_counts(plan.data.train.buckets)[-1])
     return planner.estimate(planner.layout(planned.size, plan.ds_config), schedule_of(plan.run))
 
 

@@ -83,7 +83,7 @@ def _head(budget: Budget) -> str:
         "layout": f"{layout.world} rank(s), ep {layout.ep_size} (experts are partitioned over "
         f"{layout.world // layout.ep_size} rank(s)), ZeRO-{layout.zero.stage}, {run.train.precision}",
         "batch": f"{layout.micro_batch} image(s) per rank x {layout.accumulation} accumulation, "
-        f"{model.num_tokens} tokens, T = {rollout_steps(run)}",
+        f"{budget.tokens} tokens per image, T = {rollout_steps(run)}",
     }
     return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
 
@@ -145,6 +145,7 @@ def as_json(budget: Budget, advice: Advice, device_memory: float, notes: Sequenc
     layout = budget.own.layout
     return {
         "run": budget.run.name,
+        "tokens": budget.tokens,
         "parameters": budget.parameters,
         "expert_parameters": budget.expert_parameters,
         "layout": {**layout._asdict(), "zero": asdict(layout.zero)},

@@ -31,15 +31,20 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    run: RunConfig, layout: RankLayout, parts: Sequence[RankParameter], schedule: RolloutSchedule, gathers: Gathers
+    run: RunConfig,
+    layout: RankLayout,
+    parts: Sequence[RankParameter],
+    schedule: RolloutSchedule,
+    gathers: Gathers,
+    tokens: int,
 ) -> Traffic:
-    """Add up the bytes of weights, gradients and tokens of one optimizer step."""
+    """Add up the bytes of weights, gradients and tokens of one optimizer step on images of `tokens` tokens."""
     calls = _model_calls(schedule, layout.accumulation)
     return Traffic(
         gathers=_gathers(parts, layout, gathers),
         reductions=_reductions(parts, layout),
-        exchanges=_exchanges(run, layout, calls),
-        pool=_pool(run, layout, calls),
+        exchanges=_exchanges(run, layout, calls, tokens),
+        pool=_pool(run, layout, calls, tokens),
         passes=_passes(parts, gathers) if layout.zero.stage == 3 else 1.0,
     )
 
@@ -84,14 +89,14 @@ def _model_calls(schedule: RolloutSchedule, accumulation: int) -> _Calls:
     return _Calls(forwards * accumulation, schedule.num_trained * accumulation, choosing * accumulation)
 
 
-def _exchanges(run: RunConfig, layout: RankLayout, calls: _Calls) -> int:
+def _exchanges(run: RunConfig, layout: RankLayout, calls: _Calls, tokens: int) -> int:
     """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
-    rows = rows_of_call(run.model, layout.micro_batch) * run.model.width * layout.zero.compute_bytes
+    rows = rows_of_call(run.model, layout.micro_batch, tokens) * run.model.width * layout.zero.compute_bytes
     return 2 * _sent(rows, layout.ep_size) * run.model.num_moe_layers * (calls.forwards + calls.backwards)
 
 
-def _pool(run: RunConfig, layout: RankLayout, calls: _Calls) -> int:
+def _pool(run: RunConfig, layout: RankLayout, calls: _Calls, tokens: int) -> int:
     if run.parallel.pool_scope != "world" or not run.model.family.pools_calls:
         return 0
-    scores = layout.micro_batch * run.model.num_tokens * run.model.num_experts * 4
+    scores = layout.micro_batch * tokens * run.model.num_experts * 4
     return scores * (layout.world - 1) * run.model.num_moe_layers * calls.choosing

@@ -22,7 +22,7 @@ _HEAT = "magma"  # dark: no experts
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingSheet:
-    """Content of a routing sheet: I images, T denoising steps, N tokens."""
+    """Content of a routing sheet: I images of one resolution, T denoising steps, N tokens."""
 
     images: Tensor  # (I, 3, H, W) in [-1, 1]
     saliency: Tensor  # (I, N)
@@ -41,7 +41,7 @@ def observe_routing(
     """
     rows = shards.indices_of(shards.main_bucket)
     indices = [rows[i] for i in spread(len(rows), images)]
-    seen = observe(model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share)
+    (seen,) = observe(model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share).tokens
     batch = shards.batch(indices)
     return RoutingSheet(
         images=codec.decode(batch.latent),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.held_out import evaluating
 from sharpmoe.model.backbone import Backbone, ClassCondition, TextCondition
 from sharpmoe.report import figures
+from sharpmoe.train.shapes import shape_mismatch
 
 
 class Prompts(NamedTuple):
@@ -48,22 +48,36 @@ def read_captions(path: Path | str) -> tuple[str, ...]:
 
 def check_shards(model: Backbone, shards: ShardSet) -> None:
     """Raise DataError where a model does not fit the codec or the text encoder of the shards."""
-    config = model.config
-    wanted: dict[str, tuple[int, ...]] = {
-        "latent shape": (config.latent_channels, config.latent_size, config.latent_size)
-    }
-    same = math.prod(shards.latent_shape[1:]) == config.latent_size**2  # any aspect ratio is accepted
-    square = (shards.latent_shape[0], config.latent_size, config.latent_size)
-    found: dict[str, tuple[int, ...]] = {"latent shape": square if same else shards.latent_shape}
-    if config.conditioning == "text":
-        wanted |= {"text widths": (config.text_width, config.pooled_width)}
-        found |= {"text widths": (shards.text_width, shards.pooled_width)}
-    for what, expected in wanted.items():
-        if found[what] != expected:
-            raise DataError(
-                f"{shards.location}: {what} {found[what]}, the model has {expected}; name the shards the model was "
-                "trained on (--shards)"
+    wrong = shape_mismatch(shards, model.config, any_size=True)
+    if wrong is not None:
+        raise DataError(
+            f"{shards.location}: made for model.{wrong.key} {wrong.data}, the model has {wrong.model}; name the shards "
+            "the model was trained on (--shards)"
+        )
+
+
+def image_side(config: ModelConfig, shards: ShardSet) -> int:
+    """Return the pixels of the model's square, each way."""
+    return config.latent_size * _codec_factor(shards)
+
+
+def latent_size(config: ModelConfig, shards: ShardSet, height: int | None, width: int | None) -> tuple[int, int] | None:
+    """Return (h, w) of the latents of images of so many pixels; a side not given is that of the model's square.
+
+    None where neither is given. Raises ConfigError where a side is no multiple of the pixels of a token.
+    """
+    if height is None and width is None:
+        return None
+    factor = _codec_factor(shards)
+    for option, side in (("--height", height), ("--width", width)):
+        step = factor * config.patch_size
+        if side is not None and side % step:
+            raise ConfigError(
+                f"{option} {side}: not a multiple of {step} (pixels of a token: codec {factor} x patch "
+                f"{config.patch_size}); take {max(round(side / step), 1) * step}"
             )
+    rows, columns = (config.latent_size if side is None else side // factor for side in (height, width))
+    return rows, columns
 
 
 def override_sampling(settings: SampleConfig, given: Mapping[str, object]) -> SampleConfig:
@@ -116,7 +130,7 @@ def draw_images(
 ) -> Tensor:
     """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the model's mode.
 
-    `size` is (h, w) of the latents, by default square.
+    `size` is (h, w) of the latents, by default the model's square.
     """
     with evaluating(model):
         latents = sampling.generate(
@@ -131,7 +145,8 @@ class DrawOptions(NamedTuple):
     part: sampling.ImagePart = sampling.ImagePart()  # which of the images
     batch_size: int = 16  # images per model call
     pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
-    bucket: str | None = None  # resolution of the shards, H x W pixels; None: a square
+    height: int | None = None  # pixels; None: of the model's square
+    width: int | None = None  # as height
 
 
 def draw_to_files(
@@ -145,9 +160,10 @@ def draw_to_files(
     """Draw one PNG per prompt and a grid, which have the same numbers and names whatever the part.
 
     The model is on its device already. Returns the grid, or None where the part has no images. Raises ConfigError where
-    there are no prompts or the shards do not have the bucket.
+    there are no prompts or a side is no multiple of the pixels of a token.
     """
     part, device = options.part, next(model.parameters()).device
+    size = latent_size(model.config, shards, options.height, options.width)
     request = encode_prompts(model.config, shards, prompts, device)
     rows = part.rows(len(request.indices), options.batch_size)
     if not rows:
@@ -160,7 +176,7 @@ def draw_to_files(
         shards.codec_object().decode,
         options.batch_size,
         options.pool_per_image,
-        _latent_size(shards, options.bucket),
+        size,
     )
     folder, titles = Path(folder), prompts.titles()[rows.start : rows.stop]
     for i, pixels, title in zip(rows, figures.to_pixels(images), titles, strict=True):
@@ -169,13 +185,10 @@ def draw_to_files(
     return figures.save_png(figures.sample_grid(images, titles), folder / f"{grid}.png")
 
 
-def _latent_size(shards: ShardSet, bucket: str | None) -> tuple[int, int] | None:
-    """Return the latent (h, w) of a resolution of the shards, None for None."""
-    if bucket is None:
-        return None
-    if bucket not in shards.buckets:
-        raise ConfigError(f"--bucket {bucket}: {shards.location} has {', '.join(shards.buckets)} (H x W pixels)")
-    return shards.buckets[bucket].latent[1:]
+def _codec_factor(shards: ShardSet) -> int:
+    """Return the pixels of a latent's element, each way."""
+    main = shards.buckets[shards.main_bucket]
+    return main.image[0] // main.latent[1]
 
 
 def parse_part(text: str) -> sampling.ImagePart:

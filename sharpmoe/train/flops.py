@@ -61,14 +61,14 @@ _PEAKS: dict[tuple[str, ...], _Peak] = {
 }
 
 
-def step_flops(run: RunConfig, text_tokens: int, rows: float) -> StepFlops:
-    """Count the FLOPs of one trained image.
+def step_flops(run: RunConfig, tokens: int, text_tokens: int, rows: float) -> StepFlops:
+    """Count the FLOPs of one trained image of `tokens` tokens.
 
     text_tokens: per caption, padding included. rows: computed by experts for an image at a rollout step, over all MoE
     layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training depends on the time.
     """
     uses_x0_prev = run.stage == "posttrain" and run.model.saliency_router
-    call = Call(rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev)
+    call = Call(tokens=tokens, rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev)
     done, first = products(run.model, call), products(run.model, replace(call, for_losses=False))
     forward, backward, schedule = forward_flops(done), backward_flops(done), schedule_of(run)
     dense, routed, router = (
@@ -80,16 +80,18 @@ def step_flops(run: RunConfig, text_tokens: int, rows: float) -> StepFlops:
     return StepFlops(dense, routed, router, wasted)
 
 
-def rows_expected(run: RunConfig, pool: int) -> float:
-    """Return the rows of an image at a rollout step by the selection rule, where `pool` images compete in a call.
+def rows_expected(run: RunConfig, pool: int, tokens: int) -> float:
+    """Return the rows of an image at a rollout step by the selection rule.
+
+    `pool` images of `tokens` tokens compete in a call.
 
     What was really taken differs only by how many images happen to have no class.
     """
     config = run.model
-    rows = rows_of_call(config, pool) / pool
+    rows = rows_of_call(config, pool, tokens) / pool
     if config.unconditional_expert and config.class_dropout:
         dropped = run.rollout.caption_dropout
-        rows = (1 - dropped) * rows + dropped * config.num_tokens
+        rows = (1 - dropped) * rows + dropped * tokens
     return rows * config.num_moe_layers
 
 

@@ -29,6 +29,7 @@ from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import rollout_steps
 from sharpmoe.train.session import Session, ema_model, ensure_saved, log_save, open_session
 from sharpmoe.train.setup import RunPlan, choose_checkpoint, initial_model
+from sharpmoe.train.shapes import token_counts
 from sharpmoe.train.step import StepResult, train_step
 from sharpmoe.train.target import with_target_scales
 from sharpmoe.train.trajectories import draw_trajectories
@@ -62,7 +63,8 @@ def _train(plan: RunPlan, world: World) -> _Ended:
         initial.weights.check_finite(world.rank, world.size)
         monitor_first = _monitor_was_cut_off(plan.folder, plan.start.step)
     if world.is_main:
-        print(banner(plan.run, initial.model, plan.batch, plan.stage, world), flush=True)
+        tokens = token_counts(plan.data.train.buckets)
+        print(banner(plan.run, initial.model, plan.batch, plan.stage, world, tokens), flush=True)
     if plan.saved is not None and plan.start.step >= plan.run.train.steps and not monitor_first:
         if world.is_main:
             print(f"nothing to do: {plan.saved.folder} is at step {plan.start.step} of {plan.run.train.steps}")
@@ -127,7 +129,8 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
             with_routing = done in (plan.start.step + 1, run.train.steps) or due(done, run.log.every)
             watch = Watch(*progress.watch)
             result = train_step(session.engine, session.objective, session.ema, items, step, with_routing, watch)
-            _log_step(session, done, result, time.monotonic() - began, waited)
+            tokens = items[0].saliency.shape[1]  # of an image: a step is of one resolution
+            _log_step(session, done, result, tokens, time.monotonic() - began, waited)
             _check(session, done, result, faults.Suspects(loaded.batches, items))
             progress = Progress(done, *loaded.consumed, result.watch)
             yield progress
@@ -158,7 +161,7 @@ def _check(session: Session, step: int, result: StepResult, suspects: faults.Sus
         session.engine.check_replicas(step)
 
 
-def _log_step(session: Session, step: int, result: StepResult, seconds: float, waited: float) -> None:
+def _log_step(session: Session, step: int, result: StepResult, tokens: int, seconds: float, waited: float) -> None:
     if session.log is None:
         return
     run, images = session.plan.run, session.plan.batch.global_batch
@@ -170,10 +173,10 @@ def _log_step(session: Session, step: int, result: StepResult, seconds: float, w
         lr=result.lr,
         lr_scale=run.optim.lr_scale,
         images=images,
-        tokens=calls * run.model.num_tokens,
+        tokens=calls * tokens,
         seconds=seconds,
         wait_seconds=waited,
-        effort=_effort(session, None if result.routing is None else rows_taken(result.routing) / calls),
+        effort=_effort(session, tokens, None if result.routing is None else rows_taken(result.routing) / calls),
     )
     session.log.step(stats, None if result.routing is None else routing_scalars(result.routing))
     if result.routing is not None and session.objective.uses_x0_prev and _is_halfway(run, step):
@@ -188,13 +191,16 @@ def _is_halfway(run: RunConfig, step: int) -> bool:
     return (step - 1) // run.log.every * run.log.every < half <= step
 
 
-def _effort(session: Session, rows: float | None) -> Effort:
-    """FLOPs of a step. `rows` that experts computed per image and rollout step; None: as the family's rule expects."""
+def _effort(session: Session, tokens: int, rows: float | None) -> Effort:
+    """FLOPs of a step on images of `tokens` tokens.
+
+    `rows` that experts computed per image and rollout step; None: as the family's rule expects.
+    """
     plan, world = session.plan, session.world
     if rows is None:
         ranks = world.size if plan.run.parallel.pool_scope == "world" else 1
-        rows = rows_expected(plan.run, plan.batch.micro_batch * ranks)
-    flops = step_flops(plan.run, plan.data.train.text_length, rows)
+        rows = rows_expected(plan.run, plan.batch.micro_batch * ranks, tokens)
+    flops = step_flops(plan.run, tokens, plan.data.train.text_length, rows)
     return Effort(flops, world.size, peak_tflops(plan.run, world.device))
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ Settings = dict[str, Any]  # dotted key -> JSON value
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> (value before, value now)
 
 
-def banner(run: RunConfig, model: Backbone, layout: BatchLayout, stage: int, world: World) -> str:
-    """Return what a run prints before its first step: size, world, batch arithmetic, versions. `stage` is ZeRO's."""
+def banner(
+    run: RunConfig, model: Backbone, layout: BatchLayout, stage: int, world: World, tokens: Sequence[int]
+) -> str:
+    """Return what a run prints before its first step: size, world, batch arithmetic, versions.
+
+    `stage` is ZeRO's; `tokens` of an image, for every resolution of the data, the fewest first.
+    """
     total, active = model.count_parameters()
     config, parallel = run.model, run.parallel
     moe = "" if not config.family.has_experts else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
@@ -36,7 +41,7 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, stage: int, wor
         "world": f"{world.size} rank(s) on {world.device.type}, ZeRO-{stage}, {run.train.precision}{experts}",
         "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
         f"{layout.world} rank(s)",
-        "rollout": f"{rollout}, {config.num_tokens} tokens per image",
+        "rollout": f"{rollout}, {' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens per image",
         "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
         "threads": f"{torch.get_num_threads()} per rank",
     }

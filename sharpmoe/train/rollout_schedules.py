@@ -10,7 +10,7 @@ and w = dL_routing / dA are known. The gradient of the trajectory is then the su
 L(step) / T + sum(w A_step), so each step can be trained by itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -177,8 +177,11 @@ def exact_schedules(run: RunConfig) -> list[RunConfig]:
     return sorted(runs, key=lambda each: schedule_of(each).cost)
 
 
-def check_schedule(run: RunConfig, micro_batch: int) -> None:
-    """Raise ConfigError if the schedule cannot run on micro-batches of `micro_batch` images. No communication."""
+def check_schedule(run: RunConfig, micro_batch: int, token_counts: Iterable[int]) -> None:
+    """Raise ConfigError if the schedule cannot run on micro-batches of `micro_batch` images. No communication.
+
+    token_counts: of an image, for every resolution of the data.
+    """
     model, merged = run.model, run.rollout.merged_steps
     if run.rollout.schedule == "auto":
         raise ConfigError("rollout.schedule is auto, which only launcher/train.py resolves; name a schedule here")
@@ -188,13 +191,13 @@ def check_schedule(run: RunConfig, micro_batch: int) -> None:
         raise ConfigError(
             f"rollout.merged_steps is {merged}, but {model.router} compares the tokens of a whole call; set it to 1"
         )
-    pool = micro_batch * model.num_tokens
-    one, together = (tokens_per_expert(n * pool, model.num_experts, model.capacity) for n in (1, merged))
-    if model.family.competition == "call" and together != merged * one:
-        raise ConfigError(
-            f"rollout.merged_steps is {merged}, but {pool} tokens * capacity {model.capacity} do not split evenly over "
-            f"{model.num_experts} experts; set it to 1, or change train.micro_batch"
-        )
+    for pool in (micro_batch * tokens for tokens in token_counts):
+        one, together = (tokens_per_expert(n * pool, model.num_experts, model.capacity) for n in (1, merged))
+        if model.family.competition == "call" and together != merged * one:
+            raise ConfigError(
+                f"rollout.merged_steps is {merged}, but {pool} tokens * capacity {model.capacity} do not split evenly "
+                f"over {model.num_experts} experts; set it to 1, or change train.micro_batch"
+            )
 
 
 def _one_graph(run: RunConfig, steps: int, trained: range, recompute: bool = False) -> tuple[Pass, ...]:

@@ -4,7 +4,6 @@ Only `choose_checkpoint` communicates.
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from data_pipeline.encode.like import is_fitted, origin_header, same_fit
-from data_pipeline.index import Bucket
 from data_pipeline.read.mixture import Mixture, open_mixture
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.checkpoint.load import Found
@@ -34,6 +32,7 @@ from sharpmoe.parallel.zero.optimizers import check_lr_scale
 from sharpmoe.train.labels import check_labels
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.rollout_schedules import check_schedule
+from sharpmoe.train.shapes import shape_mismatch, token_counts
 from sharpmoe.train.trajectories import EmptyText
 
 # What a run needs to write in its folder, beside pictures and tables, which may fail.
@@ -114,8 +113,8 @@ def make_plan(
     check_ep_size(run, world.size)
     _check_output(Path(run.output) / run.name)
     batch = batch_arithmetic(run, world.size)
-    check_schedule(run, batch.micro_batch)
     data = _open_data(run)
+    check_schedule(run, batch.micro_batch, token_counts(data.train.buckets))
     check_labels(
         run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], readers or world
     )
@@ -197,8 +196,12 @@ def _open_data(run: RunConfig) -> RunData:
     data = run.data
     remote = data.remote.options()
     train = open_mixture(data.places, data.train_split, remote, accept_damage=data.max_bad_fraction > 0)
-    for bucket in train.buckets.values():
-        _check_bucket(train, bucket, run)
+    wrong = shape_mismatch(train, run.model)
+    if wrong is not None:
+        raise DataError(
+            f"{data.first_place}: made for model.{wrong.key} {wrong.data}, the run has {wrong.model}; set "
+            f"model.{wrong.key} to {wrong.data}, or prepare the data with another codec or encoder"
+        )
     if not measures(run):
         return RunData(train, None, train.empty_text())
     _check_held_out_split(run, train.sources[0])
@@ -214,28 +217,6 @@ def _check_held_out_split(run: RunConfig, source: ShardSet) -> None:
             f"set --data.validation_split {run.data.train_split}, or turn measuring off: --log.validate_every 0 "
             "--log.allocation false --log.sample_every 0"
         )
-
-
-def _check_bucket(train: Mixture, bucket: Bucket, run: RunConfig) -> None:
-    channels, height, width = bucket.latent
-    model = run.model
-    size: object = math.isqrt(height * width)
-    if size != model.latent_size or bucket.grid[0] * bucket.grid[1] != model.num_tokens:
-        size = height if height == width else f"{height}x{width}"
-    checks: list[tuple[str, object, object]] = [
-        ("latent_channels", channels, model.latent_channels),
-        ("patch_size", height // bucket.grid[0], model.patch_size),
-        ("latent_size", size, model.latent_size),
-    ]
-    if model.conditioning == "text":
-        checks += [("text_width", train.text_width, model.text_width)]
-        checks += [("pooled_width", train.pooled_width, model.pooled_width)]
-    for name, there, here in checks:
-        if there != here:
-            raise DataError(
-                f"{run.data.first_place}: made for model.{name} {there}, the run has {here}; set model.{name} to "
-                f"{there}, or prepare the data with another codec or encoder"
-            )
 
 
 def initial_model(plan: RunPlan) -> InitialModel:

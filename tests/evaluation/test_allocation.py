@@ -20,13 +20,14 @@ from sharpmoe.evaluation.allocation import (
     allocation_table,
     measure_allocation,
 )
-from sharpmoe.evaluation.held_out import Observed
+from sharpmoe.evaluation.held_out import Observed, TokenTables, observe
 from tests.toys import ToySamples, toy_model
 
 
 def observed(experts: torch.Tensor, saliency: torch.Tensor) -> Observed:
     images, times, _ = experts.shape
-    return Observed(experts, torch.ones(images, times), saliency, torch.full_like(saliency, torch.nan))
+    tables = TokenTables(experts, saliency, torch.full_like(saliency, torch.nan))
+    return Observed(torch.ones(images, times), (tables,))
 
 
 def test_ranks_and_correlations_equal_those_of_scipy_with_ties() -> None:
@@ -63,6 +64,22 @@ def test_experts_that_follow_saliency_correlate_in_their_range_of_t_only() -> No
     fifths = [e.mean for e in result.experts_by_saliency["t > 0.65"]]
     assert fifths == sorted(fifths)
     assert fifths[0] == pytest.approx((1 + 2 + 3 + 4) / 4 / 2)
+
+
+def test_images_of_unequal_token_counts_are_averaged_one_by_one() -> None:
+    samples = ToySamples(6, sizes=((8, 8), (4, 14), (10, 12)))
+    together = measure_allocation(toy_model("ec", capacity=2.0), samples, images=6)
+    observed_alone = [observe(toy_model("ec", capacity=2.0), samples, [index], ALLOCATION_TIMES) for index in range(6)]
+    alone = [_summarise(seen, ALLOCATION_TIMES, num_layers=2) for seen in observed_alone]
+    for what, ranges in together.per_image.items():
+        for name, values in ranges.items():
+            expected = [result.per_image[what][name][0] for result in alone]
+            assert values == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    for fifth, mean in enumerate(together.experts_by_saliency["all t"]):
+        each = [result.experts_by_saliency["all t"][fifth].mean for result in alone]
+        assert mean.mean == pytest.approx(sum(each) / 6)
+    assert together.images == 6
+    assert "6 held-out images" in allocation_table({"before": together})
 
 
 def test_tied_saliency_shares_a_fifth() -> None:

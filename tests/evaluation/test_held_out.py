@@ -1,11 +1,15 @@
 import pytest
 import torch
 
-from sharpmoe.evaluation.held_out import Observed, Share, _chunks_of_rank, _held_out_batch, observe, spread
+from sharpmoe.evaluation.held_out import Observed, Share, _chunks_of_rank, _held_out_batch, _runs, observe, spread
 from sharpmoe.rollout import rollout
 from tests.toys import ToySamples, toy_model
 
 TIMES = (0.999, 0.5, 0.1)
+
+
+def tables_of(seen: Observed) -> list[torch.Tensor]:
+    return [seen.flow, *(table for tables in seen.tokens for table in tables)]
 
 
 def observe_on(world: int, images: int = 7) -> tuple[list[Observed], list[int]]:
@@ -24,8 +28,41 @@ def test_ranks_together_see_what_one_sees_alone_with_equal_calls(world: int, cal
     alone = observe(toy_model(), ToySamples(), range(7), TIMES, chunk=2)
     parts, counts = observe_on(world)
     assert counts == [calls] * world
-    for table, *shares in zip(alone, *parts, strict=True):
+    for table, *shares in zip(*map(tables_of, (alone, *parts)), strict=True):
         torch.testing.assert_close(table, torch.stack(shares).sum(0), rtol=0, atol=0, equal_nan=True)
+
+
+def mixed() -> ToySamples:
+    return ToySamples(12, sizes=((8, 8), (4, 14), (10, 12)))
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_images_of_unequal_token_counts_are_shared_between_ranks(world: int) -> None:
+    alone = observe(toy_model(), mixed(), range(12), TIMES, chunk=3)
+    assert [tables.experts.shape for tables in alone.tokens] == [(4, 3, 16), (4, 3, 14), (4, 3, 30)]
+    exchanged: list[list[torch.Tensor]] = []
+    for rank in range(world):
+        exchanged.append([])
+
+        def keep(table: torch.Tensor, kept: list[torch.Tensor] = exchanged[-1]) -> torch.Tensor:
+            kept.append(table)
+            return table
+
+        observe(toy_model(), mixed(), range(12), TIMES, chunk=3, share=Share(rank, world, keep))
+    assert [len(kept) for kept in exchanged] == [4] * world  # one exchange per table, whatever the resolutions
+    sums = iter([torch.stack(parts).sum(0) for parts in zip(*exchanged, strict=True)])
+    for column in zip(*alone.tokens, strict=True):
+        whole = torch.cat([table.flatten() for table in column])
+        torch.testing.assert_close(whole, next(sums), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(alone.flow.flatten(), next(sums), rtol=0, atol=0)
+
+
+def test_an_image_is_measured_as_beside_its_own_kind() -> None:
+    together = observe(toy_model("ec"), mixed(), [1, 5, 9], TIMES)
+    for place, index in enumerate((1, 5, 9)):
+        alone = observe(toy_model("ec"), mixed(), [index], TIMES)
+        assert torch.equal(together.flow[place : place + 1], alone.flow)
+        assert torch.equal(together.tokens[place].experts, alone.tokens[0].experts)
 
 
 def test_chunks_cover_every_row_once() -> None:
@@ -33,7 +70,7 @@ def test_chunks_cover_every_row_once() -> None:
         counted = [
             row
             for rank in range(world)
-            for chunk in _chunks_of_rank(["64x64"] * 11, 4, Share(rank, world))
+            for chunk in _chunks_of_rank(_runs(["64x64"] * 6 + ["32x96"] * 5), 4, Share(rank, world))
             if chunk.counted
             for row in chunk.rows
         ]
@@ -76,7 +113,7 @@ def test_guided_models_are_asked_with_their_own_prediction() -> None:
 def test_a_dense_model_has_losses_and_no_experts() -> None:
     seen = observe(toy_model("dense"), ToySamples(), [1, 2], TIMES)
     assert seen.flow.isfinite().all()
-    assert not seen.experts.any()
+    assert not seen.tokens[0].experts.any()
 
 
 def test_no_samples_is_an_error() -> None:

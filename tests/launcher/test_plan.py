@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher.plan import main
+from tests.fixtures_data import make_unequal_shards
+from tests.train.setting import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs" / "runs"
@@ -64,6 +67,29 @@ def test_every_schedule_can_be_asked_for(words: tuple[str, ...], name: str, plan
     assert sums["hybrid, kept_steps 5"] == 4 * shown["parameters"]
     assert {schedule["traffic"]["passes"] for schedule in shown["schedules"]} == {1.0}
     assert len({schedule["traffic"]["reductions"] for schedule in shown["schedules"]}) == 1
+
+
+def test_the_largest_resolution_of_the_data_is_priced(plan: Any, tmp_path: Path) -> None:
+    shards = make_unequal_shards(tmp_path / "shards")  # 16, 14 and 30 tokens
+    run = make_run(shards, tmp_path, model={"latent_channels": 3})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run.model_dump(mode="json", exclude_defaults=True)))
+    words = ("--config", str(file), "--world", "2", "--ep", "2", "--checkpoint.init", "base.safetensors")
+
+    def cost(*more: str) -> tuple[int, int, int]:
+        shown = plan(*words, *more)
+        (own, *_) = shown["schedules"]
+        return shown["tokens"], own["memory"]["activations"], own["traffic"]["exchanges"]
+
+    largest = cost()
+    assert largest[0] == 30
+    assert largest == cost("--tokens", "30")
+    smaller = cost("--tokens", "16")
+    assert smaller[1] < largest[1]
+    assert smaller[2] < largest[2]
+    assert smaller == cost("--data.shards", str(tmp_path / "not-there"))
+    foreign = cost("--model.latent_size", "16")  # the data are of another model, so its own square counts
+    assert foreign[0] == 64
 
 
 def test_auto_is_resolved_and_reported(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:

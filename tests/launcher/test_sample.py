@@ -49,15 +49,29 @@ def test_parts_draw_what_one_process_draws(
     assert main([*words, str(tmp_path), "--part", "5/4"]) == 2
 
 
-def test_pictures_in_a_resolution_of_the_shards(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["--width", "64", "--height", "16"], (64, 16)),
+        (["--width", "56", "--height", "80"], (56, 80)),
+        (["--width", "48"], (48, 32)),
+        (["--height", "24"], (32, 24)),
+        ([], (32, 32)),
+    ],
+)
+def test_pictures_of_any_width_and_height(
+    words: list[str], size: tuple[int, int], run_folder: Path, tmp_path: Path
 ) -> None:
+    argv = [str(run_folder), "--captions", "a red circle", "a cross", "--steps", "2", "--out", str(tmp_path)]
+    assert main([*argv, *words]) == 0
+    assert {Image.open(path).size for path in tmp_path.glob("00*.png")} == {size}
+
+
+def test_pictures_of_shards_without_the_square_of_the_model(run_folder: Path, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "shards", buckets="16x64")
     argv = [str(run_folder), "--shards", str(shards), "--captions", "a red circle", "--steps", "2"]
-    assert main([*argv, "--bucket", "16x64", "--out", str(tmp_path / "out")]) == 0
-    assert {Image.open(path).size for path in (tmp_path / "out").glob("000*.png")} == {(64, 16)}
-    assert main([*argv, "--bucket", "32x32"]) == 2
-    assert "--bucket 32x32: " in capsys.readouterr().err
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert Image.open(tmp_path / "out" / "000_a-red-circle.png").size == (32, 32)
 
 
 def test_the_run_says_what_is_not_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +102,10 @@ def test_captions_from_a_file_and_weights_by_kind_and_path(run_folder: Path, tmp
         (["RUN", "--captions-file", "nowhere.txt"], "nowhere.txt: cannot be read as a caption file"),
         (["RUN", "--steps", "0"], "--steps: got '0', allowed: a whole number >= 1"),
         (["RUN", "--shards", "nowhere"], "nowhere: no index.json"),
+        (["RUN", "--width", "60"], "--width 60: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 64"),
+        (["RUN", "--height", "3"], "--height 3: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 8"),
+        (["RUN", "--height", "0"], "--height: got '0', allowed: a whole number >= 1"),
+        (["RUN", "--npz", "a.npz", "--width", "64"], "--npz draws the square of the model"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(

@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "race": {"moe_every": 3},
 }
 IMAGES = 3
+SIZES = ((8, 8), (4, 8), (12, 10))  # of latents: that of the configuration, a smaller and a larger one
 
 
 def condition(config: ModelConfig) -> Condition:
@@ -48,9 +49,9 @@ def loss_of(output: ModelOutput) -> Tensor:
     return output.v.sum() + sum(value.nan_to_num().sum() for value in values if value is not None)
 
 
-def counted(model: Backbone, uses_x0_prev: bool) -> tuple[ModelOutput, int, int]:
+def counted(model: Backbone, uses_x0_prev: bool, size: tuple[int, int] | None = None) -> tuple[ModelOutput, int, int]:
     """FLOPs of a forward and of its backward. Attention is plain products: the counter knows no CPU kernel."""
-    x = torch.randn(IMAGES, 4, model.config.latent_size, model.config.latent_size)
+    x = torch.randn(IMAGES, 4, *(size or (model.config.latent_size, model.config.latent_size)))
     inputs = (x, torch.rand(IMAGES), condition(model.config), torch.randn_like(x) if uses_x0_prev else None)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
@@ -63,25 +64,33 @@ def counted(model: Backbone, uses_x0_prev: bool) -> tuple[ModelOutput, int, int]
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("uses_x0_prev", [True, False])
 @pytest.mark.parametrize("router", FAMILIES)
-def test_the_count_is_what_runs(router: str, uses_x0_prev: bool, training: bool) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_the_count_is_what_runs(size: tuple[int, int], router: str, uses_x0_prev: bool, training: bool) -> None:
     model = toy_model(router, **FAMILIES[router]).train(training)
-    output, forward, backward = counted(model, uses_x0_prev)
+    output, forward, backward = counted(model, uses_x0_prev, size)
     rows = sum(int(record.routing_map.sum()) for record in output.routing)
     text_tokens = TEXT_LENGTH if model.config.conditioning == "text" else 0
-    call = Call(images=IMAGES, rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev, training=training)
+    call = Call(
+        images=IMAGES,
+        tokens=size[0] * size[1] // model.config.patch_size**2,
+        rows=rows,
+        text_tokens=text_tokens,
+        uses_x0_prev=uses_x0_prev,
+        training=training,
+    )
     done = products(model.config, call)
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
 
 
 @pytest.mark.parametrize("router", FAMILIES)
-def test_rows_by_the_rule_are_those_of_the_map(router: str) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_by_the_rule_are_those_of_the_map(size: tuple[int, int], router: str) -> None:
     fields = FAMILIES[router] | ({"unconditional_expert": False} if router.startswith("promoe") else {})
     model = toy_model(router, **fields).train()
-    output, _, _ = counted(model, uses_x0_prev=True)
-    assert [int(record.routing_map.sum()) for record in output.routing] == [
-        rows_of_call(model.config, IMAGES)
-    ] * model.config.num_moe_layers
+    output, _, _ = counted(model, uses_x0_prev=True, size=size)
+    rows = rows_of_call(model.config, IMAGES, size[0] * size[1] // model.config.patch_size**2)
+    assert [int(record.routing_map.sum()) for record in output.routing] == [rows] * model.config.num_moe_layers
 
 
 def test_an_image_without_class_costs_a_row_per_token() -> None:
@@ -95,12 +104,18 @@ def test_parts_are_booked_apart() -> None:
     config = toy_model("diffmoe").config
     plain, recursive, routed = (
         forward_flops(products(config, call))
-        for call in (Call(images=2), Call(images=2, uses_x0_prev=True), Call(images=2, rows=10))
+        for call in (
+            Call(images=2, tokens=16),
+            Call(images=2, tokens=16, uses_x0_prev=True),
+            Call(images=2, tokens=16, rows=10),
+        )
     )
     assert plain.dense == recursive.dense == routed.dense
     assert recursive.router > plain.router == routed.router
     assert (plain.routed, routed.routed) == (0, 10 * 2 * 2 * 24 * 96)
-    blocks = forward_flops(product for product in products(config, Call(images=2, rows=10)) if product.in_block)
+    blocks = forward_flops(
+        product for product in products(config, Call(images=2, tokens=16, rows=10)) if product.in_block
+    )
     assert blocks.routed == routed.routed
     assert blocks.dense < routed.dense
 
@@ -109,7 +124,9 @@ def test_parts_are_booked_apart() -> None:
 def test_published_sizes_cost_what_was_published(preset: str, published: float) -> None:
     """Gflops of DiT (arXiv 2212.09748, Table 4), which are of multiply-adds; its patch convolution counts as ours."""
     config = ModelConfig(preset=preset, router="dense", conditioning="class", learn_sigma=True)
-    assert forward_flops(products(config, Call())).total / 2e9 == pytest.approx(published, rel=1e-3)
+    assert forward_flops(products(config, Call(tokens=config.num_tokens))).total / 2e9 == pytest.approx(
+        published, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
@@ -125,6 +142,6 @@ def test_a_large_model_without_storage(router: str) -> None:
         text = TextCondition(torch.empty(images, text_tokens, 384), mask, torch.empty(images, 384))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss_of(model(x, t, text, x)).backward()
-    rows = rows_of_call(config, images) * config.num_moe_layers
-    done = products(config, Call(images=images, rows=rows, text_tokens=text_tokens, uses_x0_prev=True))
+    rows = rows_of_call(config, images, config.num_tokens) * config.num_moe_layers
+    done = products(config, Call(images=images, tokens=256, rows=rows, text_tokens=text_tokens, uses_x0_prev=True))
     assert counter.get_total_flops() == forward_flops(done).total + backward_flops(done).total

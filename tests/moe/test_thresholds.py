@@ -1,5 +1,6 @@
 """What moves once per optimizer step."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,19 @@ def test_predicted_candidates_are_the_lowest_probability_of_the_best(
     expected = [logits.flatten(0, 1).topk(count, dim=0).values[-1].sigmoid() for logits in layers]
     given_records = [record._replace(capacity_logits=logits) for logits in layers]
     assert torch.equal(threshold_candidates(given_records, config), torch.stack(expected))
+
+
+@pytest.mark.parametrize("router", ["diffmoe", "race"])
+def test_candidates_are_levels_of_a_share_not_of_a_count(router: str) -> None:
+    """A step on three times as many tokens of the same kind asks for the same thresholds."""
+    config, made = records(router)
+    larger = []
+    for record in made:
+        repeated = {"scores": record.scores.repeat(1, 3, 1), "routing_map": record.routing_map.repeat(1, 3, 1)}
+        if record.capacity_logits is not None:
+            repeated["capacity_logits"] = record.capacity_logits.repeat(1, 3, 1)
+        larger.append(record._replace(**repeated))
+    assert torch.equal(threshold_candidates(made, config), threshold_candidates(larger, config))
 
 
 def test_accepted_candidates_are_the_cutoffs() -> None:

@@ -7,9 +7,11 @@ import pytest
 
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
-from sharpmoe.planning.activations import Activations, GraphBytes, _count, _LinearBytes, count_activations
+from sharpmoe.planning.activations import Activations, GraphBytes, SampleTokens, _count, _LinearBytes, count_activations
 from sharpmoe.train.rollout_schedules import all_schedules, schedule_of, with_schedule
 from tests.train.setting import make_run
+
+TOKENS = SampleTokens(image=16, text=4)
 
 
 def run_with(router: str = "diffmoe", **model: Any) -> RunConfig:
@@ -23,16 +25,16 @@ def run_with(router: str = "diffmoe", **model: Any) -> RunConfig:
 )
 def test_two_shallow_models_give_a_deep_one(router: str, model: dict[str, Any]) -> None:
     run = run_with(router, **model)
-    for found, counted in zip(count_activations(run, 2, 4), _count(run, 2, 4), strict=True):
+    for found, counted in zip(count_activations(run, 2, TOKENS), _count(run, 2, TOKENS), strict=True):
         assert found == (counted if isinstance(counted, _LinearBytes) else pytest.approx(counted, rel=0.01))
 
 
 @pytest.mark.slow
 def test_a_graph_grows_with_the_batch_and_the_precision() -> None:
-    one, two = (count_activations(run_with(), batch, 4) for batch in (2, 4))
+    one, two = (count_activations(run_with(), batch, TOKENS) for batch in (2, 4))
     assert two.kept.per_step == pytest.approx(2 * one.kept.per_step, rel=0.02)
     half = count_activations(
-        run_with().model_copy(update={"train": run_with().train.model_copy(update={"precision": "bf16"})}), 2, 4
+        run_with().model_copy(update={"train": run_with().train.model_copy(update={"precision": "bf16"})}), 2, TOKENS
     )
     assert 0.5 < half.kept.per_step / one.kept.per_step < 0.8  # routing stays in float32
 
@@ -65,5 +67,5 @@ def test_without_a_routing_loss_steps_are_trained_one_by_one() -> None:
 
 @pytest.mark.parametrize(("router", "rows"), [("tc", 64), ("ec", 64), ("diffmoe", 64), ("race", 64)])
 def test_rows_of_a_call(router: str, rows: int) -> None:
-    assert rows_of_call(run_with(router).model, 4) == rows
-    assert rows_of_call(run_with(router, capacity=2.0, top_k=2).model, 4) == 2 * rows
+    assert rows_of_call(run_with(router).model, 4, 16) == rows
+    assert rows_of_call(run_with(router, capacity=2.0, top_k=2).model, 4, 16) == 2 * rows

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.planning.activations import count_activations
+from sharpmoe.planning.activations import SampleTokens, count_activations
 from sharpmoe.planning.estimate import Estimate, Planner
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
@@ -116,7 +116,7 @@ def test_what_a_rank_holds_and_sends(name: str, counted: dict[str, Counted], fol
 def test_what_a_rollout_keeps(name: str, counted: dict[str, Counted], folder: Path) -> None:
     """Between the forward and the backward: the last graph of the last micro-batch, and the sum of what came before."""
     planner, estimate = planned(name, folder)
-    last, activations = estimate.schedule.passes[-1], count_activations(planner.run, 4, text_tokens=4)
+    last, activations = estimate.schedule.passes[-1], count_activations(planner.run, 4, SampleTokens(image=16, text=4))
     plan = (activations.inputs if last.recompute else activations.kept).at(last.num_trained) + estimate.memory.sums
     if last.recompute:  # what torch's checkpoint keeps of the host's random numbers, on a host a figure of its own
         plan += last.num_trained * planner.run.model.depth * torch.get_rng_state().numel()

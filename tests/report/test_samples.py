@@ -17,7 +17,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_models_of_other_shards_and_prompts_of_another_kind(run_folder: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(find_saved_model(run_folder).run.data.shards, "train")
-    with pytest.raises(DataError, match="text widths"):
+    with pytest.raises(DataError, match=r"model\.text_width 32, the model has 6; name the shards"):
         check_shards(toy_model(), shards)
     with pytest.raises(ConfigError, match="class-conditional"):
         encode_prompts(toy_config(conditioning="class"), shards, Prompts(("a cat",)))

@@ -39,9 +39,9 @@ def run_of(router: str, stage: str = "posttrain", **rollout: Any) -> RunConfig:
     )
 
 
-def computed(run: RunConfig) -> tuple[int, float]:
+def computed(run: RunConfig, size: tuple[int, int] = (8, 8)) -> tuple[int, float]:
     """FLOPs of an optimizer step of two micro-batches, and the rows that experts took."""
-    samples = ToySamples()
+    samples = ToySamples(sizes=(size,))
     empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
     items = tuple(_draw(samples.batch([first]), empty, run) for first in range(IMAGES))
     objective = Objective(stirred_model(run), run).train()
@@ -62,23 +62,32 @@ def test_the_count_is_what_runs(router: str, schedule: str) -> None:
     run = run_of(router, **SCHEDULES[schedule])
     flops, rows = computed(run)
     rows /= IMAGES * STEPS
-    assert rows == rows_expected(run, 1)
-    booked, plan = step_flops(run, TEXT_LENGTH, rows), schedule_of(run)
+    assert rows == rows_expected(run, 1, 16)
+    booked, plan = step_flops(run, 16, TEXT_LENGTH, rows), schedule_of(run)
     assert IMAGES * sum(booked) == flops
     assert (booked.wasted > 0) == (plan.forwards > plan.num_trained or plan.recomputed > 0)
+
+
+@pytest.mark.parametrize("size", [(4, 14), (10, 12)])
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "race"])
+def test_the_count_follows_the_images_of_the_step(router: str, size: tuple[int, int]) -> None:
+    run, tokens = run_of(router, schedule="two_pass"), size[0] * size[1] // 4
+    flops, rows = computed(run, size)
+    assert rows / IMAGES / STEPS == rows_expected(run, 1, tokens)
+    assert IMAGES * sum(step_flops(run, tokens, TEXT_LENGTH, rows_expected(run, 1, tokens))) == flops
 
 
 @pytest.mark.parametrize("schedule", ["plain", "checkpoint", "two_pass", "hybrid", "segments"])
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
 def test_pretraining_wastes_only_recomputed_blocks(router: str, schedule: str) -> None:
     run = run_of(router, "pretrain", **SCHEDULES[schedule])
-    booked = step_flops(run, TEXT_LENGTH, rows_expected(run, 1))
+    booked = step_flops(run, 16, TEXT_LENGTH, rows_expected(run, 1, 16))
     assert IMAGES * sum(booked) == computed(run)[0]
     assert (booked.wasted > 0) == (schedule == "checkpoint")
 
 
 def test_what_is_wasted_is_no_utilisation() -> None:
-    booked = {name: step_flops(run_of("diffmoe", **fields), 3, 32.0) for name, fields in SCHEDULES.items()}
+    booked = {name: step_flops(run_of("diffmoe", **fields), 16, 3, 32.0) for name, fields in SCHEDULES.items()}
     assert len({entry.model for name, entry in booked.items() if "segments" not in name}) == 1
     assert booked["segments"].model == booked["plain"].model / 2
     assert booked["two_pass"].wasted > booked["checkpoint"].wasted > booked["hybrid"].wasted > 0
@@ -88,7 +97,7 @@ def test_what_is_wasted_is_no_utilisation() -> None:
 def test_images_without_class_are_expected_as_often_as_they_are_drawn() -> None:
     run = make_run(Path("shards"), Path("runs"), "promoe_tc", model={"conditioning": "class"})
     run = run.model_copy(update={"model": run.model.model_copy(update={"top_k": 3})})
-    assert rows_expected(run, 4) == pytest.approx(run.model.num_moe_layers * 16 * (0.9 * 3 + 0.1))
+    assert rows_expected(run, 4, 16) == pytest.approx(run.model.num_moe_layers * 16 * (0.9 * 3 + 0.1))
 
 
 def test_the_peak_of_a_device_by_its_name() -> None:

@@ -138,7 +138,7 @@ def test_a_whole_run_leaves_its_folder(shards: Path, tmp_path: Path) -> None:
         assert name in names
     assert any(name.startswith("run/tensorboard/events") for name in names)
     figures = read_log(tmp_path / "run" / "log.jsonl")
-    booked = step_flops(run, ShardSet.open(shards, "train").text_length, rows_expected(run, 4))
+    booked = step_flops(run, 16, ShardSet.open(shards, "train").text_length, rows_expected(run, 4, 16))
     assert {part: figures[f"flops/per_image/{part}"][1] for part in booked._fields} == booked._asdict()
     per_rank = booked.model * figures["throughput/images_per_second"][1] / 2 / 1e12
     assert figures["throughput/tflops_per_rank"][1] == pytest.approx(per_rank)

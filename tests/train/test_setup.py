@@ -13,6 +13,7 @@ from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.weights import save_weights
 from sharpmoe.train.monitor import Monitor, measures
 from sharpmoe.train.setup import InitialModel, _origin_notes, initial_model
+from tests.fixtures_data import make_unequal_shards
 from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
 
@@ -29,6 +30,14 @@ def test_shards_of_another_codec_or_encoder_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=part):
         plan_for(make_run(shards, tmp_path, model=model), ALONE)
+
+
+def test_merged_steps_must_fit_every_resolution(tmp_path: Path) -> None:
+    shards = make_unequal_shards(tmp_path / "shards")
+    rollout = {"schedule": "two_pass", "merged_steps": 3}
+    model = {"latent_channels": 3, "num_experts": 4}
+    with pytest.raises(ConfigError, match=r"14 tokens \* capacity 1\.0 do not split evenly over 4 experts"):
+        plan_for(make_run(shards, tmp_path, rollout=rollout, model=model, train={"micro_batch": 1}), ALONE)
 
 
 @pytest.mark.parametrize(

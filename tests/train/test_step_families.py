@@ -1,9 +1,11 @@
 """Every router family post-trains: identity at step 0, three steps, and what moves once per step moves."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
@@ -12,10 +14,11 @@ from sharpmoe.families import FAMILIES as RECORDS
 from sharpmoe.model.attach import attach
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
+from sharpmoe.model.embed import sincos_positions
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_biases, update_thresholds
 from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.rollout import first_x0_prev, rollout_step
+from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, rollout_step
 from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars
 from sharpmoe.train.objective import Objective, StepRequest
@@ -23,6 +26,7 @@ from sharpmoe.train.tally import StepRecord
 from sharpmoe.train.trajectories import _draw
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
+from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
 from tests.train.setting import make_run, plan_for
 
 FAMILIES = {
@@ -136,6 +140,75 @@ def test_two_passes_give_the_gradient_of_one(name: str, shards: ShardSet) -> Non
     assert found[0].keys() == found[1].keys()
     for key, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][key], rtol=1e-9, atol=1e-11)
+
+
+SIZES = ((8, 8), (4, 14), (10, 12))  # of latents: 16, 14 and 30 tokens
+
+
+def mixed_run(name: str, schedule: str, latent_size: int = 8) -> RunConfig:
+    run = run_of(name, Path("shards"), schedule)
+    sizes = {
+        "latent_channels": 4,
+        "latent_size": latent_size,
+        "depth": 2,
+        "text_width": TEXT_WIDTH,
+        "pooled_width": POOLED_WIDTH,
+    }
+    return run.model_copy(update={"model": run.model.model_copy(update=sizes)})
+
+
+def mixed_items(run: RunConfig, sizes: Sequence[tuple[int, int]]) -> tuple[TrajectoryBatch, ...]:
+    """One micro-batch of four images per size."""
+    empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
+    samples, items = ToySamples(4 * len(sizes), sizes), []
+    for first in range(0, samples.num_samples, 4):
+        batch = samples.batch(range(first, first + 4))
+        batch = batch._replace(latent=batch.latent.double(), label=torch.arange(4) % run.model.num_classes)
+        items.append(_draw(batch, empty, run))
+    return tuple(items)
+
+
+def mixed_model(run: RunConfig) -> Backbone:
+    """In float64, with a saliency router that has been trained."""
+    model = base(run)
+    model = (attach(model) if run.model.saliency_router else model).double()
+    torch.manual_seed(1)
+    for layer in model.moe_layers():
+        torch.nn.init.normal_(layer.saliency_router.out.weight, std=0.1)
+    return model
+
+
+def gradients_of(run: RunConfig, model: Backbone, items: Sequence[TrajectoryBatch]) -> dict[str, Tensor]:
+    Objective(model, run).train()(StepRequest(tuple(items))).loss.backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("schedule", ["plain", "two_pass"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_resolutions_of_unequal_token_counts_train_as_each_does_alone(name: str, schedule: str) -> None:
+    """The gradient of a step on all of them is the mean of those of plain steps on one, by models that saw no other."""
+    run, plain = (mixed_run(name, how) for how in (schedule, "plain"))
+    items = mixed_items(run, SIZES)
+    together = gradients_of(run, mixed_model(run), items)
+    alone = [gradients_of(plain, mixed_model(plain), [item]) for item in items]
+    for key, gradient in together.items():
+        mean = sum(found[key] for found in alone if key in found) / len(items)
+        torch.testing.assert_close(gradient, mean, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_positions_depend_on_the_configured_size(name: str) -> None:
+    """A model of another square, given the same positions, trains on the same latents in the same way."""
+    small, large = mixed_run(name, "plain"), mixed_run(name, "plain", latent_size=12)
+    (item,) = mixed_items(small, ((12, 12),))
+    model, other = mixed_model(small), build_model(large.model).double()
+    state = model.state_dict()
+    if "pos_embed" in state:
+        state["pos_embed"] = sincos_positions(large.model.width, (6, 6), 4).double()
+    other.load_state_dict(state)
+    ours, reference = gradients_of(small, model, [item]), gradients_of(large, other, [item])
+    assert ours.keys() == reference.keys()
+    assert all(torch.equal(ours[key], gradient) for key, gradient in reference.items())
 
 
 def train_all(world: World, runs: list[RunConfig]) -> list[str]:

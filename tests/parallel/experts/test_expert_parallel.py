@@ -12,6 +12,7 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.experts.groups import check_ep_size
 from tests.distributed import run_ranks
+from tests.fixtures_data import make_unequal_shards
 from tests.parallel.reference import Case, Trace, assert_same, unchanged, with_engine, with_plain_torch
 from tests.selection import selected, sweep
 from tests.train.setting import make_run
@@ -134,6 +135,27 @@ def test_half_precision_is_near(layout: str, traces: dict[str, Trace], reference
     losses = traces[f"bf16 {layout}"].losses
     expected = reference("diffmoe", LAYOUTS[layout][0], FEW).losses
     assert all(abs(a - b) / b < 0.05 for a, b in zip(losses, expected, strict=True))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_unequal_token_counts_equal_one_process(tmp_path: Path) -> None:
+    """Steps on 16, 14 and 30 tokens in turn, over two ranks that share the experts, by both dispatchers and stages."""
+    data = {"shards": str(make_unequal_shards(tmp_path / "shards"))}
+
+    def make_case(router: str, ep_size: int, dispatcher: str) -> RunConfig:
+        train = {"steps": 6, "global_batch": 8, "micro_batch": 4}
+        sections = {"optim": SGD, "model": {"depth": 2, "latent_channels": 3}, "data": data, "train": train}
+        return make_run(tmp_path, tmp_path, router, parallel={"ep_size": ep_size, "dispatcher": dispatcher}, **sections)
+
+    layouts = [(router, how, 3) for router in ROUTERS for how in ("native", "megatron")] + [("ec", "native", 2)]
+    cases = {layout: Case(make_case(layout[0], 2, layout[1]), layout[2], 6) for layout in layouts}
+    traces = run_ranks(with_engine, 2, cases, timeout=400)[0]
+    for router in ROUTERS:
+        expected = with_plain_torch(make_case(router, 1, "native"), 6)
+        for layout in layouts:
+            if layout[0] == router:
+                assert_same(traces[layout], expected)
 
 
 @pytest.mark.dist
