@@ -13,6 +13,7 @@ from data_pipeline.sources.items import Skipped
 from sharpmoe.durable import publish_once
 
 _REASONS = 20  # that a table lists
+_TARGETS = 4  # resolutions that a table names
 _NUMBER = re.compile(r"(?<![\w.+-])\d+(?![\w.])")
 
 
@@ -41,11 +42,13 @@ class Counts:
         """Return lines of the closing table; `targets`: trained resolutions (H, W)."""
         if not self.pictures:
             return []
-        shown = ", ".join(f"{height}x{width}" for height, width in targets)
+        names = [f"{height}x{width}" for height, width in targets]
+        listed = ", ".join(names[:_TARGETS]) + (f" and {len(names) - _TARGETS} more" if len(names) > _TARGETS else "")
+        target = f"the target {listed}" if len(names) == 1 else f"their bucket ({listed})"
         how = "cropped" if fit == "crop" else "padded with white"
         ends = f"{self.cut or 'none'} of {self.captions} cut at {self.kept} tokens (--max-length)"
         return [
-            f"enlarged  {self.enlarged} of {self.pictures} pictures are smaller than the target {shown} ({how})",
+            f"enlarged  {self.enlarged} of {self.pictures} pictures are smaller than {target} ({how})",
             *([f"captions  {ends}; the longest has {self.longest}"] if self.kept else []),
         ]
 

@@ -1,5 +1,6 @@
 """Estimate a preparation without doing it: counts, sizes, buckets, time and bytes."""
 
+import math
 import tempfile
 import time
 from collections import Counter
@@ -67,10 +68,15 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
         return [
             *_counts(catalog),
             *_sizes(source, catalog),
-            *bucket_report(catalog, resolutions, chosen, recipe.fit),
-            *(f"tried: {line}" for line in trial.counts.lines([entry.image for entry in resolutions], recipe.fit)),
+            *bucket_report(catalog, resolutions, chosen, recipe),
+            *(f"tried: {line}" for line in trial.counts.lines(_targets(resolutions, chosen), recipe.fit)),
             *_estimate(trial, len(catalog), shards, machine.place.size),
         ]
+
+
+def _targets(resolutions: list[Resolution], chosen: np.ndarray) -> list[tuple[int, int]]:
+    """Return the resolutions that have images."""
+    return [resolutions[number].image for number in np.unique(chosen)]
 
 
 def _counts(catalog: Catalog) -> list[str]:
@@ -109,23 +115,24 @@ def _range(values: np.ndarray) -> str:
 
 
 def _try(worker: Worker, catalog: Catalog, chosen: np.ndarray, resolutions: list[Resolution], folder: Path) -> _Trial:
-    """Encode a few images of the largest bucket."""
-    largest = int(np.bincount(chosen).argmax())
-    items = catalog.items(np.flatnonzero(chosen == largest)[:_TRIED])
+    """Encode a few images of every bucket, in proportion to its images; the largest bucket first."""
     samples: list[Encoded] = []
     skipped: list[Skipped] = []
-    marks = [time.perf_counter()]
-    for batch in decoded_batches(worker, items, resolutions[largest].image):
-        skipped += batch.skipped
-        if batch.items:
-            samples += encode_batch(worker, resolutions[largest], batch)
-            marks.append(time.perf_counter())
+    marks = [(time.perf_counter(), 0)]  # and samples so far
+    counts = np.bincount(chosen, minlength=len(resolutions))
+    for number in np.argsort(-counts, kind="stable"):
+        rows = np.flatnonzero(chosen == number)[: math.ceil(_TRIED * counts[number] / len(chosen))]
+        for batch in decoded_batches(worker, catalog.items(rows), resolutions[number].image):
+            skipped += batch.skipped
+            if batch.items:
+                samples += encode_batch(worker, resolutions[number], batch)
+                marks.append((time.perf_counter(), len(samples)))
     if not samples:
-        raise DataError(f"none of {len(items)} pictures can be used ({skipped[0].name}: {skipped[0].reason})")
+        raise DataError(f"none of {len(skipped)} pictures can be used ({skipped[0].name}: {skipped[0].reason})")
     _, longest = write_tar(folder / "trial.tar", samples)
     size = (folder / "trial.tar").stat().st_size / len(samples)
-    warm = len(samples) > BATCH
-    seconds = (marks[-1] - marks[1 if warm else 0]) / (len(samples) - (BATCH if warm else 0))
+    begin, before = marks[1 if len(marks) > 2 else 0]  # the first batch warms up
+    seconds = (marks[-1][0] - begin) / (len(samples) - before)
     return _Trial(seconds, size, longest, skipped, sum((sample.counts for sample in samples), Counts()))
 
 

@@ -147,7 +147,7 @@ def _work(
     worker = Worker(source, recipe, codec, text_encoder(recipe, machine.device), machine.threads)
     _record_recipe(folder, worker, asked)
     chosen = nearest_buckets(catalog.pixels, resolutions)
-    for line in bucket_report(catalog, resolutions, chosen, recipe.fit):
+    for line in bucket_report(catalog, resolutions, chosen, recipe):
         machine.say(line)
     every = shard_plans(catalog, resolutions, chosen, recipe.shard_samples)
     _write_shards(folder, work, worker, catalog, plans_of_rank(every, machine.place), progress=machine.progress)
@@ -179,12 +179,14 @@ def recipe_resolutions(recipe: Recipe, codec: Codec) -> list[Resolution]:
     )
 
 
-def bucket_report(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray, fit: str) -> list[str]:
+def bucket_report(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray, recipe: Recipe) -> list[str]:
     """Return lines that say what the buckets hold."""
     train = np.zeros(len(catalog), bool)
     if "train" in catalog.split_names:
         train = catalog.split == catalog.split_names.index("train")
-    return bucket_lines(resolutions, chosen, catalog.pixels, train, fit)
+    meant = f"buckets of {recipe.buckets} tokens each; for a side of {recipe.buckets} pixels add --bucket-step 64"
+    note = [meant] if recipe.buckets.isdigit() and recipe.bucket_step is None else []
+    return note + bucket_lines(resolutions, chosen, catalog.pixels, train, recipe.fit)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

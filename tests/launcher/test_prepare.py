@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import data_pipeline.prepare.ranks as ranks
+from data_pipeline.encode.like import read_origin
+from data_pipeline.index import parse_index
 from data_pipeline.read.shards import ShardSet
 from launcher.prepare import main
 from tests.distributed import free_port
@@ -118,6 +121,36 @@ def test_ranks_one_after_the_other(
         assert main([*arguments, "--local_rank=0"]) == 0
         output = capsys.readouterr().out
         assert shown in output if shown else not output
+
+
+def odd_pictures(folder: Path, count: int) -> Path:
+    """Pictures of random sizes and shapes, as a user has them."""
+    folder.mkdir()
+    generator = np.random.Generator(np.random.Philox(key=count))
+    for number in range(count):
+        height, width = generator.integers(40, 200, 2)
+        Image.effect_noise((int(width), int(height)), 60).convert("RGB").save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text(f"noise of size {height} x {width}")
+    return folder
+
+
+def test_odd_pictures_in_buckets_like_the_shipped_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, base = odd_pictures(tmp_path / "set", 40), ROOT / "assets" / "base.safetensors"
+    words = ["--source", str(folder), "--like", str(base), "--buckets", "64", "--bucket-step", "16"]
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "taken     40 pictures" in capsys.readouterr().out
+    index = parse_index((tmp_path / "out" / "index.json").read_bytes(), "")
+    assert index.codec == read_origin(base).codec_identity
+    expected = {"96x32": (12, 4), "80x48": (10, 6), "64x64": (8, 8), "48x80": (6, 10), "32x96": (4, 12)}
+    assert {name: bucket.grid for name, bucket in index.buckets.items()} == expected
+    for name, bucket in index.buckets.items():
+        assert f"bucket {name} ({bucket.grid[0]}x{bucket.grid[1]} = " in told
+        assert bucket.latent == (16, bucket.grid[0] * 2, bucket.grid[1] * 2)
+    assert sum(bucket.num_samples for bucket in index.buckets.values()) == 40
+    shards = ShardSet.open(tmp_path / "out", "train")
+    assert shards.main_bucket == "64x64"  # of the base's own size
 
 
 @pytest.mark.slow

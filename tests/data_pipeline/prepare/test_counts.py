@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data_pipeline.prepare.ranks as ranks
+import data_pipeline.prepare.write as write
 from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, reason_of, write_counts
 from data_pipeline.sources.items import Skipped
 from launcher.prepare import main
@@ -40,6 +42,38 @@ def test_the_table_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert found["left"] == "out  3"
         assert found["enlarged"] == "3 of 4 pictures are smaller than the target 16x16 (cropped)"
         assert found["captions"] == "1 of 4 cut at 4 tokens (--max-length); the longest has 6"
+
+
+def test_the_table_is_the_same_on_several_ranks_in_several_buckets_and_after_a_kill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(16, 16), (15, 40), (40, 15), (90, 90), (30, 60), (60, 30), (8, 8), (20, 11)] * 3
+    source = pictures(tmp_path / "set", *sizes)
+    table_of_bucket = ("--buckets", "16", "--bucket-step", "4", "--max-length", "4", "--shard-samples", "2")
+    words = ["--source", str(source), *OPTIONS, *table_of_bucket, "--fit", "crop"]
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(ranks, "_POLL_S", 0.001)
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    whole = table(capsys)
+    assert whole["enlarged"].startswith("6 of 24 pictures are smaller than their bucket (24x8, ")
+    assert whole["captions"] == "21 of 24 cut at 4 tokens (--max-length); the longest has 25"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    real, left = write._write_shard, 3  # shards before the kill
+
+    def killed(*arguments: object) -> object:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(write, "_write_shard", killed)
+    for rank, code in (("0", 130), ("0", 0), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main([*words, "--out", str(tmp_path / "two")]) == code
+        monkeypatch.setattr(write, "_write_shard", real)
+        last = table(capsys)
+    assert last == whole
 
 
 def test_reasons_are_grouped(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_it_would_take(
     arguments = ["--source", str(folder), "--out", str(tmp_path / "out"), *ARGUMENTS]
     assert main([*arguments, "--dry-run", "--buckets", "16"]) == 0
     told = capsys.readouterr().out
+    assert "buckets of 16 tokens each; for a side of 16 pixels add --bucket-step 64" in told
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--buckets", "16"]) == 0
     done = json.loads((tmp_path / "out" / "index.json").read_text())
