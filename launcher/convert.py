@@ -50,6 +50,8 @@ def _act(arguments: argparse.Namespace) -> None:
 def _from_published(arguments: argparse.Namespace) -> str:
     if arguments.config is not None:
         check_free(arguments.config)
+        if arguments.text_width and arguments.shards is None:
+            raise ConfigError("--config with --text-width needs --shards: prepared data with captions")
     width = {"text_width": arguments.text_width, "pooled_width": arguments.text_width} if arguments.text_width else {}
     model, report = read_pretrained(
         arguments.source,

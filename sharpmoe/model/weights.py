@@ -172,10 +172,14 @@ def _read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             meta = dict(file.metadata() or {})
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file ({error}); copy or export it again") from error
+        raise CheckpointError(
+            f"{path}: not a sound safetensors file ({error}); copy or export it again, or convert published weights "
+            "first (launcher/convert.py)"
+        ) from error
     if meta.get("format") != _FORMAT or "model" not in meta:
         raise CheckpointError(
-            f"{path}: format {meta.get('format')!r}, expected {_FORMAT!r}: not written by this project"
+            f"{path}: format {meta.get('format')!r}, expected {_FORMAT!r}: not written by this project; convert published "
+            "weights first (launcher/convert.py)"
         )
     try:
         config = ModelConfig(**json.loads(meta["model"]))
@@ -243,9 +247,12 @@ def check_architecture(found: ModelConfig, expected: ModelConfig, where: str, ma
     for field in ModelConfig.model_fields:
         have, want = (getattr(config, resolved.get(field, field)) for config in (found, expected))
         if field not in free and have != want:
+            other = "use other weights"
+            if field == "latent_size":
+                other += f" (convert.py --latent-size {want} makes positions of another size for a published file)"
             raise CheckpointError(
                 f"{where}: model.{field} is {have!r} there, {want!r} in the run; set model.{field} to {have!r}, or "
-                + ("use other weights" if may_attach else "start a new run from its live.safetensors (checkpoint.init)")
+                + (other if may_attach else "start a new run from its live.safetensors (checkpoint.init)")
             )
 
 

@@ -255,3 +255,46 @@ def _time_input(convention: Convention) -> str:
 
 def _time_input_of(config: ModelConfig) -> str:
     return _time_input(Convention(config.time_scale, config.time_shift, 1, config.prediction))
+
+
+# DiTTransformer2DModel of diffusers -> DiT. Every block has a copy of the embedders of time and class.
+DIFFUSERS_KEY = "transformer_blocks.0.attn1.to_q.weight"  # a key that every such checkpoint has
+_DIFFUSERS = (
+    (r"pos_embed\.proj\.", "x_embedder.proj."),
+    (r"pos_embed\.pos_embed", "pos_embed"),
+    (r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+    (r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+    (r"transformer_blocks\.0\.norm1\.emb\.class_embedder\.embedding_table\.", "y_embedder.embedding_table."),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear\.", r"blocks.\1.adaLN_modulation.1."),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0\.", r"blocks.\1.attn.proj."),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.", r"blocks.\1.mlp.fc1."),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2\.", r"blocks.\1.mlp.fc2."),
+    (r"proj_out_1\.", "final_layer.adaLN_modulation.1."),
+    (r"proj_out_2\.", "final_layer.linear."),
+)
+_DIFFUSERS_QUERY = re.compile(r"transformer_blocks\.(\d+)\.attn1\.to_q\.(weight|bias)")
+_DIFFUSERS_LEFT = re.compile(r"transformer_blocks\.\d+\.(attn1\.to_[kv]\.|norm1\.emb\.)")
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of diffusers' DiT under the key names of DiT; keys without a counterpart stay as they are.
+
+    Raises CheckpointError where the blocks' copies of an embedder differ: such a model was trained on in diffusers.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if query := _DIFFUSERS_QUERY.fullmatch(key):
+            parts = [state[key.replace("to_q", f"to_{part}")] for part in "qkv"]
+            renamed[f"blocks.{query[1]}.attn.qkv.{query[2]}"] = torch.cat(parts)
+            continue
+        ours = next((re.sub(f"^{old}", new, key) for old, new in _DIFFUSERS if re.match(old, key)), key)
+        if ours != key:
+            renamed[ours] = value
+        elif not _DIFFUSERS_LEFT.match(key):
+            renamed[key] = value
+        elif ".norm1.emb." in key and not torch.equal(value, state[re.sub(r"blocks\.\d+", "blocks.0", key)]):
+            raise CheckpointError(
+                f"key {key} differs from that of the first block: DiT has one embedder for all blocks, so that these "
+                "weights are another model; use weights that were converted from DiT"
+            )
+    return renamed

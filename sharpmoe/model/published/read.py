@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
+from sharpmoe.model.published.names import DIFFUSERS_KEY, from_diffusers
 from sharpmoe.model.weights import is_own_weights
 
 WeightsKind = Literal["ema", "model"]  # averaged, or live
@@ -207,13 +208,17 @@ def _select(found: Mapping[str, Any], weights: WeightsKind | None, where: str) -
     copies += _averages_without_dots(content, copies, where)
     chosen = _choose(copies, weights, where) if copies else _Copy("", "plain", {key: key for key in content})
     tensors = {name: _dense(key, content[key], where) for name, key in chosen.keys.items()}
+    notes = [*_notes(content, chosen, wrappers), *_nameless(found)]
+    if DIFFUSERS_KEY in tensors:
+        tensors = from_diffusers(tensors)
+        notes.append("key names of diffusers translated")
     empty = [name for name, value in tensors.items() if not value.numel()]
     if empty:
         raise CheckpointError(
             f"{where}: {empty[0]} is empty, as in one rank's part of a ZeRO-3 checkpoint; join the parts first, with "
             "the zero_to_fp32.py that DeepSpeed puts beside them"
         )
-    return PublishedState(tensors, chosen.kind, tuple(_notes(content, chosen, wrappers)))
+    return PublishedState(tensors, chosen.kind, tuple(notes))
 
 
 def _without_wrappers(found: Mapping[str, Any], where: str) -> tuple[list[tuple[str, dict[str, Tensor]]], list[str]]:
@@ -297,6 +302,15 @@ def _notes(content: Mapping[str, Tensor], chosen: _Copy, wrappers: list[str]) ->
     left = Counter(key.split(".")[0] for key in content if key not in taken)
     if left:
         yield "left out: " + ", ".join(f"{count} under {name}" for name, count in left.most_common(6))
+
+
+def _nameless(found: Mapping[Any, Any], path: str = "") -> Iterator[str]:
+    """Yield a note on every list of tensors, such as the shadow_params of some averages, which have no names."""
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _nameless(value, f"{path}{key}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(one, Tensor) for one in value):
+            yield f"not read: {path}{key}, a list of {len(value)} tensors without names"
 
 
 def _dense(key: str, value: Tensor, where: str) -> Tensor:

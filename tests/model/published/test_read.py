@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.published.load import read_pretrained
+from sharpmoe.model.published.load import build_published, read_pretrained
+from sharpmoe.model.published.names import CONVENTIONS, DEFAULTS
 from sharpmoe.model.published.read import read_state
 from tests.model.published.test_load import load
 
@@ -187,3 +188,39 @@ def test_a_run_folder_of_this_project_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest").write_text("step00000002")
     with pytest.raises(CheckpointError, match="is a run folder of this project"):
         read_state(tmp_path)
+
+
+def test_averages_without_names_are_said_not_to_be_read() -> None:
+    found = read_state({"model": LIVE, "ema": {"decay": 0.99, "shadow_params": [torch.ones(2)] * 3}})
+    assert found.kind == "model"
+    assert "not read: ema.shadow_params, a list of 3 tensors without names" in found.notes
+
+
+def test_a_dit_of_diffusers_is_the_same_network(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, activation_fn="gelu-approximate",
+    ).eval()  # fmt: skip
+    embedders = theirs.transformer_blocks[0].norm1.emb.state_dict()
+    for block in theirs.transformer_blocks:  # as the conversion of DiT's weights leaves them
+        block.norm1.emb.load_state_dict(embedders)
+    pipeline = tmp_path / "pipeline"
+    theirs.save_pretrained(pipeline / "transformer")
+    (pipeline / "model_index.json").write_text("{}")
+    found = read_state(pipeline)
+    assert "key names of diffusers translated" in found.notes
+    # At t = 0 both read the same features of time; elsewhere diffusers' frequencies are not those of DiT's code.
+    ours, _ = build_published(
+        found.tensors, CONVENTIONS["dit_moe"], "dense", "DiT", DEFAULTS["dit"], num_heads=2, latent_size=8
+    )
+    x, t, labels = torch.randn(2, 4, 8, 8), torch.zeros(2), torch.tensor([1, 7])
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=labels).sample[:, :4]
+        torch.testing.assert_close(ours(x, t, labels).v, expected, rtol=1e-4, atol=1e-5)
+    read_pretrained(pipeline, "dit", "dense", num_heads=2)
+    with torch.no_grad():
+        theirs.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias.add_(1)
+    with pytest.raises(CheckpointError, match="differs from that of the first block"):
+        read_state(theirs.state_dict())

@@ -79,6 +79,16 @@ def test_without_a_row_for_no_class_nothing_is_dropped_or_guided(tmp_path: Path)
     assert not run.model.class_dropout
 
 
+def test_a_model_extended_to_text_needs_data_with_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--text-width", "12"]
+    with pytest.raises(AssertionError):
+        convert("published_sit", tmp_path, *words)
+    assert "needs --shards: prepared data with captions" in capsys.readouterr().err
+    run = load_run_config(convert("published_sit", tmp_path, *words, "--shards", "data/own"))
+    assert (run.model.conditioning, run.model.text_width, run.model.pooled_width) == ("text", 12, 12)
+    assert run.data.shards == "data/own"
+
+
 def train(world: World, path: Path, folder: Path) -> None:
     words = {
         "output": folder, "data.shards": folder / "shards", "data.num_workers": 0, "train.steps": 2,
