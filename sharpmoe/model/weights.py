@@ -178,8 +178,8 @@ def _read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
         ) from error
     if meta.get("format") != _FORMAT or "model" not in meta:
         raise CheckpointError(
-            f"{path}: format {meta.get('format')!r}, expected {_FORMAT!r}: not written by this project; convert published "
-            "weights first (launcher/convert.py)"
+            f"{path}: format {meta.get('format')!r}, expected {_FORMAT!r}: not written by this project; convert "
+            "published weights first (launcher/convert.py)"
         )
     try:
         config = ModelConfig(**json.loads(meta["model"]))
