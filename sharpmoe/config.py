@@ -332,6 +332,7 @@ class LossConfig(_Section):
 
     # The defaults are measured (docs/design/0004); the paper's values: configs/runs/posttrain-paper.yaml.
     routing_weight: float = Field(0.01, ge=0)
+    routing_warmup_steps: int = Field(0, ge=0)  # optimizer steps over which that weight rises linearly from 0
     routing_mass: Literal["scores", "counts"] = "counts"  # what A sums: the paper's scores, or straight-through counts
     mass_reduction: Literal["sum", "mean"] = "mean"  # A summed over steps and MoE layers (paper), or its mean over them
     mass_scale: float = Field(3.0, gt=0)  # multiplies A before the softmax

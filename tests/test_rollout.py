@@ -94,6 +94,26 @@ def test_every_schedule_has_the_gradient_of_plain(router: str, mass: str) -> Non
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_the_weight_of_a_step_is_that_of_a_run_in_every_schedule() -> None:
+    """The warm-up gives each step a weight of its own; 0 is training without the loss, which is still measured."""
+    item = make_item()
+
+    def gradient(run: RunConfig, weight: float | None) -> tuple[Tensor, StepRecord]:
+        objective = make_objective(run)
+        answer = objective(StepRequest((item,), routing_weight=weight))
+        answer.loss.backward()
+        flat = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in objective.parameters()]
+        return torch.cat(flat), answer.records[0]
+
+    for fields in ({}, {"schedule": "two_pass"}, {"schedule": "hybrid", "kept_steps": 2}):
+        for weight in (0.2, 0.0):
+            ours, record = gradient(make_run("ec", "counts", 0.5, **fields), weight)
+            theirs, other = gradient(make_run("ec", "counts", weight), None)
+            assert distance(ours, theirs) < 1e-10
+            torch.testing.assert_close(record.terms.total, other.terms.total)
+            assert record.terms.routing > 0
+
+
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
 def test_noise_drawn_anew_is_that_of_each_step_in_every_schedule(router: str) -> None:
     plain, record = gradients(make_run(router, "counts"), fresh=True)

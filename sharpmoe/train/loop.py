@@ -32,6 +32,7 @@ from sharpmoe.train.setup import RunPlan, choose_checkpoint, initial_model
 from sharpmoe.train.shapes import token_counts
 from sharpmoe.train.step import StepResult, train_step
 from sharpmoe.train.target import with_target_scales
+from sharpmoe.train.terms import has_routing_loss, routing_weight
 from sharpmoe.train.trajectories import draw_trajectories
 
 _STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is to be started again
@@ -178,7 +179,10 @@ def _log_step(session: Session, step: int, result: StepResult, tokens: int, seco
         wait_seconds=waited,
         effort=_effort(session, tokens, None if result.routing is None else rows_taken(result.routing) / calls),
     )
-    session.log.step(stats, None if result.routing is None else routing_scalars(result.routing))
+    more = {} if result.routing is None else routing_scalars(result.routing)
+    if run.loss.routing_warmup_steps and has_routing_loss(run):
+        more["optim/routing_weight"] = routing_weight(run, step - 1)
+    session.log.step(stats, more)
     if result.routing is not None and session.objective.uses_x0_prev and _is_halfway(run, step):
         warning = strength_warning(result.routing, step)
         if warning:
@@ -187,7 +191,7 @@ def _log_step(session: Session, step: int, result: StepResult, tokens: int, seco
 
 def _is_halfway(run: RunConfig, step: int) -> bool:
     """Whether this logged step is the first after the warm-ups and half of the run: once, when there is time to act."""
-    half = max(run.train.steps // 2, run.optim.warmup_steps)
+    half = max(run.train.steps // 2, run.optim.warmup_steps, run.loss.routing_warmup_steps)
     return (step - 1) // run.log.every * run.log.every < half <= step
 
 

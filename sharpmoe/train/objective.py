@@ -32,6 +32,7 @@ class StepRequest(NamedTuple):
     items: tuple[TrajectoryBatch, ...]  # micro-batches
     segment: int = 0  # which of the T / S segments is trained, the same on every rank; other schedules ignore it
     with_routing: bool = False  # the records hold sums of the routing
+    routing_weight: float | None = None  # weight of L_routing in this step; None: loss.routing_weight
 
 
 class StepAnswer(NamedTuple):
@@ -66,7 +67,7 @@ class Objective(nn.Module):
         records = []
         for item in request.items:
             schedule = schedule_of(self.run, len(item.times), request.segment)
-            trajectory = _Trajectory(self, item, request.with_routing, schedule.num_trained)
+            trajectory = _Trajectory(self, item, request, schedule.num_trained)
             for each in schedule.passes:
                 if loss is not None:
                     local.add(loss)
@@ -79,12 +80,14 @@ class Objective(nn.Module):
 class _Trajectory:
     """The rollout of one micro-batch, and what its passes hand on to each other."""
 
-    def __init__(self, objective: Objective, item: TrajectoryBatch, with_routing: bool, num_trained: int) -> None:
+    def __init__(self, objective: Objective, item: TrajectoryBatch, request: StepRequest, num_trained: int) -> None:
         """num_trained: rollout steps with a backward: T, or the S steps of a segment."""
         self._model, self._run, self._item = objective.model, objective.run, item
         self._uses_x0_prev = objective.uses_x0_prev
         self._num_steps, self._num_trained = len(item.times), num_trained
-        self._tally = Tally(objective.run, with_routing, item.saliency)
+        given = request.routing_weight
+        self._routing_weight = self._run.loss.routing_weight if given is None else given
+        self._tally = Tally(objective.run, request.with_routing, item.saliency, self._routing_weight)
         self._x0_prev = first_x0_prev(item, self._uses_x0_prev)
         self._replays: dict[int, Replay] = {}  # by rollout step
         self._mass_weight: Tensor | None = None  # (B, N) w
@@ -100,9 +103,9 @@ class _Trajectory:
             return total
         mass = torch.stack(masses).sum(0)
         if part.has_all_steps:
-            return total + self._run.loss.routing_weight * routing_loss(mass, self._item.saliency, self._run)
+            return total + self._routing_weight * routing_loss(mass, self._item.saliency, self._run)
         if self._mass_weight is None:  # A is complete: the first pass ran all steps
-            self._mass_weight = mass_gradient(self._tally.mass, self._item.saliency, self._run)
+            self._mass_weight = mass_gradient(self._tally.mass, self._item.saliency, self._run, self._routing_weight)
         assert self._mass_weight is not None
         return total + self._num_steps / self._num_trained * (self._mass_weight * mass).sum()
 

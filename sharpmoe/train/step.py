@@ -22,7 +22,7 @@ from sharpmoe.train.guard import Verdict, Watch, loss_fault, next_watch, norm_fa
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import num_segments
 from sharpmoe.train.tally import StepRecord
-from sharpmoe.train.terms import LossTerms
+from sharpmoe.train.terms import LossTerms, routing_weight
 
 
 class StepResult(NamedTuple):
@@ -63,7 +63,7 @@ def train_step(
     """
     run = objective.run
     engine.train()
-    answer = engine(StepRequest(tuple(items), _trained_segment(run, step), with_routing))
+    answer = engine(StepRequest(tuple(items), _trained_segment(run, step), with_routing, routing_weight(run, step)))
     engine.backward(answer.loss)
     terms = torch.stack([torch.stack(list(record.terms)).double() for record in answer.records])
     exchange = _exchange(answer.records, terms.mean(0), engine)

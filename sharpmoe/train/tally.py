@@ -28,9 +28,9 @@ class Tally:
     A step that is run twice calls `add_mass` in the first run and `add` in the second.
     """
 
-    def __init__(self, run: RunConfig, with_routing: bool, saliency: Tensor) -> None:
-        """Start with nothing. saliency (B, N): the maps M of the trajectories."""
-        self.run, self.with_routing, self._saliency = run, with_routing, saliency
+    def __init__(self, run: RunConfig, with_routing: bool, saliency: Tensor, routing_weight: float) -> None:
+        """Start with nothing. saliency (B, N): the maps M of the trajectories; routing_weight: of L_routing."""
+        self.run, self.with_routing, self._saliency, self._weight = run, with_routing, saliency, routing_weight
         self.mass: Tensor | None = None  # (B, N) A so far, detached
         self._steps: list[Tensor] = []  # (3,) flow, router, heads
         self._totals: list[Tensor] = []
@@ -62,10 +62,10 @@ class Tally:
     def record(self) -> StepRecord:
         """Return the record of the trajectory."""
         flow, router, heads = torch.stack(self._steps).mean(0)
-        routing, weight = torch.zeros_like(flow), self.run.loss.routing_weight
+        routing = torch.zeros_like(flow)
         if self.mass is not None:
             routing = routing_loss(self.mass, self._saliency, self.run)
-        total = torch.stack(self._totals).mean() + weight * routing
+        total = torch.stack(self._totals).mean() + self._weight * routing
         terms = LossTerms(total=total, flow=flow, routing=routing, router=router, heads=heads)
         return StepRecord(terms, _mean(self._thresholds), _mean(self._loads), self._routing)
 

@@ -76,10 +76,16 @@ def routing_loss(mass: Tensor, saliency: Tensor, run: RunConfig) -> Tensor:
     return losses.trajectory_routing(mass, saliency, run.loss, run.rollout.num_steps * run.model.num_moe_layers)
 
 
-def mass_gradient(mass: Tensor | None, saliency: Tensor, run: RunConfig) -> Tensor | None:
-    """Return w = routing_weight * dL_routing / dA (B, N) at the A of all T steps; None without a routing loss."""
+def routing_weight(run: RunConfig, step: int) -> float:
+    """Return the weight of L_routing in optimizer step `step` (0 is the first): it rises from 0 over its warm-up."""
+    warmup = run.loss.routing_warmup_steps
+    return run.loss.routing_weight * (step / warmup if step < warmup else 1.0)
+
+
+def mass_gradient(mass: Tensor | None, saliency: Tensor, run: RunConfig, weight: float) -> Tensor | None:
+    """Return w = weight * dL_routing / dA (B, N) at the A of all T steps; None without a routing loss."""
     if mass is None:
         return None
     with torch.enable_grad():
         leaf = mass.detach().requires_grad_()
-        return torch.autograd.grad(run.loss.routing_weight * routing_loss(leaf, saliency, run), leaf)[0]
+        return torch.autograd.grad(weight * routing_loss(leaf, saliency, run), leaf)[0]

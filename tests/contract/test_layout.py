@@ -63,7 +63,6 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/train/local_gradients.py": "train/test_rollout_schedules.py",
     "sharpmoe/train/monitor.py": "train/test_loop_stopping.py",
     "sharpmoe/train/session.py": "train/test_loop.py",
-    "sharpmoe/train/terms.py": "train/test_objective.py",
     # steps of preparing and reading, seen from whole shard sets
     "data_pipeline/identity.py": "data_pipeline/encode/test_build.py",
     "data_pipeline/prepare/encoding.py": "data_pipeline/prepare/test_write.py",

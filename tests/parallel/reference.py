@@ -108,7 +108,9 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
     losses, norms, taken = [], [], {}
     for step, items in enumerate(items_of(plan, ALONE, steps)):
         optimizer.zero_grad()
-        answer = objective(StepRequest(tuple(items), _trained_segment(run, step)))
+        warmup = run.loss.routing_warmup_steps
+        weight = run.loss.routing_weight * (min(1.0, step / warmup) if warmup else 1.0)
+        answer = objective(StepRequest(tuple(items), _trained_segment(run, step), routing_weight=weight))
         answer.loss.backward()
         records = answer.records
         taken = taken or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
