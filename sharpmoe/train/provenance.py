@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from sharpmoe import __version__
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT, BatchLayout
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.ranks.launch import World
 
-_PACKAGES = ("sharpmoe", "torch", "deepspeed", "megatron-core")
+_PACKAGES = ("torch", "deepspeed", "megatron-core")
 _EXPECTED = ("checkpoint.resume",)  # says where to resume from: different each time
 
 Settings = dict[str, Any]  # dotted key -> JSON value
@@ -50,7 +51,8 @@ def banner(
 
 def _versions() -> dict[str, str]:
     """Return the versions of Python, of the packages, and the commit of the code where it is a git checkout."""
-    found = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    found = {"python": platform.python_version(), "sharpmoe": __version__}
+    found |= {name: _version(name) for name in _PACKAGES}
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 

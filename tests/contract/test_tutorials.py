@@ -7,10 +7,14 @@ import torch
 from PIL import Image
 
 import sharpmoe
-from tests.contract.tutorials import ROOT, blocks, changed, draw_photos, run_command, workplace
+from tests.contract.tutorials import ROOT, blocks, changed, commands, draw_photos, run_command, workplace
+from tests.data_pipeline.encode import text_models
 
-TUTORIALS = ROOT / "docs" / "tutorials"
 pytestmark = pytest.mark.slow
+
+
+def text_of(page: str) -> str:
+    return (ROOT / "docs" / "tutorials" / f"{page}.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,8 @@ def checkout(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_python_api(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = TUTORIALS / "python-api.md"
     code = changed(
-        "\n".join(blocks(page, "python")),
+        "\n".join(blocks(text_of("python-api"), "python")),
         {
             "range(100)": "range(2)",
             "(shards, 32)": "(shards, 4)",
@@ -45,7 +48,7 @@ def test_python_api(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
         },
     )
     torch.manual_seed(0)
-    exec(compile(code, str(page), "exec"), {"__name__": page.stem})  # noqa: S102
+    exec(compile(code, "python-api", "exec"), {"__name__": "tutorial"})  # noqa: S102
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("0 {'total': ")
     assert printed[-1] == "sample: the model is text-conditional, got label 3; give captions"
@@ -59,13 +62,111 @@ def test_python_api(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_loop_of_the_python_page_is_fifteen_lines_without_deepspeed() -> None:
-    loop = blocks(TUTORIALS / "python-api.md", "python")[0]
+    loop = blocks(text_of("python-api"), "python")[0]
     lines = [line for line in loop.splitlines() if line.strip() and not line.startswith("import")]
     assert len(lines) <= 15
     assert "deepspeed" not in loop
 
 
 def test_the_names_of_the_python_page_are_all_there_are() -> None:
-    text = (TUTORIALS / "python-api.md").read_text(encoding="utf-8")
+    text = text_of("python-api")
     missing = [name for name in dir(sharpmoe) if f"`{name}" not in text and name not in ("__version__", "RolloutLoss")]
     assert missing == []
+
+
+SMALL = (
+    " --train.global_batch 4 --rollout.num_steps 2 --log.validation_images 2"
+    " --log.allocation false --log.sample_every 0"
+)
+OWN_PICTURES = {
+    "--train.steps 500": f"--train.steps 2{SMALL}",
+    "--steps 30": "--steps 2",
+    "--images 8": "--images 2 --sheet-images 0",
+    "--name own_base --data.shards data/own": f"--name own_base --data.shards data/own --train.steps 2{SMALL}",
+    "--name own_sharp --data.shards data/own": f"--name own_sharp --data.shards data/own --train.steps 2{SMALL}",
+}
+
+
+def run_blocks(text: str) -> list[str]:
+    """Run all commands of the bash blocks of a text, in order; return what each prints."""
+    return [run_command(words) for block in blocks(text, "bash") for words in commands(block)]
+
+
+@pytest.mark.timeout(900)
+def test_own_pictures(checkout: Path) -> None:
+    draw_photos(checkout / "my_photos", 40)
+    text = changed(text_of("own-pictures"), OWN_PICTURES)
+    printed = run_blocks(text.split("## A base of your own")[0])
+    assert "40 of 40 pictures: train" in printed[0]
+    assert "prepared: train" in printed[1]
+    assert Image.open("contact.png").width > 100
+    assert Image.open("runs/mine/samples/drawn/grid.png").width > 100
+    assert Path("runs/mine/report.html").is_file()
+    assert Path("runs/mine/evaluation").is_dir()
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(900)
+def test_a_base_of_ones_own(checkout: Path) -> None:
+    draw_photos(checkout / "my_photos", 40)
+    text = changed(text_of("own-pictures"), OWN_PICTURES)
+    run_blocks(text.split("## A base of your own")[1])
+    assert sharpmoe.load("runs/own_sharp").origin == sharpmoe.load("own_base.safetensors").origin
+
+
+def test_cluster(checkout: Path) -> None:
+    """What would submit or train is a dry run here; the shards and the base of the recipe are not there."""
+    lines = [words for block in blocks(text_of("cluster"), "bash") for words in commands(block)]
+    started = [words for words in lines if "launcher/submit.py" in words or "launcher/train.py" in words]
+    printed = {" ".join(words): run_command([*words, "--dry-run"]) for words in started}
+    assert len(printed) == 7
+    assert all(text.startswith("#!/usr/bin/env bash") for words, text in printed.items() if "submit" in words)
+    assert all("ZeRO-3" in text for words, text in printed.items() if "train.py" in words)
+    (plan,) = (words for words in lines if words not in started)
+    assert "fits" in run_command(plan)
+
+
+SMALLER = (
+    f" --model.preset tiny --model.latent_size 8 --data.num_workers 0 --train.precision fp32 --train.steps 2{SMALL}"
+)
+PHOTOS256 = {
+    "--size 256": "--size 64",
+    "--device cuda": "--device cpu",
+    "_width 768": "_width 24",  # of the small CLIP
+    "--steps 50": "--steps 2",
+    "--name photos_base": f"--name photos_base{SMALLER}",
+    "--name photos_sharp": f"--name photos_sharp{SMALLER}",
+}
+
+
+def save_models(folder: Path) -> None:
+    """Save random networks under the names of the page: an autoencoder of factor 8, CLIP, T5."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(folder / "sd-vae-ft-ema")
+    for name, model in (("clip-vit-large-patch14", text_models.clip()), ("t5-v1_1-large", text_models.t5())):
+        model.eval().save_pretrained(folder / name)
+        text_models.words().save_pretrained(folder / name)
+
+
+@pytest.mark.timeout(900)
+def test_text_to_image(checkout: Path) -> None:
+    draw_photos(checkout / "photos", 40)
+    save_models(checkout / "models")
+    printed = run_blocks(changed(text_of("text-to-image"), PHOTOS256))
+    assert "bytes a picture" in printed[0]
+    assert "bytes a picture" in printed[1]
+    assert "prepared: train" in printed[2]
+    assert Image.open("photos256.png").width > 100
+    model = sharpmoe.load("runs/photos_sharp")
+    assert model.config.text_width == 24
+    assert "autoencoder_kl" in model.origin["codec"]
+    (drawn,) = sharpmoe.sample(model, "a red disc", num_steps=2)
+    assert drawn.size == Image.open(next(Path("runs/photos_sharp/samples/drawn").glob("000_*.png"))).size == (64, 64)
+    assert Path("runs/photos_sharp/report.html").is_file()

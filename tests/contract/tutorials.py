@@ -30,9 +30,9 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the code blocks of a page in one language."""
-    return [body for found, body in FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
+def blocks(text: str, language: str) -> list[str]:
+    """Return the code blocks of a text in one language."""
+    return [body for found, body in FENCE.findall(text) if found == language]
 
 
 def changed(text: str, changes: Mapping[str, str]) -> str:
