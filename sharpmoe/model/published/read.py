@@ -11,9 +11,10 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,9 +31,19 @@ _WITHOUT_DOTS = _ANCHOR.replace(".", "")
 # Names that wrappers put into keys, at any place: DistributedDataParallel and DeepSpeed, torch.compile, FSDP,
 # activation checkpointing, Lightning's strategies.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+_PARTS = frozenset({"x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer"})  # of a model
+_INSIDE = _WRAPPERS | {"model", "net", "ema_model"}  # names of wrappers around a part of a model, after its name
 _AVERAGED = re.compile(r"(^|_)(ema|averaged|shadow)(_|$)")  # a part of the prefix of averaged weights
 _LIVE = frozenset({"online", "online_model"})  # ema-pytorch's live weights, beside its ema_model
 _SHARD_SUFFIXES = ("safetensors", "pth", "pt", "bin")
+# What trainers save beside tensors and what runs no code when it is read: arguments, paths, numbers of NumPy.
+_HARMLESS = [
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u8", "u1", "?")),
+    np.float64(0).__reduce__()[0],  # makes a NumPy scalar of bytes
+]
 
 
 class PublishedState(NamedTuple):
@@ -76,6 +87,8 @@ def _read_folder(path: Path) -> dict[str, Any]:
     states = sorted(path.glob("mp_rank_*_model_states.pt"))  # DeepSpeed: beside them are optimizer states
     files = states or sorted(file for suffix in _SHARD_SUFFIXES for file in path.glob(f"*.{suffix}"))
     suffixes = {file.suffix for file in files}
+    if not files:
+        raise CheckpointError(f"{path}: holds no .{', .'.join(_SHARD_SUFFIXES)} file; name the file of the checkpoint")
     if len(suffixes) != 1:
         raise CheckpointError(
             f"{path}: holds {len(files)} checkpoint files of {len(suffixes)} kinds, expected shards of one; name a file"
@@ -131,7 +144,7 @@ def _load_pickle(path: Path) -> Any:
         with zipfile.ZipFile(path) as file:
             if not any(name.endswith("data.pkl") for name in file.namelist()):
                 raise CheckpointError(f"{path}: is a zip archive, not a checkpoint; unpack it and name the file in it")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # their trainers save their arguments
+    with torch.serialization.safe_globals(_HARMLESS):
         # Mapped, so that optimizer states beside the weights are not read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
 
@@ -227,8 +240,10 @@ def _without_wrappers(found: Mapping[str, Any], where: str) -> tuple[list[tuple[
 
     def plain(key: str) -> str:
         parts = key.split(".")
-        removed.update(dict.fromkeys(part for part in parts if part in _WRAPPERS))
-        return ".".join(part for part in parts if part not in _WRAPPERS)
+        inside = next((place for place, part in enumerate(parts) if part in _PARTS), len(parts))
+        dropped = [part in (_WRAPPERS if place < inside else _INSIDE) for place, part in enumerate(parts)]
+        removed.update(dict.fromkeys(part for part, drop in zip(parts, dropped, strict=True) if drop))
+        return ".".join(part for part, drop in zip(parts, dropped, strict=True) if not drop)
 
     dicts = [(plain(path), {plain(key): value for key, value in held.items()}) for path, held in _dicts(found)]
     named = Counter(f"{path}{key}" for path, held in dicts for key in held)
@@ -287,6 +302,9 @@ def _choose(copies: list[_Copy], weights: WeightsKind | None, where: str) -> _Co
         raise CheckpointError(f"{where}: no {wanted} weights, it holds {held}; choose --weights {other}")
     if len(chosen) > 1:
         raise CheckpointError(f"{where}: holds {held}, expected one model of kind {wanted}; save the one alone")
+    live = [copy for copy in copies if copy.kind == "model"]
+    if wanted == "ema" and len(live) == 1:  # averages of parameters alone: buffers are those of the live model
+        return chosen[0]._replace(keys=live[0].keys | chosen[0].keys)
     return chosen[0]
 
 

@@ -1,5 +1,6 @@
 """Which tensors are read from the files that trainers write, and what is said of files that hold no model."""
 
+import argparse
 import json
 import os
 import zipfile
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -50,6 +52,10 @@ def ema_pytorch(prefix: str = "") -> dict[str, Tensor]:
 LAYOUTS: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": lambda: WEIGHTS,
     "wrapped": lambda: wrapped(WEIGHTS),
+    "wrapped parts": lambda: {
+        key.replace("blocks.1.", "blocks.1.model.").replace("x_embedder.", "x_embedder.net."): value
+        for key, value in WEIGHTS.items()
+    },
     "nested prefixes": lambda: under("module.model._orig_mod.net.", WEIGHTS),
     "DiT": lambda: {"model": LIVE, "ema": WEIGHTS, "opt": {"state": {0: {"step": torch.ones(1)}}}},
     "ProMoE": lambda: {"step": 3, "model_state_dict": LIVE, "ema_model_state_dict": WEIGHTS, "optimizer": ZEROS},
@@ -57,6 +63,14 @@ LAYOUTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ema-pytorch inside": lambda: {"model": under("module.", LIVE), "ema": under("ema_model.", WEIGHTS)},
     "ema-pytorch without the live model": lambda: under("ema_model.module.", WEIGHTS),
     "LitEma": lambda: under("model.", LIVE | {"pos_embed": WEIGHTS["pos_embed"]}) | lit_ema(WEIGHTS),
+    "averaged parameters alone": lambda: {
+        "model": LIVE | {"pos_embed": WEIGHTS["pos_embed"]},
+        "ema": {key: value for key, value in WEIGHTS.items() if key != "pos_embed"},
+    },
+    "LitEma of latent diffusion": lambda: (
+        under("model.diffusion_model.", LIVE | {"pos_embed": WEIGHTS["pos_embed"]})
+        | {key.replace("model_ema.", "model_ema.diffusion_model"): value for key, value in lit_ema(WEIGHTS).items()}
+    ),
     "Lightning": lambda: {
         "state_dict": under("model.net.", LIVE) | under("ema.module.", WEIGHTS) | {"vae.decoder.weight": torch.ones(2)},
         "pytorch-lightning_version": "2.5",
@@ -72,7 +86,7 @@ def test_averaged_weights_are_found_in_every_layout(layout: str, tmp_path: Path)
     found = read_state(tmp_path / "file.pt")
     assert found.tensors.keys() == WEIGHTS.keys()
     assert all(torch.equal(found.tensors[key], value) for key, value in WEIGHTS.items())
-    single = layout in ("plain", "wrapped", "nested prefixes")
+    single = layout in ("plain", "wrapped", "wrapped parts", "nested prefixes")
     assert found.kind == ("plain" if single else "ema")
     read_pretrained(tmp_path / "file.pt", FAMILY, ROUTER, **SIZES)
 
@@ -92,6 +106,15 @@ def test_the_notes_say_what_was_chosen_and_left_out() -> None:
     assert f"left out: {len(LIVE) + 2} under ema" in text
     text = "; ".join(read_state(LAYOUTS["LitEma"]()).notes)
     assert "1 of them, which are not averaged, from the live weights" in text
+
+
+def test_what_trainers_save_beside_tensors_does_no_harm(tmp_path: Path) -> None:
+    beside = {
+        "args": argparse.Namespace(lr=1), "best": np.float64(3.5), "step": np.int64(3), "folder": Path("runs"),
+        "config": {"model": "DiT", "sizes": [1, 2]}, "when": (1, None),
+    }  # fmt: skip
+    torch.save({"model": LIVE, "ema": WEIGHTS, **beside}, tmp_path / "file.pt")
+    assert read_state(tmp_path / "file.pt").kind == "ema"
 
 
 def test_live_weights_are_taken_where_nothing_else_is_there_and_said() -> None:
@@ -181,6 +204,15 @@ def test_a_file_without_a_model_is_one_line(kind: str, tmp_path: Path, monkeypat
     assert str(caught.value).startswith(f"{tmp_path / 'file.pt'}: ")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no .safetensors, .pth, .pt, .bin file"):
+        read_state(tmp_path)
+    for step in (1, 2):
+        torch.save(WEIGHTS, tmp_path / f"ckpt_step_{step}.pth")
+    with pytest.raises(CheckpointError, match="is in two files; .* name one file"):
+        read_state(tmp_path)
 
 
 def test_a_run_folder_of_this_project_is_said_to_be_one(tmp_path: Path) -> None:
