@@ -37,7 +37,7 @@ _AVERAGED = re.compile(r"(^|_)(ema|averaged|shadow)(_|$)")  # a part of the pref
 _LIVE = frozenset({"online", "online_model"})  # ema-pytorch's live weights, beside its ema_model
 _SHARD_SUFFIXES = ("safetensors", "pth", "pt", "bin")
 # What trainers save beside tensors and what runs no code when it is read: arguments, paths, numbers of NumPy.
-_HARMLESS = [
+_HARMLESS: list[Any] = [
     argparse.Namespace,
     PosixPath,
     np.dtype,
