@@ -4,14 +4,15 @@ To add a source, write a class with the methods of `sources.items.ImageSource` a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_pipeline.safety import redact
+from data_pipeline.sources.files import LOCAL, Files
 from data_pipeline.sources.fluent import FluentSource
 from data_pipeline.sources.folders import ClassFolderSource, SidecarSource, has_captioned_image
 from data_pipeline.sources.idx import find_idx_source
 from data_pipeline.sources.items import IMAGE_SUFFIXES, ImageSource, Skipped
+from data_pipeline.sources.remote import open_remote
 from data_pipeline.sources.rows import TABLE_KINDS
 from data_pipeline.sources.tables import Table, TableSource
 from data_pipeline.sources.tars import TarSource
@@ -20,7 +21,7 @@ from sharpmoe.errors import DataError
 
 _TAKEN = (
     "--source takes `fluent`, a folder of images with captions, a table of captions "
-    f"({' '.join(sorted(TABLE_KINDS))}) or a .tar"
+    f"({' '.join(sorted(TABLE_KINDS))}) or a .tar; or one of these at s3:// or gs://, or a .tar at http(s)://"
 )
 # Folders and file names of splits, as Hugging Face has them, and the split that they become.
 _SPLIT_FOLDERS = {"train": "train", "validation": "unseen", "valid": "unseen", "val": "unseen", "test": "unseen"}
@@ -45,6 +46,7 @@ class SourceOptions:
     cache: Path = Path("data/downloads")  # of the default images
     tarball: Path | None = None  # the npm package of the default images
     saliency_maps: bool = False  # take the maps that lie beside the images, or that a table names
+    files: Files = LOCAL  # how the files of the source are read
 
 
 Recogniser = Callable[[SourceOptions, Path], ImageSource | None]  # None: the options do not name this source
@@ -56,15 +58,27 @@ def _fluent(options: SourceOptions, path: Path) -> ImageSource | None:
 
 def _class_folders(options: SourceOptions, path: Path) -> ImageSource | None:
     chosen = options.class_folders or options.moments
-    return ClassFolderSource(path, options.moments, options.flip, maps=options.saliency_maps) if chosen else None
+    return (
+        ClassFolderSource(path, options.moments, options.flip, maps=options.saliency_maps, files=options.files)
+        if chosen
+        else None
+    )
 
 
 def _table(options: SourceOptions, path: Path) -> ImageSource | None:
-    return TableSource(path.parent, [Table(path)], maps=options.saliency_maps) if _is_table(path) else None
+    return (
+        TableSource(path.parent, [Table(path)], maps=options.saliency_maps, files=options.files)
+        if _is_table(path)
+        else None
+    )
 
 
 def _tar(options: SourceOptions, path: Path) -> ImageSource | None:
-    return TarSource(path.parent, [path]) if path.suffix.lower() == ".tar" and path.is_file() else None
+    return (
+        TarSource(path.parent, [path], files=options.files)
+        if path.suffix.lower() == ".tar" and path.is_file()
+        else None
+    )
 
 
 def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None:
@@ -75,11 +89,15 @@ def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None
             names = ", ".join(table.name for table in tables)
             raise DataError(f"{path}: holds {names}; name one of them with --source")
         if tables:
-            return TableSource(path, [Table(tables[0])], whole_folder=True, maps=options.saliency_maps)
+            return TableSource(
+                path, [Table(tables[0])], whole_folder=True, maps=options.saliency_maps, files=options.files
+            )
     found = [
         Table(table, split) for name, split in _SPLIT_FOLDERS.items() for table in _tables_in(path / name, "metadata")
     ]
-    return TableSource(path, found, whole_folder=True, maps=options.saliency_maps) if found else None
+    return (
+        TableSource(path, found, whole_folder=True, maps=options.saliency_maps, files=options.files) if found else None
+    )
 
 
 def _folder_with_idx(options: SourceOptions, path: Path) -> ImageSource | None:
@@ -104,12 +122,12 @@ def _folder_with_parquet(options: SourceOptions, path: Path) -> ImageSource | No
         Table(table, split or "train" if "unseen" in splits else "")
         for table, split in zip(tables, splits, strict=True)
     ]
-    return TableSource(path, found, whole_folder=True, maps=options.saliency_maps)
+    return TableSource(path, found, whole_folder=True, maps=options.saliency_maps, files=options.files)
 
 
 def _folder_with_tars(options: SourceOptions, path: Path) -> ImageSource | None:
     tars = _tars_in(path)
-    return TarSource(path, tars, _stray_images(path)) if tars and not has_captioned_image(path) else None
+    return TarSource(path, tars, _stray_images(path), options.files) if tars and not has_captioned_image(path) else None
 
 
 def _folder(options: SourceOptions, path: Path) -> ImageSource | None:
@@ -121,7 +139,7 @@ def _folder(options: SourceOptions, path: Path) -> ImageSource | None:
         )
         for tar in _tars_in(path)
     ]
-    return SidecarSource(path, left_out, maps=options.saliency_maps)
+    return SidecarSource(path, left_out, maps=options.saliency_maps, files=options.files)
 
 
 SOURCES: tuple[Recogniser, ...] = (
@@ -139,19 +157,20 @@ SOURCES: tuple[Recogniser, ...] = (
 
 def open_source(options: SourceOptions) -> ImageSource:
     """Return the first source that recognises the options. Raises DataError where there is none."""
+    if "://" in options.source:
+        place = open_remote(options.source)
+        return place.wrap(open_source(replace(options, source=str(place.path), files=place.files)))
     path = Path(options.source)
     for recognise in SOURCES:
         found = recognise(options, path)
         if found is not None:
             return found
-    _refuse_file(path, options.source)
+    _refuse_file(path)
     raise DataError(f"{path}: no such folder; {_TAKEN}")
 
 
-def _refuse_file(path: Path, name: str) -> None:
-    """Raise a DataError that says why a file, or a URL, is no source."""
-    if "://" in name:
-        raise DataError(f"{redact(name)}: a source is not read from a URL; copy it to a local folder; {_TAKEN}")
+def _refuse_file(path: Path) -> None:
+    """Raise a DataError that says why a file is no source."""
     if path.is_file():
         how = next((how for suffixes, how in _NOT_TAKEN.items() if path.name.lower().endswith(suffixes)), "")
         kind = path.suffix.lower() or "without suffix"

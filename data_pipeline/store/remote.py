@@ -1,26 +1,21 @@
 """Remote shards: byte ranges over http(s), s3 or gs, through a bounded cache on the local disk."""
 
-import logging
 import os
-import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.safety import CAPS, check_name, redact
 from data_pipeline.store.cache import BlockCache
-from data_pipeline.store.cloud import CloudRanges
+from data_pipeline.store.cloud import CloudFolder
 from data_pipeline.store.http_ranges import HttpRanges
-from data_pipeline.store.ranges import Ranges, TransientError
+from data_pipeline.store.ranges import Ranges, with_retries
 from sharpmoe.errors import DamageError, DataError
 
 BLOCK = 4 << 20  # bytes fetched at a time: samples near each other are read soon after each other
-_LONGEST_PAUSE_S = 30.0
 _Result = TypeVar("_Result")
-_jitter = random.SystemRandom()  # not the generator that a run has seeded
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +35,8 @@ class RemoteOptions:
 RANGES: dict[str, Callable[[str, RemoteOptions], Ranges]] = {
     "http": lambda url, options: HttpRanges(url, options.timeout_s, options.allow_hosts),
     "https": lambda url, options: HttpRanges(url, options.timeout_s, options.allow_hosts),
-    "s3": lambda url, options: CloudRanges(url, options.timeout_s),
-    "gs": lambda url, options: CloudRanges(url, options.timeout_s),
+    "s3": lambda url, options: CloudFolder(url, options.timeout_s),
+    "gs": lambda url, options: CloudFolder(url, options.timeout_s),
 }
 
 
@@ -104,19 +99,8 @@ class RemoteStore:
         """Return what `act` returns; after a TransientError try again after a growing pause. Raises DataError."""
         if self._process != os.getpid():  # forked
             self._connect()
-        for attempt in range(self._options.retries + 1):
-            try:
-                return act(self._ranges)
-            except TransientError as error:
-                last = error
-            if attempt < self._options.retries:
-                pause = min(self._options.pause_s * 2**attempt, _LONGEST_PAUSE_S)
-                pause = max(pause * _jitter.uniform(0.8, 1.2), min(last.retry_after_s, _LONGEST_PAUSE_S))
-                _log.info("%s/%s: %s; trying again in %.1f s", self.location, name, last, pause)
-                time.sleep(pause)
-        raise DataError(
-            f"{self.location}/{name}: {last} ({self._options.retries + 1} tries); check the network and the server"
-        )
+        act_now = partial(act, self._ranges)
+        return with_retries(f"{self.location}/{name}", act_now, self._options.retries, self._options.pause_s)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out connections and locks, which belong to one process."""

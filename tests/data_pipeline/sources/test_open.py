@@ -75,13 +75,11 @@ def test_a_file_of_another_kind_is_named_so(name: str, how: str, tmp_path: Path)
     assert "\n" not in str(error.value)
 
 
-def test_suffixes_in_upper_case_and_urls(tmp_path: Path) -> None:
+def test_suffixes_in_upper_case(tmp_path: Path) -> None:
     (tmp_path / "T.CSV").write_text("file,caption\n")
     (tmp_path / "T.TAR").write_bytes(b"")
     assert isinstance(open_source(SourceOptions(source=str(tmp_path / "T.CSV"))), TableSource)
     assert isinstance(open_source(SourceOptions(source=str(tmp_path / "T.TAR"))), TarSource)
-    with pytest.raises(DataError, match="https://host/x: a source is not read from a URL"):
-        open_source(SourceOptions(source="https://user:secret@host/x"))
 
 
 def test_captioned_pictures_win_over_a_stray_tar(tmp_path: Path) -> None:
