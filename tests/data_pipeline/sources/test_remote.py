@@ -38,7 +38,7 @@ def pictures(folder: Path) -> Path:
         (folder / f"{number} é.txt").write_text(f"number {number}")
     (folder / "...png").write_bytes(PNG)
     (folder / "...txt").write_text("dots")
-    (folder / "notes.md").write_text("x")
+    (folder / "notes.rtf").write_text("x")
     return folder
 
 
