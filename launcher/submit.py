@@ -1,13 +1,14 @@
 """Submit a run to Slurm: `python launcher/submit.py --config FILE --nodes 4 --gpus-per-node 8`.
 
 Words that are not options are passed on: overrides of the run file (`--section.key value`), or with --job prepare and
---job sample the options of launcher/prepare.py and launcher/sample.py.
+--job sample the options of launcher/prepare.py and launcher/sample.py. A run is
+checked first (`train.py --dry-run` for the ranks of the job).
 """
 
 import argparse
 from pathlib import Path
 
-from launcher.bounds import NOT_NEGATIVE, POSITIVE, Whole
+from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, Whole
 from launcher.command import Command
 from sharpmoe import slurm
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG
@@ -32,6 +33,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--partition", help="partition of the cluster")
     add("--array", type=POSITIVE, help="sample: number of tasks that share the images (default: 8)")
     add("--sbatch", action="append", default=[], metavar="--OPTION=VALUE", help="another option of sbatch; repeatable")
+    add("--srun", action="append", default=[], metavar="--OPTION=VALUE", help="another option of srun; repeatable")
+    add(
+        "--setup",
+        type=Path,
+        metavar="FILE",
+        help="shell lines that the job sources first (modules, PYTHON)",
+    )
+    add("--no-check", action="store_true", help="submit without `train.py --dry-run --world RANKS` before it")
+    add(
+        "--device-memory",
+        type=POSITIVE_REAL,
+        metavar="GIB",
+        help="memory of a GPU, for the check (else left out)",
+    )
     add("--deepspeed", type=Path, default=DEFAULT_DS_CONFIG, help="DeepSpeed JSON (default: configs/zero3.json)")
     add("--dry-run", action="store_true", help="print the batch file and submit nothing")
 
@@ -40,13 +55,23 @@ def _act(arguments: argparse.Namespace) -> None:
     batch = slurm.make_batch_file(_job(arguments), _resources(arguments))
     if arguments.dry_run:
         print(batch.text, end="")
-    else:
-        print(slurm.commands_for(batch, slurm.submit(batch)))
+        return
+    said = "" if arguments.no_check else slurm.check_start(batch)
+    if said:
+        print(said, flush=True)
+    print(slurm.commands_for(batch, slurm.submit(batch)))
 
 
 def _job(arguments: argparse.Namespace) -> slurm.SlurmJob:
     return slurm.SlurmJob(
-        arguments.job, arguments.config, arguments.deepspeed, arguments.overrides, arguments.ranks_per_node
+        kind=arguments.job,
+        run_file=arguments.config,
+        ds_config=arguments.deepspeed,
+        words=arguments.overrides,
+        ranks_per_node=arguments.ranks_per_node,
+        setup=arguments.setup,
+        srun=tuple(arguments.srun),
+        device_memory=arguments.device_memory,
     )
 
 

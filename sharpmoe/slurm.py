@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ _TIME_FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINU
 _Setting = str | Sequence[str]  # a list becomes a shell array
 
 
-class SlurmJob(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob:
     """What a job runs."""
 
     kind: str  # a key of TEMPLATES
@@ -36,6 +38,9 @@ class SlurmJob(NamedTuple):
     ds_config: Path  # posttrain only
     words: tuple[str, ...]  # overrides of the run file (posttrain), options of the launcher (prepare, sample)
     ranks_per_node: int | None = None  # None: the GPUs of a node
+    setup: Path | None = None  # shell lines that the job sources before its command
+    srun: tuple[str, ...] = ()  # further options of srun, such as --container-image=x
+    device_memory: float | None = None  # GiB of a GPU, for the check before the job is submitted
 
 
 class BatchFile(NamedTuple):
@@ -45,6 +50,7 @@ class BatchFile(NamedTuple):
     text: str
     path: Path  # where `submit` writes it
     log: str  # its output; Slurm replaces %j by the job number, %A by that of an array, %a by the task number
+    check: tuple[str, ...] = ()  # command that checks the run (train.py --dry-run); empty: of another kind of job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +79,39 @@ def make_batch_file(job: SlurmJob, resources: Resources) -> BatchFile:
     options = own | {"chdir": str(Path.cwd())} | _directives(resources)
     _check_time(template, options)
     settings = {"SOURCE": str(PROJECT_ROOT), "PYTHON": sys.executable} | _settings(job, run, resources)
+    check: tuple[str, ...] = ()
     if job.kind == "posttrain":
         _check_ds_file(job.ds_config)
         ranks = settings.get("RANKS_PER_NODE") or _setting_of(template, "RANKS_PER_NODE")
-        batch_arithmetic(run, int(options.get("nodes") or _directive_of(template, "nodes") or 1) * int(str(ranks)))
-    return BatchFile(job.kind, _render(template, options, settings), folder / TEMPLATES[job.kind], log)
+        world = int(options.get("nodes") or _directive_of(template, "nodes") or 1) * int(str(ranks))
+        batch_arithmetic(run, world)
+        check = _check_command(job, world)
+    return BatchFile(job.kind, _render(template, options, settings), folder / TEMPLATES[job.kind], log, check)
+
+
+def _check_command(job: SlurmJob, world: int) -> tuple[str, ...]:
+    """Return the command that checks a run for `world` ranks, in the environment that the job makes for itself."""
+    words = [str(PROJECT_ROOT / "launcher" / "train.py"), *_train_words(job), "--dry-run", "--world", str(world)]
+    words += [] if job.device_memory is None else ["--device-memory", f"{job.device_memory:g}"]
+    if job.setup is None:
+        return (sys.executable, *words)
+    return ("bash", "-c", 'PYTHON=$1; . "$2"; exec "$PYTHON" "${@:3}"', "check", sys.executable, str(job.setup), *words)
+
+
+def check_start(batch: BatchFile) -> str:
+    """Run the check of a batch file and return what it says, nothing where there is none. Raises ConfigError."""
+    _program("sbatch")  # before the seconds that the check takes
+    if not batch.check:
+        return ""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    ended = subprocess.run(batch.check, capture_output=True, text=True, env=environment, check=False)
+    if ended.returncode == 0:
+        return ended.stdout.strip()
+    said = [line.removeprefix("error: ") for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    reason = said[-1] if said else (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+    hint = "" if said else "; --no-check submits without this check"
+    raise ConfigError(f"not submitted: {reason}{hint}")
 
 
 def _check_time(template: str, options: Mapping[str, str | None]) -> None:
@@ -135,6 +169,15 @@ def _setting_of(template: str, name: str) -> str | None:
 
 
 def _settings(job: SlurmJob, run: RunConfig, resources: Resources) -> dict[str, _Setting]:
+    environment: dict[str, _Setting] = {"SRUN_OPTIONS": [_srun_option(word) for word in job.srun]}
+    if job.setup is not None:
+        if not job.setup.is_file():
+            raise ConfigError(f"--setup {job.setup}: no such file; expected shell lines such as `module load cuda`")
+        environment["SETUP"] = str(job.setup.absolute())
+    return environment | _settings_of_kind(job, run, resources)
+
+
+def _settings_of_kind(job: SlurmJob, run: RunConfig, resources: Resources) -> dict[str, _Setting]:
     if job.kind == "prepare":
         return {"ARGUMENTS": ["--out", run.data.first_place, *job.words]}
     folder = str(Path(run.output) / run.name)
@@ -143,8 +186,11 @@ def _settings(job: SlurmJob, run: RunConfig, resources: Resources) -> dict[str, 
     ranks = job.ranks_per_node or resources.gpus_per_node
     if ranks == 0:
         raise ConfigError("--gpus-per-node is 0: give the number of ranks per node with --ranks-per-node N")
-    words = ["--deepspeed", str(job.ds_config), "--config", str(job.run_file), *job.words]
-    return {"RUN_FOLDER": folder, "ARGUMENTS": words} | ({"RANKS_PER_NODE": str(ranks)} if ranks else {})
+    return {"RUN_FOLDER": folder, "ARGUMENTS": _train_words(job)} | ({"RANKS_PER_NODE": str(ranks)} if ranks else {})
+
+
+def _train_words(job: SlurmJob) -> list[str]:
+    return ["--deepspeed", str(job.ds_config), "--config", str(job.run_file), *job.words]
 
 
 def _directives(resources: Resources) -> dict[str, str | None]:
@@ -219,11 +265,18 @@ def hostfile(nodes: Sequence[str], slots: int | None) -> str:
     return "".join(f"{node} slots={slots}\n" for node in nodes)
 
 
+def _program(name: str) -> str:
+    """Return the path of a command of Slurm. Raises ConfigError where it is not there."""
+    found = shutil.which(name)
+    if found is None:
+        raise ConfigError(f"{name} not found; run this on a machine with the Slurm commands")
+    return found
+
+
 def _output_of(words: Sequence[str]) -> str:
     try:
-        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        raise ConfigError(f"{words[0]} not found; run this on a machine with the Slurm commands") from None
+        told = subprocess.run([_program(words[0]), *words[1:]], check=True, capture_output=True, text=True)
+        return told.stdout.strip()
     except subprocess.CalledProcessError as error:
         said = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
         raise ConfigError(f"{words[0]} refused: {said}") from None
@@ -234,6 +287,12 @@ def _option(word: str) -> tuple[str, str | None]:
     if match is None:
         raise ConfigError(f"--sbatch {word!r}: expected an option such as --account=NAME")
     return match[1], match[2] or ""
+
+
+def _srun_option(word: str) -> str:
+    if not re.fullmatch(r"-(-[a-z][a-z-]*(=.*)?|[A-Za-z].*)", word):
+        raise ConfigError(f"--srun {word!r}: expected an option such as --container-image=IMAGE")
+    return word
 
 
 def _with_directive(lines: Sequence[str], name: str, value: str | None) -> list[str]:

@@ -1,11 +1,17 @@
 """Batch files made from the templates with the settings of a run file and of the options; nothing is submitted."""
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launcher.submit import main
+from sharpmoe.config_io import dump_run_config
+from tests.fixtures_data import make_shards
+from tests.train.setting import make_run
 
 BIG = ["--nodes", "4", "--gpus-per-node", "8", "--time", "24:00:00", "--partition", "x", "--dry-run"]
 
@@ -89,6 +95,8 @@ def test_shared_nodes_and_nodes_without_gpus(capsys: pytest.CaptureFixture[str],
         (["--array", "2"], "only --job sample is an array"),
         (["--train.stepz", "2"], "did you mean train.steps"),
         (["--sbatch=account"], "expected an option such as --account=NAME"),
+        (["--srun=image"], "--srun 'image': expected an option such as --container-image=IMAGE"),
+        (["--setup", "nothere.sh"], "--setup nothere.sh: no such file; expected shell lines"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_submitted(
@@ -103,6 +111,67 @@ def test_mistakes_are_reported_before_anything_is_submitted(
 @pytest.mark.parametrize("time", ["4", "90:00", "24:00:00", "2-12", "2-12:30", "1-00:00:30", "UNLIMITED"])
 def test_every_form_of_a_time_limit(time: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"#SBATCH --time={time}" in printed(["--time", time, "--dry-run"], capsys).splitlines()
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["posttrain", "prepare", "sample"])
+def test_a_job_sources_its_setup_and_hands_options_to_srun(
+    kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    setup = tmp_path / "my setup.sh"
+    setup.write_text('export SEEN="$UNSET by setup"\nPYTHON=/other/python\n')
+    words = [
+        "--setup",
+        str(setup),
+        "--srun=--container-image=a b.sqsh",
+        "--srun=--mpi=none",
+        "--job",
+        kind,
+        "--dry-run",
+    ]
+    (tmp_path / "job").write_text(printed(words, capsys))
+    script(tmp_path / "srun", 'printf "%s\\n" "$@" "seen $SEEN"')
+    for name in ("scontrol", "torchrun"):
+        script(tmp_path / name, "echo NodeAddr=x")
+    given = {"SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "1", "SLURM_CPUS_ON_NODE": "2", "SLURM_ARRAY_TASK_ID": "0"}
+    given |= {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "1", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    ran = subprocess.run(["bash", str(tmp_path / "job")], env=given, capture_output=True, text=True, check=True)
+    lines = ran.stdout.splitlines()
+    assert lines[-1] == "seen  by setup"
+    first = lines.index("--container-image=a b.sqsh")
+    assert lines[first + 1 : first + 3] == ["--mpi=none", "--cpus-per-task=2"]
+    assert "/other/python" in lines
+    assert ran.stderr == ""
+
+
+def test_a_run_is_checked_before_it_is_submitted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path / "sbatch", "echo 7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("RANK", "3")  # of whatever this is started in
+    run = make_run(make_shards(tmp_path / "shards"), tmp_path / "runs", stage="pretrain", train={"micro_batch": 2})
+    (tmp_path / "run.yaml").write_text(dump_run_config(run))
+    script(tmp_path / "python", f'echo ran >> {tmp_path}/ran; exec {sys.executable} "$@"')
+    (tmp_path / "setup.sh").write_text(f"PYTHON={tmp_path}/python\n")
+    words = ["--config", str(tmp_path / "run.yaml"), "--nodes", "2", "--gpus-per-node", "2"]
+    assert main([*words, "--setup", str(tmp_path / "setup.sh")]) == 0
+    said = capsys.readouterr().out
+    assert "8 = 2 per rank x 1 accumulation x 4 rank(s)" in said
+    assert said.index("\nok\n") < said.index("submitted job 7\n")
+    assert (tmp_path / "ran").read_text() == "ran\n"
+    shutil.rmtree(tmp_path / "runs")
+    assert main([*words, "--data.shards", "nothere"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: not submitted: nothere: no index.json; run `python launcher/prepare.py")
+    assert not (tmp_path / "runs").exists()
+    assert main([*words, "--data.shards", "nothere", "--no-check"]) == 0
+    assert "submitted job 7" in capsys.readouterr().out
 
 
 def test_a_machine_without_slurm(

@@ -61,7 +61,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def submit(cluster: Cluster, *words: str) -> str:
     """`launcher/submit.py`; the number of the job."""
     told = cluster.ask(sys.executable, str(PROJECT_ROOT / "launcher" / "submit.py"), *words)
-    found = re.match(r"submitted job (\d+)\n", told)
+    found = re.search(r"^submitted job (\d+)$", told, re.MULTILINE)
     assert found, told
     return found[1]
 
