@@ -8,17 +8,14 @@ OUT.safetensors --to promoe` writes weights of this project under published key 
 import argparse
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from launcher.bounds import POSITIVE
 from launcher.command import Command
 from launcher.published import add_reading_options, sizes_of
-from sharpmoe.config import ModelConfig
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.build import build_model
-from sharpmoe.model.published.load import read_pretrained
+from sharpmoe.model.published.load import describe, read_pretrained
 from sharpmoe.model.published.names import CHECKPOINT_FAMILIES, NAMES, to_published
 from sharpmoe.model.published.run_file import check_free, write_run_file
 from sharpmoe.model.weights import load_model, save_weights
@@ -64,15 +61,7 @@ def _from_published(arguments: argparse.Namespace) -> str:
     )
     origin = f"{arguments.family}/{arguments.router}, {report.kind}"
     save_weights(arguments.out, model.state_dict(), model.config, {"published": origin})
-    total, active = model.count_parameters()
-    lines = [
-        *report.lines(),
-        f"model       {_architecture(model.config)}",
-        f"parameters  {total / 1e6:.3f} million, {active / 1e6:.3f} million active per token; "
-        f"{arguments.out.stat().st_size / 1e6:.1f} MB",
-    ]
-    if model.config.family.has_experts and not model.config.saliency_router:
-        lines.append(f"in a run    {_saliency_size(model.config, total)} million new parameters: saliency routers")
+    lines = [*report.lines(), *describe(model)]
     if arguments.config is not None:
         write_run_file(
             arguments.config,
@@ -83,19 +72,8 @@ def _from_published(arguments: argparse.Namespace) -> str:
             shards=arguments.shards,
         )
         lines.append(f"run file    {arguments.config}; check it with launcher/train.py --config FILE --dry-run")
-    return "\n".join([*lines, f"{arguments.out}: {report.line()}"])
-
-
-def _architecture(config: ModelConfig) -> str:
-    experts = f", {config.num_experts} experts" if config.family.has_experts else ""
-    latents = f"{config.latent_channels} x {config.latent_size} x {config.latent_size}"
-    return f"{config.router}: {config.width}/{config.depth}/{config.num_heads}{experts}, latents {latents}"
-
-
-def _saliency_size(config: ModelConfig, without: int) -> str:
-    with torch.device("meta"):
-        total, _ = build_model(config.model_copy(update={"saliency_router": True})).count_parameters()
-    return f"{(total - without) / 1e6:.3f}"
+    size = arguments.out.stat().st_size / 1e6
+    return "\n".join([*lines, f"{arguments.out}: {size:.1f} MB; {report.line()}"])
 
 
 def _to_published(arguments: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.convert import main
 from sharpmoe.config import ModelConfig
+from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import StartingWeights, load_model
 from tests.model.published.test_load import FOLDER
 from tests.recorded import assert_recorded
@@ -27,7 +28,14 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path, golden = published("published_promoe_ec", tmp_path)
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
     assert main([str(path), str(ours), "--family", "promoe", "--router", "promoe_ec", "--num-heads", "2"]) == 0
-    assert "0 unmatched" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 unmatched" in printed
+    model, _ = load_model(ours)
+    total, active = model.count_parameters()
+    assert f"parameters  {total / 1e6:.3f} million, {active / 1e6:.3f} million active per token" in printed
+    with_routers, _ = build_model(model.config.model_copy(update={"saliency_router": True})).count_parameters()
+    assert f"in a run    {(with_routers - total) / 1e6:.3f} million new parameters: saliency routers" in printed
+    assert f"{ours}: {ours.stat().st_size / 1e6:.1f} MB" in printed
     model, meta = load_model(ours)
     assert meta["published"] == "promoe/promoe_ec, plain"
     assert_recorded(model(golden["x_t"], golden["t"], golden["labels"]).v, golden["eval.v"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
@@ -91,6 +92,22 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+def describe(model: Backbone) -> list[str]:
+    """Return lines on architecture and parameters of a converted model, and on what a run adds to it."""
+    config, (total, active) = model.config, model.count_parameters()
+    experts = f", {config.num_experts} experts" if config.family.has_experts else ""
+    latents = f"{config.latent_channels} x {config.latent_size} x {config.latent_size}"
+    lines = [
+        f"model       {config.router}: {config.width}/{config.depth}/{config.num_heads}{experts}, latents {latents}",
+        f"parameters  {total / 1e6:.3f} million, {active / 1e6:.3f} million active per token",
+    ]
+    if config.family.has_experts and not config.saliency_router:
+        with torch.device("meta"):
+            larger, _ = build_model(config.model_copy(update={"saliency_router": True})).count_parameters()
+        lines.append(f"in a run    {(larger - total) / 1e6:.3f} million new parameters: saliency routers")
+    return lines
+
+
 def load_pretrained(
     source: str | Path | Mapping[str, Any],
     family: CheckpointFamily,
@@ -108,7 +125,7 @@ def load_pretrained(
     num_heads, num_experts, capacity, num_classes, top_k, saliency_router, ...), also in published spelling; a size that
     is not given is read from the tensors, or, where they do not determine it, assumed as published and logged.
     capacity of a token-choice family is its top_k. Another latent_size than the file's positions have is a request for
-    positions of that size: `positions_for`. conditioning "text" extends a class-conditional trunk: see
+    positions of that size (docs/design/0005). conditioning "text" extends a class-conditional trunk: see
     `sharpmoe.model.attach`.
     Returns float32 in eval mode. Raises CheckpointError for a file that cannot be read, unknown names, a key without a
     counterpart, or a size that is neither given nor known.
@@ -192,10 +209,10 @@ def _computed_table(model: Backbone, table: Tensor | None) -> dict[str, Tensor]:
     if model.config.positions != "sincos" or (table is not None and table.shape[1] == model.config.num_tokens):
         return {}
     own = model.get_buffer(_TABLE)
-    return {_TABLE: own if table is None else positions_for(model.config, table)}
+    return {_TABLE: own if table is None else _positions_for(model.config, table)}
 
 
-def positions_for(config: ModelConfig, table: Tensor) -> Tensor:
+def _positions_for(config: ModelConfig, table: Tensor) -> Tensor:
     """Return positions (1, N, D) of the model's size from a checkpoint's table (1, M, D) of another one.
 
     A table of sines and cosines is computed anew for the new size, as the families' own code does: neighbours keep

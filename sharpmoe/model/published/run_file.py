@@ -54,7 +54,7 @@ def write_run_file(
     """
     check_free(path)
     content: dict[str, Any] = yaml.safe_load(_RECIPE.read_text(encoding="utf-8"))
-    content |= {"name": path.stem, "model": model_section(config)}
+    content |= {"name": path.stem, "model": _model_section(config)}
     content["checkpoint"] = {**content["checkpoint"], "init": str(init)}
     if shards is not None:
         content["data"] = {**content["data"], "shards": shards}
@@ -70,7 +70,7 @@ def write_run_file(
         load_run_config(draft)
 
 
-def model_section(config: ModelConfig) -> dict[str, Any]:
+def _model_section(config: ModelConfig) -> dict[str, Any]:
     """Return the model section of a run that adds saliency routers to this architecture: no field that follows."""
     target = config.model_copy(update={"saliency_router": config.family.has_experts})
     size = {name: getattr(config, name) for name in ("width", "depth", "num_heads")}

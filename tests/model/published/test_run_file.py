@@ -11,7 +11,7 @@ from launcher.convert import main
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
 from sharpmoe.log_file import read_log
-from sharpmoe.model.published.run_file import model_section
+from sharpmoe.model.published.run_file import _model_section
 from sharpmoe.model.weights import check_architecture, read_weights
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
@@ -48,7 +48,7 @@ def test_the_model_is_that_of_the_weights_with_saliency_routers(name: str, tmp_p
 def test_a_model_section_names_what_differs_and_nothing_else(router: str) -> None:
     fields = {"conditioning": "class", "num_classes": 7, "saliency_router": False, "learn_sigma": True}
     config = toy_config(router, **fields)
-    section = model_section(config)
+    section = _model_section(config)
     assert "expert_hidden" not in section
     assert "time_scale" not in section
     built = RunConfig.model_validate({"model": section}).model
