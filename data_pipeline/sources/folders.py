@@ -222,7 +222,7 @@ class ClassFolderSource:
                 listed = self._listed(root / name, beside)
                 maps = {str(path) for path in listed if is_saliency_map(path.name)}
                 unused, used = unused + (0 if self._maps else len(maps)), set[str | None]()
-                for path in (path for path in listed if str(path) not in maps):
+                for path in [path for path in listed if str(path) not in maps] if maps else listed:
                     file, other = path.relative_to(root).as_posix(), other_image(path.name)
                     if other is not None:
                         beside.append(Skipped((Path(within) / file).as_posix(), other, beside=True))

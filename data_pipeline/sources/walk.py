@@ -11,6 +11,7 @@ from sharpmoe.errors import DataError
 
 LINK_TO_NOWHERE = "a link that leads nowhere"
 _MAP, _MAP_SUFFIXES = ".saliency", (".png", ".jpg", ".jpeg", ".webp")
+_MAP_ENDS = tuple(f"{_MAP}{suffix}" for suffix in _MAP_SUFFIXES)
 _ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip", ".zst"})
 _EXPAND = "expand archives to a folder or to a plain .tar"
 _CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini"})  # written by file managers, never by a person
@@ -94,8 +95,7 @@ def is_image(name: str) -> bool:
 
 def is_saliency_map(name: str) -> bool:
     """Return whether a file is named as the saliency map of an image: NAME.saliency.png, in any case."""
-    lower = name.lower()
-    return lower.endswith(tuple(f"{_MAP}{suffix}" for suffix in _MAP_SUFFIXES))
+    return name.lower().endswith(_MAP_ENDS)
 
 
 def saliency_map_of(image: str, is_there: Callable[[str], bool]) -> str | None:
