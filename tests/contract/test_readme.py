@@ -23,7 +23,9 @@ FILES = re.compile(
 TARGETS = re.compile(r"\bmake ([a-z]+(?:-[a-z]+)*)\b")
 OVERRIDES = re.compile(r"--([a-z_]+\.[a-z_]+)\b")
 # `python launcher/NAME.py ...` and `sharpmoe NAME ...`, with their words
-LAUNCHED = re.compile(r"(?:launcher/(?=[a-z_]+\.py)|(?:^|`)sharpmoe )([a-z_]+)(?:\.py)?\b([^\n`#]*)", re.MULTILINE)
+LAUNCHED = re.compile(
+    r"(?:(?<!tests/)launcher/(?=[a-z_]+\.py)|(?:^|`)sharpmoe )([a-z_]+)(?:\.py)?\b([^\n`#]*)", re.MULTILINE
+)
 HANDS_ON = {"submit": ("prepare", "sample")}  # launchers whose options another one takes as well
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 

@@ -81,7 +81,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         draw_imagenet(folder / "imagenet")
-        for words in commands(changed("\n".join(blocks(PAGE, "bash")), CHANGES)):
+        for words in commands(changed("\n".join(blocks(PAGE.read_text(encoding="utf-8"), "bash")), CHANGES)):
             if words[0] == "hf":
                 download(words)
             elif not any(word in words for word in ELSEWHERE):
@@ -137,6 +137,10 @@ def test_batches_for_fid_hold_balanced_images_and_their_protocol(outputs: dict[s
 
 
 def test_commands_that_are_not_run_are_those_of_the_evaluator() -> None:
-    left = [words for words in commands("\n".join(blocks(PAGE, "bash"))) if any(word in words for word in ELSEWHERE)]
+    left = [
+        words
+        for words in commands("\n".join(blocks(PAGE.read_text(encoding="utf-8"), "bash")))
+        if any(word in words for word in ELSEWHERE)
+    ]
     assert len(left) == 3
     assert not [words for words in left if any(word.startswith("launcher/") for word in words)]
