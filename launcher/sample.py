@@ -4,6 +4,7 @@ For published figures of a class-conditional model: `--npz batch.npz --num 50000
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import launcher.uncaught  # noqa: F401 - before the imports that take seconds
@@ -21,11 +22,12 @@ from sharpmoe.report.runs import SavedModel, find_saved_model
 from sharpmoe.report.samples import (
     DrawOptions,
     Prompts,
+    Size,
     check_shards,
     draw_to_files,
-    image_side,
     override_sampling,
     parse_part,
+    pixels_per_latent,
     read_captions,
 )
 
@@ -91,26 +93,28 @@ def _npz(
 ) -> Path:
     if arguments.width or arguments.height:
         raise ConfigError("--npz draws the square of the model, as published figures are: leave out --width, --height")
+    codec = shards.codec_object(arguments.device)
     batch = AdmBatch(
         path=arguments.npz,
         num_images=arguments.num,
-        image_size=image_side(model.config, shards),
+        image_size=model.config.latent_size * pixels_per_latent(codec),
         batch_size=arguments.batch_size,
         weights=saved.name,
         part=arguments.part,
     )
     if arguments.join:
         return join_adm_batch(model.config, settings, batch, arguments.join)
-    return draw_adm_batch(model, settings, shards.codec_object(arguments.device).decode, batch)
+    return draw_adm_batch(model, settings, codec.decode, batch)
 
 
 def _files(
     arguments: argparse.Namespace, settings: SampleConfig, model: Backbone, shards: ShardSet, saved: SavedModel
 ) -> Path | str:
     size, part = arguments.batch_size, arguments.part
-    options = DrawOptions(part, size, arguments.pool_per_image, arguments.height, arguments.width)
+    options = DrawOptions(part, size, arguments.pool_per_image, Size(arguments.height, arguments.width))
     folder = arguments.out or saved.folder / "samples" / "drawn"
-    grid = draw_to_files(model, shards, _prompts(arguments, settings), settings, folder, options)
+    prompts = _prompts(arguments, settings)
+    grid = draw_to_files(model, shards, prompts, settings, folder, options, lambda note: print(note, file=sys.stderr))
     return grid or f"part {part}: nothing to draw; a part is at least one batch (--batch-size {size})"
 
 

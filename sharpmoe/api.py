@@ -28,7 +28,7 @@ from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_routers
 from sharpmoe.report.figures import to_pixels
 from sharpmoe.report.runs import SavedModel, find_saved_model
-from sharpmoe.report.samples import Prompts, check_shards, draw_images, encode_prompts, override_sampling
+from sharpmoe.report.samples import Prompts, Size, check_shards, draw_images, encode_prompts, override_sampling
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments
@@ -180,9 +180,12 @@ def sample(
     cfg_scale: float | None = None,
     guidance_source: Literal["own", "guided"] | None = None,
     seed: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> list[Image.Image]:
     """Draw one image per caption, or per label of a class-conditional model, on the model's device.
 
+    `height` and `width` are pixels, multiples of those of a token; by default the model's square.
     `shards` decode the latents and encode the captions; by default the codec and the text encoder in `model.origin` do.
     Settings that are not given have the defaults of the `sample` section (docs/configuration.md). The noise of image i
     is keyed by (seed, i). The model's mode is restored. Raises ConfigError and DataError. No communication.
@@ -198,7 +201,9 @@ def sample(
     else:
         raise ConfigError("sample: the model does not say with which codec it was trained; give shards=FOLDER")
     request = encode_prompts(model.config, coders, _prompts(prompts, model.config), _device(model))
-    images = draw_images(model, request, settings, coders.codec_object().decode, batch_size)
+    codec = coders.codec_object()
+    latents = Size(height, width).of_latents(model.config, codec)
+    images = draw_images(model, request, settings, codec.decode, batch_size, size=latents)
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
 

@@ -62,7 +62,9 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
     num_images, num_steps, _ = sheet.experts.shape
     most = most or max(float(sheet.experts.max()), 1.0)
     columns = 3 + num_steps
-    figure = Figure(figsize=(1.02 * columns + 0.9, 1.2 * num_images + 0.55 + 0.3 * bool(title)), dpi=110)
+    height, width = sheet.images.shape[2:]
+    row_height = 0.25 + 0.95 * min(max(height / width, 0.4), 1.6)  # a picture is one inch wide, or narrower
+    figure = Figure(figsize=(1.02 * columns + 0.9, row_height * num_images + 0.55 + 0.3 * bool(title)), dpi=110)
     axes = figure.subplots(num_images, columns, squeeze=False)
     heads = ["image", "saliency M", "mask", *(f"t = {t:.3g}" for t in sheet.times)]
     for row, pixels in zip(range(num_images), to_pixels(sheet.images), strict=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from data_pipeline.encode.codecs import Codec
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
@@ -56,28 +59,46 @@ def check_shards(model: Backbone, shards: ShardSet) -> None:
         )
 
 
-def image_side(config: ModelConfig, shards: ShardSet) -> int:
-    """Return the pixels of the model's square, each way."""
-    return config.latent_size * _codec_factor(shards)
+class Size(NamedTuple):
+    """Pixels of images to draw; None: of the model's square."""
 
+    height: int | None = None
+    width: int | None = None
 
-def latent_size(config: ModelConfig, shards: ShardSet, height: int | None, width: int | None) -> tuple[int, int] | None:
-    """Return (h, w) of the latents of images of so many pixels; a side not given is that of the model's square.
-
-    None where neither is given. Raises ConfigError where a side is no multiple of the pixels of a token.
-    """
-    if height is None and width is None:
-        return None
-    factor = _codec_factor(shards)
-    for option, side in (("--height", height), ("--width", width)):
+    def of_latents(self, config: ModelConfig, codec: Codec) -> tuple[int, int]:
+        """Return (h, w) of the latents. Raises ConfigError where a side is no multiple of the pixels of a token."""
+        factor = pixels_per_latent(codec)
         step = factor * config.patch_size
-        if side is not None and side % step:
-            raise ConfigError(
-                f"{option} {side}: not a multiple of {step} (pixels of a token: codec {factor} x patch "
-                f"{config.patch_size}); take {max(round(side / step), 1) * step}"
-            )
-    rows, columns = (config.latent_size if side is None else side // factor for side in (height, width))
-    return rows, columns
+        for name, side in self._asdict().items():
+            if side is not None and (side < 1 or side % step):
+                raise ConfigError(
+                    f"{name} {side}: not a multiple of {step} (pixels of a token: codec {factor} x patch "
+                    f"{config.patch_size}); take {max(round(side / step), 1) * step}"
+                )
+        rows, columns = (config.latent_size if side is None else side // factor for side in self)
+        return rows, columns
+
+
+def pixels_per_latent(codec: Codec) -> int:
+    """Return the pixels of one element of a latent, each way: the side of the smallest image that the codec takes."""
+    for side in itertools.count(1):
+        with suppress(DataError):
+            return side // codec.latent_shape(side)[1]
+    raise AssertionError
+
+
+def unknown_size(latents: tuple[int, int], shards: ShardSet) -> str:
+    """Return a note where images of such latents (h, w) are of no size of the shards, else "".
+
+    A model has not seen the positions of tokens beyond the sizes that it was trained on (docs/design/0011).
+    """
+    if any(bucket.latent[1:] == latents for bucket in shards.buckets.values()):
+        return ""
+    sizes = ", ".join(shards.buckets)
+    return (
+        f"the shards have {sizes} (H x W pixels): in sizes that a model was not trained on, images may be worse, above "
+        "all at their edges"
+    )
 
 
 def override_sampling(settings: SampleConfig, given: Mapping[str, object]) -> SampleConfig:
@@ -145,8 +166,7 @@ class DrawOptions(NamedTuple):
     part: sampling.ImagePart = sampling.ImagePart()  # which of the images
     batch_size: int = 16  # images per model call
     pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
-    height: int | None = None  # pixels; None: of the model's square
-    width: int | None = None  # as height
+    size: Size = Size()
 
 
 def draw_to_files(
@@ -156,24 +176,29 @@ def draw_to_files(
     settings: SampleConfig,
     folder: Path | str,
     options: DrawOptions,
+    note: Callable[[str], object] = print,
 ) -> Path | None:
     """Draw one PNG per prompt and a grid, which have the same numbers and names whatever the part.
 
-    The model is on its device already. Returns the grid, or None where the part has no images. Raises ConfigError where
-    there are no prompts or a side is no multiple of the pixels of a token.
+    The model is on its device already; `note` is called with what the user should know. Returns the grid, or None where
+    the part has no images. Raises ConfigError where there are no prompts or a side is no multiple of the pixels of a
+    token.
     """
-    part, device = options.part, next(model.parameters()).device
-    size = latent_size(model.config, shards, options.height, options.width)
+    part, device, codec = options.part, next(model.parameters()).device, shards.codec_object()
+    size = options.size.of_latents(model.config, codec)
     request = encode_prompts(model.config, shards, prompts, device)
     rows = part.rows(len(request.indices), options.batch_size)
     if not rows:
         return None
     check_folder(Path(folder))
+    remark = unknown_size(size, shards)
+    if remark:
+        note(remark)
     images = draw_images(
         model,
         request.select(rows),
         settings,
-        shards.codec_object().decode,
+        codec.decode,
         options.batch_size,
         options.pool_per_image,
         size,
@@ -183,12 +208,6 @@ def draw_to_files(
         figures.save_png(pixels, folder / f"{i:03}_{slug(title)}.png")
     grid = "grid" if part.of == 1 else f"grid_part{part.number}of{part.of}"
     return figures.save_png(figures.sample_grid(images, titles), folder / f"{grid}.png")
-
-
-def _codec_factor(shards: ShardSet) -> int:
-    """Return the pixels of a latent's element, each way."""
-    main = shards.buckets[shards.main_bucket]
-    return main.image[0] // main.latent[1]
 
 
 def parse_part(text: str) -> sampling.ImagePart:

@@ -67,11 +67,16 @@ def test_pictures_of_any_width_and_height(
     assert {Image.open(path).size for path in tmp_path.glob("00*.png")} == {size}
 
 
-def test_pictures_of_shards_without_the_square_of_the_model(run_folder: Path, tmp_path: Path) -> None:
+def test_pictures_of_shards_without_the_square_of_the_model(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = make_shards(tmp_path / "shards", buckets="16x64")
     argv = [str(run_folder), "--shards", str(shards), "--captions", "a red circle", "--steps", "2"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert Image.open(tmp_path / "out" / "000_a-red-circle.png").size == (32, 32)
+    assert "the shards have 16x64 (H x W pixels): in sizes that a model was not trained on" in capsys.readouterr().err
+    assert main([*argv, "--width", "64", "--height", "16", "--out", str(tmp_path / "out")]) == 0
+    assert "trained" not in capsys.readouterr().err
 
 
 def test_the_run_says_what_is_not_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,8 +107,8 @@ def test_captions_from_a_file_and_weights_by_kind_and_path(run_folder: Path, tmp
         (["RUN", "--captions-file", "nowhere.txt"], "nowhere.txt: cannot be read as a caption file"),
         (["RUN", "--steps", "0"], "--steps: got '0', allowed: a whole number >= 1"),
         (["RUN", "--shards", "nowhere"], "nowhere: no index.json"),
-        (["RUN", "--width", "60"], "--width 60: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 64"),
-        (["RUN", "--height", "3"], "--height 3: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 8"),
+        (["RUN", "--width", "60"], "width 60: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 64"),
+        (["RUN", "--height", "3"], "height 3: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 8"),
         (["RUN", "--height", "0"], "--height: got '0', allowed: a whole number >= 1"),
         (["RUN", "--npz", "a.npz", "--width", "64"], "--npz draws the square of the model"),
     ],

@@ -69,7 +69,7 @@ def test_the_count_is_what_runs(router: str, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 14), (10, 12)])
-@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "race"])
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
 def test_the_count_follows_the_images_of_the_step(router: str, size: tuple[int, int]) -> None:
     run, tokens = run_of(router, schedule="two_pass"), size[0] * size[1] // 4
     flops, rows = computed(run, size)
