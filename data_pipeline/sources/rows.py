@@ -61,7 +61,8 @@ def _row(table: Path, number: int, fields: Any) -> Row:
     saliency = tree.get(_SALIENCY)
     if not isinstance(saliency, str) or "\0" in saliency or not is_utf8(saliency):
         saliency = ""
-    return Row(number, file, found, label if isinstance(label, int) else -1, size, saliency)
+    known = label if isinstance(label, int) else -1
+    return Row(number=number, file=file, captions=found, label=known, size=size, saliency=saliency)
 
 
 def _shown_row(fields: Any) -> str:

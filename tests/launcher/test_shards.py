@@ -1,5 +1,6 @@
 """Looking after shards: what is damaged is found, what is merged can be read, what is shown is there."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 from PIL import Image
 
 from data_pipeline.index import index_bytes, parse_index
+from data_pipeline.read.mixture import Mixture
 from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import stream
+from launcher.prepare import main as prepare
 from launcher.shards import main
 from tests.fixtures_data import make_shards
 
@@ -107,6 +111,39 @@ def test_merged_folders_hold_the_samples_of_both(
             assert sorted(a.keys) == sorted(b.keys)
     assert main(arguments) == 2
     assert "already holds prepared shards" in capsys.readouterr().err
+
+
+def test_folders_of_other_buckets_are_merged_and_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = {"a": ("--size", "32"), "b": ("--buckets", "32", "--bucket-step", "8", "--codec-from", str(tmp_path / "a"))}
+    for name, words in sets.items():
+        folder = tmp_path / f"set-{name}"
+        folder.mkdir()
+        for number, (height, width) in enumerate(((40, 40), (40, 60), (60, 40)) * 12):
+            Image.effect_noise((width, height), 60).convert("RGB").save(folder / f"{name}{number}.png")
+            (folder / f"{name}{number}.txt").write_text("noise")
+        common = ("--source", str(folder), "--out", str(tmp_path / name), "--encoder", "hash", "--shard-samples", "8")
+        assert prepare([*common, *words]) == 0
+    places = [str(tmp_path / name) for name in sets]
+    assert main(["merge", str(tmp_path / "m"), *places, "--quiet"]) == 0
+    capsys.readouterr()
+    assert verify(tmp_path / "m", capsys)[0] == 0
+    merged = parse_index((tmp_path / "m" / "index.json").read_bytes(), "m")
+    assert {name: (bucket.grid, bucket.num_samples) for name, bucket in merged.buckets.items()} == {
+        "32x32": ((4, 4), 36 + 12),
+        "40x24": ((5, 3), 12),
+        "24x40": ((3, 5), 12),
+    }
+    mixture = Mixture([ShardSet.open(place, "train") for place in places])
+    assert {name: bucket.num_samples for name, bucket in mixture.buckets.items()} == {
+        name: bucket.num_samples for name, bucket in merged.buckets.items()
+    }
+    read = itertools.islice(stream(mixture, seed=0, global_batch=6, micro_batch=6, rank=0, world=1), 24)
+    of_square = set[str]()
+    for step in read:
+        (batch,) = step.batches
+        if batch.latent.shape[-1] == batch.latent.shape[-2]:
+            of_square |= {key[0] for key in batch.keys}
+    assert of_square == {"a", "b"}  # a bucket that both have takes from both
 
 
 def _only(folder: Path, split: str) -> None:
