@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +20,12 @@ from torch import Tensor
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import ALONE, Observed, Samples, Share, TokenTables, observe, spread
+from sharpmoe.flow import TIME_RANGES
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.moe.influence import INERT, influence_figures
 
 ALLOCATION_TIMES = tuple(round(0.999 - k * (0.999 - 0.05) / 9, 6) for k in range(10))
-_RANGES: dict[str, tuple[float, float]] = {  # lower < t <= upper
-    "t > 0.65": (0.65, 1.0),
-    "t 0.35-0.65": (0.35, 0.65),
-    "t < 0.35": (0.0, 0.35),
-    "all t": (0.0, 1.0),
-}
+_RANGES: dict[str, tuple[float, float]] = {**TIME_RANGES, "all t": (0.0, 1.0)}  # lower < t <= upper
 _NUM_BINS = 5
 _FIFTHS = ("all t: least salient 5th", "2nd fifth", "3rd fifth", "4th fifth", "most salient 5th")
 _TITLES = {
@@ -36,7 +33,18 @@ _TITLES = {
     "foreground": "Spearman, experts per token with the foreground mask",
     "experts": "experts per token, MoE layer and step: total compute",
     "flow": "flow loss",
+    "flow_fresh": "flow loss, noise drawn anew at each step",  # not in every result
 }
+_REQUIRED = ("saliency", "foreground", "experts", "flow")  # in the files of earlier versions too
+_PARTS = ("least salient 5th", "2nd fifth", "3rd fifth", "4th fifth", "most salient 5th", "foreground", "background")
+_PARTS_OF_RANGES = _PARTS[-3:]  # shown for each range of t; all of them for all t
+_FIGURES = {
+    "spread": "saliency router: spread of its logits over tokens, over that of the gate's",
+    "flipped": "saliency router: share of choices that the gate alone would not make",
+    "agreement": "correlation of experts per token with M, mean over MoE layers and images",
+}
+
+_Strength = dict[str, dict[str, dict[str, float]]]  # "layer<n>" or "all" -> range of t -> `influence_figures`
 
 
 class ImageMean(NamedTuple):
@@ -45,6 +53,9 @@ class ImageMean(NamedTuple):
     mean: float
     error: float  # standard error over images
     images: int  # images that have a value
+
+
+_UNKNOWN = ImageMean(math.nan, math.nan, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +68,11 @@ class Allocation:
     experts: dict[str, ImageMean]  # mean experts per token, MoE layer and step: the compute spent
     experts_by_saliency: dict[str, tuple[ImageMean, ...]]  # the same by quantile of M, least salient fifth first
     flow: dict[str, ImageMean]  # flow loss
+    flow_fresh: dict[str, ImageMean]  # with noise drawn anew at each step; empty where it was not measured
+    flow_parts: dict[str, dict[str, ImageMean]]  # by part of an image (_PARTS), then by range: flow loss of its tokens
+    strength: _Strength  # of the saliency routers, by MoE layer and of all
     constant: dict[str, int]  # images left out of `saliency`: all tokens equal in experts or in M
-    per_image: dict[str, dict[str, tuple[float, ...]]]  # values of saliency, foreground, experts, flow
+    per_image: dict[str, dict[str, tuple[float, ...]]]  # values of saliency, ..., flow, and "flow, <part>"
     images: int
     times: tuple[float, ...]
 
@@ -74,7 +88,12 @@ class Allocation:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
-                **{what: {name: _read_image_mean(e) for name, e in content[what].items()} for what in _TITLES},
+                **{
+                    what: _read_ranges(content[what] if what in _REQUIRED else content.get(what, {}))
+                    for what in _TITLES
+                },
+                flow_parts={part: _read_ranges(ranges) for part, ranges in content.get("flow_parts", {}).items()},
+                strength=content.get("strength", {}),
                 saliency_by_time={float(t): _read_image_mean(e) for t, e in content["saliency_by_time"].items()},
                 experts_by_saliency={
                     name: tuple(_read_image_mean(e) for e in row)
@@ -98,16 +117,32 @@ class Allocation:
 
 
 def measure_allocation(
-    model: Backbone, samples: Samples, *, images: int = 128, seed: int = 0, chunk: int = 16, share: Share = ALONE
+    model: Backbone,
+    samples: Samples,
+    *,
+    images: int = 128,
+    seed: int = 0,
+    chunk: int = 16,
+    share: Share = ALONE,
+    with_fresh_noise: bool = False,
 ) -> Allocation:
     """Roll the model out over held-out samples at ten fixed times from 0.999 to 0.05 and return its allocation.
 
-    Eval mode, fixed noise, captions kept. Communicates only through `share.reduce`; the result is the same on every
-    rank.
+    Eval mode, fixed noise, captions kept. with_fresh_noise: roll out a second time for the flow loss with noise drawn
+    anew at each step. Communicates only through `share.reduce`; the result is the same on every rank.
     """
-    indices = spread(samples.num_samples, images)
-    observed = observe(model, samples, indices, ALLOCATION_TIMES, seed=seed, chunk=chunk, share=share)
-    return _summarise(observed, ALLOCATION_TIMES, num_layers=len(model.moe_layers()))
+    indices, times = spread(samples.num_samples, images), ALLOCATION_TIMES
+    observed = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share)
+    found = _summarise(observed, times, num_layers=len(model.moe_layers()), steered=model.config.saliency_router)
+    if not with_fresh_noise:
+        return found
+    fresh = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share, noise="fresh")
+    flow = _by_range(fresh.flow, times)
+    return replace(
+        found,
+        flow_fresh={name: _image_mean(value) for name, value in flow.items()},
+        per_image=found.per_image | {"flow_fresh": {name: tuple(value.tolist()) for name, value in flow.items()}},
+    )
 
 
 def steps_of_range(times: Sequence[float], name: str) -> list[int]:
@@ -116,24 +151,30 @@ def steps_of_range(times: Sequence[float], name: str) -> list[int]:
     return [step for step, t in enumerate(times) if lower < t <= upper]
 
 
-def _summarise(observed: Observed, times: Sequence[float], num_layers: int) -> Allocation:
-    """Return the allocation in observed rollouts of a model with `num_layers` MoE layers.
+def _summarise(observed: Observed, times: Sequence[float], num_layers: int, steered: bool = True) -> Allocation:
+    """Return the allocation in observed rollouts of a model with `num_layers` MoE layers; steered: by saliency routers.
 
     Correlations and fifths are of the tokens of one image, so that images of any resolution can be averaged.
     """
     parts = [_per_image(tables, times, num_layers) for tables in observed.tokens]
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     values = {what: {name: joined[what, name] for name in _RANGES} for what in ("saliency", "foreground", "experts")}
-    values["flow"] = {name: observed.flow[:, _within(times, bounds)].mean(1) for name, bounds in _RANGES.items()}
+    values["flow"] = _by_range(observed.flow, times)
+    means = {what: {name: _image_mean(value) for name, value in ranges.items()} for what, ranges in values.items()}
+    of_parts = {part: {name: joined["flow", name][:, k] for name in _RANGES} for k, part in enumerate(_PARTS)}
     return Allocation(
-        **{what: {name: _image_mean(value) for name, value in ranges.items()} for what, ranges in values.items()},
+        **means,
+        flow_fresh={},
+        flow_parts={part: {name: _image_mean(v) for name, v in ranges.items()} for part, ranges in of_parts.items()},
+        strength=_strength(observed, times, steered),
         saliency_by_time={t: _image_mean(joined["saliency", t]) for t in times},
         experts_by_saliency={
             name: tuple(_image_mean(column) for column in joined["fifths", name].T) for name in _RANGES
         },
         constant={name: int(value.isnan().sum()) for name, value in values["saliency"].items()},
         per_image={
-            what: {name: tuple(value.tolist()) for name, value in ranges.items()} for what, ranges in values.items()
+            what: {name: tuple(value.tolist()) for name, value in ranges.items()}
+            for what, ranges in (values | {_flow_of(part): ranges for part, ranges in of_parts.items()}).items()
         },
         images=len(observed.flow),
         times=tuple(times),
@@ -141,7 +182,10 @@ def _summarise(observed: Observed, times: Sequence[float], num_layers: int) -> A
 
 
 def _per_image(seen: TokenTables, times: Sequence[float], num_layers: int) -> dict[tuple[str, str | float], Tensor]:
-    """Return figures (I,) of images of one resolution by (what, range of t), and ("saliency", t); fifths are (I, 5)."""
+    """Return figures (I,) of images of one resolution by (what, range of t), and ("saliency", t).
+
+    Fifths are (I, 5), the flow loss of `_PARTS` is (I, 7).
+    """
     figures: dict[tuple[str, str | float], Tensor] = {}
     for name, bounds in _RANGES.items():
         steps = _within(times, bounds)
@@ -151,12 +195,47 @@ def _per_image(seen: TokenTables, times: Sequence[float], num_layers: int) -> di
         figures["foreground", name] = _spearman(total, seen.foreground)
         figures["experts", name] = mean.mean(1)
         figures["fifths", name] = _by_quantile(mean, seen.saliency)
+        figures["flow", name] = _of_parts(seen.flow[:, steps].mean(1), seen)
     return figures | {("saliency", t): _spearman(seen.experts[:, k], seen.saliency) for k, t in enumerate(times)}
+
+
+def _of_parts(flow: Tensor, seen: TokenTables) -> Tensor:
+    """Return means (I, 7) of the tokens' flow losses (I, N) over `_PARTS`; NaN where a part is empty or unknown."""
+    weights = torch.stack([seen.foreground, 1 - seen.foreground], -1).double()  # (I, N, 2), NaN without a mask
+    sums = weights.sum(1)
+    by_mask = torch.einsum("in,inq->iq", flow.double(), weights) / torch.where(sums > 0, sums, torch.nan)
+    return torch.cat([_by_quantile(flow, seen.saliency), by_mask], 1)
+
+
+def _flow_of(part: str) -> str:
+    """Return the key of a part's flow loss in `Allocation.per_image`."""
+    return f"flow, {part}"
+
+
+def _by_range(flow: Tensor, times: Sequence[float]) -> dict[str, Tensor]:
+    """Return the mean (I,) of figures (I, T) over each range of t."""
+    return {name: flow[:, _within(times, bounds)].mean(1) for name, bounds in _RANGES.items()}
+
+
+def _strength(observed: Observed, times: Sequence[float], steered: bool) -> _Strength:
+    """Return what the saliency routers decide; without them, only whether experts follow saliency."""
+    found: _Strength = {}
+    for name, bounds in _RANGES.items():
+        by_layer = observed.influence[:, _within(times, bounds)].double().sum((0, 1))  # (L, 6)
+        rows = {f"layer{layer}": row for layer, row in enumerate(by_layer)} | {"all": by_layer.sum(0)}
+        for layer, row in rows.items():
+            figures = influence_figures(row.tolist())
+            kept = figures if steered else {what: value for what, value in figures.items() if what == "agreement"}
+            found.setdefault(layer, {})[name] = kept
+    return found
 
 
 def _paired_change(before: Allocation, after: Allocation, what: str, name: str) -> ImageMean:
     """Return the mean change of one figure per image; its error is smaller than that of a difference of two means."""
-    pair = [torch.tensor(result.per_image[what][name], dtype=torch.float64) for result in (before, after)]
+    known = [result.per_image.get(what, {}).get(name, ()) for result in (before, after)]
+    if not all(known):
+        return _UNKNOWN
+    pair = [torch.tensor(values, dtype=torch.float64) for values in known]
     return _image_mean(pair[1] - pair[0])
 
 
@@ -208,7 +287,7 @@ def allocation_table(results: Mapping[str, Allocation]) -> str:
         _line("", [*results, "change (paired)"] if paired else list(results)),
     ]
     for what, title in _TITLES.items():
-        rows = {name: [getattr(column, what)[name] for column in columns] for name in _RANGES}
+        rows = {name: [getattr(column, what).get(name, _UNKNOWN) for column in columns] for name in _RANGES}
         if not any(e.images for row in rows.values() for e in row):
             continue
         lines.append(title)
@@ -216,6 +295,7 @@ def allocation_table(results: Mapping[str, Allocation]) -> str:
             changes = [_cell(_paired_change(columns[0], columns[1], what, name), "+")] if paired else []
             lines.append(_line("  " + name, [*map(_cell, row), *changes]))
         lines += _fifths(columns) if what == "experts" else []
+    lines += [*_flow_of_parts(columns, paired), *_strengths(results)]
     if any(sum(column.constant.values()) for column in columns):
         lines.append("images left out of the correlation with M: all tokens equal")
         lines += [_line("  " + name, [str(column.constant[name]) for column in columns]) for name in _RANGES]
@@ -227,8 +307,37 @@ def _fifths(columns: list[Allocation]) -> list[str]:
     return [_line("  " + label, [_cell(e) for e in row]) for label, *row in rows]
 
 
+def _flow_of_parts(columns: list[Allocation], paired: bool) -> list[str]:
+    """Return rows of the flow loss by part of the image; none where no result has it."""
+    if not any(column.flow_parts for column in columns):
+        return []
+    lines = ["flow loss by part of the image: fifths by saliency M, and the foreground mask"]
+    for name in _RANGES:
+        for part in _PARTS if name == "all t" else _PARTS_OF_RANGES:
+            row = [column.flow_parts.get(part, {}).get(name, _UNKNOWN) for column in columns]
+            if any(e.images for e in row):
+                changes = [_cell(_paired_change(columns[0], columns[1], _flow_of(part), name), "+")] if paired else []
+                lines.append(_line(f"  {name}: {part}", [*map(_cell, row), *changes]))
+    return lines
+
+
+def _strengths(results: Mapping[str, Allocation]) -> list[str]:
+    """Return rows of the strength of the saliency routers over all layers, and notes where they are inert."""
+    lines, columns = [], list(results.values())
+    for what, title in _FIGURES.items():
+        rows = {name: [c.strength.get("all", {}).get(name, {}).get(what) for c in columns] for name in _RANGES}
+        if any(value is not None for row in rows.values() for value in row):
+            lines.append(title)
+            lines += [_line("  " + name, ["" if v is None else f"{v:.4f}" for v in row]) for name, row in rows.items()]
+    for name, column in results.items():
+        spread_of_logits = column.strength.get("all", {}).get("all t", {}).get("spread", math.inf)
+        if spread_of_logits < INERT:
+            lines.append(f"note: the saliency routers of {name} are inert: spread below {INERT}")
+    return lines
+
+
 def _line(label: str, cells: list[str]) -> str:
-    return f"{label:<26}" + "".join(f"{cell:>20}" for cell in cells)
+    return f"{label:<32}" + "".join(f"{cell:>20}" for cell in cells)
 
 
 def _cell(value: ImageMean, sign: str = "") -> str:
@@ -241,6 +350,10 @@ def _or_nan(value: float | None) -> float:
 
 def _read_image_mean(entry: Mapping[str, float | None]) -> ImageMean:
     return ImageMean(_or_nan(entry["mean"]), _or_nan(entry["error"]), int(entry["images"] or 0))
+
+
+def _read_ranges(entries: Mapping[str, Mapping[str, float | None]]) -> dict[str, ImageMean]:
+    return {name: _read_image_mean(entry) for name, entry in entries.items()}
 
 
 def _plain(value: object) -> object:

@@ -11,18 +11,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from data_pipeline.index import Bucket
 from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
+from sharpmoe.moe.influence import INFLUENCE_COLUMNS, choice_of_gate, influence
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import StepOutput, TrajectoryBatch, rollout
+
+Noise = Literal["fixed", "fresh"]  # as `rollout.noise`
 
 
 class Samples(Protocol):
@@ -70,12 +74,14 @@ class TokenTables(NamedTuple):
     experts: Tensor  # (I, T, N) float32: experts that took the token, summed over MoE layers
     saliency: Tensor  # (I, N) float32 in [0, 1]
     foreground: Tensor  # (I, N) float32 in [0, 1], NaN for images without a mask
+    flow: Tensor  # (I, T, N) float32: flow-matching loss of the token's latent pixels
 
 
 class Observed(NamedTuple):
-    """Measurements of held-out rollouts: I images, T times. The same on every rank, on the CPU."""
+    """Measurements of held-out rollouts: I images, T times, L MoE layers. The same on every rank, on the CPU."""
 
     flow: Tensor  # (I, T) float32: flow-matching loss
+    influence: Tensor  # (I, T, L, 6) float32: the sums of `moe.influence.influence`
     tokens: tuple[TokenTables, ...]  # one per run of images of one resolution, in the order of the images
 
 
@@ -88,11 +94,14 @@ def observe(
     seed: int = 0,
     chunk: int = 16,
     share: Share = ALONE,
+    noise: Noise = "fixed",
 ) -> Observed:
     """Roll the model out over held-out samples at fixed descending times in (0, 1], as it was trained.
 
     x0_prev is x_t itself at step 1 and the model's own x0_hat of step k - 1 at step k; a model without a saliency
-    router reads none. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share a model call.
+    router reads none. noise: one x1 per image, or a fresh one at each step, so that x_t and x0_prev do not tell more
+    about x0 together than in sampling. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share
+    a model call.
     Runs in eval mode without gradients and restores the mode. Communicates by `share.reduce` alone, once per table.
     """
     if not len(indices):
@@ -101,19 +110,22 @@ def observe(
     runs = _runs(names)
     tables = [_zeros(run, samples.buckets[names[run.start]], len(times)) for run in runs]
     flow = torch.zeros(len(indices), len(times))
+    routers = torch.zeros(len(indices), len(times), len(model.moe_layers()), INFLUENCE_COLUMNS)
     with evaluating(model):
         for number, rows, counted in _chunks_of_rank(runs, chunk, share):
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)
-            item = _held_out_batch(batch, picked, times, model.config, seed, device)
+            item = _held_out_batch(batch, picked, times, model.config, seed, device, noise)
             steps = rollout(model, item, uses_x0_prev=model.config.saliency_router)
             if counted:
                 flow[rows.start : rows.stop] = _flow_losses(item, steps)
-                first = runs[number].start
-                for table, part in zip(tables[number], _of_tokens(batch, item, steps), strict=True):
+                routers[rows.start : rows.stop] = _influences(model, item, steps)
+                first, parts = runs[number].start, _of_tokens(batch, item, steps, model.config.patch_size)
+                for table, part in zip(tables[number], parts, strict=True):
                     table[rows.start - first : rows.stop - first] = part
     columns = [_reduced(column, share, device) for column in zip(*tables, strict=True)]
-    return Observed(_reduced([flow], share, device)[0], tuple(TokenTables(*run) for run in zip(*columns, strict=True)))
+    flow, routers = _reduced([flow, routers], share, device)
+    return Observed(flow, routers, tuple(TokenTables(*run) for run in zip(*columns, strict=True)))
 
 
 def spread(num_samples: int, count: int) -> list[int]:
@@ -140,7 +152,8 @@ def _chunks_of_rank(runs: Sequence[range], chunk: int, share: Share) -> list[_Ch
 
 def _zeros(run: range, bucket: Bucket, num_times: int) -> TokenTables:
     images, tokens = len(run), math.prod(bucket.grid)
-    return TokenTables(torch.zeros(images, num_times, tokens), torch.zeros(images, tokens), torch.zeros(images, tokens))
+    by_time, once = (images, num_times, tokens), (images, tokens)
+    return TokenTables(torch.zeros(by_time), torch.zeros(once), torch.zeros(once), torch.zeros(by_time))
 
 
 def _reduced(parts: Sequence[Tensor], share: Share, device: torch.device) -> list[Tensor]:
@@ -163,11 +176,20 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _held_out_batch(
-    batch: Batch, indices: Sequence[int], times: Sequence[float], config: ModelConfig, seed: int, device: torch.device
+    batch: Batch,
+    indices: Sequence[int],
+    times: Sequence[float],
+    config: ModelConfig,
+    seed: int,
+    device: torch.device,
+    noise: Noise = "fixed",
 ) -> TrajectoryBatch:
     """Build trajectories of held-out samples: captions kept, noise keyed by (seed, index), the same times for all."""
-    x0 = batch.latent.to(device)
-    x1 = draws.noise(seed, indices, x0.shape[1:], draws.Purpose.VALIDATION_NOISE).to(device)
+    x0, purpose = batch.latent.to(device), draws.Purpose.VALIDATION_NOISE
+    if noise == "fresh":
+        x1 = draws.fresh_noise(seed, indices, len(times), x0.shape[1:], purpose).to(device)
+    else:
+        x1 = draws.noise(seed, indices, x0.shape[1:], purpose).to(device)
     steps = torch.tensor(times, dtype=torch.float32, device=device)[:, None].repeat(1, len(x0))
     return TrajectoryBatch(x0, x1, steps, _condition(batch, config, device), batch.saliency.to(device))
 
@@ -190,7 +212,28 @@ def _experts_per_token(routing: Sequence[Routing]) -> Tensor:
     return torch.stack([layer.routing_map.sum(-1) for layer in routing]).sum(0).float()
 
 
-def _of_tokens(batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput]) -> TokenTables:
+def _flow_of_tokens(item: TrajectoryBatch, steps: Sequence[StepOutput], patch_size: int) -> Tensor:
+    """Return the flow loss of every token (B, T, N) float32; its mean over the tokens is that of the image."""
+    errors = [(step.x0_hat.float() - item.x0).square().mean(1, keepdim=True) for step in steps]
+    pooled = [functional.avg_pool2d(error, patch_size).flatten(1) for error in errors]
+    return torch.stack(pooled, 1) / item.times.T.square().unsqueeze(-1)
+
+
+def _influences(model: Backbone, item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Tensor:
+    """Return `influence` of every image, time and MoE layer, (B, T, L, 6) float32."""
+    layers = model.moe_layers()
+    if not layers:
+        return item.saliency.new_zeros(len(item.x0), len(steps), 0, INFLUENCE_COLUMNS)
+    thresholds = [getattr(layer, "expert_threshold", None) for layer in layers]
+    found = [
+        influence(record, choice_of_gate(record, model.config, tau, training=False), item.saliency)
+        for step in steps
+        for record, tau in zip(step.routing, thresholds, strict=True)
+    ]
+    return torch.stack(found, 1).unflatten(1, (len(steps), len(layers))).float()
+
+
+def _of_tokens(batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput], patch_size: int) -> TokenTables:
     dense = torch.zeros_like(item.saliency)  # no MoE layer: no token is taken by an expert
     experts = torch.stack([_experts_per_token(step.routing) if step.routing else dense for step in steps], 1)
-    return TokenTables(experts, batch.saliency, batch.foreground)
+    return TokenTables(experts, batch.saliency, batch.foreground, _flow_of_tokens(item, steps, patch_size))

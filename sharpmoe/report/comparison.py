@@ -29,6 +29,7 @@ class ComparisonSettings:
     chunk: int = 16  # images per model call, which is the pool of DiffMoE
     sheet_images: int = 8  # images on a routing sheet; 0: no sheets
     seed: int = 0  # of the noise
+    with_fresh_noise: bool = True  # also measure the flow loss with noise drawn anew at each step
     device: torch.device | str = "cpu"
 
 
@@ -62,7 +63,12 @@ def compare_models(
         check_shards(model, shards)
         model.to(settings.device)
         found.allocations[name] = measure_allocation(
-            model, shards, images=settings.images, seed=settings.seed, chunk=settings.chunk
+            model,
+            shards,
+            images=settings.images,
+            seed=settings.seed,
+            chunk=settings.chunk,
+            with_fresh_noise=settings.with_fresh_noise,
         )
         if settings.sheet_images and model.moe_layers():
             found.routing[name] = observe_routing(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from scipy.stats import rankdata, spearmanr
 
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import (
+    _PARTS,
     _RANGES,
     ALLOCATION_TIMES,
     Allocation,
@@ -26,8 +28,8 @@ from tests.toys import ToySamples, toy_model
 
 def observed(experts: torch.Tensor, saliency: torch.Tensor) -> Observed:
     images, times, _ = experts.shape
-    tables = TokenTables(experts, saliency, torch.full_like(saliency, torch.nan))
-    return Observed(torch.ones(images, times), (tables,))
+    tables = TokenTables(experts, saliency, torch.full_like(saliency, torch.nan), torch.ones_like(experts))
+    return Observed(torch.ones(images, times), torch.zeros(images, times, 0, 6), (tables,))
 
 
 def test_ranks_and_correlations_equal_those_of_scipy_with_ties() -> None:
@@ -142,3 +144,78 @@ def test_a_foreign_file_is_a_one_line_error(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(DataError, match="not an allocation result"):
         Allocation.load(path)
+
+
+def test_flow_loss_by_part_of_an_image_by_hand() -> None:
+    saliency = torch.arange(10.0).expand(3, 10) / 10
+    mask = torch.zeros(3, 10)
+    mask[0, 8:], mask[1, 8:] = 1.0, torch.tensor([1.0, 0.5])
+    mask[2] = torch.nan
+    flow = torch.stack([torch.arange(10.0) * (k + 1) for k in range(len(ALLOCATION_TIMES))]).expand(3, -1, -1)
+    tables = TokenTables(torch.ones_like(flow), saliency, mask, flow)
+    seen = Observed(flow.mean(-1), torch.zeros(3, len(ALLOCATION_TIMES), 0, 6), (tables,))
+    result = _summarise(seen, ALLOCATION_TIMES, num_layers=1)
+    factor = 5.5  # mean over the ten times
+    assert [result.flow_parts[part]["all t"].mean for part in _PARTS[:5]] == pytest.approx(
+        [factor * each for each in (0.5, 2.5, 4.5, 6.5, 8.5)]
+    )
+    foreground, background = (result.flow_parts[part]["all t"] for part in _PARTS[5:])
+    assert foreground.images == background.images == 2
+    assert result.per_image["flow, foreground"]["all t"][:2] == pytest.approx(
+        [factor * 8.5, factor * (8 + 0.5 * 9) / 1.5]
+    )
+    assert result.per_image["flow, background"]["all t"][1] == pytest.approx(factor * (28 + 0.5 * 9) / 8.5)
+    assert result.flow_parts["foreground"]["t > 0.65"].mean == pytest.approx(foreground.mean / factor * 2.5)
+    forty = {"flow, foreground": {"all t": (40.0, 40.0, math.nan)}}
+    before = dataclasses.replace(result, per_image=result.per_image | forty)
+    change = _paired_change(before, result, "flow, foreground", "all t")
+    assert (change.mean, change.images) == (pytest.approx(foreground.mean - 40), 2)
+    assert "all t: most salient 5th" in allocation_table({"a": before, "b": result})
+
+
+def test_strength_is_told_by_layer_and_range_and_only_of_saliency_routers() -> None:
+    model = toy_model("ec")
+    result = measure_allocation(model, ToySamples(), images=4)
+    assert result.strength.keys() == {"layer0", "layer1", "all"}
+    for ranges in result.strength.values():
+        for figures in ranges.values():
+            assert figures["spread"] > 0
+            assert 0 < figures["flipped"] < 1
+            assert -1 <= figures["agreement"] <= 1
+    for layer in model.moe_layers():
+        torch.nn.init.zeros_(layer.saliency_router.out.weight)
+        torch.nn.init.zeros_(layer.saliency_router.out.bias)
+    inert = measure_allocation(model, ToySamples(), images=4)
+    assert {(f["spread"], f["flipped"]) for ranges in inert.strength.values() for f in ranges.values()} == {(0.0, 0.0)}
+    assert "note: the saliency routers of b are inert" in allocation_table({"a": result, "b": inert})
+    without = measure_allocation(toy_model("ec", saliency_router=False), ToySamples(), images=4)
+    assert without.strength["all"]["all t"].keys() == {"agreement"}
+    assert measure_allocation(toy_model("dense"), ToySamples(), images=4).strength["all"]["all t"] == {}
+
+
+def test_fresh_noise_is_told_apart(tmp_path: Path) -> None:
+    plain = measure_allocation(toy_model(), ToySamples(), images=4)
+    both = measure_allocation(toy_model(), ToySamples(), images=4, with_fresh_noise=True)
+    assert plain.flow_fresh == {}
+    assert both.flow == plain.flow
+    assert both.flow_fresh["all t"].images == 4
+    assert both.flow_fresh["all t"] != both.flow["all t"]
+    table = allocation_table({"a": both, "b": both})
+    assert "flow loss, noise drawn anew at each step" in table
+    assert "flow loss, noise drawn anew at each step" not in allocation_table({"a": plain, "b": plain})
+    read = Allocation.load(both.save(tmp_path / "both.json"))
+    assert (read.flow_fresh, read.flow_parts, read.strength) == (both.flow_fresh, both.flow_parts, both.strength)
+    assert str(read.per_image["foreground"]) == str(plain.per_image["foreground"])  # correlations, not losses
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Without parts, strength and fresh noise; beside a new result it has no paired change of these."""
+    new = measure_allocation(toy_model(), ToySamples(), images=4, with_fresh_noise=True)
+    content = json.loads(new.save(tmp_path / "new.json").read_text())
+    for key in ("flow_fresh", "flow_parts", "strength"):
+        del content[key]
+    content["per_image"] = {what: content["per_image"][what] for what in ("saliency", "foreground", "experts", "flow")}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    old = Allocation.load(tmp_path / "old.json")
+    assert (old.flow, old.flow_parts, old.strength) == (new.flow, {}, {})
+    assert "undefined" in allocation_table({"old": old, "new": new})

@@ -9,7 +9,7 @@ TIMES = (0.999, 0.5, 0.1)
 
 
 def tables_of(seen: Observed) -> list[torch.Tensor]:
-    return [seen.flow, *(table for tables in seen.tokens for table in tables)]
+    return [seen.flow, seen.influence, *(table for tables in seen.tokens for table in tables)]
 
 
 def observe_on(world: int, images: int = 7) -> tuple[list[Observed], list[int]]:
@@ -49,12 +49,35 @@ def test_images_of_unequal_token_counts_are_shared_between_ranks(world: int) -> 
             return table
 
         observe(toy_model(), mixed(), range(12), TIMES, chunk=3, share=Share(rank, world, keep))
-    assert [len(kept) for kept in exchanged] == [4] * world  # one exchange per table, whatever the resolutions
+    assert [len(kept) for kept in exchanged] == [5] * world  # one exchange per table, whatever the resolutions
     sums = iter([torch.stack(parts).sum(0) for parts in zip(*exchanged, strict=True)])
     for column in zip(*alone.tokens, strict=True):
         whole = torch.cat([table.flatten() for table in column])
         torch.testing.assert_close(whole, next(sums), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(alone.flow.flatten(), next(sums), rtol=0, atol=0)
+    of_images = torch.cat([alone.flow.flatten(), alone.influence.flatten()])
+    torch.testing.assert_close(of_images, next(sums), rtol=0, atol=0)
+
+
+def test_the_flow_loss_of_an_image_is_the_mean_of_its_tokens() -> None:
+    seen = observe(toy_model(), mixed(), range(12), TIMES, chunk=3)
+    of_tokens = torch.cat([tables.flow.mean(-1) for tables in seen.tokens])
+    torch.testing.assert_close(of_tokens, seen.flow, rtol=1e-5, atol=1e-6)
+
+
+def test_fresh_noise_is_that_of_no_other_step_and_leaves_the_first_as_it_is() -> None:
+    item, fixed = (
+        _held_out_batch(ToySamples().batch([4, 5]), [4, 5], TIMES, toy_model().config, 0, torch.device("cpu"), noise)
+        for noise in ("fresh", "fixed")
+    )
+    assert torch.equal(item.noise(0), fixed.x1)
+    assert len({tuple(item.noise(step).flatten().tolist()) for step in range(len(TIMES))}) == len(TIMES)
+    fresh, same = (observe(toy_model("ec"), ToySamples(), [4, 5], TIMES, noise=noise) for noise in ("fresh", "fixed"))
+    assert torch.equal(fresh.flow[:, 0], same.flow[:, 0])
+    assert (fresh.flow[:, 1:] != same.flow[:, 1:]).all()
+    batch = ToySamples().batch([4, 5])
+    steps = rollout(toy_model("ec"), item, uses_x0_prev=True)
+    for step, output in enumerate(steps):
+        torch.testing.assert_close(output.v_target, item.x1[step] - batch.latent)
 
 
 def test_an_image_is_measured_as_beside_its_own_kind() -> None:
