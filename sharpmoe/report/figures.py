@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -24,6 +25,7 @@ Pixels = np.ndarray  # (H, W, 3) uint8
 CELL = 144  # pixels of one image in a sample grid, each way
 GAP = 10  # pixels between pictures
 _FONT_SIZE = 13
+_LEGEND_COLUMNS = 4
 _CAPTION_LINES = 3  # at most
 
 
@@ -110,19 +112,22 @@ def allocation_curves(results: Mapping[str, Allocation]) -> Pixels:
     return render_figure(figure)
 
 
-def step_curves(lines: Mapping[str, Mapping[int, float]], title: str, logarithmic: bool = False) -> Pixels:
-    """Plot named curves {name: {step: value}} over the optimizer steps."""
+def step_curves(
+    lines: Mapping[str, Mapping[int, float]], title: str, logarithmic: bool = False, unit: str = ""
+) -> Pixels:
+    """Plot named curves {name: {step: value}} over the optimizer steps; the legend is below, where no curve is."""
     figure = Figure(figsize=(5.2, 3.2), dpi=110, layout="constrained")
     axis = figure.subplots()
     for name, points in lines.items():
         marker = "o" if len(points) == 1 else None
         axis.plot(list(points), list(points.values()), label=name, linewidth=1.2, marker=marker)
-    axis.set(title=title, xlabel="optimizer step")
+    axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if logarithmic:
         axis.set_yscale("log")
     axis.grid(alpha=0.25)
     if len(lines) > 1:
-        axis.legend(fontsize=7, frameon=False, ncols=1 + len(lines) // 9)
+        figure.legend(loc="outside lower center", fontsize=7, frameon=False, ncols=min(len(lines), _LEGEND_COLUMNS))
     return render_figure(figure)
 
 

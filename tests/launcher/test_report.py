@@ -79,6 +79,25 @@ def test_a_copy_of_a_run_has_the_same_report(run_folder: Path, tmp_path: Path) -
     assert re.findall(r"step(\d+)\.png", page) == ["00000010", "00000002", "0000001"]
 
 
+def test_a_page_begins_with_a_summary_and_groups_its_curves(tmp_path: Path) -> None:
+    start = '{"event": "start", "run": "a", "step": 0, "time": "T", "settings": {"train.steps": 9, "world": 2}}\n'
+    figures = '"loss/total": 2.0, "optim/lr": 1.0, "optim/grad_norm": 1.0, "x_t/layer0": 1.0, "x_t/layer1": 2.0'
+    (tmp_path / "log.jsonl").write_text(start + f'{{"run": "a", "step": 1, {figures}}}\n')
+    (tmp_path / "samples").mkdir()
+    for step in range(4):
+        (tmp_path / "samples" / f"step{step:08}.png").touch()
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert '<meta name="viewport"' in page
+    assert "<td>steps<td>1 of 9" in page
+    assert "<td>loss<td>2 (step 1) to 2 (step 1)" in page
+    assert re.findall(r'alt="([^"]+)"', page) == [
+        *("samples, step 3", "samples, step 2", "samples, step 1", "samples, step 0"),
+        *("loss", "optim/lr", "optim/grad_norm", "x_t"),
+    ]
+    assert "<summary>2 between</summary>" in page
+
+
 def test_a_report_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "no log.jsonl" in capsys.readouterr().err
