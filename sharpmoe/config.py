@@ -80,7 +80,7 @@ class ModelConfig(_Section):
     mlp_ratio: float = Field(4.0, gt=0, le=1024)  # hidden width of an MLP over width
     patch_size: int = Field(2, ge=1, le=_WIDEST)  # latent pixels of a token, each way
     latent_channels: int = Field(4, ge=1, le=_WIDEST)  # C
-    latent_size: int = Field(32, ge=1, le=_WIDEST)  # height and width of the latent
+    latent_size: int = Field(32, ge=1, le=_WIDEST)  # side of the square latent; buckets may differ (docs/design/0011)
     learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
     router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
     num_experts: int = Field(8, ge=1, le=_WIDEST)  # E, without the unconditional expert
@@ -201,7 +201,7 @@ class ModelConfig(_Section):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per image."""
+        """Tokens of the square of `latent_size`; images of other sizes have others."""
         return (self.latent_size // self.patch_size) ** 2
 
     @property
