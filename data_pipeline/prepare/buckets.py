@@ -123,7 +123,7 @@ def _of_base(base: int, step: int, patch_size: int, latent_shape: _LatentShape) 
 
 
 def _table(base: int, step: int) -> set[tuple[int, int]]:
-    """Return sizes (H, W) as the public trainers have them, within 1:3.
+    """Return sizes (H, W) as kohya's sd-scripts have them, within 1:3.
 
     The largest square, and for every width the largest height with which the area is at most that of the base; each
     also on its side.
@@ -199,19 +199,20 @@ def bucket_lines(
         train: (n,) bool, images of the training split.
         fit: crop or pad.
     """
-    lines, counts = [], []
+    lines, used = [], []  # used: (name, training images) of buckets that have any
     for number, entry in enumerate(resolutions):
         here = chosen == number
-        counts.append(int((here & train).sum()))
+        trained = int((here & train).sum())
         known = pixels[here & (pixels > 0).all(1)]
         enlarged = int(is_enlarged(known, entry.image, fit).sum())
         lost = f", {_lost(known, entry.image):.1%} {'cut off' if fit == 'crop' else 'white bars'}" if len(known) else ""
         tokens = f"{entry.grid[0]}x{entry.grid[1]} = {entry.tokens} tokens"
         lines.append(
-            f"bucket {entry.name} ({tokens}): {int(here.sum())} pictures, {counts[-1]} to train on, "
+            f"bucket {entry.name} ({tokens}): {int(here.sum())} pictures, {trained} to train on, "
             f"{enlarged} enlarged{lost}"
         )
-    return lines + _small_buckets(resolutions, counts)
+        used += [(entry.name, trained)] if here.any() else []
+    return lines + _small_buckets(used)
 
 
 def _lost(pixels: np.ndarray, size: tuple[int, int]) -> float:
@@ -220,10 +221,10 @@ def _lost(pixels: np.ndarray, size: tuple[int, int]) -> float:
     return float(1 - np.minimum(ratio, 1 / ratio).mean())
 
 
-def _small_buckets(resolutions: list[Resolution], counts: list[int]) -> list[str]:
-    pairs = [(entry.name, count) for entry, count in zip(resolutions, counts, strict=True)]
+def _small_buckets(pairs: list[tuple[str, int]]) -> list[str]:
+    """Return a warning of buckets, given as (name, training images), that have few; none where there is one bucket."""
     small = [f"{name} ({count})" for name, count in pairs if count < _SMALL]
-    if len(pairs) == 1 or not small:
+    if len(pairs) < 2 or not small:
         return []
     kept = ",".join(name for name, count in pairs if count >= _SMALL)
     return [

@@ -131,7 +131,7 @@ def test_the_report_counts_and_warns() -> None:
     told = "bucket 256x256 (16x16 = 256 tokens): 101 pictures, 50 to train on, 1 enlarged, 0.3% cut off"
     assert lines[1] == told
     assert lines[2] == "bucket 512x128 (32x8 = 256 tokens): 0 pictures, 0 to train on, 0 enlarged"
-    assert lines[3].startswith("small buckets, below 64 pictures to train on: 128x512 (2), 256x256 (50), 512x128 (0);")
+    assert lines[3].startswith("small buckets, below 64 pictures to train on: 128x512 (2), 256x256 (50);")
     assert "white bars" in bucket_lines(resolutions, chosen, pixels, chosen < 3, "pad")[1]
     all_train = bucket_lines(resolutions, chosen, pixels, chosen < 3)
     assert "leave it out (--buckets 256x256)" in all_train[3]
