@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from sharpmoe.config_io import nearest
+from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
 
 OVERRIDES_HELP = (
@@ -149,7 +150,7 @@ def _print_error(error: BaseException, with_traceback: bool, text: str) -> None:
     """Print an error as one line, after its traceback where that is wanted."""
     if with_traceback:
         traceback.print_exception(error, file=sys.stderr)
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print_note(f"error: {text}")
 
 
 def _of_rank() -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, SEED
 from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
+from sharpmoe.console import print_note
 from sharpmoe.durable import check_folder
 from sharpmoe.evaluation.allocation import allocation_table
 from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison
-from sharpmoe.report.runs import find_saved_model
+from sharpmoe.report.runs import average_note, find_saved_model
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _act(arguments: argparse.Namespace) -> None:
     models = [find_saved_model(path, arguments.weights) for path in arguments.models]
+    for saved in models:
+        print_note(average_note(saved))
     shards = held_out_shards(models, arguments.shards, arguments.split)
     settings = ComparisonSettings(
         images=arguments.images,

@@ -14,11 +14,12 @@ from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe import sampling
 from sharpmoe.config import DataConfig, SampleConfig
+from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
-from sharpmoe.report.runs import SavedModel, find_saved_model
+from sharpmoe.report.runs import SavedModel, average_note, find_saved_model
 from sharpmoe.report.samples import (
     DrawOptions,
     Prompts,
@@ -71,6 +72,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _act(arguments: argparse.Namespace) -> None:
     saved = find_saved_model(arguments.model, arguments.weights)
+    print_note(average_note(saved))
     settings = override_sampling(saved.run.sample if saved.run else SampleConfig(), _overrides(arguments))
     data = saved.run.data if saved.run else DataConfig()
     shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
@@ -78,6 +80,7 @@ def _act(arguments: argparse.Namespace) -> None:
     check_shards(model, shards)
     if arguments.compile:
         sampling.compile_blocks(model)
+        print_note("note: the first model call compiles the blocks, which takes one to three minutes")
     draw = _npz if arguments.npz else _files
     print(draw(arguments, settings, model, shards, saved))
 

@@ -12,8 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
 import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.prepare.merge import merge_folders
 from data_pipeline.read.folder import read_index
@@ -23,6 +21,7 @@ from data_pipeline.read.verify import verify_folder
 from data_pipeline.store.store import open_store
 from launcher.bounds import POSITIVE, png_file
 from launcher.command import Command
+from sharpmoe.console import progress_bar
 from sharpmoe.report.contact import contact_sheet, sample_cards
 from sharpmoe.report.figures import save_png
 
@@ -36,8 +35,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.folder)
     index, _ = read_index(store)
     total = sum(shard.size for shard in index.shards)
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=arguments.quiet) as bar:
-        checked = verify_folder(store, index, bar.update, arguments.threads)
+    with progress_bar("verifying", total, "B", quiet=arguments.quiet) as advance:
+        checked = verify_folder(store, index, advance, arguments.threads)
     for damage in checked.damage:
         print(json.dumps(damage._asdict(), ensure_ascii=False) if arguments.json else f"damaged: {damage}")
     state = f"{checked.num_bad} samples damaged" if checked.damage else "all sound"
@@ -66,8 +65,8 @@ def _show(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     stores = [open_store(folder) for folder in arguments.folders]
     total = sum(shard.size for store in stores for shard in read_index(store)[0].shards)
-    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=arguments.quiet) as bar:
-        index = merge_folders(stores, arguments.out, arguments.link, bar.update)
+    with progress_bar("merging", total, "B", quiet=arguments.quiet) as advance:
+        index = merge_folders(stores, arguments.out, arguments.link, advance)
     splits = ", ".join(f"{name} {count}" for name, count in index.splits.items())
     print(f"{arguments.out}: {len(index.shards)} shards: {splits}")
     return 0

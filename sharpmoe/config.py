@@ -378,6 +378,10 @@ class OptimConfig(_Section):
     threshold_decay: float = Field(0.95, ge=0, lt=1)  # diffmoe capacity thresholds, race thresholds
     bias_rate: float = Field(0.001, ge=0)  # bias_balancing: step of an expert's bias per optimizer step
 
+    def ema_start_share(self, steps: int) -> float:
+        """Return the share of the averaged weights that is still the start after so many optimizer steps."""
+        return self.ema_decay**steps
+
 
 class TrainConfig(_Section):
     """How long, how many at once, in which precision."""

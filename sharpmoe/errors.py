@@ -37,6 +37,8 @@ _TORCH_FIXES: dict[str, str] = {  # words in a message of torch -> what to do
 class SharpMoEError(Exception):
     """Base of all errors that a user can fix; launchers print it as one line and exit with 2."""
 
+    agreed = False  # whether every rank raises it, having exchanged it with the others
+
 
 class ConfigError(SharpMoEError):
     """A run file, an override or a DeepSpeed JSON holds something that cannot be run."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sharpmoe import draws, flow
 from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.console import progress_bar
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, Prepared, TextCondition
 from sharpmoe.moe.routing import CallMode
@@ -135,6 +136,7 @@ def _heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -
 
 
 SAMPLERS: dict[str, Callable[[Field, Tensor, Tensor, tuple[Tensor, ...]], Tensor]] = {"euler": _euler, "heun": _heun}
+_EVALUATIONS: dict[str, Callable[[int], int]] = {"euler": lambda steps: steps, "heun": lambda steps: 2 * steps - 1}
 
 
 class Request(NamedTuple):
@@ -203,15 +205,27 @@ def generate(
     """
     settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image)
     shape = (config.latent_channels, *(size or (config.latent_size, config.latent_size)))
-    parts = []
-    for start in range(0, len(request.indices), batch_size):
-        cond, empty, indices = request.select(range(start, start + batch_size))
-        branches = (cond,) if empty is None or settings.cfg_scale == 1 else (cond, empty)
-        noise = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
-        field = make_field(model, branches, settings)
-        times = flow.sampling_times(sample.num_steps).to(noise)
-        parts.append(SAMPLERS[sample.method](field, noise, times, (noise,) * len(branches)))
+    parts, starts = [], range(0, len(request.indices), batch_size)
+    with progress_bar("sampling", len(starts) * _EVALUATIONS[sample.method](sample.num_steps), "model call") as advance:
+        for start in starts:
+            cond, empty, indices = request.select(range(start, start + batch_size))
+            branches = (cond,) if empty is None or settings.cfg_scale == 1 else (cond, empty)
+            noise = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
+            field = _counted(make_field(model, branches, settings), advance)
+            times = flow.sampling_times(sample.num_steps).to(noise)
+            parts.append(SAMPLERS[sample.method](field, noise, times, (noise,) * len(branches)))
     return torch.cat(parts)
+
+
+def _counted(field: Field, advance: Callable[[int], object]) -> Field:
+    """Return the same field, which adds one to what is shown as done for each evaluation."""
+
+    def counted(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Evaluation:
+        found = field(x, t, x0_prev)
+        advance(1)
+        return found
+
+    return counted
 
 
 def _rows_of(cond: Condition, rows: slice) -> Condition:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.encode.build import (
     CODEC_FILE,
@@ -68,6 +67,7 @@ from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources.images import Picture
 from data_pipeline.sources.items import ImageSource, Skipped, hash_text, source_identity
+from sharpmoe.console import progress_bar
 from sharpmoe.durable import publish_once, remove_drafts, sha256_of, write_atomically
 from sharpmoe.errors import DataError
 
@@ -243,10 +243,11 @@ def training_images(source: ImageSource, catalog: Catalog, recipe: Recipe, machi
     rows = np.flatnonzero(catalog.split == catalog.split_names.index("train"))[:_FIT_IMAGES]
     size = (recipe.image_size, recipe.image_size)
     pictures = decoded_pictures(source, catalog.items(rows), size, machine.threads, recipe.fit)
-    shown = tqdm(pictures, "fitting the codec", len(rows), unit="image", disable=None if machine.progress else True)
-    for _, picture in shown:
-        if isinstance(picture, Picture):
-            yield torch.from_numpy(picture.pixels)[None]
+    with progress_bar("fitting the codec", len(rows), quiet=not machine.progress) as advance:
+        for _, picture in pictures:
+            advance(1)
+            if isinstance(picture, Picture):
+                yield torch.from_numpy(picture.pixels)[None]
 
 
 def _record_recipe(folder: Path, worker: Worker, asked: dict[str, Any]) -> None:
@@ -266,10 +267,10 @@ def _write_shards(
     unreadable = list(catalog.bad())
     total = catalog.total + len(unreadable)
     count = sum(len(plan.rows) for plan in mine)
-    with tqdm(total=count, desc="writing shards", unit="image", disable=None if progress else True) as bar:
+    with progress_bar("writing shards", count, quiet=not progress) as advance:
         for plan in mine:
             table = table_of(folder, plan.name) or _write_shard(folder, work, worker, catalog, plan)
-            bar.update(len(plan.rows))
+            advance(len(plan.rows))
             unreadable += [Skipped(*entry) for entry in table.skipped]
             refuse_bad_share(unreadable, len(unreadable), total, worker.recipe.max_bad_share)
 

@@ -21,6 +21,7 @@ from data_pipeline.index import Bucket
 from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
+from sharpmoe.console import progress_bar
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.moe.influence import INFLUENCE_COLUMNS, choice_of_gate, influence
 from sharpmoe.moe.routing import Routing
@@ -111,8 +112,9 @@ def observe(
     tables = [_zeros(run, samples.buckets[names[run.start]], len(times)) for run in runs]
     flow = torch.zeros(len(indices), len(times))
     routers = torch.zeros(len(indices), len(times), len(model.moe_layers()), INFLUENCE_COLUMNS)
-    with evaluating(model):
-        for number, rows, counted in _chunks_of_rank(runs, chunk, share):
+    chunks = _chunks_of_rank(runs, chunk, share)
+    with evaluating(model), progress_bar("measuring held-out images", len(chunks), "model call") as advance:
+        for number, rows, counted in chunks:
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)
             item = _held_out_batch(batch, picked, times, model.config, seed, device, noise)
@@ -123,6 +125,7 @@ def observe(
                 first, parts = runs[number].start, _of_tokens(batch, item, steps, model.config.patch_size)
                 for table, part in zip(tables[number], parts, strict=True):
                     table[rows.start - first : rows.stop - first] = part
+            advance(1)
     columns = [_reduced(column, share, device) for column in zip(*tables, strict=True)]
     flow, routers = _reduced([flow, routers], share, device)
     return Observed(flow, routers, tuple(TokenTables(*run) for run in zip(*columns, strict=True)))

@@ -10,6 +10,7 @@ from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import CheckpointError
 
 _Kind = Literal["ema", "live"]
+EARLY_AVERAGE = 0.1  # share of averaged weights that is the start, above which they say little about what was learned
 
 
 class SavedModel(NamedTuple):
@@ -33,6 +34,24 @@ def find_saved_model(path: Path | str, kind: _Kind = "ema") -> SavedModel:
     folder = checkpoint.parent.parent
     name = f"{folder.name}, {checkpoint.name}, {kind}"
     return _checked(SavedModel(checkpoint / f"{kind}.safetensors", _run_above(checkpoint), folder, name))
+
+
+def average_note(saved: SavedModel) -> str:
+    """Return a note where much of averaged weights is still what the run started from; "" where it is not.
+
+    After n steps the share is optim.ema_decay ** n: 99 % after 100 steps of 0.9999.
+    """
+    step = saved.weights.parent.name.removeprefix("step")
+    if saved.run is None or saved.weights.stem != "ema" or not step.isdigit():
+        return ""
+    share = saved.run.optim.ema_start_share(int(step))
+    if share <= EARLY_AVERAGE:
+        return ""
+    decay = saved.run.optim.ema_decay
+    return (
+        f"note: {saved.name}: {share:.3g} of the averaged weights is still what the run started from (optim.ema_decay "
+        f"{decay:g} after {int(step)} steps); --weights live shows what it has learned"
+    )
 
 
 def _latest_checkpoint(folder: Path) -> Path:

@@ -104,8 +104,11 @@ class DamagedSamples:
             self._write(self._log, fresh, step)
 
     def _write(self, log: RunLog, fresh: Sequence[Damage], step: int) -> None:
-        with Path(self._file).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **damage._asdict()}) + "\n" for damage in fresh)
+        try:
+            with Path(self._file).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **damage._asdict()}) + "\n" for damage in fresh)
+        except OSError as error:
+            log.say(f"note: {self._file}: cannot be written ({error.strerror}); training goes on")
         for damage in fresh[:_PRINTED]:
             log.say(f"step {step}: damaged: {damage}")
         if fresh[_PRINTED:]:

@@ -27,10 +27,11 @@ from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows
 from sharpmoe.train.owner import run_folder_owned
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import rollout_steps
-from sharpmoe.train.session import Session, ema_model, ensure_saved, log_save, open_session
+from sharpmoe.train.session import Session, ema_model, ensure_saved, live_model, log_save, open_session
 from sharpmoe.train.setup import RunPlan, choose_checkpoint, initial_model
 from sharpmoe.train.shapes import token_counts
 from sharpmoe.train.step import StepResult, train_step
+from sharpmoe.train.summary import closing_summary
 from sharpmoe.train.target import with_target_scales
 from sharpmoe.train.terms import has_routing_loss, routing_weight
 from sharpmoe.train.trajectories import draw_trajectories
@@ -88,19 +89,20 @@ def _run(session: Session, monitor_first: bool) -> _Ended:
     monitor_first: the run was stopped while it measured the step that it resumes from, which is done now.
     """
     plan, progress, monitored = session.plan, session.plan.start, False
-    build, timetable = partial(ema_model, session), _Timetable(plan.run.checkpoint, session.world)
+    build, live = partial(ema_model, session), partial(live_model, session)
+    timetable = _Timetable(plan.run.checkpoint, session.world)
     try:
         if progress.step == 0:
             session.monitor.before_training(build)
         elif monitor_first:
-            session.monitor.after_step(progress.step, build)
+            session.monitor.after_step(progress.step, build, live)
         if session.log is not None:
             _clear_stopped(plan.folder)
         monitored = True
         with closing(_steps(session)) as steps:
             for progress in steps:
                 monitored = False
-                session.monitor.after_step(progress.step, build)
+                session.monitor.after_step(progress.step, build, live)
                 monitored = True
                 if progress.step < plan.run.train.steps and timetable.due(progress.step):
                     watchdog.mark(f"the save of step {progress.step}")
@@ -234,7 +236,7 @@ def _finish(session: Session, progress: Progress) -> _Ended:
     watchdog.mark(f"the save of step {progress.step}")
     folder = ensure_saved(session, progress)
     if session.log is not None:
-        session.log.say(f"done: {folder}")
+        session.log.say(closing_summary(session.plan.run, session.plan.folder, folder, session.log))
     return _Ended(folder)
 
 
@@ -244,7 +246,10 @@ def _stop(session: Session, progress: Progress, name: str, monitored: bool) -> _
     folder = ensure_saved(session, progress)
     if session.log is not None:
         stopped = _Stopped(name, progress.step, monitored)
-        durable.write_atomically(session.plan.folder / _STOPPED_FILE, json.dumps(stopped._asdict()))
+        try:
+            durable.write_atomically(session.plan.folder / _STOPPED_FILE, json.dumps(stopped._asdict()))
+        except OSError as error:  # the checkpoint is there
+            session.log.say(f"note: {error.filename}: cannot be written ({error.strerror})")
         session.log.event("stop", progress.step, signal=name, checkpoint=str(folder))
         session.log.say(f"stopped by {name} after step {progress.step}: {folder}; start it again to go on")
     return _Ended(folder, name)

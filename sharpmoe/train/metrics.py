@@ -49,6 +49,11 @@ class StepStats:
     effort: Effort | None = None
 
     @property
+    def memory_mib(self) -> float:
+        """Peak memory of this process in MiB, now: see `_memory_mib`."""
+        return _memory_mib()
+
+    @property
     def tflops(self) -> float | None:
         """Model TFLOP/s of one rank: without what was computed twice."""
         return None if self.effort is None else self._tflops(self.effort, self.effort.flops.model)
@@ -75,7 +80,7 @@ class StepStats:
             "throughput/tokens_per_second": self.tokens / seconds,
             "throughput/seconds_per_step": self.seconds,
             "throughput/data_wait_share": self.wait_seconds / seconds,
-            "memory/peak_mib": _memory_mib(),
+            "memory/peak_mib": self.memory_mib,
             **self._effort_scalars(),
         }
 

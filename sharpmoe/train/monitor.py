@@ -7,9 +7,11 @@ weights, that `build` makes (communicating, on all ranks) only where something i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,22 +19,27 @@ from data_pipeline.encode.codecs import Codec
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import RunConfig
-from sharpmoe.errors import outside_error
+from sharpmoe.errors import SharpMoEError, TrainingError, outside_error
 from sharpmoe.evaluation.allocation import (
     Allocation,
     allocation_table,
     measure_allocation,
 )
 from sharpmoe.evaluation.held_out import Share, spread
-from sharpmoe.evaluation.validation import validate
+from sharpmoe.evaluation.validation import Validation, validate
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.parallel.ranks.signals import StopAskedError
 from sharpmoe.report.figures import Pixels, allocation_curves, sample_grid, save_png
 from sharpmoe.report.routing_sheet import draw_routing_sheet, observe_routing
+from sharpmoe.report.runs import EARLY_AVERAGE
 from sharpmoe.report.samples import Prompts, draw_images, encode_prompts
 from sharpmoe.train.metrics import due
 from sharpmoe.train.runlog import RunLog
 
 _SHEET_IMAGES = 8
+
+_Result = TypeVar("_Result")
+_Agree = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,7 @@ class Monitor:
     material: _Material | None  # None where the run measures nothing
     share: Share
     log: RunLog | None  # rank 0 only
+    agree: _Agree = nullcontext  # context in which an error of one rank is raised on all
 
     @classmethod
     def open(
@@ -63,6 +71,7 @@ class Monitor:
         device: torch.device,
         share: Share,
         log: RunLog | None,
+        agree: _Agree = nullcontext,
     ) -> Monitor:
         """Open the codec, encode the fixed captions to `device`, and read once what will be measured on.
 
@@ -70,7 +79,7 @@ class Monitor:
         nothing. No communication. Raises DataError.
         """
         material = None if held_out is None else _open_material(run, held_out, device)
-        return cls(run=run, folder=folder, material=material, share=share, log=log)
+        return cls(run=run, folder=folder, material=material, share=share, log=log, agree=agree)
 
     def before_training(self, build: Callable[[], Backbone]) -> None:
         """Measure and draw the model that a run starts from (not one that it resumes): allocation/before.json."""
@@ -84,19 +93,25 @@ class Monitor:
         if log.sample_every:
             self._draw(model, self.material, 0)
 
-    def after_step(self, step: int, build: Callable[[], Backbone]) -> None:
-        """Validate and draw where it is due after optimizer step `step`; after the last always, with the allocation."""
+    def after_step(
+        self, step: int, build: Callable[[], Backbone], build_live: Callable[[], Backbone] | None = None
+    ) -> None:
+        """Validate and draw where it is due after optimizer step `step`; after the last always, with the allocation.
+
+        While much of the average is still the start, the model of `build_live` is validated too.
+        """
         log, last = self.run.log, step == self.run.train.steps
         validated = log.validate_every > 0 and (last or due(step, log.validate_every))
         drawn = log.sample_every > 0 and (last or step % log.sample_every == 0)
         measured = last and log.allocation and self.run.model.family.has_experts
         if self.material is None or not (validated or drawn or measured):
             return
+        compared = validated and build_live is not None and self.run.optim.ema_start_share(step) > EARLY_AVERAGE
+        live = self._validate(build_live(), self.material) if compared and build_live is not None else None
         model = build()
-        if validated:
-            result = validate(model, self.material.held_out, images=log.validation_images, share=self.share)
-            if self.log is not None:
-                self.log.scalars(step, result.scalars())
+        result = self._validate(model, self.material) if validated else None
+        if result is not None:
+            self._report("the validation", lambda log: log.validation(step, result, live))
         if drawn:
             self._draw(model, self.material, step)
         if measured:
@@ -104,6 +119,8 @@ class Monitor:
 
     def _allocation_before(self, model: Backbone, material: _Material) -> None:
         result = self._measure(model, material)
+        if result is None:
+            return
 
         def write(log: RunLog) -> None:
             result.save(self.folder / "allocation" / "before.json")
@@ -115,6 +132,8 @@ class Monitor:
     def _allocation_after(self, model: Backbone, material: _Material) -> None:
         """Print the allocation of the finished run beside that of its start, where that was measured."""
         result = self._measure(model, material)
+        if result is None:
+            return
 
         def write(log: RunLog) -> None:
             folder, step = self.folder / "allocation", self.run.train.steps
@@ -131,18 +150,31 @@ class Monitor:
 
         self._report("the allocation after training", write)
 
-    def _measure(self, model: Backbone, material: _Material) -> Allocation:
-        return measure_allocation(model, material.held_out, images=self.run.log.allocation_images, share=self.share)
+    def _measure(self, model: Backbone, material: _Material) -> Allocation | None:
+        images, share = self.run.log.allocation_images, self.share
+        return self._attempt(
+            "the allocation", lambda: measure_allocation(model, material.held_out, images=images, share=share)
+        )
+
+    def _validate(self, model: Backbone, material: _Material) -> Validation | None:
+        images, share = self.run.log.validation_images, self.share
+        return self._attempt("the validation", lambda: validate(model, material.held_out, images=images, share=share))
 
     def _draw(self, model: Backbone, material: _Material, step: int) -> None:
         """Sample grid of the fixed captions and routing sheet of held-out images, to files and TensorBoard."""
         pictures: dict[str, Callable[[], Pixels]] = {}
-        if material.request is not None:
-            images = draw_images(model, material.request, self.run.sample, material.codec.decode)
-            pictures["samples"] = lambda: sample_grid(images, self.run.sample.captions)
+        request, codec, sample = material.request, material.codec, self.run.sample
+        if request is not None:
+            images = self._attempt("the samples", lambda: draw_images(model, request, sample, codec.decode))
+            if images is not None:
+                pictures["samples"] = lambda: sample_grid(images, sample.captions)
         if model.moe_layers():
-            sheet = observe_routing(model, material.held_out, material.codec, _SHEET_IMAGES, share=self.share)
-            pictures["routing"] = lambda: draw_routing_sheet(sheet, f"{self.run.name}, step {step}")
+            held_out, share = material.held_out, self.share
+            sheet = self._attempt(
+                "the routing sheet", lambda: observe_routing(model, held_out, codec, _SHEET_IMAGES, share=share)
+            )
+            if sheet is not None:
+                pictures["routing"] = lambda: draw_routing_sheet(sheet, f"{self.run.name}, step {step}")
         for kind, draw in pictures.items():
             self._report(f"the picture of {kind}", partial(self._show, step, kind, draw))
 
@@ -151,6 +183,21 @@ class Monitor:
         save_png(pixels, self.folder / kind / f"step{step:08}.png")
         log.image(step, kind, pixels)
 
+    def _attempt(self, what: str, measure: Callable[[], _Result]) -> _Result | None:
+        """Measure on all ranks. Where any of them fails, return None on all and note it: training does not need it."""
+        try:
+            with self.agree():
+                try:
+                    return measure()
+                except (SharpMoEError, StopAskedError):
+                    raise
+                except Exception as error:
+                    raise TrainingError(_reason(error)) from error
+        except SharpMoEError as error:
+            if self.log is not None:
+                self.log.say(f"note: {what} could not be made: {error}; training goes on")
+            return None
+
     def _report(self, what: str, write: Callable[[RunLog], object]) -> None:
         """On rank 0, draw or write what only reports, without communication. What fails is noted and left out."""
         if self.log is None:
@@ -158,8 +205,12 @@ class Monitor:
         try:
             write(self.log)
         except Exception as error:  # noqa: BLE001 - a report that fails must not end a run
-            reason = " ".join(str(outside_error(error) or f"{type(error).__name__}: {error}").split())
-            self.log.say(f"note: {what} could not be written: {reason}; training goes on")
+            self.log.say(f"note: {what} could not be written: {_reason(error)}; training goes on")
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong as one line."""
+    return " ".join(str(outside_error(error) or f"{type(error).__name__}: {error}").split())
 
 
 def measures(run: RunConfig) -> bool:

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from sharpmoe.log_file import LogWriter
+from sharpmoe.console import clock, coloured_note
+from sharpmoe.evaluation.validation import Validation
+from sharpmoe.log_file import LOG_FILE, LogWriter, read_log
 from sharpmoe.train.metrics import StepStats, due
 
 
@@ -40,12 +44,16 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.total_steps, self.first_step, self.every = total_steps, first_step, every
         self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+        self.writer: SummaryWriter | None = None
         self.lines = LogWriter(self.folder, self.run)
         self.progress = _ProgressLine(total_steps, first_step, sys.stdout if stream is None else stream)
+        self.images, self.seconds = 0, 0.0  # of the steps of this process
         self._complained = False
+        self._attempt(self._open_events)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.event("start", first_step - 1, time=now, settings=dict(settings or {}))
+        self.validations: dict[int, float] = {}  # step -> held-out flow loss, also of the processes before
+        self._attempt(self._read_validations)
 
     def due(self, step: int) -> bool:
         """Whether the figures of this step are written: the first, the last and every `every`-th."""
@@ -53,6 +61,7 @@ class RunLog:
 
     def step(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
         """Write one step, with `more` figures such as `routing_scalars`, where it is due; move the progress line."""
+        self.images, self.seconds = self.images + stats.images, self.seconds + stats.seconds
         if self.due(stats.step):
             self.scalars(stats.step, {**stats.scalars(), **(more or {})})
         self.progress.update(stats, written=self.due(stats.step))
@@ -67,6 +76,19 @@ class RunLog:
 
         self._events(write)
         self._attempt(lambda: self.lines.figures(step, finite))
+
+    def validation(self, step: int, result: Validation, live: Validation | None = None) -> None:
+        """Write and print the held-out flow loss after a step; `live`: that of the weights that are not averaged."""
+        before = min(self.validations.values(), default=math.inf)
+        self.validations[step] = result.mean
+        self.scalars(step, result.scalars())
+        note = "best so far" if result.mean < before else f"best {before:.4f}"
+        line = f"validation after step {step}: flow loss {result.mean:.4f} ± {result.error:.4f} ({note})"
+        if live is not None:
+            tags = {tag.replace("validation/", "validation_live/"): value for tag, value in live.scalars().items()}
+            self.scalars(step, tags)
+            line += f"; of the live weights {live.mean:.4f}"
+        self.say(line)
 
     def event(self, name: str, step: int, **about: Any) -> None:
         """Write what happened after `step` steps as one line of log.jsonl; values of `about` are JSON values."""
@@ -85,34 +107,55 @@ class RunLog:
         """Print text above the progress line."""
         self.progress.say(text)
 
+    def passed(self) -> float:
+        """Return the seconds since this log was opened."""
+        return time.monotonic() - self.progress.started
+
     def close(self) -> None:
         """Flush and close; the progress line ends with a line break. A second time it does nothing."""
         if self.lines.closed:
             return
         self.progress.close()
-        self._attempt(self.writer.close)
+        if self.writer is not None:
+            self._attempt(self.writer.close)
         self._attempt(self.lines.close)
 
     def _events(self, write: Callable[[SummaryWriter], object]) -> None:
         """Write to TensorBoard's file and flush it: a run that is killed keeps its curves."""
 
-        def flushed() -> None:
-            write(self.writer)
-            self.writer.flush()
+        def flushed(writer: SummaryWriter) -> None:
+            write(writer)
+            writer.flush()
 
-        self._attempt(flushed)
+        if self.writer is not None:
+            self._attempt(partial(flushed, self.writer))
+
+    def _open_events(self) -> None:
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step)
+
+    def _read_validations(self) -> None:
+        self.validations = read_log(self.folder / LOG_FILE).get("validation/flow", {})
 
     def _attempt(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - what only reports must not end a run
             if not self._complained:
-                self.say(f"note: {self.folder}: figures cannot be written ({error.strerror}); training goes on")
+                self.say(f"note: {self.folder}: figures cannot be written ({_reason(error)}); training goes on")
             self._complained = True
 
 
+def _reason(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class _ProgressLine:
-    """One line that moves on a terminal; one line per written step elsewhere (a file, a Slurm log)."""
+    """One line that moves on a terminal; one line per written step elsewhere (a file, a Slurm log).
+
+    A stream that cannot be written, such as a file on a full disk, costs its lines, not the run; a pipe that nobody
+    reads is an error, as in every command.
+    """
 
     def __init__(self, total_steps: int, first_step: int, stream: TextIO) -> None:
         self.total_steps, self.first_step, self.stream = total_steps, first_step, stream
@@ -123,41 +166,51 @@ class _ProgressLine:
     def update(self, stats: StepStats, written: bool) -> None:
         """Show a step: always on a terminal, elsewhere where its figures were `written`."""
         self.line = self.render(stats)
-        if self.live:
-            self.stream.write("\r\x1b[K" + self.line)
+        if self.live:  # a line that wraps could not be written over
+            self.line = self.line[: shutil.get_terminal_size().columns - 1]
+            self._write("\r\x1b[K" + self.line)
         elif written:
-            self.stream.write(self.line + "\n")
-        self.stream.flush()
+            self._write(self.line + "\n")
 
     def render(self, stats: StepStats) -> str:
-        """Return counter, losses, gradient norm, learning rates, speed, utilisation, data wait, time left."""
+        """Return counter, time left, speed, losses, gradient norm, learning rates, utilisation, data wait, memory."""
         done = stats.step - self.first_step + 1
-        left = (time.monotonic() - self.started) / done * (self.total_steps - stats.step)
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in stats.losses.items() if value)
+        left = clock((time.monotonic() - self.started) / done * (self.total_steps - stats.step))
         speed = stats.images / max(stats.seconds, 1e-9)
         wait = stats.wait_seconds / max(stats.seconds, 1e-9)
         scaled = "".join(f" ({name} {stats.lr * factor:.2e})" for name, factor in stats.lr_scale.items())
-        used = "" if stats.mfu is None else f"  mfu {stats.mfu:.1%}"
-        counter = f"{stats.step:>{len(str(self.total_steps))}}/{self.total_steps}"
-        return (
-            f"step {counter}  {losses}  grad {stats.grad_norm:.3g}  lr {stats.lr:.2e}{scaled}  {speed:.1f} images/s"
-            f"{used}  data {wait:.0%}  left {_clock(left)}"
-        )
+        columns = [
+            f"step {stats.step:>{len(str(self.total_steps))}}/{self.total_steps}",
+            f"{left:>5} left",
+            f"{speed:5.1f} images/s",
+            *(f"{name} {_figure(value)}" for name, value in stats.losses.items() if value),
+            f"grad {_figure(stats.grad_norm)}",
+            f"lr {stats.lr:.2e}{scaled}",
+            *([] if stats.mfu is None else [f"mfu {stats.mfu:5.1%}"]),
+            f"data {wait:3.0%}",
+            f"{stats.memory_mib / 1024:.2f} GiB",
+        ]
+        return "  ".join(columns)
 
     def say(self, text: str) -> None:
         """Print text on lines of its own."""
-        self.stream.write(("\r\x1b[K" if self.live else "") + text + "\n" + (self.line if self.live else ""))
-        self.stream.flush()
+        shown = coloured_note(text, self.stream)
+        self._write(("\r\x1b[K" if self.live else "") + shown + "\n" + (self.line if self.live else ""))
 
     def close(self) -> None:
         """End the moving line."""
-        if self.live and self.line:
-            self.stream.write("\n")
-        self.stream.flush()
+        self._write("\n" if self.live and self.line else "")
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
 
 
-def _clock(seconds: float) -> str:
-    """Show a duration as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _figure(value: float) -> str:
+    """Return a number with four significant digits, of one width where it is between 0.001 and 10,000."""
+    return f"{value:#.4g}".rjust(7)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.checkpoint.save import Checkpoints, Outcome
@@ -56,12 +57,13 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
     checkpoints = Checkpoints(root, config, contents, identity=plan.identity, settings=settings)
     if plan.saved is not None:
         checkpoints.load(plan.saved)
-    share = Share(world.rank, world.size, lambda table: sum_over_ranks(table, world))
+    share = Share(world.rank, world.size, partial(_sum_of_all, world))
     with raise_on_all_ranks(world):
         uses = schedule_of(plan.run).model_uses * plan.batch.accumulation
         warnings = regather_warnings(plan.ds_config, engine.num_parameters, uses)
         log = _open_log(plan, [*plan.notes, *initial.notes, *warnings], settings) if world.is_main else None
-        monitor = Monitor.open(plan.run, plan.data.held_out, plan.folder, world.device, share, log)
+        agree = partial(raise_on_all_ranks, world)
+        monitor = Monitor.open(plan.run, plan.data.held_out, plan.folder, world.device, share, log, agree)
     return Session(
         plan=plan,
         world=world,
@@ -93,7 +95,15 @@ def ema_model(session: Session) -> Backbone:
     forward would make DeepSpeed record a parameter order without end, and every call slower than the one before.
     A signal that asks the run to stop raises StopAskedError from its next call, on every rank.
     """
-    state = session.ema.full_weights(session.objective.model, everywhere=True)
+    return _plain_model(session, session.ema.full_weights(session.objective.model, everywhere=True))
+
+
+def live_model(session: Session) -> Backbone:
+    """Build the same with the weights that are trained, not their average. Communicates."""
+    return _plain_model(session, session.engine.full_weights(session.objective.model, everywhere=True))
+
+
+def _plain_model(session: Session, state: dict[str, Tensor]) -> Backbone:
     with torch.device("meta"):
         twin = build_model(session.plan.run.model)
     twin.load_state_dict(state, assign=True)
@@ -104,6 +114,13 @@ def ema_model(session: Session) -> Backbone:
 def _stop_on_signal(world: World, *_: object) -> None:
     with raise_on_all_ranks(world, stop_on_signal=True):
         pass
+
+
+def _sum_of_all(world: World, table: Tensor) -> Tensor:
+    """Return the sum over all ranks; a rank that has failed before it is met here, and not by another collective."""
+    with raise_on_all_ranks(world):
+        pass
+    return sum_over_ranks(table, world)
 
 
 def ensure_saved(session: Session, progress: Progress) -> Path:

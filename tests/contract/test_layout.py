@@ -61,7 +61,6 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/report/page.py": "launcher/test_report.py",
     # stages of a run, seen from whole runs
     "sharpmoe/train/local_gradients.py": "train/test_rollout_schedules.py",
-    "sharpmoe/train/monitor.py": "train/test_loop_stopping.py",
     "sharpmoe/train/session.py": "train/test_loop.py",
     # steps of preparing and reading, seen from whole shard sets
     "data_pipeline/identity.py": "data_pipeline/encode/test_build.py",

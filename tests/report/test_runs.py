@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError
-from sharpmoe.report.runs import find_saved_model
+from sharpmoe.report.runs import SavedModel, average_note, find_saved_model
 from tests.report.run_folder import make_run_folder
 
 NAME = "step00000002"
@@ -47,3 +48,28 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest").write_text(NAME)
     with pytest.raises(CheckpointError, match=r"ema.safetensors: no such weights file"):
         find_saved_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("decay", "step", "kind", "share"),
+    [
+        (0.9999, 100, "ema", "0.99"),
+        (0.9999, 20_000, "ema", "0.135"),
+        (0.9999, 30_000, "ema", ""),
+        (0.95, 100, "ema", ""),  # the quickstart
+        (0.9999, 100, "live", ""),
+    ],
+)
+def test_averaged_weights_that_are_still_the_start_are_said_to_be(
+    decay: float, step: int, kind: str, share: str
+) -> None:
+    run = RunConfig(stage="pretrain")
+    run = run.model_copy(update={"optim": run.optim.model_copy(update={"ema_decay": decay})})
+    weights = Path(f"run/checkpoints/step{step:08}/{kind}.safetensors")
+    note = average_note(SavedModel(weights, run, Path("run"), "run"))
+    assert bool(note) == bool(share)
+    assert f"{share} of the averaged weights is still what the run started from" in note or not share
+
+
+def test_weights_outside_of_a_run_get_no_note(tmp_path: Path) -> None:
+    assert average_note(SavedModel(tmp_path / "ema.safetensors", None, tmp_path, "ema")) == ""

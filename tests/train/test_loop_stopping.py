@@ -42,7 +42,7 @@ PLACES = {
     "save": Place(save, "_write_own", 1, 1),
     "last save": Place(loop, "ensure_saved", 1, 3),
     "first look": Place(monitor, "measure_allocation", 1, 0, looked=False),
-    "validation": Place(monitor, "validate", 2, 2, looked=False),
+    "validation": Place(monitor, "validate", 4, 2, looked=False),  # of the live weights first
     "sampling": Place(monitor, "draw_images", 2, 1, looked=False),
     "routing sheet": Place(monitor, "observe_routing", 3, 2, looked=False),
     "last look": Place(monitor, "measure_allocation", 2, 3, looked=False),

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sharpmoe.evaluation.validation import Validation
 from sharpmoe.log_file import read_log, read_log_lines
+from sharpmoe.train import runlog
 from sharpmoe.train.flops import StepFlops
 from sharpmoe.train.metrics import Effort, StepStats
-from sharpmoe.train.runlog import RunLog, _clock
+from sharpmoe.train.runlog import RunLog
 
 
 class Terminal(io.StringIO):
@@ -88,7 +91,10 @@ def test_a_file_gets_one_line_per_written_step(tmp_path: Path) -> None:
     lines = stream.getvalue().splitlines()
     assert len(lines) == 4
     assert "\r" not in stream.getvalue()
-    assert lines[0].startswith("step  1/20  total 1  grad 0.25  lr 1.00e-04  64.0 images/s  data 20%  left ")
+    start = (
+        r"step  1/20   \d:\d\d left   64.0 images/s  total   1.000  grad  0.2500  lr 1.00e-04  data 20%  \d+.\d\d GiB"
+    )
+    assert re.fullmatch(start, lines[0]), lines[0]
     assert lines[-1] == "saved"
 
 
@@ -100,8 +106,8 @@ def test_the_line_shows_the_utilisation_where_the_peak_is_known(tmp_path: Path) 
     log.step(replace(stats(2), effort=Effort(spent, ranks=1)))
     log.close()
     first, second = stream.getvalue().splitlines()
-    assert "64.0 images/s  mfu 50.0%  data 20%" in first
-    assert "64.0 images/s  data 20%" in second
+    assert "lr 1.00e-04  mfu 50.0%  data 20%" in first
+    assert "lr 1.00e-04  data 20%" in second
     assert read_log(tmp_path / "log.jsonl")["flops/per_image/wasted"] == {1: 9e9, 2: 9e9}
 
 
@@ -183,5 +189,56 @@ def test_a_full_disk_costs_figures_not_the_run(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == [1, 2, 3]
 
 
-def test_durations_as_clocks() -> None:
-    assert (_clock(61), _clock(3725)) == ("1:01", "1:02:05")
+def validated(mean: float) -> Validation:
+    return Validation({0.5: mean}, mean, 0.01, 4)
+
+
+def test_the_validation_is_printed_with_the_best_of_all_processes(tmp_path: Path) -> None:
+    for first_step, means in ((1, (0.5, 0.4)), (3, (0.45, 0.3))):
+        stream = io.StringIO()
+        log = RunLog(tmp_path, 4, first_step, every=1, stream=stream)
+        for step, mean in enumerate(means, first_step):
+            log.validation(step, validated(mean), live=validated(0.2) if step == 4 else None)
+        log.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "validation after step 3: flow loss 0.4500 ± 0.0100 (best 0.4000)"
+    assert lines[1].startswith("validation after step 4: flow loss 0.3000 ± 0.0100 (best so far); of the live weights")
+    curves = read_log(tmp_path / "log.jsonl")
+    assert curves["validation/flow"] == {1: 0.5, 2: 0.4, 3: 0.45, 4: 0.3}
+    assert curves["validation_live/flow"] == {4: 0.2}
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar"])
+def test_tensorboard_that_fails_is_noted_once_and_costs_nothing_else(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no queue")
+
+    monkeypatch.setattr(runlog.SummaryWriter, method, refuse)
+    stream = io.StringIO()
+    log = RunLog(tmp_path, 2, every=1, stream=stream)
+    for step in (1, 2):
+        log.step(stats(step))
+    log.close()
+    assert set(read_log(tmp_path / "log.jsonl")["loss/total"]) == {1, 2}
+    assert stream.getvalue().count("figures cannot be written (RuntimeError: no queue)") == 1
+
+
+def test_a_console_on_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    log = RunLog(tmp_path, 2, every=1, stream=Full())
+    log.step(stats(1))
+    log.say("saved")
+    log.close()
+    assert read_log(tmp_path / "log.jsonl")["loss/total"] == {1: 1.0}
+
+
+def test_a_narrow_terminal_gets_a_line_that_does_not_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    RunLog(tmp_path, 3, every=10, stream=stream).step(stats(1))
+    assert len(stream.getvalue().removeprefix("\r\x1b[K")) == 39

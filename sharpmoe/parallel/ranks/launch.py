@@ -140,15 +140,18 @@ def gather_objects(value: object, world: World) -> list[Any]:
 def raise_on_all_ranks(world: World, stop_on_signal: bool = False) -> Iterator[None]:
     """Turn an error of one rank into an error on all, so that none is left waiting in a later collective.
 
-    That is a SharpMoEError, or one of the system or torch (see `outside_error`). The body must not communicate. Costs
-    one all-reduce of two numbers when no rank fails. Every rank raises the first failing rank's error, with the rank's
-    number unless all ranks failed alike; otherwise, with `stop_on_signal`, every rank raises StopAskedError where a
-    signal has asked any of them to stop (see `signals`).
+    That is a SharpMoEError, or one of the system or torch (see `outside_error`). The body must not communicate, except
+    through contexts like this one: their error is passed on as it is, and a rank that fails between two of them meets
+    the others in the next. Costs one all-reduce of two numbers when no rank fails. Every rank raises the first failing
+    rank's error, with the rank's number unless all ranks failed alike; otherwise, with `stop_on_signal`, every rank
+    raises StopAskedError where a signal has asked any of them to stop (see `signals`).
     """
     error: SharpMoEError | None = None
     try:
         yield
     except SharpMoEError as caught:
+        if caught.agreed:
+            raise
         error = caught
     except Exception as caught:
         error = outside_error(caught)
@@ -158,7 +161,9 @@ def raise_on_all_ranks(world: World, stop_on_signal: bool = False) -> Iterator[N
     watchdog.mark()
     failed, signal = _maxima([int(error is not None), signals.asked() if stop_on_signal else 0], world)
     if failed:
-        raise common_error(gather_objects(error, world))
+        common = common_error(gather_objects(error, world))
+        common.agreed = True
+        raise common
     if signal:
         raise signals.StopAskedError(Signals(signal).name)
 

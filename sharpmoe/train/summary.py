@@ -1,0 +1,52 @@
+"""What a finished run prints: how long it took, what it reached, where everything is, what to run next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from sharpmoe.config import RunConfig
+from sharpmoe.console import clock
+from sharpmoe.train.runlog import RunLog
+
+_SAMPLES = "samples"  # folders and files of a run, as the monitor writes them
+_ALLOCATION = "allocation.png"
+
+
+def closing_summary(run: RunConfig, folder: Path, checkpoint: Path, log: RunLog) -> str:
+    """Return the lines after the last step; commands can be pasted."""
+    rows = {"trained": _trained(log), "validation": _validation(log.validations), "weights": _weights(checkpoint)}
+    places = {"samples": folder / _SAMPLES, "allocation": folder / _ALLOCATION, "curves": folder / "tensorboard"}
+    rows |= {name: str(place) for name, place in places.items() if place.exists()}
+    lines = [f"done: {checkpoint}", *(f"  {name:<11}{text}" for name, text in rows.items() if text)]
+    return "\n".join([*lines, "next:", *(f"  {command}" for command in _next_commands(run, folder))])
+
+
+def _trained(log: RunLog) -> str:
+    steps = log.total_steps - log.first_step + 1
+    if steps < 1 or not log.seconds:
+        return ""
+    passed = clock(log.passed())
+    return f"{steps} step(s) in {passed}, {log.images / log.seconds:.1f} images/s in the steps"
+
+
+def _validation(losses: dict[int, float]) -> str:
+    if not losses:
+        return ""
+    last, best = max(losses), min(losses, key=lambda step: losses[step])
+    best_text = "the best of the run" if best == last else f"best {losses[best]:.4f} after step {best}"
+    return f"flow loss {losses[last]:.4f} after step {last}, {best_text}"
+
+
+def _weights(checkpoint: Path) -> str:
+    return f"{checkpoint / 'ema.safetensors'} (averaged), live.safetensors beside it"
+
+
+def _next_commands(run: RunConfig, folder: Path) -> list[str]:
+    place = shlex.quote(str(folder))
+    labels = " --labels 0 1 2 3" if run.model.conditioning == "class" else ""
+    captions = "" if labels or run.sample.captions else ' --captions "a red apple"'
+    commands = [f"python launcher/sample.py {place}{labels}{captions}", f"python launcher/report.py {place}"]
+    if run.checkpoint.init is not None and run.model.family.has_experts:
+        commands.insert(1, f"python launcher/evaluate.py {shlex.quote(run.checkpoint.init)} {place}")
+    return [*commands, f"tensorboard --logdir {place}"]
