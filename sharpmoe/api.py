@@ -32,7 +32,7 @@ from sharpmoe.report.samples import Prompts, Size, check_shards, draw_images, en
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments
-from sharpmoe.train.terms import LossTerms
+from sharpmoe.train.terms import LossTerms, routing_weight
 from sharpmoe.train.trajectories import EmptyText, draw_trajectories
 
 _ANY_POSITION = 2**62  # positions of batches that have none are drawn below it
@@ -112,6 +112,7 @@ def rollout_loss(
     rollout: RolloutConfig | None = None,
     empty_text: EmptyText | None = None,
     seed: int = 0,
+    step: int | None = None,
 ) -> RolloutLoss:
     """Compute the loss of SharpMoE's post-training on a batch of images, as a run with these settings computes it.
 
@@ -129,13 +130,15 @@ def rollout_loss(
     * a `TrajectoryBatch`, with noise and times already drawn; the length of `times` is T then.
     All are moved to the model's device. `loss` and `rollout` have the defaults of a run (docs/configuration.md).
     `empty_text`: the empty caption (`shards.empty_text()`) for `rollout.caption_dropout`; by default it is encoded with
-    the text encoder in `model.origin`.
+    the text encoder in `model.origin`. `step`: number of the optimizer step, 0 is the first; loss.routing_warmup_steps
+    needs it, and schedule segments trains the segment that a run trains then (without it, one drawn by position).
 
     With a schedule other than plain and checkpoint some of the backward is done here (rollout.schedule,
     docs/design/0003); `total.backward()` completes the gradient, whatever the schedule. Under torch.no_grad nothing is
     kept. Raises ConfigError, and DataError where the batch does not fit the model. No communication.
     """
     run = RunConfig(model=model.config, loss=loss or LossConfig(), rollout=rollout or RolloutConfig(), seed=seed)
+    _check_settings(run.loss, step)
     run = _plain(run) if not torch.is_grad_enabled() else run
     if not model.training:
         raise ConfigError(
@@ -143,16 +146,18 @@ def rollout_loss(
             "model.train() first (under torch.no_grad() too)"
         )
     if isinstance(batch, TrajectoryBatch):
-        item, segment = _to_device(batch, model), 0
+        item, position = _to_device(batch, model), 0
         run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"num_steps": len(batch.times)})})
     else:
         whole = batch if isinstance(batch, Batch) else _as_batch(batch, model.config)
         _check_batch(whole, model.config)
         whole, empty = _texts(whole, model, empty_text, run)
         (item,) = draw_trajectories([whole], empty, run, _device(model))
-        segment = draws.rollout_block(seed, int(whole.position[0]), num_segments(run))
+        position = int(whole.position[0])
     check_schedule(run, len(item.x0), (item.saliency.shape[1],))
-    answer = Objective(model, run)(StepRequest((item,), segment))
+    segment = draws.rollout_block(seed, position if step is None else step, num_segments(run))
+    weight = None if step is None else routing_weight(run, step)
+    answer = Objective(model, run)(StepRequest((item,), segment, routing_weight=weight))
     (record,) = answer.records
     total = answer.loss - answer.loss.detach() + record.terms.total  # the last pass has the graph, the record the value
     return RolloutLoss(total, record.terms, record.thresholds, record.loads)
@@ -246,6 +251,17 @@ def _prompts(prompts: str | int | Sequence[str] | Sequence[int], config: ModelCo
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def _check_settings(loss: LossConfig, step: int | None) -> None:
+    """Raise ConfigError where a setting of the loss needs what a batch alone does not tell."""
+    if loss.saliency_entropy is not None or loss.mass_spread is not None:
+        raise ConfigError(
+            "rollout_loss: a run finds the scales for loss.saliency_entropy and loss.mass_spread from its training "
+            "split; set both to None, and saliency_scale and mass_scale to those in the run's config.yaml"
+        )
+    if loss.routing_warmup_steps and step is None:
+        raise ConfigError("rollout_loss: loss.routing_warmup_steps needs the number of the step; give step=N, from 0")
 
 
 def _plain(run: RunConfig) -> RunConfig:

@@ -17,6 +17,7 @@ import sharpmoe
 from data_pipeline.encode.like import FITTED_KEY, origin_header
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
+from sharpmoe import draws
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig, SampleConfig
 from sharpmoe.errors import CheckpointError, ConfigError, DataError, SharpMoEError
 from sharpmoe.model.backbone import Backbone, ClassCondition
@@ -235,6 +236,38 @@ def test_a_batch_that_does_not_fit_is_one_line(case: str, setting: tuple[Backbon
     with pytest.raises(DataError, match=message) as found:
         sharpmoe.rollout_loss(model, own)
     assert "\n" not in str(found.value)
+
+
+def test_the_weight_of_the_routing_loss_rises_with_the_step(setting: tuple[Backbone, Batch, ShardSet]) -> None:
+    model, batch, data = setting
+    loss = LossConfig(routing_weight=0.8, routing_warmup_steps=4)
+    settings = {"rollout": RolloutConfig(num_steps=2), "loss": loss, "empty_text": data.empty_text()}
+    found = [sharpmoe.rollout_loss(model, batch, step=step, **settings) for step in (0, 1, 4, 9)]
+    without = found[0].total.item()
+    routing = found[0].parts.routing.item()
+    assert [each.total.item() - without for each in found] == pytest.approx(
+        [0, 0.2 * routing, 0.8 * routing, 0.8 * routing], rel=1e-4, abs=1e-6
+    )
+    with pytest.raises(ConfigError, match="needs the number of the step"):
+        sharpmoe.rollout_loss(model, batch, **settings)
+    for name in ("saliency_entropy", "mass_spread"):
+        with pytest.raises(ConfigError, match="a run finds the scales"):
+            sharpmoe.rollout_loss(model, batch, **{**settings, "loss": LossConfig(**{name: 0.9})})
+
+
+def test_segments_are_those_of_a_run(setting: tuple[Backbone, Batch, ShardSet]) -> None:
+    model, batch, data = setting
+    rollout = RolloutConfig(num_steps=3, schedule="segments")
+    blocks = {draws.rollout_block(7, step, 3): step for step in range(20)}
+    seen = []
+    for step in (*blocks.values(), blocks[0]):
+        model.zero_grad()
+        sharpmoe.rollout_loss(
+            model, batch, rollout=rollout, empty_text=data.empty_text(), seed=7, step=step
+        ).total.backward()
+        seen.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[list(blocks).index(0)], seen[-1])
 
 
 def test_a_model_in_eval_mode_is_refused(setting: tuple[Backbone, Batch, ShardSet]) -> None:
