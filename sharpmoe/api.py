@@ -31,7 +31,7 @@ from sharpmoe.report.runs import SavedModel, find_saved_model
 from sharpmoe.report.samples import Prompts, Size, check_shards, draw_images, encode_prompts, override_sampling
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
-from sharpmoe.train.rollout_schedules import check_schedule, num_segments
+from sharpmoe.train.rollout_schedules import check_schedule, num_segments, with_schedule
 from sharpmoe.train.terms import LossTerms, routing_weight
 from sharpmoe.train.trajectories import EmptyText, draw_trajectories
 
@@ -139,7 +139,8 @@ def rollout_loss(
     """
     run = RunConfig(model=model.config, loss=loss or LossConfig(), rollout=rollout or RolloutConfig(), seed=seed)
     _check_settings(run.loss, step)
-    run = _plain(run) if not torch.is_grad_enabled() else run
+    if not torch.is_grad_enabled():
+        run = with_schedule(run, schedule="plain")  # one call a step is all that is needed without a graph
     if not model.training:
         raise ConfigError(
             "rollout_loss: the model is in eval mode, in which experts choose otherwise than in training; call "
@@ -179,21 +180,21 @@ def sample(
     prompts: str | int | Sequence[str] | Sequence[int],
     *,
     shards: ShardSet | str | Path | None = None,
+    height: int | None = None,
+    width: int | None = None,
     batch_size: int = 16,
     num_steps: int | None = None,
     method: Literal["euler", "heun"] | None = None,
     cfg_scale: float | None = None,
     guidance_source: Literal["own", "guided"] | None = None,
     seed: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
 ) -> list[Image.Image]:
     """Draw one image per caption, or per label of a class-conditional model, on the model's device.
 
-    `height` and `width` are pixels, multiples of those of a token; by default the model's square.
     `shards` decode the latents and encode the captions; by default the codec and the text encoder in `model.origin` do.
-    Settings that are not given have the defaults of the `sample` section (docs/configuration.md). The noise of image i
-    is keyed by (seed, i). The model's mode is restored. Raises ConfigError and DataError. No communication.
+    `height` and `width` are pixels, by default those of the model's square. Settings that are not given have the
+    defaults of the `sample` section (docs/configuration.md). The noise of image i is keyed by (seed, i). The model's
+    mode is restored. Raises ConfigError and DataError. No communication.
     """
     given = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
     settings = override_sampling(SampleConfig(), given | {"guidance_source": guidance_source})
@@ -262,13 +263,6 @@ def _check_settings(loss: LossConfig, step: int | None) -> None:
         )
     if loss.routing_warmup_steps and step is None:
         raise ConfigError("rollout_loss: loss.routing_warmup_steps needs the number of the step; give step=N, from 0")
-
-
-def _plain(run: RunConfig) -> RunConfig:
-    """Return the run with the schedule that makes one call per step, which is all that is needed without a graph."""
-    kept = {"num_steps", "first_time", "noise", "caption_dropout"}
-    plain = RolloutConfig(**{key: getattr(run.rollout, key) for key in kept})
-    return run.model_copy(update={"rollout": plain})
 
 
 def _to_device(item: TrajectoryBatch, model: Backbone) -> TrajectoryBatch:

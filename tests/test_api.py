@@ -354,6 +354,11 @@ def test_samples_are_those_of_the_command(run_folder: Path, tmp_path: Path) -> N
     ):
         sharpmoe.sample(model, "a red circle", width=60)
     assert len(sharpmoe.sample(model, "a red circle", **given)) == 1
+    for source in (shards, None):
+        (wide,) = sharpmoe.sample(model, "a red circle", shards=source, width=48, height=16, **given)
+        assert wide.size == (48, 16)
+        with pytest.raises(ConfigError, match=r"--width 20: not a multiple of 8 .*take 16"):
+            sharpmoe.sample(model, "a red circle", shards=source, width=20, **given)
 
 
 def test_classes_are_drawn_by_label(shards: Path, tmp_path: Path) -> None:

@@ -96,13 +96,23 @@ def run_blocks(text: str) -> list[str]:
 def test_own_pictures(checkout: Path) -> None:
     draw_photos(checkout / "my_photos", 40)
     text = changed(text_of("own-pictures"), OWN_PICTURES)
-    printed = run_blocks(text.split("## A base of your own")[0])
+    printed = run_blocks(text.split("## Keep the shapes")[0])
     assert "40 of 40 pictures: train" in printed[0]
     assert "prepared: train" in printed[1]
     assert Image.open("contact.png").width > 100
     assert Image.open("runs/mine/samples/drawn/grid.png").width > 100
     assert Path("runs/mine/report.html").is_file()
     assert Path("runs/mine/evaluation").is_dir()
+
+
+@pytest.mark.timeout(900)
+def test_shapes_of_own_pictures(checkout: Path) -> None:
+    draw_photos(checkout / "my_photos", 40)
+    text = changed(text_of("own-pictures"), OWN_PICTURES)
+    run_blocks(text.split("## Keep the shapes")[1].split("## A base of your own")[0])
+    assert set(sharpmoe.open_shards("data/shapes").buckets) == {"48x80", "80x48"}  # of the three shapes of the photos
+    (image,) = Path("runs/shapes/samples/drawn").glob("000_*.png")
+    assert Image.open(image).size == (48, 80)
 
 
 @pytest.mark.sweep
@@ -115,15 +125,21 @@ def test_a_base_of_ones_own(checkout: Path) -> None:
 
 
 def test_cluster(checkout: Path) -> None:
-    """What would submit or train is a dry run here; the shards and the base of the recipe are not there."""
+    """What would submit or train is a dry run here."""
     lines = [words for block in blocks(text_of("cluster"), "bash") for words in commands(block)]
     started = [words for words in lines if "launcher/submit.py" in words or "launcher/train.py" in words]
-    printed = {" ".join(words): run_command([*words, "--dry-run"]) for words in started}
+    printed = {
+        " ".join(words): run_command([word for word in words if word != "--dry-run"] + ["--dry-run"])
+        for words in started
+    }
     assert len(printed) == 7
-    assert all(text.startswith("#!/usr/bin/env bash") for words, text in printed.items() if "submit" in words)
-    assert all("ZeRO-3" in text for words, text in printed.items() if "train.py" in words)
+    assert all("#!/usr/bin/env bash" in text for words, text in printed.items() if "submit.py" in words)
+    trained = [text.strip().splitlines() for words, text in printed.items() if "train.py" in words]
+    assert [text[-1] for text in trained] == ["ok"] * 4
+    assert "32 rank(s)" in "".join(trained[0])
     (plan,) = (words for words in lines if words not in started)
     assert "fits" in run_command(plan)
+    assert not Path("runs/big").exists()
 
 
 SMALLER = (
