@@ -33,7 +33,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _act(arguments: argparse.Namespace) -> int:
     shards = None if arguments.shards is None else ShardSet.open(arguments.shards, arguments.split)
     state = read_state(arguments.file, arguments.weights)
-    found = identify(state.tensors, shards, arguments.images, sizes_of(arguments), arguments.device)
+    sizes, where = sizes_of(arguments), str(arguments.file)
+    found = identify(state.tensors, shards, arguments.images, sizes, arguments.device, where)
     print(f"read        {'; '.join(state.notes)}")
     print(found)
     problem = found.problem(arguments.family)

@@ -110,15 +110,23 @@ def identify(
     images: int = 64,
     sizes: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    where: str = "the checkpoint",
 ) -> Identification:
     """Identify a published state dict; with held-out `samples`, also measure its loss under every known convention.
 
     `sizes` are fields that its tensors cannot show, as `load_pretrained` takes them. `device`: of the model while its
-    loss is measured. Raises CheckpointError where no family has these key names.
+    loss is measured. Raises CheckpointError, which names `where`, where no family has these key names.
     """
     known = tuple(matching_families(state))
     if not known:
-        raise CheckpointError("no published family has these key names; expected blocks.N.mlp... or blocks.N.moe...")
+        raise CheckpointError(
+            f"{where}: no published family has these key names ({', '.join(list(state)[:3])}); expected "
+            "blocks.N.mlp... or blocks.N.moe..."
+        )
+    try:
+        read = read_sizes(state, known[0][1], DEFAULTS[known[0][0]], (sizes or {}).get("num_classes"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     routers = tuple(dict.fromkeys(router for _, router in known))
     losses: list[ConventionLoss] = []
     if samples is not None:
@@ -129,7 +137,7 @@ def identify(
         ]
     return Identification(
         candidates=known,
-        sizes=read_sizes(state, routers[0], DEFAULTS[known[0][0]], (sizes or {}).get("num_classes")),
+        sizes=read,
         parameters=sum(value.numel() for value in state.values()),
         losses=tuple(sorted(losses, key=lambda measured: measured.loss)),
         zero_loss=math.nan if samples is None else _loss_of_zero(samples, images),

@@ -181,7 +181,10 @@ def build_published(
 
     defaults: what the family says of what the state dict leaves out; fixed positions are computed.
     """
-    config, assumed = _published_config(state, convention, router, defaults, sizes)
+    try:
+        config, assumed = _published_config(state, convention, router, defaults, sizes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     model = build_model(config)
     for name, value in state.items():
         check_finite(name, value, where, OTHER_WEIGHTS)

@@ -8,6 +8,8 @@ import argparse
 import json
 import pickle
 import re
+import tarfile
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -144,23 +146,26 @@ def _load_pickle(path: Path) -> Any:
         with zipfile.ZipFile(path) as file:
             if not any(name.endswith("data.pkl") for name in file.namelist()):
                 raise CheckpointError(f"{path}: is a zip archive, not a checkpoint; unpack it and name the file in it")
-    with torch.serialization.safe_globals(_HARMLESS):
+    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on files that it then refuses
         # Mapped, so that optimizer states beside the weights are not read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
 
 
 def _unreadable(error: Exception) -> str:
+    """Return what is wrong with a file that torch or safetensors cannot read; torch's own texts are advice on it."""
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        called = re.search(r"GLOBAL ([\w.]+)", text)
-        if called is not None:
-            return (
-                f"holds Python objects ({called[1]}) beside tensors, and nothing in a checkpoint is executed; save its "
-                "state dict again, with safetensors, where its code is trusted"
-            )
-    reason = (text.splitlines() or [type(error).__name__])[0]
+    called = re.search(r"GLOBAL ([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError) and called is not None:
+        return (
+            f"holds Python objects ({called[1]}) beside tensors, and nothing in a checkpoint is executed; save its "
+            "state dict again, with safetensors, where its code is trusted"
+        )
+    if "TorchScript" in text:
+        return "is a TorchScript archive, not a checkpoint; save model.state_dict() with safetensors"
+    reason = "" if "weights_only" in text or "Weights only" in text else f" ({(text.splitlines() or [''])[0]})"
     return (
-        f"cannot be read as tensors only ({reason}): not a checkpoint, or cut off; compare its size with the "
+        f"cannot be read as tensors only{reason}: not a checkpoint, or cut off; compare its size with the "
         "publisher's and download it again, or save its state dict again, with safetensors"
     )
 
@@ -191,8 +196,8 @@ def _refuse_other_content(path: Path, start: bytes) -> None:
         raise CheckpointError(f"{path}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path}: is a web page, not a checkpoint; download the file itself")
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
-        raise CheckpointError(f"{path}: is a compressed archive, not a checkpoint; unpack it and name the file in it")
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")) or tarfile.is_tarfile(path):
+        raise CheckpointError(f"{path}: is an archive, not a checkpoint; unpack it and name the file in it")
 
 
 def _flat(found: Mapping[Any, Any]) -> dict[str, Tensor]:

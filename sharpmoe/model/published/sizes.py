@@ -1,6 +1,7 @@
 """Read the architecture of a published checkpoint from its tensors, and find the families whose key names it has."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from sharpmoe.model.published.names import (
 )
 
 _NUM_HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16, 1408: 16}  # by width, of every published size
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class PublishedSizes(NamedTuple):
@@ -35,7 +37,13 @@ def read_sizes(
     for key in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"):
         if key not in ours:
             raise CheckpointError(f"key {key} is missing: not a diffusion transformer of a published family")
-    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    embedder = state["x_embedder.proj.weight"].shape
+    if len(embedder) != 4:
+        raise CheckpointError(
+            f"x_embedder.proj.weight has shape {tuple(embedder)}, expected (width, channels, patch, patch): not a "
+            "published family"
+        )
+    width, channels, patch, _ = embedder
     out_features = ours["final_layer.linear.weight"].shape[0]
     outputs, rest = divmod(out_features, channels * patch**2)
     if rest or outputs not in (1, 2):
@@ -43,8 +51,8 @@ def read_sizes(
             f"final_layer.linear.weight gives {out_features} numbers per patch, expected {channels * patch**2} for "
             f"{channels} channels, or twice as many with a learned variance: not a published family"
         )
-    blocks = sorted({int(key.split(".")[1]) for key in ours if key.startswith("blocks.")})
-    depth = blocks[-1] + 1 if blocks else 0
+    blocks = [int(found[1]) for found in map(_BLOCK.match, ours) if found]
+    depth = max(blocks, default=-1) + 1
     condition = _read_condition(ours, defaults, num_classes)
     read = {
         "width": width,

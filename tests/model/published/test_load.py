@@ -264,6 +264,8 @@ def test_the_report_counts_what_is_new_unused_and_computed() -> None:
     [
         ({"pos_embed": torch.zeros(1, 15, 16)}, "N tokens of a square grid"),
         ({"final_layer.linear.weight": torch.zeros(24, 16)}, "gives 24 numbers per patch"),
+        ({"x_embedder.proj.weight": torch.zeros(16, 16)}, "^state dict: x_embedder.proj.weight has shape"),
+        ({"blocks.x.mlp.fc1.weight": torch.zeros(1)}, "key blocks.x.mlp.fc1.weight is unknown"),
     ],
 )
 def test_shapes_that_no_family_has_are_one_line(change: dict[str, Tensor], message: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,12 @@ def _zip(path: Path) -> None:
         file.writestr("readme.txt", "hello")
 
 
+def _tar(path: Path) -> None:
+    (path.parent / "inside").write_text("hello")
+    with tarfile.open(path, "w") as file:
+        file.add(path.parent / "inside")
+
+
 def _cut(path: Path) -> None:
     torch.save(WEIGHTS, path)
     path.write_bytes(path.read_bytes()[:-1000])
@@ -174,9 +181,15 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid a\n"), "git lfs pull"),
     "page": (lambda path: path.write_text("\n<!DOCTYPE html><html></html>"), "is a web page"),
     "zip": (_zip, "is a zip archive, not a checkpoint; unpack it"),
-    "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08rest"), "is a compressed archive"),
+    "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08rest"), "is an archive, not a checkpoint"),
     "cut": (_cut, "cut off; compare its size"),
     "cut safetensors": (_cut_safetensors, "cut off; compare its size"),
+    "tar": (_tar, "is an archive, not a checkpoint"),
+    "TorchScript": (
+        lambda path: torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(str(path)),
+        "is a TorchScript archive, not a checkpoint",
+    ),
+    "bytes": (lambda path: path.write_bytes(bytes(range(9, 200))), "tensors only: not a checkpoint, or cut off"),
     "text": (lambda path: path.write_text("hello"), "not a checkpoint, or cut off"),
     "json": (lambda path: path.write_text('{"a": 1}'), "JSON without a weight_map"),
     "pickle with code": (lambda path: torch.save({"a": _Harmful()}, path), r"holds Python objects \(\w+.mkdir\)"),
@@ -203,6 +216,7 @@ def test_a_file_without_a_model_is_one_line(kind: str, tmp_path: Path, monkeypat
         read_state(tmp_path / "file.pt")
     assert str(caught.value).startswith(f"{tmp_path / 'file.pt'}: ")
     assert "\n" not in str(caught.value)
+    assert "PyTorch 2.6" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
 
