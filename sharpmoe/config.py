@@ -343,6 +343,9 @@ class LossConfig(_Section):
     # mass_spread replaces mass_scale, with counts: how much experts per token vary over the tokens of an image where A
     # matches M, as their standard deviation over their mean.
     mass_spread: float | None = Field(None, gt=0, le=10)
+    # What the routing loss trains: all that its gradient reaches, or the saliency routers alone, without gates, trunk
+    # and experts.
+    routing_gradient: Literal["all", "saliency_routers"] = "all"
     count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts
     balance_weight: float = Field(0.01, ge=0)  # tc, dit_moe
     capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies
@@ -355,6 +358,10 @@ class LossConfig(_Section):
     def _check(self) -> LossConfig:
         if self.mass_spread is not None and self.routing_mass != "counts":
             raise ValueError(f"mass_spread is about counts of experts; routing_mass is {self.routing_mass}: set counts")
+        if self.routing_gradient != "all" and self.routing_mass != "counts":
+            raise ValueError(
+                f"routing_gradient: {self.routing_gradient} needs routing_mass: counts, it is {self.routing_mass}"
+            )
         return self
 
 

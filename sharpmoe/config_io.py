@@ -270,6 +270,11 @@ def _check_across_sections(run: RunConfig, path: str) -> None:
             f"{path}: loss.routing_weight is {run.loss.routing_weight}, but with model.router {run.model.router} every "
             "token gets the same compute and the loss has nothing to move; set loss.routing_weight to 0"
         )
+    if run.loss.routing_gradient == "saliency_routers" and not run.model.saliency_router:
+        raise ConfigError(
+            f"{path}: loss.routing_gradient is saliency_routers, but model.saliency_router is false: nothing would "
+            "learn from the routing loss; set loss.routing_gradient to all"
+        )
     if run.stage == "posttrain" and run.checkpoint.init is None and run.checkpoint.resume in ("auto", "none"):
         raise ConfigError(
             f"{path}: checkpoint.init is missing: stage posttrain starts from a converged base; name its weights file, "

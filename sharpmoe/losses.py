@@ -28,6 +28,8 @@ def routing_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
 
 def mass_reads(config: LossConfig) -> frozenset[str]:
     """Return the fields of `Routing` through which a gradient of A reaches the network."""
+    if config.routing_gradient == "saliency_routers":
+        return frozenset({"steering"})
     return _MASSES[config.routing_mass][1]
 
 
@@ -40,11 +42,13 @@ def _count_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
     """Straight-through counts: experts that took each token, summed over MoE layers, (B, N).
 
     The value is the exact count. The gradient is that of sum_e sigmoid((score - cutoff) / temperature): the indicator
-    itself has none, and a sum of softmax scores cannot grow with the count (their sum over experts is one).
+    itself has none, and a sum of softmax scores cannot grow with the count (their sum over experts is one). With
+    routing_gradient "saliency_routers" it goes through `Routing.steering`, which has the same values.
     """
     masses = []
     for record in records:
-        soft = ((record.scores - record.cutoff) / config.count_temperature).sigmoid().sum(-1)
+        scores = record.scores if record.steering is None else record.steering
+        soft = ((scores - record.cutoff) / config.count_temperature).sigmoid().sum(-1)
         masses.append(record.routing_map.sum(-1) + (soft - soft.detach()))
     return torch.stack(masses).sum(0)
 

@@ -82,7 +82,11 @@ def replay(output: StepOutput, x0_prev: Tensor | None) -> Replay:
 
 
 def replay_steps(
-    model: Backbone, batch: TrajectoryBatch, steps: Sequence[int], replays: Sequence[Replay]
+    model: Backbone,
+    batch: TrajectoryBatch,
+    steps: Sequence[int],
+    replays: Sequence[Replay],
+    mode: CallMode = CallMode(),
 ) -> list[StepOutput]:
     """Run some steps (0-based) again as one batch, with the routing and x0_prev of their first pass."""
     times = [batch.times[step] for step in steps]
@@ -95,7 +99,7 @@ def replay_steps(
         torch.cat(times),
         condition,
         torch.cat(x0_prevs) if x0_prevs else None,
-        CallMode(routing_maps=maps),
+        mode._replace(routing_maps=maps),
     )
     return [
         _step_output(batch, step, x_t[index], _part(output, index, len(steps), each.cutoffs))

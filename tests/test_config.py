@@ -212,3 +212,12 @@ def test_how_shards_in_the_network_are_read(run_file):
 def test_rollout_fields_that_do_not_go_together(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RolloutConfig(num_steps=10, **fields)
+
+
+def test_a_loss_that_trains_saliency_routers_alone_needs_them(run_file):
+    steered = "checkpoint: {init: base.safetensors}\nloss: {routing_gradient: saliency_routers}\n"
+    assert load_run_config(run_file(steered)).loss.routing_gradient == "saliency_routers"
+    without = refusal(run_file(steered + "model: {saliency_router: false}"))
+    assert "model.saliency_router is false: nothing would learn" in without
+    scores = refusal(run_file(steered), "--loss.routing_mass", "scores")
+    assert "routing_gradient: saliency_routers needs routing_mass: counts" in scores

@@ -94,6 +94,43 @@ def test_every_schedule_has_the_gradient_of_plain(router: str, mass: str) -> Non
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("router", ["ec", "diffmoe", "race"])
+def test_the_routing_loss_can_train_the_saliency_routers_alone(router: str) -> None:
+    """Other parameters get the gradient of a run without the loss, saliency routers that of a hand-made cut."""
+
+    def gradient(weight: float, cut: bool, **fields: object) -> tuple[dict[str, Tensor], StepRecord]:
+        run = make_run(router, "counts", weight, **fields)
+        loss = run.loss.model_copy(update={"routing_gradient": "saliency_routers" if cut else "all"})
+        objective = make_objective(run.model_copy(update={"loss": loss}))
+        answer = objective(StepRequest((make_item(),)))
+        answer.loss.backward()
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in objective.named_parameters()}
+        return found, answer.records[0]
+
+    cut, record = gradient(0.5, cut=True)
+    without, whole = gradient(0.0, cut=False)[0], gradient(0.5, cut=False)
+    torch.testing.assert_close(record.terms.total, whole[1].terms.total)
+    for name, value in cut.items():
+        if "saliency_router" not in name:
+            torch.testing.assert_close(value, without[name], rtol=1e-9, atol=1e-12)
+        elif "out.bias" in name:
+            assert distance(value, without[name]) > 1e-3
+    gates = [name for name in cut if ".gate." in name]
+    assert max(distance(whole[0][name], without[name]) for name in gates) > 1e-3
+    # The last MoE layer is before nothing: there its own router has the whole gradient of the loss in either form.
+    last = max(name.rpartition(".moe.")[0] for name in cut if ".moe." in name)
+    steps = [gradient(0.5, cut=True, **fields)[0] for fields in SCHEDULES.values()]
+    for other in steps:
+        for name, value in cut.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(
+        cut[f"{last}.moe.saliency_router.out.weight"],
+        whole[0][f"{last}.moe.saliency_router.out.weight"],
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
 def test_the_weight_of_a_step_is_that_of_a_run_in_every_schedule() -> None:
     """The warm-up gives each step a weight of its own; 0 is training without the loss, which is still measured."""
     item = make_item()

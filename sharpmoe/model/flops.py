@@ -25,6 +25,7 @@ class Call:
     uses_x0_prev: bool = False  # given x0_prev, the clean latent predicted by the previous step
     training: bool = True  # some families have products for their losses only
     for_losses: bool = True  # in training: with these products
+    steering: bool = False  # with for_losses: a loss trains the saliency routers alone, which are run once more for it
 
     @property
     def has_losses(self) -> bool:
@@ -145,6 +146,9 @@ def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
     if call.uses_x0_prev and config.saliency_router:
         yield Product("router", 1, tokens, width, width)
         yield Product("router", 1, tokens, width, experts)
+        if call.has_losses and call.steering:
+            yield Product("router", 1, tokens, width, width, gradients=1)
+            yield Product("router", 1, tokens, width, experts)
     if config.family.thresholds == "predicted" and (call.has_losses or not call.training):
         yield Product("router", 1, tokens, width, width, gradients=1)
         yield Product("router", 1, tokens, width, experts)

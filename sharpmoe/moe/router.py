@@ -64,7 +64,9 @@ class Router(nn.Module):
         chosen = mode.replayed
         if chosen is None:
             chosen = self._choose(scores.detach(), capacity_logits, mode.pools)
+        steering = self._steering(gate_logits, x0_prev_tokens) if has_losses and mode.steering else None
         if unconditional is not None:
+            steering = None if steering is None else _send_unconditional(steering, chosen, unconditional)[0]
             scores, chosen = _send_unconditional(scores, chosen, unconditional)
         return Routing(
             gate_logits=gate_logits,
@@ -77,7 +79,18 @@ class Router(nn.Module):
             similarity=self._similarity(read, chosen, gate_logits) if has_losses else None,
             prediction=self.gate.predict(read) if isinstance(self.gate, _MlpGate) and has_losses else None,
             bias=self.expert_bias.detach().clone() if self._has_bias else None,
+            steering=steering,
         )
+
+    def _steering(self, gate_logits: Tensor, x0_prev_tokens: Tensor | None) -> Tensor | None:
+        """Return the scores again, cut from all but the saliency router's parameters; None where it adds nothing.
+
+        It is run a second time: its first run also has to send the gradient of other losses into x0_prev_tokens.
+        """
+        if x0_prev_tokens is None or self.saliency_router is None:
+            return None
+        logits = gate_logits.detach() + self.saliency_router(x0_prev_tokens.detach())
+        return score_logits(logits, self.config.score)
 
     def _choose(self, scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
         """Apply the family's rule to scores (B, N, E): (B, N, E) bool."""

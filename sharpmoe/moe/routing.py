@@ -11,6 +11,7 @@ class CallMode(NamedTuple):
     recompute: bool = False  # keep only the inputs of blocks for backward, and run each block again there
     pools: int = 1  # equal parts of the batch whose tokens DiffMoE counts and ranks apart in inference
     for_losses: bool = True  # in training, compute what only losses and thresholds read; else those fields stay None
+    steering: bool = False  # with for_losses: also the scores by which a loss trains the saliency routers alone
     routing_maps: tuple[Tensor, ...] | None = None  # per MoE layer (B, N, E) bool: choices to replay, none are made
 
     def for_layer(self, index: int) -> "CallMode":
@@ -39,6 +40,7 @@ class Routing(NamedTuple):
     similarity: Tensor | None = None  # (G, E, E) float32, of prototypes and mean tokens: of ProMoE's contrast
     prediction: Tensor | None = None  # (B, N, p p C) float32, the layer's own prediction of the target
     bias: Tensor | None = None  # (E,) float32, added to the scores for the choice only
+    steering: Tensor | None = None  # (B, N, E) float32, the scores, with a gradient for the saliency router alone
 
     def detach(self) -> "Routing":
         """Return the same record cut from the graph."""

@@ -15,6 +15,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 from sharpmoe.train.rollout_schedules import schedule_of
+from sharpmoe.train.terms import steers_alone
 
 
 class StepFlops(NamedTuple):
@@ -68,7 +69,9 @@ def step_flops(run: RunConfig, tokens: int, text_tokens: int, rows: float) -> St
     layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training depends on the time.
     """
     uses_x0_prev = run.stage == "posttrain" and run.model.saliency_router
-    call = Call(tokens=tokens, rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev)
+    call = Call(
+        tokens=tokens, rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev, steering=steers_alone(run)
+    )
     done, first = products(run.model, call), products(run.model, replace(call, for_losses=False))
     forward, backward, schedule = forward_flops(done), backward_flops(done), schedule_of(run)
     dense, routed, router = (

@@ -20,7 +20,7 @@ from sharpmoe.rollout import Replay, StepOutput, TrajectoryBatch, first_x0_prev,
 from sharpmoe.train.local_gradients import LocalGradients
 from sharpmoe.train.rollout_schedules import ModelCall, Pass, schedule_of
 from sharpmoe.train.tally import StepRecord, Tally
-from sharpmoe.train.terms import StepTerms, mass_gradient, routing_loss, step_mass, step_terms
+from sharpmoe.train.terms import StepTerms, mass_gradient, routing_loss, steers_alone, step_mass, step_terms
 
 if TYPE_CHECKING:  # its module imports DeepSpeed; a loop of the user's own computes the same loss without it
     from sharpmoe.parallel.zero.build import Values
@@ -84,6 +84,7 @@ class _Trajectory:
         """num_trained: rollout steps with a backward: T, or the S steps of a segment."""
         self._model, self._run, self._item = objective.model, objective.run, item
         self._uses_x0_prev = objective.uses_x0_prev
+        self._mode = CallMode(steering=steers_alone(objective.run))
         self._num_steps, self._num_trained = len(item.times), num_trained
         given = request.routing_weight
         self._routing_weight = self._run.loss.routing_weight if given is None else given
@@ -117,7 +118,7 @@ class _Trajectory:
         """Run one rollout step; return its losses if they have a graph, else nothing."""
         (step,) = call.steps
         with torch.set_grad_enabled(call.graph and torch.is_grad_enabled()):
-            mode = CallMode(recompute=call.recompute, for_losses=not call.first_of_two)
+            mode = self._mode._replace(recompute=call.recompute, for_losses=not call.first_of_two)
             output = rollout_step(self._model, self._item, step, self._x0_prev, mode)
             if call.first_of_two:
                 self._tally.add_mass(step_mass(output.routing, self._run))
@@ -132,7 +133,7 @@ class _Trajectory:
     def _replay(self, call: ModelCall) -> Sequence[StepTerms]:
         """Run steps a second time, as one batch, with the routing and x0_prev of their first run."""
         replays = [self._replays[step] for step in call.steps]
-        return self._losses(replay_steps(self._model, self._item, call.steps, replays))
+        return self._losses(replay_steps(self._model, self._item, call.steps, replays, self._mode))
 
     def _losses(self, outputs: Sequence[StepOutput]) -> list[StepTerms]:
         terms = [step_terms(output, self._run) for output in outputs]

@@ -61,6 +61,11 @@ def has_routing_loss(run: RunConfig) -> bool:
     return run.stage == "posttrain" and run.model.family.varies_compute and run.loss.routing_weight > 0
 
 
+def steers_alone(run: RunConfig) -> bool:
+    """Whether the routing loss trains the saliency routers alone."""
+    return has_routing_loss(run) and run.loss.routing_gradient == "saliency_routers"
+
+
 def fields_with_gradient(run: RunConfig) -> frozenset[str]:
     """Return the fields of `Routing` through which the losses of a step send gradients into the network."""
     reads = losses.mass_reads(run.loss) if has_routing_loss(run) else frozenset()

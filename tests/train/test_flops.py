@@ -68,6 +68,16 @@ def test_the_count_is_what_runs(router: str, schedule: str) -> None:
     assert (booked.wasted > 0) == (plan.forwards > plan.num_trained or plan.recomputed > 0)
 
 
+@pytest.mark.parametrize("schedule", ["checkpoint", "two_pass", "segments"])
+def test_saliency_routers_that_the_routing_loss_trains_alone_run_once_more(schedule: str) -> None:
+    run = run_of("ec", **SCHEDULES[schedule])
+    alone = run.model_copy(update={"loss": run.loss.model_copy(update={"routing_gradient": "saliency_routers"})})
+    flops, rows = computed(alone)
+    booked = step_flops(alone, 16, TEXT_LENGTH, rows / IMAGES / STEPS)
+    assert IMAGES * sum(booked) == flops
+    assert booked.router > step_flops(run, 16, TEXT_LENGTH, rows / IMAGES / STEPS).router
+
+
 @pytest.mark.parametrize("size", [(4, 14), (10, 12)])
 @pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
 def test_the_count_follows_the_images_of_the_step(router: str, size: tuple[int, int]) -> None:

@@ -16,6 +16,7 @@ from tests.train.setting import make_run, plan_for
 STEPS, FEW = 10, 3
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
 SCHEDULES_OF = dict.fromkeys(ROUTERS, ("plain", "two_pass")) | {"diffmoe": ("plain", "checkpoint", "two_pass")}
+STEERING = {"routing_gradient": "saliency_routers"}
 SGD = {"name": "sgd", "lr": 0.05}
 
 
@@ -51,6 +52,13 @@ def test_zero3_on_two_ranks_equals_plain_torch(
     few = with_plain_torch(make(router), FEW)
     for schedule in SCHEDULES_OF[router][1:]:  # they have equal gradients, see tests/test_rollout.py
         assert_same(on_two_ranks[f"{router} {schedule}"], few)
+
+
+@pytest.mark.dist
+def test_saliency_routers_that_run_twice_in_a_block_equal_plain_torch(make: Callable[..., RunConfig]) -> None:
+    cases = {"two_pass": Case(make("ec", "two_pass", loss=STEERING), steps=FEW)}
+    trace = run_ranks(with_engine, 2, cases)[0]["two_pass"]
+    assert_same(trace, with_plain_torch(make("ec", loss=STEERING), FEW))
 
 
 @pytest.mark.dist
