@@ -30,8 +30,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _act(arguments: argparse.Namespace) -> None:
     models = [find_saved_model(path, arguments.weights) for path in arguments.models]
-    for saved in models:
-        print_note(average_note(saved))
     shards = held_out_shards(models, arguments.shards, arguments.split)
     settings = ComparisonSettings(
         images=arguments.images,
@@ -43,6 +41,8 @@ def _act(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out)
     found = compare_models(models, arguments.names, shards, settings)
     print(allocation_table(found.allocations))
+    for saved in models:
+        print_note(average_note(saved))
     print(f"written: {write_comparison(arguments.out, found)}")
 
 

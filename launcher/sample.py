@@ -72,7 +72,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _act(arguments: argparse.Namespace) -> None:
     saved = find_saved_model(arguments.model, arguments.weights)
-    print_note(average_note(saved))
     settings = override_sampling(saved.run.sample if saved.run else SampleConfig(), _overrides(arguments))
     data = saved.run.data if saved.run else DataConfig()
     shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
@@ -82,7 +81,9 @@ def _act(arguments: argparse.Namespace) -> None:
         sampling.compile_blocks(model)
         print_note("note: the first model call compiles the blocks, which takes one to three minutes")
     draw = _npz if arguments.npz else _files
-    print(draw(arguments, settings, model, shards, saved))
+    drawn = draw(arguments, settings, model, shards, saved)
+    print_note(average_note(saved))
+    print(drawn)
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, object]:

@@ -5,12 +5,15 @@ FID-50K is a figure of 50,000 images; a figure of fewer images is named by their
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.console import print_note, progress_bar
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import evaluating
@@ -45,6 +49,11 @@ class AdmBatch:
         return self.path if of == 1 else self.path.with_name(f"{self.path.stem}.part{number}of{of}.npz")
 
     @property
+    def image_bytes(self) -> int:
+        """Bytes of one image."""
+        return 3 * self.image_size**2
+
+    @property
     def rows(self) -> range:
         """Image numbers of this part."""
         return self.part.rows(self.num_images, self.batch_size)
@@ -53,17 +62,93 @@ class AdmBatch:
 def draw_adm_batch(model: Backbone, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch) -> Path:
     """Draw, decode and write a batch of a class-conditional model; return the .npz. A whole batch gets its protocol.
 
-    Image i is the same for every batch size (DiffMoE's pool is the exception): its noise is keyed by (seed, i).
-    Raises ConfigError for a model with another conditioning.
+    Image i is the same for every batch size (DiffMoE's pool is the exception): its noise is keyed by (seed, i). What is
+    drawn stays in NAME.npz.drawing until the .npz is complete, so that the same call goes on where a killed one was; it
+    takes as much of the disk again for a while. Raises ConfigError for a model with another conditioning, and where
+    another process draws the same file.
     """
     config = model.config
     if config.conditioning != "class":
         raise ConfigError("--npz needs a class-conditional model; draw captions with --captions or --captions-file")
-    drawn = _images(model, sample, decode, batch)
-    _write_images(batch.file, map(_to_bytes, drawn), len(batch.rows), batch.image_size)
+    drawing = batch.file.with_name(f"{batch.file.name}.drawing")
+    key = drawing.with_name(f"{drawing.name}.json")
+    if batch.file.is_dir():
+        raise ConfigError(f"{batch.file}: is a folder, expected a file; add a file name to --npz")
+    drawing.parent.mkdir(parents=True, exist_ok=True)
+    with drawing.open("a+b") as file:
+        _lock(file, batch.file)
+        begun = _images_begun(file, key, json.dumps(_draws_of(model, sample, batch), sort_keys=True), batch)
+        _draw_missing(file, begun, model, sample, decode, batch)
+        _write_images(batch.file, _pixels_drawn(file, batch), len(batch.rows), batch.image_size)
+        for done in (drawing, key):
+            done.unlink()
     if batch.part.of == 1:
         _write_protocol(config, sample, batch)
     return batch.file
+
+
+def _lock(file: IO[bytes], target: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, also by the end of the process
+    except BlockingIOError:
+        raise ConfigError(f"{target}: another process draws it; wait for it, or write to another --npz") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _draws_of(model: Backbone, sample: SampleConfig, batch: AdmBatch) -> dict[str, Any]:
+    """Return everything that decides the pixels of a batch, as JSON values."""
+    weights = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "weights": weights.hexdigest(),
+        "model": model.config.model_dump(mode="json"),
+        "sample": sample.model_dump(mode="json"),
+        "images": [batch.num_images, batch.image_size, batch.batch_size, *batch.part],
+        "device": next(model.parameters()).device.type,
+    }
+
+
+def _images_begun(file: IO[bytes], key: Path, draws: str, batch: AdmBatch) -> int:
+    """Return how many images of a killed call can be kept, whole batches; drop the rest, or all drawn otherwise."""
+    known = key.is_file() and key.read_text(encoding="utf-8") == draws
+    if not known:
+        file.truncate(0)
+        write_atomically(key, draws)
+    images = file.seek(0, os.SEEK_END) // batch.image_bytes
+    begun = images if images == len(batch.rows) else images // batch.batch_size * batch.batch_size
+    file.truncate(begun * batch.image_bytes)
+    if begun:
+        print_note(f"note: {batch.file}: going on after {begun} of {len(batch.rows)} images")
+    return begun
+
+
+def _draw_missing(
+    file: IO[bytes],
+    begun: int,
+    model: Backbone,
+    sample: SampleConfig,
+    decode: Callable[[Tensor], Tensor],
+    batch: AdmBatch,
+) -> None:
+    """Append the images that are not drawn yet, each batch flushed to the disk."""
+    with progress_bar("drawing", len(batch.rows) - begun) as advance:
+        for images in _images(model, sample, decode, batch, begun):
+            pixels = _to_bytes(images)
+            if pixels.shape[1:] != (batch.image_size, batch.image_size, 3):
+                raise ConfigError(f"{batch.file}: images of {pixels.shape[1:]} drawn, expected {batch.image_size}")
+            file.write(pixels.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            advance(len(pixels))
+
+
+def _pixels_drawn(file: IO[bytes], batch: AdmBatch) -> Iterator[np.ndarray]:
+    file.seek(0)
+    while block := file.read(batch.image_bytes * batch.batch_size):
+        yield np.frombuffer(block, np.uint8).reshape(-1, batch.image_size, batch.image_size, 3)
 
 
 def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, parts: int) -> Path:
@@ -78,13 +163,14 @@ def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, pa
 
 
 def _images(
-    model: Backbone, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch
+    model: Backbone, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch, begun: int
 ) -> Iterator[Tensor]:
+    """Yield the images of a batch but the first `begun`."""
     labels = torch.tensor(_balanced_labels(batch.num_images, model.config.num_classes))
     device = next(model.parameters()).device
     rows, size = batch.rows, batch.batch_size
     with evaluating(model):
-        for start in range(rows.start, rows.stop, size):
+        for start in range(rows.start + begun, rows.stop, size):
             stop = min(start + size, rows.stop)
             cond = ClassCondition(labels[start:stop].to(device))
             empty = sampling.empty_condition(cond, model.config, None) if model.config.class_dropout else None

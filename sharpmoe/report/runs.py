@@ -49,7 +49,7 @@ def average_note(saved: SavedModel) -> str:
         return ""
     decay = saved.run.optim.ema_decay
     return (
-        f"note: {saved.name}: {share:.3g} of the averaged weights is still what the run started from (optim.ema_decay "
+        f"note: {saved.name}: {share:.1%} of the averaged weights is still what the run started from (optim.ema_decay "
         f"{decay:g} after {int(step)} steps); --weights live shows what it has learned"
     )
 

@@ -1,6 +1,7 @@
 """The batch that the ADM evaluator takes, and the protocol beside it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,60 @@ def test_a_wrong_number_and_a_wrong_model_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # no draft either
     with pytest.raises(ConfigError, match="class-conditional"):
         draw_adm_batch(toy_model("ec"), SampleConfig(), lambda z: z, toy_batch(tmp_path / "b.npz", 1, 1))
+
+
+def decoded(calls: list[int], fails_at: int = 99) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A decoder that counts its calls; one of them is cut off as by Ctrl-C."""
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        calls.append(len(latents))
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        return latents[:, :3].clamp(-1, 1)
+
+    return decode
+
+
+def test_a_killed_batch_goes_on_where_it_was(tmp_path: Path) -> None:
+    model, sample = toy_model("ec", conditioning="class", num_classes=3), SampleConfig(num_steps=2, cfg_scale=1.5)
+    whole = draw_adm_batch(model, sample, decoded([]), toy_batch(tmp_path / "whole.npz", 7, 2))
+    batch = toy_batch(tmp_path / "cut" / "a.npz", 7, 2)
+    with pytest.raises(KeyboardInterrupt):
+        draw_adm_batch(model, sample, decoded([], fails_at=3), batch)
+    drawing = tmp_path / "cut" / "a.npz.drawing"
+    assert drawing.stat().st_size == 4 * batch.image_bytes
+    with drawing.open("ab") as file:
+        file.write(bytes(batch.image_bytes + 5))  # one image of the next batch, and a part of another
+    calls: list[int] = []
+    draw_adm_batch(model, sample, decoded(calls), batch)
+    assert calls == [2, 1]
+    assert batch.path.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in batch.path.parent.iterdir()) == ["a.json", "a.npz"]
+
+
+@pytest.mark.parametrize("what", ["seed", "weights"])
+def test_what_was_drawn_otherwise_is_drawn_anew(what: str, tmp_path: Path) -> None:
+    model, sample = toy_model("ec", conditioning="class", num_classes=3), SampleConfig(num_steps=2)
+    batch = toy_batch(tmp_path / "a.npz", 4, 2)
+    with pytest.raises(KeyboardInterrupt):
+        draw_adm_batch(model, sample, decoded([], fails_at=2), batch)
+    if what == "seed":
+        sample = sample.model_copy(update={"seed": 1})
+    else:
+        with torch.no_grad():
+            next(model.parameters()).add_(0.1)
+    calls: list[int] = []
+    draw_adm_batch(model, sample, decoded(calls), batch)
+    assert calls == [2, 2]
+
+
+def test_two_processes_do_not_draw_the_same_file(tmp_path: Path) -> None:
+    model, sample = toy_model("ec", conditioning="class", num_classes=3), SampleConfig(num_steps=1)
+    batch = toy_batch(tmp_path / "a.npz", 2, 2)
+
+    def second(latents: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(ConfigError, match="another process draws it"):
+            draw_adm_batch(model, sample, decoded([]), batch)
+        return latents[:, :3].clamp(-1, 1)
+
+    assert draw_adm_batch(model, sample, second, batch) == batch.path

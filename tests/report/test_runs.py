@@ -53,8 +53,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("decay", "step", "kind", "share"),
     [
-        (0.9999, 100, "ema", "0.99"),
-        (0.9999, 20_000, "ema", "0.135"),
+        (0.9999, 100, "ema", "99.0%"),
+        (0.9999, 20_000, "ema", "13.5%"),
         (0.9999, 30_000, "ema", ""),
         (0.95, 100, "ema", ""),  # the quickstart
         (0.9999, 100, "live", ""),
