@@ -111,6 +111,17 @@ def test_the_line_shows_the_utilisation_where_the_peak_is_known(tmp_path: Path) 
     assert read_log(tmp_path / "log.jsonl")["flops/per_image/wasted"] == {1: 9e9, 2: 9e9}
 
 
+def test_the_line_and_the_log_show_the_learning_rate_of_every_pattern(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, 1, every=1, stream=stream)
+    log.step(replace(stats(1), lr_scale={"saliency_router": 20.0, "moe.gate": 0.5}))
+    log.close()
+    assert "lr 1.00e-04 (saliency_router 2.00e-03) (moe.gate 5.00e-05)  data" in stream.getvalue()
+    figures = read_log(tmp_path / "log.jsonl")
+    assert figures["optim/lr"] == {1: 1e-4}
+    assert figures["optim/lr/saliency_router"] == {1: pytest.approx(2e-3)}
+
+
 def test_a_terminal_gets_one_line_that_moves(tmp_path: Path) -> None:
     stream = Terminal()
     log = RunLog(tmp_path, 3, every=10, stream=stream)
