@@ -115,8 +115,8 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
         activations=max(graph.most for graph in step.graphs),
         backward=backward,
         update=_update(size, zero),
-        look=(step.monitored + size.shard) * _MASTER if step.monitored else 0,
-        host=_offloaded(zero, weights, masters + gradients + optimizer),
+        look=(step.monitored + size.shard * (not zero.host_optimizer)) * _MASTER if step.monitored else 0,
+        host=_offloaded(zero, weights, masters + gradients + optimizer + size.shard * _MASTER),
     )
 
 
@@ -204,7 +204,10 @@ def _buckets(size: _Sizes, zero: ZeroSettings) -> int:
     buffers = zero.reduce_bucket * (2 if zero.double_buffer else 1) if zero.contiguous else 0
     element = zero.wire_bytes if zero.stage == 3 else zero.compute_bytes
     sent = min(size.whole, max(zero.reduce_bucket, size.largest))
-    return buffers * element + sent * zero.wire_bytes
+    copied = (
+        size.largest * zero.compute_bytes if zero.stage == 2 and zero.host_optimizer else 0
+    )  # on its way to the host
+    return buffers * element + sent * zero.wire_bytes + copied
 
 
 def _update(size: _Sizes, zero: ZeroSettings) -> int:

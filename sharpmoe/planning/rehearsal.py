@@ -21,7 +21,7 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.settings import regather_warnings
+from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
 from sharpmoe.planning.advice import usable
 from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.planning.estimate import Estimate, Planner, optimizer_states
@@ -79,7 +79,9 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
     ]
     _check_memory(estimate, target)
     tokens = token_counts(plan.data.train.buckets)
-    return "\n".join([banner(plan.run, initial.model, plan.batch, plan.stage, planned, tokens), *lines, "ok"])
+    return "\n".join(
+        [banner(plan.run, initial.model, plan.batch, zero_title(plan.ds_config), planned, tokens), *lines, "ok"]
+    )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.ranks import watchdog
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
 from sharpmoe.parallel.ranks.signals import StopAskedError
+from sharpmoe.parallel.zero.settings import zero_title
 from sharpmoe.train import faults
 from sharpmoe.train.flops import peak_tflops, rows_expected, step_flops
 from sharpmoe.train.guard import Watch
@@ -66,7 +67,7 @@ def _train(plan: RunPlan, world: World) -> _Ended:
         monitor_first = _monitor_was_cut_off(plan.folder, plan.start.step)
     if world.is_main:
         tokens = token_counts(plan.data.train.buckets)
-        print(banner(plan.run, initial.model, plan.batch, plan.stage, world, tokens), flush=True)
+        print(banner(plan.run, initial.model, plan.batch, zero_title(plan.ds_config), world, tokens), flush=True)
     if plan.saved is not None and plan.start.step >= plan.run.train.steps and not monitor_first:
         if world.is_main:
             print(f"nothing to do: {plan.saved.folder} is at step {plan.start.step} of {plan.run.train.steps}")

@@ -23,12 +23,10 @@ Settings = dict[str, Any]  # dotted key -> JSON value
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> (value before, value now)
 
 
-def banner(
-    run: RunConfig, model: Backbone, layout: BatchLayout, stage: int, world: World, tokens: Sequence[int]
-) -> str:
+def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, world: World, tokens: Sequence[int]) -> str:
     """Return what a run prints before its first step: size, world, batch arithmetic, versions.
 
-    `stage` is ZeRO's; `tokens` of an image, for every resolution of the data, the fewest first.
+    `zero`: `settings.zero_title`; `tokens` of an image, for every resolution of the data, the fewest first.
     """
     total, active = model.count_parameters()
     config, parallel = run.model, run.parallel
@@ -39,7 +37,7 @@ def banner(
         "run": f"{run.name}: {run.stage}, {run.train.steps} steps, seed {run.seed}",
         "model": f"{config.router} DiT {config.width}/{config.depth}/{config.num_heads}{moe}, {config.conditioning}",
         "parameters": f"{total / 1e6:.3f} M total, {active / 1e6:.3f} M active per token",
-        "world": f"{world.size} rank(s) on {world.device.type}, ZeRO-{stage}, {run.train.precision}{experts}",
+        "world": f"{world.size} rank(s) on {world.device.type}, {zero}, {run.train.precision}{experts}",
         "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
         f"{layout.world} rank(s)",
         "rollout": f"{rollout}, {' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens per image",

@@ -124,6 +124,8 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "zero_hpz_partition_size": (1, "DeepSpeed cannot place experts under it"),
     "zero_quantized_gradients": (False, "DeepSpeed cannot place experts under it"),
     "mics_shard_size": (-1, "DeepSpeed cannot place experts under it"),
+    "compute_grad_norm": (True, "clipping and the guard need the norm"),
+    "zenflow": (None, "a second optimizer would hold states that checkpoints do not read"),
     "reduce_scatter": (True, "DeepSpeed's ZeRO-2 needs it for experts"),
 }
 
@@ -270,10 +272,25 @@ def _check_only(engine: Mapping[str, Any], path: Path) -> None:
         if zero.get(key, allowed) != allowed:
             raise ConfigError(f"{path}: zero_optimization.{key} is {zero[key]!r}, allowed: {allowed!r} ({why})")
     for key in ("offload_param", "offload_optimizer"):
-        if (zero.get(key) or {}).get("device") == "nvme":
+        _check_offload(key, zero.get(key) or {}, int(zero["stage"]), path)
+
+
+def _check_offload(key: str, section: Mapping[str, Any], stage: int, path: Path) -> None:
+    """Raise ConfigError where DeepSpeed cannot offload so, does something else, or hides states from checkpoints."""
+    where, device = f"{path}: zero_optimization.{key}", section.get("device", "none")
+    if device == "nvme":
+        raise ConfigError(
+            f"{where}.device is 'nvme', allowed: 'cpu' | 'none' (EMA and checkpoints read ZeRO's partitions in memory)"
+        )
+    if device == "cpu" and key == "offload_param" and stage != 3:
+        raise ConfigError(
+            f"{where} is for stage 3 (stage {stage} keeps whole weights on every device); set stage to 3, or remove it"
+        )
+    for name, allowed in (("ratio", 1.0), ("super_offload", False)):
+        if section.get(name, allowed) != allowed:
             raise ConfigError(
-                f"{path}: zero_optimization.{key}.device is 'nvme', allowed: 'cpu' | 'none' (EMA and checkpoints read "
-                "ZeRO's partitions in memory)"
+                f"{where}.{name} is {section[name]!r}, allowed: {allowed!r} (a second optimizer would hold states that "
+                "checkpoints do not read); remove it"
             )
 
 

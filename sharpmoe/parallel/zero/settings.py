@@ -26,7 +26,7 @@ class ZeroSettings:
     compute_bytes: int  # weights in forward and backward
     gradient_bytes: int  # accumulated gradients
     wire_bytes: int  # gradients on the wire
-    host_optimizer: bool  # masters, optimizer states and gradients live in host memory
+    host_optimizer: bool  # masters, EMA, optimizer states and gradients live in host memory
     host_weights: bool  # stage 3: a rank's part of the weights lives in host memory
 
     @classmethod
@@ -44,7 +44,7 @@ class ZeroSettings:
             max_live=int(zero.max_live_parameters),
             max_reuse=int(zero.max_reuse_distance),
             sub_group=int(zero.sub_group_size),
-            contiguous=zero.contiguous_gradients,
+            contiguous=zero.contiguous_gradients or (stage == 2 and _is_on_host(zero.offload_optimizer)),
             double_buffer=stage == 2 and bool(zero.overlap_comm),
             reduce_scatter=zero.reduce_scatter,
             whole_buckets=zero.use_multi_rank_bucket_allreduce,
@@ -52,12 +52,20 @@ class ZeroSettings:
             gradient_bytes=_BYTES[accumulated] if is_half else 4,
             wire_bytes=_BYTES.get(ds_config.get("communication_data_type") or "", compute),
             host_optimizer=_is_on_host(zero.offload_optimizer),
-            host_weights=_is_on_host(zero.offload_param),
+            host_weights=stage == 3 and _is_on_host(zero.offload_param),
         )
 
 
 def _is_on_host(offload: Any) -> bool:
-    return offload is not None and offload.device is not None and offload.device.value in ("cpu", "nvme")
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
+
+
+def zero_title(ds_config: dict[str, Any]) -> str:
+    """Return the stage, and what is offloaded, in a few words."""
+    zero = ZeroSettings.of(ds_config)
+    parts = (("optimizer", zero.host_optimizer), ("parameters", zero.host_weights))
+    moved = [name for name, is_moved in parts if is_moved]
+    return f"ZeRO-{zero.stage}" + (f" ({' and '.join(moved)} in host memory)" if moved else "")
 
 
 def regather_warnings(ds_config: dict[str, Any], num_parameters: int, uses: int) -> list[str]:

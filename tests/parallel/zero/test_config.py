@@ -109,6 +109,20 @@ def test_a_hugging_face_file_with_auto_values_is_resolved(ds_file):
             ["hpz_partition_size is 8", "allowed: 1"],
         ),
         ({"zero_optimization": {**STAGE3, "offload_optimizer": {"device": "nvme"}}}, ["nvme", "allowed: 'cpu'"]),
+        ({"zero_optimization": {**STAGE3, "offload_param": {"device": "nvme"}}}, ["offload_param", "nvme"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ["zero_optimization.offload_param is for stage 3", "set stage to 3, or remove it"],
+        ),
+        (
+            {"zero_optimization": {**STAGE3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            ["offload_optimizer.ratio is 0.5, allowed: 1.0", "remove it"],
+        ),
+        (
+            {"zero_optimization": {**STAGE3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            ["offload_optimizer.super_offload is True, allowed: False"],
+        ),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, ["compute_grad_norm is False", "the norm"]),
         ({"use_data_before_expert_parallelism": True}, ["cannot be set here", "parallel.ep_size"]),
         ({"dump_state": "auto"}, ["dump_state", '"auto"']),
         ({"train_batch_size": 8}, ["train_batch_size belongs to the run file", "train.global_batch"]),

@@ -1,18 +1,83 @@
-"""What the limits of ZeRO-3 cost a step is said where they are too low."""
+"""Offloading: what of it is read from the engine's configuration, planned, and trained."""
 
-from sharpmoe.parallel.zero.settings import regather_warnings
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from launcher.plan import main as plan
+from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.parallel.zero.settings import zero_title
+from sharpmoe.planning.auto import resolve_schedule
+from sharpmoe.planning.estimate import Estimate, Planner
+from sharpmoe.planning.rehearsal import Target, rehearse
+from sharpmoe.train import loop
+from sharpmoe.train.rollout_schedules import schedule_of
+from sharpmoe.train.setup import make_plan
+from tests.distributed import run_ranks
+from tests.train.setting import ALONE, make_run, worst
+
+CPU = {"device": "cpu"}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "2": {"stage": 2, "offload_optimizer": CPU},
+    "3": {"stage": 3, "offload_optimizer": CPU},
+    "3, both": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+}
 
 
-def test_limits_below_the_model_size_are_named() -> None:
-    def warned(size: int, **limits: int) -> list[str]:
-        zero = {"stage": 3} | {f"stage3_max_{name}": value for name, value in limits.items()}
-        return regather_warnings({"zero_optimization": zero, "bf16": {"enabled": False}}, size, 18)
+def written(folder: Path, zero: dict[str, Any]) -> Path:
+    path = folder / f"zero{len(list(folder.iterdir()))}.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return path
 
-    (message,) = warned(2**20, live_parameters=2**19, reuse_distance=2**20)
-    assert "stage3_max_live_parameters is 524288" in message
-    assert "gathers 4 MiB up to 18 times" in message
-    assert len(warned(2**20, live_parameters=0, reuse_distance=0)) == 2
-    assert warned(2**20, live_parameters=2**20, reuse_distance=2**20) == []
-    assert warned(2**20, live_parameters=0, reuse_distance=2**22) == []
-    assert warned(2**20) == []
-    assert regather_warnings({"zero_optimization": {"stage": 2}}, 2**20, 18) == []
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_what_is_offloaded_is_planned_in_host_memory(
+    name: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(shards, tmp_path / "runs", rollout={"schedule": "auto"}, stage="pretrain")
+    zero = OFFLOADED[name]
+    files = [written(tmp_path, {"stage": zero["stage"]}), written(tmp_path, zero)]
+    inside, outside = (resolve_ds_config(file, run, 2) for file in files)
+
+    def planned(ds_config: dict[str, Any]) -> Estimate:
+        found = resolve_schedule(run, ds_config, 2, 8.0).run
+        planner = Planner(found)
+        return planner.estimate(planner.layout(2, ds_config), schedule_of(found))
+
+    before, after = planned(inside).memory, planned(outside).memory
+    state = before.masters + before.gradients + before.optimizer + before.ema
+    assert before.host == 0
+    assert after.host == state + (before.weights if "offload_param" in zero else 0)
+    assert after.peak < before.peak
+    moved = "optimizer and parameters" if "offload_param" in zero else "optimizer"
+    assert zero_title(outside) == f"ZeRO-{zero['stage']} ({moved} in host memory)"
+    words = ["--deepspeed", str(files[1]), "--zero", str(zero["stage"]), "--world", "2", "--schedule", "auto"]
+    assert plan(words) == 0
+    assert "  in host memory" in capsys.readouterr().out
+    ds_config = resolve_ds_config(files[1], run, 1)
+    said = rehearse(run, ds_config, ALONE, Target.of(ALONE, 8.0))
+    assert f"({moved} in host memory)" in said
+    assert "per rank in host memory (offloaded)" in said
+
+
+def trained(world: World, run: Any, ds_config: dict[str, Any]) -> dict[str, Tensor]:
+    return load_file(loop.train(make_plan(run, ds_config, world), world) / "live.safetensors")
+
+
+@pytest.mark.dist
+def test_a_run_with_an_offloaded_optimizer_equals_one_without(shards: Path, tmp_path: Path) -> None:
+    """ZeRO-2 bit for bit. ZeRO-3 multiplies gradients for clipping where otherwise the optimizer divides them."""
+    for name, zero in OFFLOADED.items():
+        weights = []
+        for part in ({"stage": zero["stage"]}, zero):
+            output = tmp_path / f"{name} {len(part)}"
+            run = make_run(shards, output, stage="pretrain", train={"steps": 2})
+            ds_config = resolve_ds_config(written(tmp_path, part), run, 1)
+            (found,) = run_ranks(trained, 1, run, ds_config)
+            weights.append(found)
+        assert worst(*weights) <= (0 if zero["stage"] == 2 else 1e-5), name
