@@ -7,10 +7,12 @@ killed run continues where it was when the same command is run again.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.encode.transformer_texts import MINILM
+from data_pipeline.prepare.destination import check_destination, open_destination
 from data_pipeline.prepare.estimate import dry_run
 from data_pipeline.prepare.finish import Summary
 from data_pipeline.prepare.ranks import Rank, device_of, rank_of
@@ -27,25 +29,28 @@ from launcher.devices import DEVICE_HELP, device_name
 def _act(arguments: argparse.Namespace) -> None:
     # Some virtual machines advertise AMX and kill a process that uses it; oneDNN does, for bfloat16 on the host.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
-    place = rank_of(os.environ)
-    source, recipe = open_source(_source_options(arguments)), recipe_of(vars(arguments))
+    place, recipe = rank_of(os.environ), recipe_of(vars(arguments))
     machine = _machine(arguments, place)
     if arguments.dry_run:
-        for line in dry_run(source, recipe, machine) if place.rank == 0 else ():
+        check_destination(arguments.out)
+        for line in dry_run(open_source(_source_options(arguments)), recipe, machine) if place.rank == 0 else ():
             print(line)
-    else:
-        _report(prepare_shards(source, arguments.out, recipe, machine), place)
+        return
+    with open_destination(arguments.out) as out:
+        source = open_source(_source_options(arguments))
+        _report(prepare_shards(source, out.folder, recipe, machine, out.publish), place, out.shown)
 
 
-def _report(done: Summary, place: Rank) -> None:
+def _report(done: Summary, place: Rank, shown: Callable[[str], str]) -> None:
     if not done.complete:
-        print(f"{done.folder}: rank {place.rank} of {place.size} has written its shards; others have not yet")
+        what = f"{done.folder}: rank {place.rank} of {place.size} has written its shards; others have not yet"
+        print(shown(what))
     elif done.worked or place.rank == 0:
         for line in done.skipped_lines():
-            print(line, file=sys.stderr)
+            print(shown(line), file=sys.stderr)
         for line in done.table:
             print(line)
-        print(done.line())
+        print(shown(done.line()))
 
 
 def _source_options(arguments: argparse.Namespace) -> SourceOptions:
@@ -70,7 +75,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     _content_arguments(parser)
     add = parser.add_argument_group("how it runs").add_argument
-    add("--out", type=Path, default=Path("data/fluent64"), help="folder of the shards")
+    add("--out", default="data/fluent64", help="folder of the shards, or s3://BUCKET/FOLDER, gs://BUCKET/FOLDER")
     add("--dry-run", action="store_true", help="print counts, sizes, buckets, time and bytes; write nothing")
     device = f"device of the autoencoder and the text encoder: {DEVICE_HELP}; cuda is one per rank"
     add("--device", type=device_name, default="auto", help=device)

@@ -152,6 +152,12 @@ def write_index(
     return index
 
 
+def index_files(folder: Path) -> list[Path]:
+    """Return the files of a complete folder that are not of one shard, the index last."""
+    names = (CODEC_FILE, EMPTY_FILE, SKIPPED_FILE, _COUNTS_FILE, INDEX_FILE)
+    return [folder / name for name in names if (folder / name).exists()]
+
+
 def remove_work_files(folder: Path) -> None:
     """Remove what only the preparation needed, if it is still there."""
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)

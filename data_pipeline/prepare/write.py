@@ -41,6 +41,7 @@ from data_pipeline.index import INDEX_FILE, ShardTable, table_bytes
 from data_pipeline.members import encode_json
 from data_pipeline.prepare.buckets import Resolution, bucket_lines, bucket_resolutions, nearest_buckets
 from data_pipeline.prepare.counts import Counts, write_counts
+from data_pipeline.prepare.destination import Publish, publish_nothing
 from data_pipeline.prepare.encoding import (
     Encoded,
     Worker,
@@ -54,6 +55,7 @@ from data_pipeline.prepare.finish import (
     Summary,
     complete_index,
     counts_file,
+    index_files,
     refuse_bad_share,
     remove_work_files,
     summary_of,
@@ -87,11 +89,18 @@ class Machine(NamedTuple):
 _PLAIN = Machine()
 
 
-def prepare_shards(source: ImageSource, folder: Path, recipe: Recipe, machine: Machine = _PLAIN) -> Summary:
+def prepare_shards(
+    source: ImageSource,
+    folder: Path,
+    recipe: Recipe,
+    machine: Machine = _PLAIN,
+    publish: Publish = publish_nothing,
+) -> Summary:
     """Write `source` as shards into `folder`, or finish what an earlier call began; a complete folder is left alone.
 
     With several ranks every rank calls this with its own place; a rank that finishes before the others returns a
-    summary with `complete` false. Ranks communicate by files only.
+    summary with `complete` false. Ranks communicate by files only. `publish` receives every file when it is complete,
+    the index last.
 
     Raises DataError where the folder was begun with another recipe, where too many images are unusable, or where a
     latent is not finite.
@@ -108,7 +117,7 @@ def prepare_shards(source: ImageSource, folder: Path, recipe: Recipe, machine: M
         work = folder / WORK_FOLDER / hash_text(json.dumps(asked))[:16]
         try:
             with heartbeat(work, machine.place):
-                return _work(source, folder, recipe, machine, work=work, digests=digests, asked=asked)
+                return _work(source, folder, recipe, machine, work=work, digests=digests, asked=asked, publish=publish)
         except FileNotFoundError:  # another rank has finished everything and removed our listings
             index = complete_index(folder)
             if index is None:
@@ -134,6 +143,7 @@ def _work(
     work: Path,
     digests: list[str],
     asked: dict[str, Any],
+    publish: Publish,
 ) -> Summary:
     """Survey the source, write this rank's shards and, where all shards are complete, the index."""
     if machine.place.size == 1:
@@ -146,14 +156,19 @@ def _work(
     resolutions = recipe_resolutions(recipe, codec)
     worker = Worker(source, recipe, codec, text_encoder(recipe, machine.device), machine.threads)
     _record_recipe(folder, worker, asked)
+    for name in (RECIPE_FILE, CODEC_FILE):
+        publish(folder / name)
     chosen = nearest_buckets(catalog.pixels, resolutions)
     for line in bucket_report(catalog, resolutions, chosen, recipe):
         machine.say(line)
     every = shard_plans(catalog, resolutions, chosen, recipe.shard_samples)
-    _write_shards(folder, work, worker, catalog, plans_of_rank(every, machine.place), progress=machine.progress)
+    mine = plans_of_rank(every, machine.place)
+    _write_shards(folder, work, worker, catalog, mine, progress=machine.progress, publish=publish)
     if any(table_of(folder, plan.name) is None for plan in every):
         return Summary(folder=folder, complete=False)
     index = write_index(folder, work, worker, catalog, source=asked["source"], every=every, resolutions=resolutions)
+    for path in index_files(folder):
+        publish(path)
     return summary_of(folder, index, worked=True, fit=recipe.fit)
 
 
@@ -262,21 +277,30 @@ def _record_recipe(folder: Path, worker: Worker, asked: dict[str, Any]) -> None:
 
 
 def _write_shards(
-    folder: Path, work: Path, worker: Worker, catalog: Catalog, mine: list[ShardPlan], *, progress: bool
+    folder: Path,
+    work: Path,
+    worker: Worker,
+    catalog: Catalog,
+    mine: list[ShardPlan],
+    *,
+    progress: bool,
+    publish: Publish,
 ) -> None:
     unreadable = list(catalog.bad())
     total = catalog.total + len(unreadable)
     count = sum(len(plan.rows) for plan in mine)
     with progress_bar("writing shards", count, quiet=not progress) as advance:
         for plan in mine:
-            table = table_of(folder, plan.name) or _write_shard(folder, work, worker, catalog, plan)
+            table = table_of(folder, plan.name) or _write_shard(folder, work, worker, catalog, plan, publish)
             advance(len(plan.rows))
             unreadable += [Skipped(*entry) for entry in table.skipped]
             refuse_bad_share(unreadable, len(unreadable), total, worker.recipe.max_bad_share)
 
 
-def _write_shard(folder: Path, work: Path, worker: Worker, catalog: Catalog, plan: ShardPlan) -> ShardTable:
-    """Write the tar, then its table: the table says that the tar is complete."""
+def _write_shard(
+    folder: Path, work: Path, worker: Worker, catalog: Catalog, plan: ShardPlan, publish: Publish
+) -> ShardTable:
+    """Write and publish the tar, then its table: the table says that the tar is complete."""
     path = folder / f"{plan.name}.tar"
     skipped: list[tuple[str, str]] = []
     written = []
@@ -297,7 +321,11 @@ def _write_shard(folder: Path, work: Path, worker: Worker, catalog: Catalog, pla
         skipped=skipped,
     )
     write_counts(counts_file(work, plan.name), sum(counts, Counts()))  # before the table, which says that all is done
-    write_atomically(folder / f"{plan.name}.json", table_bytes(table))
+    content = table_bytes(table)
+    publish(path)
+    publish(counts_file(work, plan.name))
+    publish(folder / f"{plan.name}.json", content)  # before the ranks see it: the last one publishes the index
+    write_atomically(folder / f"{plan.name}.json", content)
     return table
 
 

@@ -74,9 +74,9 @@ class CloudFolder:
     def put(self, name: str, content: Path | bytes) -> None:
         """Write an object, which appears whole or not at all, and replaces one of its name."""
         if isinstance(content, bytes):
-            self._call(name, "pipe_file", value=content)
+            self._call(name, "pipe_file", after=(content,))
         else:
-            self._call(name, "put_file", lpath=str(content))
+            self._call(name, "put_file", before=(str(content),))
         size, written = len(content) if isinstance(content, bytes) else content.stat().st_size, self.size(name)
         if written != size:
             raise TransientError(f"{written} bytes arrived of {size}")
@@ -84,13 +84,17 @@ class CloudFolder:
     def remove(self, name: str) -> None:
         self._call(name, "rm_file")
 
-    def _call(self, name: str, method: str, **arguments: Any) -> Any:
+    def _call(
+        self, name: str, method: str, before: tuple[Any, ...] = (), after: tuple[Any, ...] = (), **arguments: Any
+    ) -> Any:
+        """Call a method of the file system; `before` and `after`: arguments whose names differ between drivers."""
         where = f"{self._shown}/{name}".rstrip("/")
         path = f"{self._prefix}/{name}".rstrip("/")
-        target = {"rpath": path} if method == "put_file" else {"path": path}
         try:
-            return getattr(self._files, method)(**target, **arguments)
+            return getattr(self._files, method)(*before, path, *after, **arguments)
         except FileNotFoundError:
+            if before or after:  # a new object: nothing else can be missing
+                raise DataError(f"{self._shown}: the bucket does not exist; make it, or correct the URL") from None
             raise DamageError(f"{where}: does not exist") from None
         except PermissionError:
             raise DataError(f"{where}: access denied; check the credentials in the environment") from None
