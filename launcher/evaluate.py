@@ -1,4 +1,9 @@
-"""Measure where models spend their experts on held-out images: `python launcher/evaluate.py BEFORE [AFTER ...]`."""
+"""Measure where models spend their experts on held-out images: `python launcher/evaluate.py BEFORE [AFTER ...]`.
+
+With --metrics it judges sets of samples instead: `python launcher/evaluate.py SAMPLES.npz --metrics fd,kid,pr
+--reference data/mine:unseen`. Both are .npz batches (sample.py --npz), folders of pictures, or splits of prepared
+shards; the reference may also be an .npz of published statistics (mu, sigma).
+"""
 
 import argparse
 from pathlib import Path
@@ -9,36 +14,82 @@ from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe.console import print_note
 from sharpmoe.durable import check_folder
 from sharpmoe.evaluation.allocation import allocation_table
+from sharpmoe.evaluation.extractors import EXTRACTORS, ExtractorOptions
+from sharpmoe.evaluation.sample_metrics import METRICS, MetricSettings, figures_table, judge_sets
 from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison
 from sharpmoe.report.runs import average_note, find_saved_model
+from sharpmoe.report.samples import slug
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", type=Path, help="run folder, checkpoint folder or .safetensors file")
+    add(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="run folder, checkpoint folder or .safetensors; SAMPLES with --metrics",
+    )
     add("--names", nargs="+", help="column headings (default: before and after, or the models' names)")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
     add("--shards", help="prepared shards (default: those of the run)")
     add("--split", help="held-out split (default: that of the run)")
-    add("--images", type=POSITIVE, default=128, help="held-out images")
+    add(
+        "--images", type=POSITIVE, help="held-out images (default: 128); with --metrics the first so many samples (all)"
+    )
     add("--chunk", type=POSITIVE, default=16, help="images per model call: the pool of DiffMoE")
     add("--sheet-images", type=NOT_NEGATIVE, default=8, help="images on a routing sheet; 0 draws none")
     add("--seed", type=SEED, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path("evaluation"), help="folder for the results")
     add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
+    add = parser.add_argument_group("judge samples").add_argument
+    add("--metrics", type=lambda text: tuple(text.split(",")), help=f"some of {', '.join(METRICS)}, with commas")
+    add("--reference", help="real images: SET.npz, a folder or SHARDS:SPLIT; or statistics (.npz)")
+    add(
+        "--extractor",
+        choices=tuple(EXTRACTORS),
+        default="efficientnet-lite0",
+        help="network whose features are compared",
+    )
+    add("--extractor-weights", type=Path, help="its weights, where they come in no package: a file or folder")
+    add("--unverified", action="store_true", help="take Inception weights whose hash is not that of the published file")
+    add("--bootstrap", type=NOT_NEGATIVE, default=0, help="draws for the error of a Frechet distance")
+    add("--batch-size", type=POSITIVE, default=64, help="images per call of the extractor")
 
 
 def _act(arguments: argparse.Namespace) -> None:
-    models = [find_saved_model(path, arguments.weights) for path in arguments.models]
+    check_folder(arguments.out)
+    if arguments.metrics:
+        _judge(arguments)
+    else:
+        _compare(arguments)
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    settings = MetricSettings(
+        metrics=arguments.metrics,
+        batch_size=arguments.batch_size,
+        images=arguments.images,
+        bootstrap=arguments.bootstrap,
+    )
+    extractor = ExtractorOptions(
+        arguments.extractor, arguments.extractor_weights, arguments.unverified, arguments.device
+    )
+    found = judge_sets(arguments.models, arguments.reference, extractor, settings)
+    print(figures_table(found))
+    for figures in found:
+        print(f"written: {figures.save(arguments.out / f'{slug(figures.samples)}.figures.json')}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    models = [find_saved_model(Path(path), arguments.weights) for path in arguments.models]
     shards = held_out_shards(models, arguments.shards, arguments.split)
     settings = ComparisonSettings(
-        images=arguments.images,
+        images=arguments.images or 128,
         chunk=arguments.chunk,
         sheet_images=arguments.sheet_images,
         seed=arguments.seed,
         device=arguments.device,
     )
-    check_folder(arguments.out)
     found = compare_models(models, arguments.names, shards, settings)
     print(allocation_table(found.allocations))
     for saved in models:
