@@ -28,8 +28,3 @@ def hash_state(state: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error of another library."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.encode.codecs import CachedLatent, ImageSize, Posterior, divided
-from data_pipeline.identity import Identity, first_line, hash_state
+from data_pipeline.identity import Identity, hash_state
 from data_pipeline.members import decode_npz
-from sharpmoe.errors import DamageError, DataError
+from sharpmoe.errors import DamageError, DataError, first_line
 
 _SD_VAE_SCALE = 0.18215
 

@@ -18,8 +18,8 @@ from data_pipeline.encode.codecs import Codec, Pixel
 from data_pipeline.encode.patch_pca import PatchPCA
 from data_pipeline.encode.texts import HashTextEncoder, JoinedTextEncoder, TextEncoder
 from data_pipeline.encode.transformer_texts import MINILM, TransformerTextEncoder
-from data_pipeline.identity import Identity, check_identity, first_line
-from sharpmoe.errors import DataError
+from data_pipeline.identity import Identity, check_identity
+from sharpmoe.errors import DataError, first_line
 
 CODEC_FILE = "codec.safetensors"
 _ENCODER_OPTIONS: dict[str, Callable[[str], Any]] = {"layer": int, "pooled": str, "max_length": int, "dtype": str}

@@ -24,8 +24,8 @@ from data_pipeline.encode.build import (
 )
 from data_pipeline.encode.codecs import Codec
 from data_pipeline.encode.texts import TextEncoder
-from data_pipeline.identity import Identity, first_line
-from sharpmoe.errors import DataError
+from data_pipeline.identity import Identity
+from sharpmoe.errors import DataError, first_line
 
 FITTED_KEY = "codec_file"  # of a weights file's header: the codec's safetensors file in base64
 _CLOSE = 1e-3  # two fits to the same images differ by rounding at most so much, relative to the largest number

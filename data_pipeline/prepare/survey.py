@@ -13,12 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from data_pipeline.identity import first_line
 from data_pipeline.prepare.ranks import Rank, pulse, wait
 from data_pipeline.sources.images import FORMATS, UNREADABLE, upright_size
 from data_pipeline.sources.items import ImageSource, Item, Skipped, Unit, from_json, hash_int, shown, to_json
 from sharpmoe.durable import publish_once
-from sharpmoe.errors import DataError
+from sharpmoe.errors import DataError, first_line
 
 _HEADER_BYTES = 1 << 17  # of an image file, mostly enough to know its size
 

@@ -31,5 +31,7 @@ def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: 
 def test_names_must_differ(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(run_folder), str(run_folder), "--names", "a", "a", "--out", str(tmp_path / "out")]
     assert main(argv) == 2
-    assert capsys.readouterr().err == "error: --names: 2 models need as many different names, got a, a\n"
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error == "error: --names: 2 models need as many different names, got a, a"
+    assert all(note.startswith("note: ") for note in notes)
     assert not (tmp_path / "out").exists()
