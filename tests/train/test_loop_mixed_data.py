@@ -64,8 +64,7 @@ def test_a_run_goes_on_in_every_stream(sources: list[dict[str, object]], tmp_pat
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["diffmoe", "ec"])
-def test_a_run_over_unequal_token_counts_goes_on_bit_for_bit(router: str, tmp_path: Path) -> None:
+def test_a_run_over_unequal_token_counts_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Steps on 16, 14 and 30 tokens in turn, experts over two ranks, two micro-batches of one resolution a step."""
     sections = {
         "data": {"shards": str(make_unequal_shards(tmp_path / "shards"))},
@@ -76,11 +75,11 @@ def test_a_run_over_unequal_token_counts_goes_on_bit_for_bit(router: str, tmp_pa
         "log": {"validate_every": 4, "validation_images": 6, "allocation": True, "allocation_images": 6},
         "checkpoint": {"every": 4, "keep": 9},
     }
-    whole = make_run(tmp_path, tmp_path / "whole", router, **sections)
+    whole = make_run(tmp_path, tmp_path / "whole", **sections)
     stopped_at = str(tmp_path / "whole" / "run" / "checkpoints" / "step00000004")
     resume = {"checkpoint": sections["checkpoint"] | {"resume": stopped_at}}
     run_ranks(of_rank, 2, whole)
-    run_ranks(of_rank, 2, make_run(tmp_path, tmp_path / "cut", router, **(sections | resume)))
+    run_ranks(of_rank, 2, make_run(tmp_path, tmp_path / "cut", **(sections | resume)))
     last = [tmp_path / name / "run" / "checkpoints" / "step00000007" for name in ("whole", "cut")]
     for kind in ("live", "ema"):
         assert identical(*(load_file(folder / f"{kind}.safetensors") for folder in last))
