@@ -58,7 +58,10 @@ def _latest_checkpoint(folder: Path) -> Path:
     """Return the folder of a run's newest checkpoint, which checkpoints/latest names."""
     pointer = folder / "checkpoints" / "latest"
     if not pointer.is_file():
-        raise CheckpointError(f"{folder}: neither a run folder with checkpoints/latest nor a .safetensors file")
+        raise CheckpointError(
+            f"{folder}: neither a run folder with checkpoints/latest nor a .safetensors file; weights of "
+            "other projects are converted with launcher/convert.py"
+        )
     return folder / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
 
 

@@ -147,6 +147,8 @@ SMALLER = (
 )
 PHOTOS256 = {
     "--size 256": "--size 64",
+    "--buckets 512 --bucket-step 64": "--buckets 64 --bucket-step 16",
+    "--width 192 --height 320": "--width 48 --height 80",
     "--device cuda": "--device cpu",
     "_width 768": "_width 24",  # of the small CLIP
     "--steps 50": "--steps 2",
@@ -166,7 +168,7 @@ def save_models(folder: Path) -> None:
         norm_num_groups=4,
         latent_channels=4,
     ).save_pretrained(folder / "sd-vae-ft-ema")
-    for name, model in (("clip-vit-large-patch14", text_models.clip()), ("t5-v1_1-large", text_models.t5())):
+    for name, model in (("clip-vit-large-patch14", text_models.clip()), ("flan-t5-large", text_models.t5())):
         model.eval().save_pretrained(folder / name)
         text_models.words().save_pretrained(folder / name)
 
@@ -184,5 +186,6 @@ def test_text_to_image(checkout: Path) -> None:
     assert model.config.text_width == 24
     assert "autoencoder_kl" in model.origin["codec"]
     (drawn,) = sharpmoe.sample(model, "a red disc", num_steps=2)
-    assert drawn.size == Image.open(next(Path("runs/photos_sharp/samples/drawn").glob("000_*.png"))).size == (64, 64)
+    assert drawn.size == Image.open(next(Path("runs/photos_sharp/samples/drawn").glob("001_*.png"))).size == (64, 64)
+    assert Image.open(next(Path("runs/photos_sharp/samples/drawn").glob("000_*.png"))).size == (48, 80)
     assert Path("runs/photos_sharp/report.html").is_file()
