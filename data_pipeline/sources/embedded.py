@@ -89,7 +89,9 @@ def opened(table: Path, expected: str, files: Files) -> Iterator[Any]:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, and not of the format
             raise
         first = first_line(error)
-        raise DataError(f"{table}: not a {kind} table ({first}); {expected}") from None
+        raise DataError(
+            f"{table}: not a {'parquet table' if kind == 'parquet' else 'table of arrow'} ({first}); {expected}"
+        ) from None
 
 
 class _ArrowFile:

@@ -10,6 +10,7 @@ from pathlib import Path
 from data_pipeline.sources.files import LOCAL, Files
 from data_pipeline.sources.fluent import FluentSource
 from data_pipeline.sources.folders import ClassFolderSource, SidecarSource, has_captioned_image
+from data_pipeline.sources.hub import SPLIT_FOLDERS, find_tables, snapshot_of
 from data_pipeline.sources.idx import find_idx_source
 from data_pipeline.sources.items import IMAGE_SUFFIXES, ImageSource, Skipped
 from data_pipeline.sources.remote import open_remote
@@ -23,8 +24,6 @@ _TAKEN = (
     "--source takes `fluent`, a folder of images with captions, a table of captions "
     f"({' '.join(sorted(TABLE_KINDS))}) or a .tar; or one of these at s3:// or gs://, or a .tar at http(s)://"
 )
-# Folders and file names of splits, as Hugging Face has them, and the split that they become.
-_SPLIT_FOLDERS = {"train": "train", "validation": "unseen", "valid": "unseen", "val": "unseen", "test": "unseen"}
 _NOT_TAKEN: dict[str | tuple[str, ...], str] = {
     ".json": ": save it as .jsonl, one object a line",
     (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"): ": expand it to a plain .tar or to a folder",
@@ -93,7 +92,7 @@ def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None
                 path, [Table(tables[0])], whole_folder=True, maps=options.saliency_maps, files=options.files
             )
     found = [
-        Table(table, split) for name, split in _SPLIT_FOLDERS.items() for table in _tables_in(path / name, "metadata")
+        Table(table, split) for name, split in SPLIT_FOLDERS.items() for table in _tables_in(path / name, "metadata")
     ]
     return (
         TableSource(path, found, whole_folder=True, maps=options.saliency_maps, files=options.files) if found else None
@@ -104,24 +103,11 @@ def _folder_with_idx(options: SourceOptions, path: Path) -> ImageSource | None:
     return find_idx_source(path)
 
 
-def _folder_with_parquet(options: SourceOptions, path: Path) -> ImageSource | None:
-    """Recognise a data set of Hugging Face: .parquet files that hold the images, in the folder or in data/."""
-    tables = sorted(
-        entry
-        for folder in (path, path / "data")
-        if folder.is_dir()
-        for entry in folder.iterdir()
-        if entry.suffix.lower() == ".parquet"
-    )
-    if not tables or has_captioned_image(path):
+def _folder_with_images_in_tables(options: SourceOptions, path: Path) -> ImageSource | None:
+    """Recognise a data set of Hugging Face: .parquet or .arrow files that hold the images."""
+    found = find_tables(path, nested=not _tars_in(path))
+    if not found or has_captioned_image(path):
         return None
-    splits = [next((split for name, split in _SPLIT_FOLDERS.items() if _starts(table, name)), "") for table in tables]
-    if "unseen" not in splits:
-        splits = [""] * len(tables)
-    found = [
-        Table(table, split or "train" if "unseen" in splits else "")
-        for table, split in zip(tables, splits, strict=True)
-    ]
     return TableSource(path, found, whole_folder=True, maps=options.saliency_maps, files=options.files)
 
 
@@ -149,7 +135,7 @@ SOURCES: tuple[Recogniser, ...] = (
     _tar,
     _folder_with_table,
     _folder_with_idx,
-    _folder_with_parquet,
+    _folder_with_images_in_tables,
     _folder_with_tars,
     _folder,
 )
@@ -161,6 +147,7 @@ def open_source(options: SourceOptions) -> ImageSource:
         place = open_remote(options.source)
         return place.wrap(open_source(replace(options, source=str(place.path), files=place.files)))
     path = Path(options.source)
+    path = snapshot_of(path) or path
     for recognise in SOURCES:
         found = recognise(options, path)
         if found is not None:
@@ -189,10 +176,6 @@ def _tables_in(folder: Path, stem: str) -> list[Path]:
 def _tars_in(folder: Path) -> list[Path]:
     found = [entry for entry in walk_folders(folder) if not isinstance(entry, Skipped)] if folder.is_dir() else []
     return sorted(path / name for path, names in found for name in names if name.lower().endswith(".tar"))
-
-
-def _starts(table: Path, split: str) -> bool:
-    return table.stem.lower().startswith((f"{split}-", f"{split}.", f"{split}_")) or table.stem.lower() == split
 
 
 def _stray_images(folder: Path) -> list[Skipped]:
