@@ -74,11 +74,6 @@ class RunPlan:
         return Path(self.run.output) / self.run.name
 
     @property
-    def stage(self) -> int:
-        """ZeRO's stage."""
-        return int(self.ds_config["zero_optimization"]["stage"])
-
-    @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
