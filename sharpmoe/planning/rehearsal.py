@@ -103,7 +103,7 @@ def _check_start(plan: RunPlan, initial: InitialModel, planned: World, target: T
     """Check what a start does after its banner: engine, monitor, first batch. Returns notes."""
     run, notes = plan.run, []
     if target.is_here:
-        Engine.check(run, planned.device)
+        Engine.check(run, plan.ds_config, planned.device)
     else:
         notes.append(
             "checked on a machine without a GPU: packages that need one (optim.impl) are not checked"

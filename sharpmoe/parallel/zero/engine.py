@@ -33,6 +33,7 @@ from sharpmoe.parallel.zero.patches import (
 )
 from sharpmoe.parallel.zero.placement import gather_experts, is_expert, place_experts
 from sharpmoe.parallel.zero.replicas import check_replicas
+from sharpmoe.parallel.zero.settings import ZeroSettings
 
 
 class Engine:
@@ -66,18 +67,18 @@ class Engine:
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 model_parameters=optimizer_groups(module, run.optim.lr_scale),
-                optimizer=optimizer_factory(run.optim, world.device),
+                optimizer=optimizer_factory(run.optim, _update_device(ds_config, world.device)),
                 config=_with_defaults(ds_config),
             )
         self._gate = patch_optimizer(self._zero, self.stage, parts_whole)
         self.state = ShardedState(self._zero, self.stage)
 
     @staticmethod
-    def check(run: RunConfig, device: torch.device) -> None:
+    def check(run: RunConfig, ds_config: dict[str, Any], device: torch.device) -> None:
         """Raise ConfigError where an engine of this run cannot be made in this environment. No communication."""
         check_version()
         check_dispatcher(run)
-        optimizer_factory(run.optim, device)
+        optimizer_factory(run.optim, _update_device(ds_config, device))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward through the engine."""
@@ -140,6 +141,11 @@ class Engine:
         if keep:
             state.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
         return state
+
+
+def _update_device(ds_config: dict[str, Any], device: torch.device) -> torch.device:
+    """Return where the optimizer finds its partitions."""
+    return torch.device("cpu") if ZeroSettings.of(ds_config).host_optimizer else device
 
 
 def _with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:

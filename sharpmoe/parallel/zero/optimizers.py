@@ -54,7 +54,7 @@ def _apex_fused_adam(device: torch.device) -> Any:
             "github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or use optim.impl: auto"
         ) from None
     if device.type != "cuda":
-        raise ConfigError("optim.impl: apex needs a CUDA device; use optim.impl: auto")
+        raise ConfigError("optim.impl: apex needs a CUDA device, and no offload_optimizer; use optim.impl: auto")
     return FusedAdam
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from launcher.plan import main as plan
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
+from sharpmoe.parallel.zero.engine import _update_device
 from sharpmoe.parallel.zero.settings import zero_title
 from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.planning.estimate import Estimate, Planner
@@ -63,6 +65,12 @@ def test_what_is_offloaded_is_planned_in_host_memory(
     said = rehearse(run, ds_config, ALONE, Target.of(ALONE, 8.0))
     assert f"({moved} in host memory)" in said
     assert "per rank in host memory (offloaded)" in said
+
+
+def test_an_offloaded_optimizer_is_one_of_the_host() -> None:
+    for zero, device in (({"stage": 2}, "cuda"), (OFFLOADED["2"], "cpu"), (OFFLOADED["3, both"], "cpu")):
+        ds_config = {"zero_optimization": zero, "bf16": {"enabled": True}}
+        assert _update_device(ds_config, torch.device("cuda")).type == device
 
 
 def trained(world: World, run: Any, ds_config: dict[str, Any]) -> dict[str, Tensor]:
