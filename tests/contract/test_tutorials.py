@@ -1,5 +1,7 @@
 """Each tutorial runs from top to bottom after `make quickstart`, with smaller numbers where the test says so."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 
 import sharpmoe
-from tests.contract.tutorials import ROOT, blocks, changed, commands, draw_photos, run_command, workplace
+from tests.contract.tutorials import FENCE, ROOT, blocks, changed, commands, draw_photos, run_command, workplace
 from tests.data_pipeline.encode import text_models
 
 pytestmark = pytest.mark.slow
@@ -90,6 +92,38 @@ OWN_PICTURES = {
 def run_blocks(text: str) -> list[str]:
     """Run all commands of the bash blocks of a text, in order; return what each prints."""
     return [run_command(words) for block in blocks(text, "bash") for words in commands(block)]
+
+
+@pytest.mark.timeout(900)
+def test_the_lines_of_the_readme(checkout: Path) -> None:
+    """Its commands of own pictures, of a layout and of a plan, after a quickstart whose run has the default name."""
+    draw_photos(checkout / "my_images", 40)
+    (checkout / "runs" / "quickstart").mkdir()
+    own, cluster = (
+        part.split("\n## ")[0]
+        for part in changed(
+            (ROOT / "README.md").read_text(encoding="utf-8"), {"--train.steps 500": f"--train.steps 2{SMALL}"}
+        )
+        .split("## Your own pictures")[1]
+        .split("## On a cluster")
+    )
+    (block,) = blocks(own, "bash")
+    lines = commands(block)
+    assert [words[0] for words in lines] == [".", "python", "deepspeed", "python", "tensorboard"]
+    assert "40 pictures: train" in run_command(lines[1])
+    run_command(lines[2])
+    run_command([*lines[3], "--steps", "2"])
+    assert Image.open("runs/mine/samples/drawn/grid.png").width > 100
+    (submit,) = commands(blocks(cluster, "bash")[0])
+    assert "#!/usr/bin/env bash" in run_command([*submit, "--dry-run"])
+    plan = next(words for words in inline_commands(cluster) if "launcher/plan.py" in words)
+    assert "two_pass" in run_command([word.replace("FILE", "configs/runs/base.yaml") for word in plan])
+
+
+def inline_commands(text: str) -> list[list[str]]:
+    """Return the words of the commands within a text."""
+    found = [" ".join(body.split()) for body in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+    return [shlex.split(body) for body in found if "launcher/" in body]
 
 
 @pytest.mark.timeout(900)
