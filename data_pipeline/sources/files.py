@@ -7,6 +7,8 @@ from data_pipeline.sources.items import Place
 from data_pipeline.sources.walk import file_size
 from sharpmoe.errors import DataError
 
+_LARGEST = 1 << 30  # bytes of an image file: 64 megapixels of 16 bits and four channels are half of it
+
 
 class Files(Protocol):
     """The contents of the files of a source, by their local path. Safe in threads."""
@@ -45,8 +47,11 @@ LOCAL = LocalFiles()
 def read_place(files: Files, root: Path, place: Place, limit: int | None = None) -> bytes:
     """Read an image file below `root`, or the first `limit` bytes of it.
 
-    Raises OSError where the file cannot be opened, DataError where it is not as long as it was when it was listed.
+    Raises OSError where the file cannot be opened, ValueError where it is too large to be an image, DataError where it
+    is not as long as it was when it was listed.
     """
+    if place.size > _LARGEST:
+        raise ValueError(f"{place.size} bytes, at most {_LARGEST} are read")
     path = root / place.file
     if limit is not None:
         return files.read(path, place.offset, min(limit, place.size))

@@ -11,6 +11,7 @@ from data_pipeline.prepare import write
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.store.remote import RemoteOptions
 from launcher.prepare import main
+from launcher.shards import main as shards
 from tests.data_pipeline.clouds import BUCKET, Cloud, cloud_in_memory
 
 URL = f"s3://{BUCKET}/set"
@@ -66,8 +67,8 @@ def test_the_same_bytes_appear_in_the_bucket_with_the_index_last(
     assert f"{URL}: prepared: train 10" in said
     assert str(tmp_path / "temporary") not in said
     assert [path.suffix for path in (tmp_path / "temporary").iterdir()] == [".lock"]
-    shards = ShardSet.open(URL, "train", remote=RemoteOptions(cache=tmp_path / "cache"))
-    assert shards.num_samples == 10
+    opened = ShardSet.open(URL, "train", remote=RemoteOptions(cache=tmp_path / "cache"))
+    assert opened.num_samples == 10
 
 
 def test_a_killed_run_goes_on_after_the_shards_that_are_there(
@@ -151,3 +152,15 @@ def test_other_urls_are_refused(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_verify_reads_the_bucket_and_not_what_a_cache_remembers(
+    pictures: Path, cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for caption in ("number 0", "NUMBER 0"):  # of the same length: the shards differ in their bytes alone
+        (pictures / "0.txt").write_text(caption)
+        for name in cloud.names("set"):
+            cloud.files.rm_file(f"/{BUCKET}/set/{name}")
+        assert prepared(pictures, URL) == 0
+        assert shards(["verify", URL]) == 0

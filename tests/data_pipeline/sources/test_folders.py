@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_pipeline.sources.images import UNREADABLE
 from data_pipeline.sources.items import Skipped, shown, source_identity
 from data_pipeline.sources.open import SourceOptions, open_source
 from sharpmoe.errors import DataError
@@ -224,3 +225,13 @@ def test_a_folder_with_an_archive_alone_says_what_to_do(tmp_path: Path) -> None:
 
 def test_names_are_shown_on_one_line() -> None:
     assert shown("a\nb\x1b[2J\udce9 \u00e9.png") == "a\\nb\\x1b[2J\\udce9 \u00e9.png"
+
+
+def test_a_picture_of_gigabytes_is_never_read(tmp_path: Path) -> None:
+    with picture(tmp_path / "huge.png").open("wb") as file:
+        file.truncate(20 << 30)
+    (tmp_path / "huge.txt").write_text("huge")
+    source = open_source(SourceOptions(source=str(tmp_path)))
+    (item,) = listing(source).items
+    with pytest.raises(UNREADABLE, match=f"{20 << 30} bytes, at most {1 << 30} are read"):
+        source.read(item)
