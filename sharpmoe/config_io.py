@@ -105,6 +105,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(f"run file {path} is a folder, expected a YAML file; add a file name")
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"run file {path} does not exist{_there_are(others, path.parent)}")

@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 
 Content = bytes | str | Callable[[Path], object]  # what a file holds, or a function that writes the file at a path
 
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an error of the system
 _DRAFT = ".tmp"  # suffix of files that are being written
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -39,9 +41,15 @@ def atomic_draft(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        if error.filename == str(draft):
+        if error.filename in (None, str(draft)):  # a write to an open file says no name
             error.filename = str(path)
         raise
+    except Exception as error:
+        draft.unlink(missing_ok=True)
+        number = _RUST_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     except BaseException:
         draft.unlink(missing_ok=True)
         raise

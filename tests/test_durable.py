@@ -1,5 +1,6 @@
 """A file is absent, old or complete, whatever ends its writer; nothing is left beside it."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -99,3 +100,15 @@ def test_a_folder_is_checked_without_being_made(tmp_path: Path) -> None:
         with pytest.raises(NotADirectoryError) as caught:
             durable.check_folder(wrong)
         assert caught.value.filename == str(tmp_path / "file")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: full (os error 28)")])
+def test_a_full_disk_is_reported_with_the_file(error: Exception, tmp_path: Path) -> None:
+    def write(draft: Path) -> None:
+        draft.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(OSError, match="No space left|full") as caught:
+        durable.write_atomically(tmp_path / "a", write)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from sharpmoe.durable import write_atomically
 from sharpmoe.evaluation.allocation import Allocation, ImageMean
 
 Pixels = np.ndarray  # (H, W, 3) uint8
@@ -36,10 +37,9 @@ def to_pixels(images: Tensor) -> list[Pixels]:
 
 
 def save_png(pixels: Pixels, path: Path | str) -> Path:
-    """Write a picture as PNG, creating its folder, and return the path. Raises OSError."""
+    """Write a picture as PNG, complete or not at all, creating its folder; return the path. Raises OSError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, format="PNG")
+    write_atomically(path, lambda draft: Image.fromarray(pixels).save(draft, format="PNG"))
     return path
 
 

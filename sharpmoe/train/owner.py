@@ -61,6 +61,10 @@ def _lock(folder: Path) -> IO[str]:
     file = (folder / _OWNER_FILE).open("a+", encoding="utf-8")
     try:
         _claim(folder, file)
+    except OSError as error:
+        file.close()
+        error.filename = error.filename or str(folder / _OWNER_FILE)
+        raise
     except BaseException:
         file.close()
         raise

@@ -1,5 +1,7 @@
 """Mistakes that users make: each is one line that says how to fix it, exit code 2, and no traceback."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from launcher.main import main
+from sharpmoe import durable
 from sharpmoe.model.weights import save_weights
 from tests.report.run_folder import make_run_folder
 from tests.toys import toy_model
@@ -60,6 +63,11 @@ MISTAKES: list[tuple[str, str]] = [
     ("train --config @/twice.yaml", "line 3, column 3: key 'steps' is given twice"),
     ("train --config @/tab.yaml", "@/tab.yaml is not valid YAML: line 2, column 1"),
     ("train --deepspeed nowhere.json", "nowhere.json"),
+    # a folder where a file is expected
+    ("train --config @/folder", "run file @/folder is a folder, expected a YAML file; add a file name"),
+    ("train --deepspeed @/folder", "DeepSpeed file @/folder is a folder, expected a JSON file; add a file name"),
+    ("sample @/toy --captions-file @/folder", "@/folder: cannot be read as a caption file"),
+    ("identify @/folder", "@/folder: holds no .safetensors"),
     # places and files
     ("sample nowhere", "nowhere: neither a run folder with checkpoints/latest nor a .safetensors file"),
     ("sample @/toy --out @/file", "@/file: is a file, or below one, expected a folder; choose another place"),
@@ -110,3 +118,28 @@ def test_a_mistake_is_one_line_with_the_fix(
     assert line.replace("@", str(place)) in errors[0]
     assert "Traceback" not in said
     assert "usage:" not in said
+
+
+# Commands that write files through `durable`, and the file that each begins with.
+WRITING = [
+    ("sample @/toy --shards @/shards --steps 1 --captions x --out @/full", "@/full/000_x.png"),
+    ("export @/toy @/full/x.safetensors", "@/full/x.safetensors"),
+    ("evaluate @/toy --images 1 --sheet-images 0 --out @/full", "@/full/"),
+    ("shards show @/shards --out @/full/a.png", "@/full/a.png"),
+    ("convert @/class.safetensors @/full/x.safetensors --to promoe", "@/full/x.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("words", "file"), WRITING, ids=[words for words, _ in WRITING])
+def test_a_full_disk_is_one_line_that_names_the_file(
+    words: str, file: str, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(durable, "flush_file", flush)
+    assert main(words.replace("@", str(place)).split()) == 2
+    (line,) = [text for text in capfd.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert line.startswith(f"error: {file.replace('@', str(place))}")
+    assert line.endswith(": no space left on this disk; free some, or choose another place")
+    assert not [path for path in place.glob("full/*") if path.is_file()]  # no draft either

@@ -35,6 +35,7 @@ from deepspeed.utils import logger
 
 GIB = 2**30
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_START = "start with deepspeed or torchrun"
 _RANKS_ON_HOST = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # as torchrun and deepspeed name them
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or "max"
 
@@ -63,6 +64,7 @@ def start(timeout: timedelta = timedelta(minutes=30), debug: bool = False) -> Wo
     if not debug:
         _quiet_libraries()
     rank, size, local_rank = _place()
+    _check_device(local_rank, size)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -86,7 +88,8 @@ def _quiet_libraries() -> None:
 
 def is_main() -> bool:
     """Whether this process prints; needs no process group, so that errors before there is one can be printed."""
-    return os.environ.get("RANK", "0") == "0"
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # also of a rank that cannot be
 
 
 def stop() -> None:
@@ -108,14 +111,36 @@ def leave(code: int) -> NoReturn:
 def _place() -> tuple[int, int, int]:
     """Return (rank, size, local rank) from the launcher's variables, or a world of one."""
     given = [key for key in _LAUNCHER_KEYS if key in os.environ]
-    if "RANK" not in given and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in given and _number("WORLD_SIZE", "1") == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         return 0, 1, 0
     if len(given) < len(_LAUNCHER_KEYS):
         missing = ", ".join(key for key in _LAUNCHER_KEYS if key not in os.environ)
-        raise ConfigError(f"environment: {missing} not set beside {', '.join(given)}; start with deepspeed or torchrun")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return rank, size, int(os.environ.get("LOCAL_RANK", rank))
+        raise ConfigError(f"environment: {missing} not set beside {', '.join(given)}; {_START}")
+    rank, size, _ = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
+    if rank >= size:
+        raise ConfigError(f"environment: RANK is {rank}, expected 0 to {size - 1} with WORLD_SIZE {size}; {_START}")
+    return rank, size, _number("LOCAL_RANK", str(rank))
+
+
+def _number(key: str, default: str = "") -> int:
+    """Return an environment variable as a whole number >= 0. Raises ConfigError."""
+    text = os.environ.get(key, default)
+    if not text.isdecimal():
+        raise ConfigError(f"environment: {key} is {text!r}, expected a whole number >= 0; {_START}")
+    return int(text)
+
+
+def _check_device(local_rank: int, size: int) -> None:
+    """Raise ConfigError where this rank has no CUDA device of its own, though the host has some."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count and size > 1 and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(f"environment: LOCAL_RANK not set with WORLD_SIZE {size}, so the device is unknown; {_START}")
+    if count and local_rank >= count:
+        raise ConfigError(
+            f"environment: LOCAL_RANK is {local_rank}, but torch finds {count} CUDA device(s) on this host; start one "
+            "rank per device, or set CUDA_VISIBLE_DEVICES"
+        )
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:

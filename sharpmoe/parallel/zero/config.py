@@ -165,6 +165,8 @@ def _read_ds_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not JSON, or is not an object.
     """
+    if path.is_dir():
+        raise ConfigError(f"DeepSpeed file {path} is a folder, expected a JSON file; add a file name")
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise ConfigError(f"DeepSpeed file {path} does not exist; {path.parent} holds {', '.join(others) or 'no JSON'}")
