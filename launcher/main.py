@@ -16,6 +16,7 @@ _LAUNCHERS = {
     "train": "pretrain a base, or post-train it with SharpMoE",
     "sample": "draw images",
     "evaluate": "measure where models spend their experts on held-out images",
+    "ablate": "train, measure and compare the arms of a study",
     "report": "write a static HTML page of a run",
     "plan": "estimate memory and traffic of a run before it is started",
     "identify": "report family, sizes and time convention of a published checkpoint",

@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
 _WIDEST = 2**20  # of sizes of a model: beyond it, products of sizes leave 64 bits, and no device holds one layer
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
-_Factor = Annotated[float, Field(gt=0, le=1e6)]
+_Factor = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,6 +346,8 @@ class LossConfig(_Section):
     # What the routing loss trains: all that its gradient reaches, or the saliency routers alone, without gates, trunk
     # and experts.
     routing_gradient: Literal["all", "saliency_routers"] = "all"
+    # shuffled: every image of a micro-batch gets the map of its neighbour; a control, where saliency says nothing.
+    saliency_map: Literal["own", "shuffled"] = "own"
     count_temperature: float = Field(0.05, gt=0)  # width of the sigmoid behind straight-through counts
     balance_weight: float = Field(0.01, ge=0)  # tc, dit_moe
     capacity_weight: float = Field(0.01, ge=0)  # diffmoe; 1 in the paper, 0.01 is what ProMoE's code applies
@@ -373,6 +375,7 @@ class OptimConfig(_Section):
     lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
     # Factors on the learning rate, pattern: factor, at every step of the schedule. A pattern is one or more consecutive
     # parts of a parameter's name, such as saliency_router, moe.gate or blocks.*.attn; the most specific one counts.
+    # 0 freezes: {"*": 0, saliency_router: 20} trains the saliency routers alone.
     lr_scale: dict[str, _Factor] = {}
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)  # adamw
     eps: float = Field(1e-8, gt=0)  # adamw

@@ -42,19 +42,22 @@ class BatchLayout(NamedTuple):
     world: int  # data-parallel ranks
 
 
-def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(
+    path: str | Path | None, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Read a run file, apply `--section.key value` overrides, check everything.
 
     Args:
         path: YAML file; None is configs/runs/quickstart.yaml.
         overrides: command-line words, `--section.key value` or `--section.key=value`: see `parse_overrides`.
+        changes: sections and keys as in a run file, over those of the file and below the overrides.
 
     Raises:
         ConfigError: one line with the file or override, the key, what was given, what is allowed and how to fix it.
     """
     path = DEFAULT_RUN_CONFIG if path is None else Path(path)
     given = parse_overrides(overrides)
-    data = _read_yaml(path)
+    data = merge_settings(_read_yaml(path), changes or {})
     for key, value in given.items():
         _set(data, _parts(key), value)
     _check_keys(data, str(path), given)
@@ -65,6 +68,17 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
         raise ConfigError(_one_line(error, str(path), given)) from None
     _check_across_sections(run, str(path))
     return run
+
+
+def merge_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with `changes` over them; maps are merged, all else is replaced."""
+    found = dict(base)
+    for key, value in changes.items():
+        below = found.get(key)
+        found[key] = (
+            merge_settings(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
+    return found
 
 
 def dump_run_config(run: RunConfig) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sharpmoe.errors import ConfigError, DataError, first_line
+from sharpmoe.evaluation.classifier import load_classifier
 from sharpmoe.evaluation.inception import load_inception
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,6 +39,7 @@ class Extractor:
     compute: Callable[[Tensor], Features]  # images (B, 3, H, W) uint8, on any device
     about: Mapping[str, str]  # for the protocol: weights and preprocessing
     is_inception: bool = False  # its Frechet distance is called FID
+    num_classes: int | None = None  # of its logits, where these are the classes of the samples
 
 
 class ExtractorOptions(NamedTuple):
@@ -124,11 +126,32 @@ def _dino(options: ExtractorOptions) -> Extractor:
     )
 
 
+def _classifier(options: ExtractorOptions) -> Extractor:
+    """The classifier of a study: features before its last layer, and the classes of its training data."""
+    path = _needed(options, "classifier.safetensors, as a study trains it")
+    model, card = load_classifier(path)
+    model.to(options.device)
+
+    @torch.no_grad()
+    def compute(images: Tensor) -> Features:
+        if list(images.shape[2:]) != card["image"]:
+            height, width = card["image"]
+            raise DataError(
+                f"images of {images.shape[3]} x {images.shape[2]} pixels: {path} was trained on {width} x {height}"
+            )
+        features = model.features(images.to(options.device))
+        return Features(features, logits=model.last(features))
+
+    about = {"weights": path.name, "sha256": _digest(path), "training": str(card["training"])}
+    return Extractor(name="classifier", compute=compute, about=about, num_classes=int(card["num_classes"]))
+
+
 EXTRACTORS: dict[str, Callable[[ExtractorOptions], Extractor]] = {
     "efficientnet-lite0": _efficientnet,
     "inception": _inception,
     "clip": _clip,
     "dinov2": _dino,
+    "classifier": _classifier,
 }
 
 

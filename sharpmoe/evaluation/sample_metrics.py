@@ -43,6 +43,7 @@ class Metric:
     compute: Callable[[_Sets, MetricSettings], Mapping[str, Figure]]
     needs_images: bool = True  # of the reference; False: its statistics are enough, or it needs none
     of_inception: bool = False  # defined with Inception's outputs only
+    of_classes: bool = False  # needs an extractor that knows the classes of the samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,10 @@ def _check_metrics(extractor: Extractor, metrics: Sequence[str]) -> None:
             raise ConfigError(f"--metrics {name}: expected some of {', '.join(METRICS)}")
         if METRICS[name].of_inception and not extractor.is_inception:
             raise ConfigError(f"--metrics {name} is defined with --extractor inception, got {extractor.name}")
+        if METRICS[name].of_classes and extractor.num_classes is None:
+            raise ConfigError(
+                f"--metrics {name} needs --extractor classifier, got {extractor.name}: it knows no classes"
+            )
 
 
 def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, count: int | None = None) -> Features:
@@ -230,6 +235,14 @@ def _gaussian_mmd(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]
     return {"cmmd": Figure(distances.gaussian_mmd(sets.reference.pool, sets.samples.pool))}
 
 
+def _accuracy(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
+    """Share of class-conditional samples that have their class: image i has class i mod K, as `adm` draws them."""
+    assert sets.samples.logits is not None
+    asked = torch.arange(len(sets.samples.logits)) % sets.samples.logits.shape[1]
+    hits = (sets.samples.logits.argmax(1) == asked).double()
+    return {"accuracy": Figure(float(hits.mean()), float(hits.std() / math.sqrt(len(hits))))}
+
+
 METRICS: dict[str, Metric] = {
     "fd": Metric(compute=_frechet("pool", "fd"), needs_images=False),
     "sfid": Metric(compute=_frechet("spatial", "sfid"), needs_images=False, of_inception=True),
@@ -237,6 +250,7 @@ METRICS: dict[str, Metric] = {
     "kid": Metric(compute=_kernel),
     "pr": Metric(compute=_coverage),
     "cmmd": Metric(compute=_gaussian_mmd),
+    "accuracy": Metric(compute=_accuracy, needs_images=False, of_classes=True),
 }
 
 

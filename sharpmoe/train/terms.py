@@ -77,7 +77,12 @@ def fields_with_gradient(run: RunConfig) -> frozenset[str]:
 
 
 def routing_loss(mass: Tensor, saliency: Tensor, run: RunConfig) -> Tensor:
-    """Return L_routing of a trajectory (0-d, unweighted): its A (B, N), summed over all steps, against M (B, N)."""
+    """Return L_routing of a trajectory (0-d, unweighted): its A (B, N), summed over all steps, against M (B, N).
+
+    loss.saliency_map "shuffled": against the M of the next image of the micro-batch.
+    """
+    if run.loss.saliency_map == "shuffled":
+        saliency = saliency.roll(1, 0)
     return losses.trajectory_routing(mass, saliency, run.loss, run.rollout.num_steps * run.model.num_moe_layers)
 
 

@@ -182,4 +182,4 @@ def test_the_command_writes_figures_with_their_protocol(
 def test_an_unknown_extractor_names_the_others() -> None:
     with pytest.raises(ConfigError, match="expected one of efficientnet-lite0, inception, clip, dinov2"):
         open_extractor(ExtractorOptions("vgg"))
-    assert set(sample_metrics.METRICS) == {"fd", "sfid", "is", "kid", "pr", "cmmd"}
+    assert set(sample_metrics.METRICS) == {"fd", "sfid", "is", "kid", "pr", "cmmd", "accuracy"}

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from sharpmoe.config import RunConfig
 from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
-from sharpmoe.train.terms import routing_weight
+from sharpmoe.train.terms import mass_gradient, routing_loss, routing_weight
 from tests.distributed import run_ranks
 from tests.train.setting import make_run, plan_for
 
@@ -17,6 +18,20 @@ def test_the_weight_rises_linearly_from_zero_and_stays(shards: Path, tmp_path: P
     run = make_run(shards, tmp_path, loss={"routing_weight": 0.5, "routing_warmup_steps": 4})
     assert [routing_weight(run, step) for step in range(6)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
     assert routing_weight(make_run(shards, tmp_path), 0) == 0.5
+
+
+def test_a_shuffled_map_is_that_of_the_next_image(shards: Path, tmp_path: Path) -> None:
+    own = make_run(shards, tmp_path)
+    shuffled = make_run(shards, tmp_path, loss={"saliency_map": "shuffled"})
+    mass, saliency = torch.rand(4, 16) * 6, torch.rand(4, 16)
+    turned = saliency[[3, 0, 1, 2]]
+    assert (
+        routing_loss(mass, saliency, shuffled) == routing_loss(mass, turned, own) != routing_loss(mass, saliency, own)
+    )
+    gradients = [mass_gradient(mass, m, run, 1.0) for m, run in ((saliency, shuffled), (turned, own))]
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
 
 
 def _train(world: World, runs: list[RunConfig]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sharpmoe.config import OptimConfig, RunConfig
@@ -204,3 +205,18 @@ def test_a_run_resumes_with_other_factors_and_loses_nothing(
     assert read_log(tmp_path / "on" / "log.jsonl")["optim/lr/experts"] == {3: pytest.approx(0.5e-3)}
     events = (tmp_path / "on" / "log.jsonl").read_text()
     assert '"optim.lr_scale.experts": [null, 0.5]' in events
+
+
+@pytest.mark.dist
+def test_a_factor_of_zero_freezes(shards: Path, tmp_path: Path) -> None:
+    """Routers alone: nothing else moves, not by weight decay either; * is less specific than a name."""
+    optim = {"name": "adamw", "weight_decay": 0.1, "lr": 0.01, "lr_scale": {"*": 0.0, "saliency_router": 5.0}}
+    weights = []
+    for steps in (1, 3):
+        run = make_run(shards, tmp_path, "ec", model={"depth": 2}, train={"steps": steps}, optim=optim)
+        run_ranks(_train, 1, run.model_copy(update={"name": f"steps{steps}"}), 3)
+        folder = tmp_path / f"steps{steps}" / "checkpoints" / f"step{steps:08}"
+        weights.append(load_file(folder / "live.safetensors"))
+    moved = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
+    assert moved
+    assert {name for name in moved if "saliency_router" not in name} == set()

@@ -1,0 +1,1 @@
+"""Studies: arms x seeds trained alike, measured alike, and compared in pairs."""

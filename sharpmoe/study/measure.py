@@ -1,0 +1,214 @@
+"""Measure one part of a study on a part of a split: allocation, flow losses, and samples against real images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.index import Bucket
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.schema import Batch
+from sharpmoe.durable import fresh_folder, sha256_of, write_atomically
+from sharpmoe.errors import CheckpointError, ConfigError
+from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch
+from sharpmoe.evaluation.allocation import Allocation, measure_allocation
+from sharpmoe.evaluation.classifier import train_classifier
+from sharpmoe.evaluation.extractors import ExtractorOptions
+from sharpmoe.evaluation.sample_metrics import MetricSettings, judge_sets
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.weights import load_model
+from sharpmoe.report.runs import find_saved_model
+from sharpmoe.report.samples import check_shards, pixels_per_latent
+from sharpmoe.study.plan import Part, SplitPart, Study
+
+_ALLOCATION, _FIGURES, _BEGUN = "allocation.json", "figures.json", "settings.json"
+_OWN = "classifier"  # the extractor that a study trains itself
+
+
+class _EverySample:
+    """Every `of`-th sample of a split, as `evaluation.held_out.Samples`."""
+
+    def __init__(self, shards: ShardSet, part: SplitPart) -> None:
+        self._shards, self._rows = shards, range(part.number - 1, shards.num_samples, part.of)
+        if not self._rows:
+            raise ConfigError(
+                f"{shards.location}: split {part.split} has {shards.num_samples} samples, none in part "
+                f"{part.number}/{part.of}; change the splits of the study"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._rows)
+
+    @property
+    def buckets(self) -> Mapping[str, Bucket]:
+        return self._shards.buckets
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return self._shards.batch([self._rows[index] for index in indices])
+
+    def bucket_of(self, index: int) -> str:
+        return self._shards.bucket_of(self._rows[index])
+
+
+def measures_samples(study: Study) -> bool:
+    """Whether samples are drawn and judged, for which `prepare_judging` comes first."""
+    return study.evaluate.samples > 0
+
+
+def judging_files(study: Study, split: str) -> tuple[Path, ...]:
+    """Return the files that `prepare_judging` writes for a split, "tuning" or "final"."""
+    reference = study.folder / f"reference-{split}.npz"
+    return (reference, _classifier_file(study)) if _trains_classifier(study) else (reference,)
+
+
+def prepare_judging(study: Study, split: str, device: str) -> None:
+    """Write the real images of a split as a batch, and train the study's classifier where it needs one."""
+    data = study.parts[0].run.data
+    part = SplitPart.read(getattr(study.evaluate, split))
+    shards = ShardSet.open(data.first_place, part.split, data.remote.options())
+    _write_reference(study.folder / f"reference-{split}.npz", shards, part)
+    if _trains_classifier(study) and not _classifier_file(study).is_file():
+        training = ShardSet.open(data.first_place, data.train_split, data.remote.options())
+        card = train_classifier(_classifier_file(study), training, shards, study.classifier, device)
+        print(f"classifier: accuracy {card['accuracy']:.4f} on {card['held_out']}", flush=True)
+
+
+def measure_part(study: Study, part: Part, split: str, device: str) -> Path:
+    """Measure a trained part on a split, "tuning" or "final", and return the file of its figures.
+
+    Held-out noise is that of `evaluate.seed` for all parts; images are drawn with the seed of the part.
+    """
+    folder, settings = part.folder / f"seed{part.seed}-{split}", study.evaluate
+    place = SplitPart.read(getattr(settings, split))
+    wanted = _settings(study, part, split)
+    _begin(folder, wanted)
+    shards = ShardSet.open(part.run.data.first_place, place.split, part.run.data.remote.options())
+    model = load_model(weights_of(study, part))[0].to(device)
+    check_shards(model, shards)
+    measure_allocation(
+        model,
+        _EverySample(shards, place),
+        images=settings.images,
+        seed=settings.seed,
+        chunk=settings.chunk,
+        with_fresh_noise=True,
+    ).save(folder / _ALLOCATION)
+    figures: dict[str, float] = {}
+    for scale in settings.cfg_scales if measures_samples(study) else ():
+        figures |= _judge_samples(study, part, model, shards, split, scale, device)
+    content = {"settings": wanted, "figures": figures}
+    write_atomically(folder / _FIGURES, json.dumps(content, indent=1) + "\n")
+    return folder / _FIGURES
+
+
+def _begin(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Empty the folder of a part's figures, unless a killed process began them with the same settings."""
+    path = folder / _BEGUN
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != wanted:
+        fresh_folder(folder)
+        write_atomically(path, json.dumps(wanted) + "\n")
+
+
+def is_measured(study: Study, part: Part, split: str) -> bool:
+    """Whether a part has figures of these weights under these settings."""
+    return read_measured(study, part, split) is not None
+
+
+def read_measured(study: Study, part: Part, split: str) -> tuple[Allocation, dict[str, float]] | None:
+    """Return the allocation and the figures of samples of a part, None where it is not measured as the study says."""
+    folder = part.folder / f"seed{part.seed}-{split}"
+    if not (folder / _FIGURES).is_file() or not is_trained(part):
+        return None
+    content = json.loads((folder / _FIGURES).read_text(encoding="utf-8"))
+    if content["settings"] != _settings(study, part, split):
+        return None
+    return Allocation.load(folder / _ALLOCATION), content["figures"]
+
+
+def is_trained(part: Part) -> bool:
+    """Whether the run of a part has its last checkpoint; an arm that is not trained has its weights."""
+    if not part.arm.trained:
+        return Path(part.run.checkpoint.init or "").is_file()
+    try:
+        saved = find_saved_model(part.run_folder, "live")
+    except CheckpointError:
+        return False
+    return saved.weights.parent.name == f"step{part.run.train.steps:08}"
+
+
+def weights_of(study: Study, part: Part) -> Path:
+    """Return the weights file that is measured. Raises CheckpointError."""
+    if not part.arm.trained:
+        return Path(part.run.checkpoint.init or "")
+    return find_saved_model(part.run_folder, "ema" if study.evaluate.weights == "ema" else "live").weights
+
+
+def _settings(study: Study, part: Part, split: str) -> dict[str, Any]:
+    """Return all that the figures of a part depend on, as JSON values."""
+    settings = study.evaluate.model_dump(mode="json")
+    kept = {key: value for key, value in settings.items() if key not in ("tuning", "final")}
+    drawn = part.run.sample.model_dump(mode="json", exclude={"captions", "seed", "cfg_scale"})
+    own = {"classifier": study.classifier.model_dump(mode="json")} if _trains_classifier(study) else {}
+    weights = weights_of(study, part)
+    return {
+        **kept,
+        **own,
+        "split": settings[split],
+        "sample": drawn,
+        "shards": part.run.data.first_place,
+        "weights_file": sha256_of(weights),
+    }
+
+
+def _trains_classifier(study: Study) -> bool:
+    settings = study.evaluate
+    return measures_samples(study) and settings.extractor == _OWN and settings.extractor_weights is None
+
+
+def _classifier_file(study: Study) -> Path:
+    return study.folder / "classifier.safetensors"
+
+
+def _write_reference(path: Path, shards: ShardSet, part: SplitPart) -> None:
+    """Write the images of a part of a split, of its main bucket, as arr_0 (N, H, W, 3) uint8."""
+    main, codec, found = set(shards.indices_of(shards.main_bucket)), shards.codec_object(), []
+    rows = [row for row in range(part.number - 1, shards.num_samples, part.of) if row in main]
+    for start in range(0, len(rows), 256):
+        images = codec.decode(shards.batch(rows[start : start + 256]).latent)
+        found.append((127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    pixels = np.concatenate(found)
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as file:
+            np.savez(file, arr_0=pixels)
+
+    write_atomically(path, write)
+
+
+def _judge_samples(
+    study: Study, part: Part, model: Backbone, shards: ShardSet, split: str, scale: float, device: str
+) -> dict[str, float]:
+    """Draw images with one scale of guidance, judge them and return the figures by name, such as "fd, cfg 1.5"."""
+    settings, folder = study.evaluate, part.folder / f"seed{part.seed}-{split}"
+    sample = part.run.sample.model_copy(update={"cfg_scale": scale, "seed": part.seed})
+    codec = shards.codec_object(device)
+    batch = AdmBatch(
+        path=folder / f"samples-cfg{scale:g}.npz",
+        num_images=settings.samples,
+        image_size=model.config.latent_size * pixels_per_latent(codec),
+        batch_size=settings.sample_batch,
+        weights=f"{part.name}, {settings.weights}",
+    )
+    draw_adm_batch(model, sample, codec.decode, batch)
+    weights = _classifier_file(study) if _trains_classifier(study) else settings.extractor_weights
+    options = ExtractorOptions(settings.extractor, None if weights is None else Path(weights), device=device)
+    reference = study.folder / f"reference-{split}.npz"
+    (found,) = judge_sets([str(batch.path)], str(reference), options, MetricSettings(metrics=settings.metrics))
+    found.save(batch.path.with_suffix(".figures.json"))
+    return {f"{name}, cfg {scale:g}": figure.value for name, figure in found.figures.items()}

@@ -1,0 +1,79 @@
+"""What is measured of a part, and when it is measured again."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_pipeline.read.shards import ShardSet
+from sharpmoe.study.measure import (
+    _EverySample,
+    is_measured,
+    is_trained,
+    judging_files,
+    measure_part,
+    prepare_judging,
+    read_measured,
+)
+from sharpmoe.study.plan import SplitPart, Study, load_study
+from tests.study.toy import make_study, pretend_trained
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study whose parts have weights, judged and measured on its tuning split."""
+    found = load_study(make_study(tmp_path_factory.mktemp("study")))
+    pretend_trained(found)
+    prepare_judging(found, "tuning", "cpu")
+    for part in found.parts[:2]:
+        measure_part(found, part, "tuning", "cpu")
+    return found
+
+
+def test_judging_has_the_images_of_its_part_of_the_split(study: Study) -> None:
+    assert all(path.is_file() for path in judging_files(study, "tuning"))
+    shards = ShardSet.open(study.parts[0].run.data.first_place, "unseen")
+    reference = np.load(study.folder / "reference-tuning.npz")["arr_0"]
+    images = shards.codec_object().decode(shards.batch([0, 2]).latent)
+    assert np.array_equal(reference, (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).byte().numpy())
+
+
+def test_both_parts_of_a_split_are_all_of_it_once(study: Study) -> None:
+    shards = ShardSet.open(study.parts[0].run.data.first_place, "unseen")
+    parts = [_EverySample(shards, SplitPart("unseen", number, 2)) for number in (1, 2)]
+    keys = [key for part in parts for key in part.batch(range(part.num_samples)).keys]
+    assert sorted(keys) == sorted(shards.batch(range(shards.num_samples)).keys)
+
+
+def test_figures_are_of_held_out_images_and_of_samples(study: Study) -> None:
+    found = read_measured(study, study.parts[0], "tuning")
+    assert found is not None
+    allocation, figures = found
+    assert allocation.images == 2
+    assert set(figures) == {"fd, cfg 1", "accuracy, cfg 1"}
+    assert allocation.flow_fresh["all t"].mean != allocation.flow["all t"].mean
+    protocol = json.loads((study.parts[0].folder / "seed0-tuning" / "samples-cfg1.figures.json").read_text())
+    assert protocol["protocol"]["name"] == "FD, classifier, 8 images"
+
+
+def test_other_settings_splits_and_weights_are_measured_again(study: Study) -> None:
+    part = study.parts[0]
+    assert is_measured(study, part, "tuning")
+    assert not is_measured(study, part, "final")
+    more = replace(study, evaluate=study.evaluate.model_copy(update={"samples": 12}))
+    assert not is_measured(more, part, "tuning")
+    weights = part.run_folder / "checkpoints" / "step00000002" / "ema.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(study.parts[2].run_folder.joinpath("checkpoints/step00000002/ema.safetensors").read_bytes())
+    assert not is_measured(study, part, "tuning")
+    weights.write_bytes(before)
+    assert is_measured(study, part, "tuning")
+
+
+def test_a_part_without_its_last_checkpoint_is_not_trained(study: Study) -> None:
+    part = study.parts[3]
+    assert is_trained(part)
+    (part.run_folder / "checkpoints" / "latest").write_text("step00000001\n")
+    assert not is_trained(part)
+    (part.run_folder / "checkpoints" / "latest").write_text("step00000002\n")
