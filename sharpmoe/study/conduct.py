@@ -27,7 +27,7 @@ from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.rehearsal import Target, rehearse
-from sharpmoe.study.jobs import Job, Outcome, run_jobs
+from sharpmoe.study.jobs import Job, JobReport, run_jobs
 from sharpmoe.study.measure import is_measured, is_trained, judging_files, measures_samples
 from sharpmoe.study.plan import Part, Study, noisy_images_per_step
 from sharpmoe.study.table import write_table
@@ -47,7 +47,7 @@ class Wish:
     words: tuple[str, ...] = ()  # of `ablate`, with which a job reads the same study
 
 
-def conduct(study: Study, wish: Wish, say: Callable[[str], object]) -> Outcome:
+def conduct(study: Study, wish: Wish, say: Callable[[str], object]) -> JobReport:
     """Train and measure what is left, several parts at a time, and write the table of what there is.
 
     Raises ConfigError where a part was trained under another definition, or another process conducts the study.

@@ -38,7 +38,7 @@ class Job:
     after: tuple[str, ...] = ()  # names of jobs that come first, where they are in the same call
 
 
-class Outcome(NamedTuple):
+class JobReport(NamedTuple):
     """What became of jobs."""
 
     done: tuple[str, ...]
@@ -55,7 +55,7 @@ class _Running:
     started: float
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int, seconds: float | None, say: Callable[[str], object]) -> Outcome:
+def run_jobs(jobs: Sequence[Job], parallel: int, seconds: float | None, say: Callable[[str], object]) -> JobReport:
     """Run jobs in their order, at most `parallel` at a time; those that are done already are left out.
 
     Each is a world of one process with one CPU thread, and needs no port; with several GPUs each job sees one of them.
@@ -95,7 +95,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, seconds: float | None, say: Cal
                     failed[each.job.name] = _last_line(each.job.log) or f"exit code {each.process.returncode}"
                     say(f"{each.job.name}: failed after {took}: {failed[each.job.name]} ({each.job.log})")
     left = (*stopped, *(job.name for job in waiting))
-    return Outcome(tuple(done), failed, left, received[0] if received else None)
+    return JobReport(tuple(done), failed, left, received[0] if received else None)
 
 
 def _next(waiting: Sequence[Job], running: Sequence[_Running], failed: Mapping[str, str]) -> Job | None:

@@ -56,7 +56,7 @@ _METHOD = (
 _Values = dict[str, dict[int, list[float]]]  # figure -> seed -> values of images, or one value
 
 
-class Table(NamedTuple):
+class StudyTable(NamedTuple):
     """Figures of a study by arm and name."""
 
     means: dict[str, dict[str, Interval]]
@@ -64,12 +64,12 @@ class Table(NamedTuple):
     seeds: dict[str, tuple[int, ...]]
 
 
-def make_table(study: Study, split: str) -> Table:
+def make_table(study: Study, split: str) -> StudyTable:
     """Read what is measured on a split, "tuning" or "final"; arms without a measured seed are left out."""
     values = {arm.name: _values_of(study, arm, split) for arm in study.arms}
     values = {name: found for name, found in values.items() if found}
     control = values.get(study.control, {})
-    return Table(
+    return StudyTable(
         means={
             arm: {name: interval_of(list(rows.values())) for name, rows in found.items()}
             for arm, found in values.items()
@@ -98,7 +98,7 @@ def write_table(study: Study, split: str) -> Path | None:
     return path
 
 
-def table_text(study: Study, split: str, table: Table) -> str:
+def table_text(study: Study, split: str, table: StudyTable) -> str:
     """Return a table as Markdown."""
     names = list(dict.fromkeys(name for found in table.means.values() for name in found))
     about = [f"* `{arm.name}`: {arm.about}" for arm in study.arms if arm.about and arm.name in table.means]
@@ -133,7 +133,7 @@ def table_text(study: Study, split: str, table: Table) -> str:
     return "\n".join([*lines, *about, *([""] if about else []), _LEGEND, "", _METHOD, ""])
 
 
-def draw_curves(study: Study, table: Table) -> Pixels:
+def draw_curves(study: Study, table: StudyTable) -> Pixels:
     """Plot flow loss, and the Frechet distance where there is one, against alignment; bars are the intervals."""
     distances = [name for name in _names(table) if name.startswith(("fd,", "fid,"))]
     shown = [_FLOW, *distances]
@@ -143,7 +143,7 @@ def draw_curves(study: Study, table: Table) -> Pixels:
     return render_figure(figure)
 
 
-def _draw_plane(axis: Axes, study: Study, table: Table, name: str) -> None:
+def _draw_plane(axis: Axes, study: Study, table: StudyTable, name: str) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for arm in study.arms:
         x, y = (table.means.get(arm.name, {}).get(key) for key in (_ALIGNMENT, name))
@@ -168,7 +168,7 @@ def _bars(value: Interval) -> list[list[float]] | None:
     return None if math.isnan(value.low) else [[value.mean - value.low], [value.high - value.mean]]
 
 
-def _names(table: Table) -> list[str]:
+def _names(table: StudyTable) -> list[str]:
     return list(dict.fromkeys(name for found in table.means.values() for name in found))
 
 
@@ -214,7 +214,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def _plain(study: Study, split: str, table: Table) -> dict[str, Any]:
+def _plain(study: Study, split: str, table: StudyTable) -> dict[str, Any]:
     def ranges(found: Mapping[str, Mapping[str, Interval]]) -> dict[str, Any]:
         return {
             arm: {name: {k: None if v != v else v for k, v in one._asdict().items()} for name, one in each.items()}
