@@ -189,7 +189,7 @@ def _log_step(session: Session, step: int, result: StepResult, tokens: int, seco
     if result.routing is not None and session.objective.uses_x0_prev and _is_halfway(run, step):
         warning = strength_warning(result.routing, step)
         if warning:
-            session.log.say(f"warning: {warning}")
+            session.log.say(warning)
 
 
 def _is_halfway(run: RunConfig, step: int) -> bool:
@@ -237,7 +237,7 @@ def _finish(session: Session, progress: Progress) -> _Ended:
     watchdog.mark(f"the save of step {progress.step}")
     folder = ensure_saved(session, progress)
     if session.log is not None:
-        session.log.say(closing_summary(session.plan.run, session.plan.folder, folder, session.log))
+        session.log.conclude(closing_summary(session.plan.run, session.plan.folder, folder, session.log))
     return _Ended(folder)
 
 

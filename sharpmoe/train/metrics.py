@@ -159,17 +159,20 @@ def routing_scalars(sums: Tensor) -> dict[str, float]:
 
 
 def strength_warning(sums: Tensor, step: int) -> str:
-    """Return what is to be said of saliency routers that are inert or take over, from summed `routing_sums`, or "".
+    """Return a note on saliency routers that are inert, a warning of ones that take over, or "".
 
-    Their logits' spread over tokens against the gate's, over all layers and times.
+    From summed `routing_sums`: their logits' spread over tokens against the gate's, over all layers and times.
     """
     by_range = sums[:, _LAYER_SUMS:_SUMS].view(len(sums), len(TIME_RANGES), INFLUENCE_COLUMNS)
     spread = influence_figures(by_range.sum((0, 1)).tolist()).get("spread")
     found = f"step {step}: logits of the saliency routers vary over tokens {{:.2g}} times as much as those of the gates"
     if spread is not None and spread < INERT:
-        return f"{found.format(spread)}: they steer next to nothing; raise their learning rate, as in optim.lr_scale"
+        return (
+            f"note: {found.format(spread)}, so they change few choices yet. They start at zero: this is expected in a "
+            "short run at the default learning rate; --optim.lr_scale '{saliency_router: 20}' makes them learn faster"
+        )
     if spread is not None and spread > TAKES_OVER:
-        return f"{found.format(spread)}: gates hardly matter; lower their learning rate or loss.routing_weight"
+        return f"warning: {found.format(spread)}: gates hardly matter; lower their learning rate or loss.routing_weight"
     return ""
 
 

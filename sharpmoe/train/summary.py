@@ -10,7 +10,7 @@ from sharpmoe.console import clock
 from sharpmoe.train.runlog import RunLog
 
 _SAMPLES = "samples"  # folders and files of a run, as the monitor writes them
-_ALLOCATION = "allocation.png"
+_ALLOCATION = "allocation"
 
 
 def closing_summary(run: RunConfig, folder: Path, checkpoint: Path, log: RunLog) -> str:

@@ -83,7 +83,10 @@ def test_strength_is_told_by_range_of_time() -> None:
 
 def test_an_inert_and_an_overbearing_router_are_warned_of() -> None:
     config = toy_config("ec")
-    assert "they steer next to nothing; raise" in strength_warning(sums_of(records("ec", untrained=True), config), 5)
+    inert = strength_warning(sums_of(records("ec", untrained=True), config), 5)
+    assert inert.startswith("note: step 5: ")  # nothing is wrong in a short run
+    assert "expected" in inert
+    assert "optim.lr_scale" in inert
     steps = records("ec", untrained=False)
     known = sums_of(steps, config)
     assert strength_warning(known, 5) == ""
@@ -91,7 +94,9 @@ def test_an_inert_and_an_overbearing_router_are_warned_of() -> None:
         tuple(layer._replace(logits=layer.gate_logits + 1e3 * (layer.logits - layer.gate_logits)) for layer in step)
         for step in steps
     )
-    assert "gates hardly matter; lower" in strength_warning(sums_of(louder, config), 5)
+    over = strength_warning(sums_of(louder, config), 5)
+    assert over.startswith("warning: step 5: ")
+    assert "gates hardly matter; lower" in over
     assert strength_warning(sums_of([()], toy_config("dense")), 5) == ""
 
 

@@ -27,7 +27,9 @@ def test_the_summary_names_figures_places_and_commands(tmp_path: Path) -> None:
     assert lines[2] == "  validation flow loss 0.5000 after step 2, best 0.2500 after step 1"
     text = "\n".join(lines)
     assert str(folder / "samples") in text
-    assert "allocation.png" not in text  # there is none
+    assert "allocation" not in text  # there is none
+    (folder / "allocation").mkdir()
+    assert f"  allocation {folder}/allocation" in closing_summary(run, folder, folder / "checkpoints", log)
     commands = [line.strip() for line in lines[lines.index("next:") + 1 :]]
     assert f"python launcher/evaluate.py 'assets/my base.safetensors' '{folder}'" in commands
     assert f"tensorboard --logdir '{folder}'" in commands
