@@ -74,7 +74,7 @@ def _judge(arguments: argparse.Namespace) -> None:
     extractor = ExtractorOptions(
         arguments.extractor, arguments.extractor_weights, arguments.unverified, arguments.device
     )
-    found = judge_sets(arguments.models, arguments.reference, extractor, settings)
+    found = judge_sets(arguments.models, arguments.reference, extractor, settings, arguments.names)
     print(figures_table(found))
     for figures in found:
         print(f"written: {figures.save(arguments.out / f'{slug(figures.samples)}.figures.json')}")

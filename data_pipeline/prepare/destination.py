@@ -11,13 +11,13 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol, TextIO, TypeVar
 
 from data_pipeline.index import INDEX_FILE
-from data_pipeline.prepare.finish import WORK_FOLDER
+from data_pipeline.prepare.finish import FOLDER_FILES, WORK_FOLDER
 from data_pipeline.prepare.recipe import RECIPE_FILE
 from data_pipeline.safety import expand, redact, scheme_of
 from data_pipeline.store.cloud import CloudFolder
@@ -94,7 +94,8 @@ class _Bucket:
     def check(self) -> None:
         """Write and remove an empty object."""
         self.ask("", lambda cloud: cloud.put(_PROBE, b""), _FIRST_RETRIES)
-        self.ask("", lambda cloud: cloud.remove(_PROBE), _FIRST_RETRIES)
+        with suppress(DamageError):  # another rank has removed it
+            self.ask("", lambda cloud: cloud.remove(_PROBE), _FIRST_RETRIES)
 
     def listing(self) -> dict[str, int]:
         return dict(self.ask("", lambda cloud: list(cloud.listing()), _FIRST_RETRIES))
@@ -116,7 +117,8 @@ class _Bucket:
         self.ask(name, lambda cloud: cloud.put(name, content))
 
     def remove(self, name: str) -> None:
-        self.ask(name, lambda cloud: cloud.remove(name))
+        with suppress(DamageError):  # another rank has removed it
+            self.ask(name, lambda cloud: cloud.remove(name))
 
 
 class _Uploads:
@@ -132,7 +134,7 @@ class _Uploads:
             self._bucket.check()
         for name, size in listing.items():
             path = self._folder / name
-            if not _is_ours(name):
+            if not _is_ours(name, listing):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".tar":
@@ -169,11 +171,17 @@ class _Uploads:
                 self._bucket.remove(name)
 
 
-def _is_ours(name: str) -> bool:
-    """Return whether an object is a file of a set of shards, or of one that is being prepared."""
-    folder, _, file = name.rpartition("/")
-    parts = folder.split("/") if folder else [WORK_FOLDER]
-    return parts[0] == WORK_FOLDER and not {"", ".", ".."} & {*parts, file} and file != _PROBE
+def _is_ours(name: str, listing: Mapping[str, int]) -> bool:
+    """Return whether an object is a file of a set of shards, or of one that is being prepared.
+
+    Others that lie there are not copied: they may be of any size.
+    """
+    path = PurePosixPath(name)
+    if path.parts[0] == WORK_FOLDER:
+        return not {"", ".", ".."} & set(name.split("/"))
+    if len(path.parts) > 1:
+        return False
+    return name in FOLDER_FILES or path.suffix == ".tar" or f"{name.removesuffix('.json')}.tar" in listing
 
 
 def _hollow(path: Path, size: int) -> None:

@@ -28,6 +28,7 @@ from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, write_counts
 from data_pipeline.prepare.encoding import Worker, text_arrays
 from data_pipeline.prepare.plan import ShardPlan
+from data_pipeline.prepare.recipe import RECIPE_FILE
 from data_pipeline.prepare.survey import Catalog
 from data_pipeline.sources.items import Skipped, shown
 from sharpmoe.durable import remove_drafts, sha256_of, write_atomically
@@ -36,6 +37,7 @@ from sharpmoe.errors import DataError
 SKIPPED_FILE = "skipped.jsonl"
 _COUNTS_FILE = ".counts"
 WORK_FOLDER = ".work"
+FOLDER_FILES = (RECIPE_FILE, CODEC_FILE, EMPTY_FILE, SKIPPED_FILE, _COUNTS_FILE, INDEX_FILE)  # beside the shards
 _LISTED = 1000  # skipped images that the index itself names
 _SHOWN = 50  # skipped images that a summary names
 
@@ -154,8 +156,7 @@ def write_index(
 
 def index_files(folder: Path) -> list[Path]:
     """Return the files of a complete folder that are not of one shard, the index last."""
-    names = (CODEC_FILE, EMPTY_FILE, SKIPPED_FILE, _COUNTS_FILE, INDEX_FILE)
-    return [folder / name for name in names if (folder / name).exists()]
+    return [folder / name for name in FOLDER_FILES if name != RECIPE_FILE and (folder / name).exists()]
 
 
 def remove_work_files(folder: Path) -> None:

@@ -6,6 +6,7 @@ which are held out; each may be compressed (.gz), have a prefix (`emnist-balance
 
 import gzip
 import io
+import json
 import math
 import re
 import struct
@@ -59,8 +60,9 @@ class IdxSource:
                 )
             for start in range(0, len(images), _ROWS):
                 rows = slice(start, start + _ROWS)
-                digest = hash_text(hash_text(images[rows].tobytes().hex()) + labels[rows].tobytes().hex())
-                yield Unit(digest, [[pair.images, pair.labels, pair.split, start, len(images[rows])]])
+                record = [pair.images, pair.labels, pair.split, start, len(images[rows])]
+                content = [hash_text(part[rows].tobytes().hex()) for part in (images, labels)]
+                yield Unit(hash_text(json.dumps([record, images.shape[1:], content])), [record])
         yield from unit_beside(self._left_out)
 
     def identity(self, units: list[str]) -> Identity:

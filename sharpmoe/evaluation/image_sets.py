@@ -22,6 +22,7 @@ from sharpmoe.errors import DataError, first_line
 from sharpmoe.evaluation.distances import Gaussian
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow would pass others (EPS) to other programs, by a file's content alone
 _TAKEN = "an .npz with arr_0 (N, H, W, 3) uint8, a folder of pictures, or prepared shards (FOLDER or FOLDER:SPLIT)"
 
 
@@ -75,6 +76,9 @@ def read_statistics(path: Path) -> Statistics | None:
         else None
         for mean, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
     )
+    for part in (pool, spatial):
+        if part is not None and (part.mean.ndim != 1 or part.covariance.shape != (part.mean.size,) * 2):
+            raise DataError(f"{path}: mean {part.mean.shape} does not fit covariance {part.covariance.shape}")
     return Statistics(pool, spatial, {"statistics": path.name, "sha256": _digest(path)})
 
 
@@ -135,7 +139,7 @@ def _folder_images(folder: Path) -> ImageSet:
 
 def _pixels(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as a picture ({first_line(error)})") from None

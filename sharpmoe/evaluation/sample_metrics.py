@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Metric:
     needs_images: bool = True  # of the reference; False: its statistics are enough, or it needs none
     of_inception: bool = False  # defined with Inception's outputs only
     of_classes: bool = False  # needs an extractor that knows the classes of the samples
+    fewest: int = 2  # images of each set: a covariance, or an unbiased mean over pairs, needs two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +81,18 @@ class SampleFigures:
 
 
 def judge_sets(
-    places: Sequence[str], reference: str | None, options: ExtractorOptions, settings: MetricSettings
+    places: Sequence[str],
+    reference: str | None,
+    options: ExtractorOptions,
+    settings: MetricSettings,
+    names: Sequence[str] | None = None,
 ) -> list[SampleFigures]:
     """Judge several sets of samples against one reference, whose features are computed once.
 
     Places as `open_images` takes them; the reference may also be an .npz of statistics, which are used where they are
-    Inception's and no metric needs the images. Raises ConfigError where a metric does not apply, DataError for a place
-    that is no set of images; all places are opened before any image is read.
+    Inception's and no metric needs the images. `names`: what the sets are called; without, the names of their places.
+    Raises ConfigError where a metric does not apply or a set has too few images for it, DataError for a place that is
+    no set of images; all places are opened before any image is read.
     """
     if reference is None:
         raise ConfigError("--metrics needs --reference: real images (SET.npz, a folder, SHARDS:SPLIT) or statistics")
@@ -93,12 +100,41 @@ def judge_sets(
     _check_metrics(extractor, settings.metrics)
     target = _open_reference(reference, extractor, settings.metrics)
     sets = [open_images(place) for place in places]
+    sets = [each._replace(name=name) for each, name in zip(sets, _names(sets, places, names), strict=True)]
+    _check_counts([*sets, target] if isinstance(target, ImageSet) else sets, settings)
     if isinstance(target, ImageSet):
         about: dict[str, Any] = {**target.about, "count": target.num_images}
         known: Features | Statistics = extract_features(target, extractor, settings.batch_size)
     else:
         about, known = dict(target.about), target
     return [_judge(samples, known, about, extractor, settings) for samples in sets]
+
+
+def _names(sets: Sequence[ImageSet], places: Sequence[str], given: Sequence[str] | None) -> list[str]:
+    """Return a name of its own for every set: the given ones, or FOLDER/NAME where several sets are called NAME."""
+    if given is not None:
+        if len(given) != len(sets) or len(set(given)) < len(given):
+            raise ConfigError(f"--names {' '.join(given)}: expected {len(sets)} different names, one for every set")
+        return list(given)
+    count = Counter(each.name for each in sets)
+    found = [
+        each.name if count[each.name] == 1 else f"{Path(place).resolve().parent.name}/{each.name}"
+        for each, place in zip(sets, places, strict=True)
+    ]
+    if len(set(found)) < len(found):
+        raise ConfigError(f"{', '.join(places)}: several sets have one name; give names of their own with --names")
+    return found
+
+
+def _check_counts(sets: Sequence[ImageSet], settings: MetricSettings) -> None:
+    """Raise ConfigError where a set has fewer images than a metric needs."""
+    for each in sets:
+        count = min(settings.images or each.num_images, each.num_images)
+        for name in settings.metrics:
+            if count < METRICS[name].fewest:
+                raise ConfigError(
+                    f"--metrics {name}: {each.name} has {count} images, expected {METRICS[name].fewest} or more"
+                )
 
 
 def _open_reference(place: str, extractor: Extractor, metrics: Sequence[str]) -> ImageSet | Statistics:
@@ -246,11 +282,11 @@ def _accuracy(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
 METRICS: dict[str, Metric] = {
     "fd": Metric(compute=_frechet("pool", "fd"), needs_images=False),
     "sfid": Metric(compute=_frechet("spatial", "sfid"), needs_images=False, of_inception=True),
-    "is": Metric(compute=_inception_score, needs_images=False, of_inception=True),
+    "is": Metric(compute=_inception_score, needs_images=False, of_inception=True, fewest=1),
     "kid": Metric(compute=_kernel),
-    "pr": Metric(compute=_coverage),
-    "cmmd": Metric(compute=_gaussian_mmd),
-    "accuracy": Metric(compute=_accuracy, needs_images=False, of_classes=True),
+    "pr": Metric(compute=_coverage, fewest=4),
+    "cmmd": Metric(compute=_gaussian_mmd, fewest=1),
+    "accuracy": Metric(compute=_accuracy, needs_images=False, of_classes=True, fewest=1),
 }
 
 

@@ -69,6 +69,9 @@ def test_statistics_are_those_of_the_file(tmp_path: Path) -> None:
     assert found.spatial is None
     np.savez(tmp_path / "b.npz", arr_0=PIXELS)
     assert read_statistics(tmp_path / "b.npz") is None
+    np.savez(tmp_path / "c.npz", mu=mean, sigma=np.eye(4))
+    with pytest.raises(DataError, match=r"mean \(3,\) does not fit covariance \(4, 4\)"):
+        read_statistics(tmp_path / "c.npz")
     assert read_statistics(tmp_path) is None
 
 
@@ -94,6 +97,13 @@ def test_what_is_no_batch_is_one_line(content: bytes, message: str, tmp_path: Pa
     with pytest.raises(DataError, match=message) as raised:
         open_images(str(tmp_path / "a.npz"))
     assert "\n" not in str(raised.value)
+
+
+def test_a_picture_is_never_passed_to_another_program(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")  # Pillow would start Ghostscript, by the content alone
+    with pytest.raises(DataError, match="cannot identify image file"):
+        next(open_images(str(tmp_path)).batches(1))
 
 
 def test_other_faults_are_one_line(tmp_path: Path) -> None:

@@ -74,6 +74,33 @@ def test_a_part_of_the_samples_and_the_error_of_a_draw(rows: ExtractorOptions, t
     assert math.isnan(judge_sets([fake], real, rows, MetricSettings(metrics=("fd",)))[0].figures["fid"].error)
 
 
+@pytest.mark.parametrize(("metric", "count"), [("fd", 1), ("kid", 1), ("sfid", 1), ("pr", 3)])
+def test_too_few_images_are_refused(rows: ExtractorOptions, tmp_path: Path, metric: str, count: int) -> None:
+    few, real = batch(tmp_path / "few.npz", count, 0), batch(tmp_path / "real.npz", 9, 1)
+    settings = MetricSettings(metrics=(metric,))
+    for samples, reference in ((few, real), (real, few)):
+        with pytest.raises(ConfigError, match=rf"{metric}: few has {count} images, expected {count + 1} or more"):
+            judge_sets([samples], reference, rows, settings)
+    with pytest.raises(ConfigError, match=f"real has {count} images"):
+        judge_sets([real], real, rows, MetricSettings(metrics=(metric,), images=count))
+    judge_sets([batch(tmp_path / "enough.npz", count + 1, 0)], real, rows, settings)
+
+
+def test_sets_of_one_file_name_are_told_apart(rows: ExtractorOptions, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    places = [batch(tmp_path / name / "adm.npz", 9, seed) for seed, name in enumerate("ab")]
+    settings = MetricSettings(metrics=("fd",))
+    assert [each.samples for each in judge_sets(places, places[0], rows, settings)] == ["a/adm", "b/adm"]
+    named = judge_sets(places, places[0], rows, settings, names=("before", "after"))
+    assert [each.samples for each in named] == ["before", "after"]
+    for names in (("one",), ("same", "same")):
+        with pytest.raises(ConfigError, match="expected 2 different names"):
+            judge_sets(places, places[0], rows, settings, names=names)
+    with pytest.raises(ConfigError, match="give names of their own"):
+        judge_sets([places[0], places[0]], places[0], rows, settings)
+
+
 def test_statistics_replace_the_images_where_they_suffice(rows: ExtractorOptions, tmp_path: Path) -> None:
     real, fake = batch(tmp_path / "real.npz", 50, 0), batch(tmp_path / "fake.npz", 40, 1)
     pool = Gaussian.of(means(torch.from_numpy(np.load(real)["arr_0"]).permute(0, 3, 1, 2)).pool)

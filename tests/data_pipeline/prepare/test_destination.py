@@ -100,6 +100,31 @@ def test_a_killed_run_goes_on_after_the_shards_that_are_there(
     assert not [call for call in cloud.calls[before:] if call[0] == "write"]
 
 
+def test_objects_of_others_are_not_copied(pictures: Path, cloud: Cloud) -> None:
+    foreign = ("backup.bin", "notes.json", "other/train-00000.tar")
+    for name in foreign:
+        cloud.put(f"set/{name}", b"large")
+    before = len(cloud.calls)
+    assert prepared(pictures, URL) == 0
+    assert not [name for _, name in cloud.calls[before:] if name.removeprefix("set/") in foreign]
+    assert there(cloud).keys() >= {*foreign, "index.json"}
+
+
+def test_what_another_rank_has_removed_is_no_error(
+    pictures: Path, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = type(cloud.files).rm_file
+
+    def twice(files, path: str) -> None:
+        first(files, path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(type(cloud.files), "rm_file", twice)
+    assert prepared(pictures, URL, "--dry-run") == 0
+    assert prepared(pictures, URL) == 0
+    assert not [name for name in there(cloud) if name.startswith(".work")]
+
+
 def test_another_recipe_is_refused_also_while_both_write(
     pictures: Path, cloud: Cloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

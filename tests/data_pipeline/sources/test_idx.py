@@ -52,6 +52,13 @@ def test_images_labels_and_splits_are_those_of_the_files(folder: Path) -> None:
         assert source.read(item, 8) == b"\x89PNG\r\n\x1a\n"
 
 
+def test_held_out_images_that_equal_training_images_stay_held_out(folder: Path) -> None:
+    for kind, values in (("images-idx3", PIXELS), ("labels-idx1", LABELS)):
+        write(folder / f"t10k-{kind}-ubyte", values)
+    digests = [unit.digest for unit in open_source(SourceOptions(source=str(folder))).units()]
+    assert len(set(digests)) == len(digests) == 2
+
+
 def test_captions_are_class_names(folder: Path) -> None:
     assert listed(folder)[0][0].captions == (("class 3", 1.0),)
     before = open_source(SourceOptions(source=str(folder))).identity([])
