@@ -6,12 +6,15 @@ import argparse
 import os
 import select
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import launcher.uncaught  # noqa: F401 - before the imports that take seconds
+from launcher.bounds import Real, Whole
 from sharpmoe.config_io import nearest
 from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
@@ -129,11 +132,33 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
                 _add_debug(below)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help with the lines of the docstring as they are, and with the default of every option that has one."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help with paragraphs as wide as the terminal, the default of every option that has one, and short metavars."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap every paragraph; one with indented lines, such as a table, stays as it is."""
+        blocks = [
+            block if "\n " in f"\n{block}" else "\n".join(self._wrapped(block, width)) for block in text.split("\n\n")
+        ]
+        return textwrap.indent("\n\n".join(blocks), indent)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return self._wrapped(text, width)
+
+    def _wrapped(self, text: str, width: int) -> list[str]:
+        """Wrap between words only: an option or a name is never broken at a hyphen."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        """Name what an option takes by its type, where the name of the option would only be said twice."""
+        if isinstance(action.type, Whole):
+            return "N"
+        if isinstance(action.type, Real):
+            return "X"
+        return "PATH" if action.type is Path else "VALUE"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, argparse.SUPPRESS, (), []) and action.default is not False
+        has_default = action.default not in (None, argparse.SUPPRESS, (), [], "") and action.default is not False
         if not (action.help and action.option_strings and has_default) or "default" in action.help:
             return action.help
         return f"{action.help} (default: %(default)s)"

@@ -11,21 +11,30 @@ from typing import NoReturn
 from launcher.command import Command
 
 # A launcher is imported when it is named: the list of them needs no torch.
-_LAUNCHERS = {
-    "prepare": "turn images and captions into shards",
-    "train": "pretrain a base, or post-train it with SharpMoE",
-    "sample": "draw images",
-    "evaluate": "measure where models spend their experts on held-out images",
-    "ablate": "train, measure and compare the arms of a study",
-    "report": "write a static HTML page of a run",
-    "plan": "estimate memory and traffic of a run before it is started",
-    "identify": "report family, sizes and time convention of a published checkpoint",
-    "convert": "convert published weights to a weights file of this project, and back",
-    "export": "copy the weights of a checkpoint to one file",
-    "shards": "verify, describe, show or merge prepared shards",
-    "submit": "submit a run to Slurm",
-    "hostfile": "write the hostfile of a Slurm job for `deepspeed --hostfile`",
+_TASKS = {
+    "data": {
+        "prepare": "turn images and captions into shards",
+        "shards": "verify, show or merge prepared shards, or print their statistics",
+    },
+    "training": {
+        "plan": "estimate memory and traffic of a run before it is started",
+        "train": "pretrain a base, or post-train it with SharpMoE",
+        "submit": "submit a run to Slurm",
+        "hostfile": "write the hostfile of a Slurm job for `deepspeed --hostfile`",
+    },
+    "results": {
+        "sample": "draw images",
+        "evaluate": "measure where models spend their experts, or judge samples",
+        "report": "write a static HTML page of a run",
+        "ablate": "train, measure and compare the arms of a study",
+    },
+    "weights": {
+        "identify": "report family, sizes and time convention of a published checkpoint",
+        "convert": "convert published weights to a weights file of this project, or back",
+        "export": "copy the weights of a checkpoint to one file",
+    },
 }
+_LAUNCHERS = {name: text for commands in _TASKS.values() for name, text in commands.items()}
 
 
 def main(words: Sequence[str]) -> int:
@@ -50,8 +59,10 @@ def _launcher(words: Sequence[str]) -> Command | int:
         command: Command = importlib.import_module(f"launcher.{name}").main
         return command
     if name in ("-h", "--help"):
-        rows = [f"  {launcher:<10}{text}" for launcher, text in _LAUNCHERS.items()]
-        print("usage: sharpmoe COMMAND ...\n", *rows, "\n`sharpmoe COMMAND --help` lists the options.", sep="\n")
+        print("usage: sharpmoe COMMAND ...")
+        for task, commands in _TASKS.items():
+            print(f"\n{task}:", *(f"  {launcher:<10}{text}" for launcher, text in commands.items()), sep="\n")
+        print("\n`sharpmoe COMMAND --help` lists the options.")
         return 0
     close = difflib.get_close_matches(name, _LAUNCHERS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(_LAUNCHERS)}"

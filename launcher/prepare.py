@@ -141,7 +141,7 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder",
         action="append",
         help="text encoder: the packaged MiniLM, a transformers folder or hub id, or hash; options after commas as "
-        "NAME,layer=-2,pooled=model,max_length=77,dtype=bfloat16; repeat for several, joined along --join "
+        "NAME,layer=-2,pooled=model,max_length=77; also dtype=bfloat16; repeat for several, joined along --join "
         f"(default: {MINILM})",
     )
     add("--join", choices=("tokens", "features"), default="tokens", help="several encoders: what is concatenated")

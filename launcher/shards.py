@@ -1,10 +1,5 @@
 """Inspect and merge prepared shards: `python launcher/shards.py verify|stats|show|merge ...`.
 
-    verify FOLDER            recompute every checksum and decode every sample; exit code 1 where anything is damaged
-    stats FOLDER             counts, buckets, sizes, identities, and statistics of some samples
-    show FOLDER              a contact sheet (PNG) of some samples with captions and saliency
-    merge OUT FOLDER ...     merge several folders into one
-
 FOLDER may be a URL (http, https, s3, gs).
 """
 
@@ -74,22 +69,27 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="verify|stats|show|merge")
-    check = commands.add_parser("verify", help="recompute every checksum and decode every sample")
+
+    def add_parser(name: str, text: str) -> argparse.ArgumentParser:
+        described = f"{text[0].upper()}{text[1:]}."
+        return commands.add_parser(name, help=text, description=described, formatter_class=parser.formatter_class)
+
+    check = add_parser("verify", "recompute every checksum and decode every sample; exit code 1 where any is damaged")
     check.set_defaults(act=_verify)
     check.add_argument("folder", help="prepared folder or URL")
     check.add_argument("--threads", type=POSITIVE, default=4, help="shards read in parallel (default: 4)")
     check.add_argument("--json", action="store_true", help="print damage as JSON, one object per line")
-    stats = commands.add_parser("stats", help="counts, buckets, sizes, and statistics of some samples")
+    stats = add_parser("stats", "print counts, buckets, sizes, and statistics of some samples")
     stats.set_defaults(act=_stats)
     stats.add_argument("folder", help="prepared folder or URL")
     stats.add_argument("--samples", type=POSITIVE, default=256, help="samples read in every split (default: 256)")
-    show = commands.add_parser("show", help="draw a contact sheet")
+    show = add_parser("show", "draw a contact sheet of some samples with captions and saliency")
     show.set_defaults(act=_show)
     show.add_argument("folder", help="prepared folder or URL")
-    show.add_argument("--split", help="default: the first")
+    show.add_argument("--split", help="split (default: the first)")
     show.add_argument("--count", type=POSITIVE, default=24, help="samples (default: 24)")
     show.add_argument("--out", type=png_file, default=Path("contact.png"), help="PNG file (default: contact.png)")
-    join = commands.add_parser("merge", help="merge several folders into one")
+    join = add_parser("merge", "merge several folders into one")
     join.set_defaults(act=_merge)
     join.add_argument("out", type=Path, help="new folder")
     join.add_argument("folders", nargs="+", help="prepared folders or URLs")

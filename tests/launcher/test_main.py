@@ -1,5 +1,6 @@
 """Both ways of starting every launcher: `sharpmoe NAME ...` and `python launcher/NAME.py ...`."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -34,20 +35,38 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"launcher/{name}.py" in said  # the docstring names the other way
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("name", [*_LAUNCHERS, "shards verify", "shards stats", "shards show", "shards merge"])
+def test_help_fits_the_terminal_and_describes_every_option(
+    name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    said = capsys.readouterr().out
+    usage, _, rest = said.partition("\n\n")
+    assert [line for line in rest.splitlines() if len(line) > columns] == []
+    assert "(default: )" not in rest
+    assert not re.match(r"(options|positional arguments):", rest)  # a description comes first
+    assert not re.search(r"--([a-z-]+) \1\b", usage.lower().replace("_", "-"))  # as in --batch-size BATCH_SIZE
+
+
 def test_the_list_of_commands_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')")
     environment = {"PYTHONPATH": f"{tmp_path}:{PROJECT_ROOT}"}
     words = [sys.executable, "-m", "launcher", "--help"]
     said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in said.splitlines() if line.startswith("  ")] == list(_LAUNCHERS)
+    assert [line for line in said.splitlines() if line.endswith(":")] == ["data:", "training:", "results:", "weights:"]
+    assert max(map(len, said.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        ([], "no command given; expected one of prepare, train,"),
+        ([], "no command given; expected one of prepare, shards,"),
         (["prepair"], "unknown command 'prepair'; did you mean prepare?"),
-        (["--config", "x"], "unknown command '--config'; expected one of prepare, train,"),
+        (["--config", "x"], "unknown command '--config'; expected one of prepare, shards,"),
     ],
 )
 def test_no_or_a_wrong_command_is_one_line(words: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
