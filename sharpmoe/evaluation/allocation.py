@@ -332,7 +332,7 @@ def _strengths(results: Mapping[str, Allocation]) -> list[str]:
     for name, column in results.items():
         spread_of_logits = column.strength.get("all", {}).get("all t", {}).get("spread", math.inf)
         if spread_of_logits < INERT:
-            lines.append(f"note: the saliency routers of {name} are inert: spread below {INERT}")
+            lines.append(f"note: the saliency routers of {name} are inert: spread below {INERT}; they start at zero")
     return lines
 
 

@@ -187,7 +187,7 @@ def test_strength_is_told_by_layer_and_range_and_only_of_saliency_routers() -> N
         torch.nn.init.zeros_(layer.saliency_router.out.bias)
     inert = measure_allocation(model, ToySamples(), images=4)
     assert {(f["spread"], f["flipped"]) for ranges in inert.strength.values() for f in ranges.values()} == {(0.0, 0.0)}
-    assert "note: the saliency routers of b are inert" in allocation_table({"a": result, "b": inert})
+    assert "routers of b are inert: spread below 0.1; they start at zero" in allocation_table({"a": result, "b": inert})
     without = measure_allocation(toy_model("ec", saliency_router=False), ToySamples(), images=4)
     assert without.strength["all"]["all t"].keys() == {"agreement"}
     assert measure_allocation(toy_model("dense"), ToySamples(), images=4).strength["all"]["all t"] == {}
