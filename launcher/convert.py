@@ -19,7 +19,7 @@ from sharpmoe.model.published.load import describe, read_pretrained
 from sharpmoe.model.published.names import CHECKPOINT_FAMILIES, NAMES, to_published
 from sharpmoe.model.published.run_file import check_free, write_run_file
 from sharpmoe.model.weights import load_model, save_weights
-from sharpmoe.report.runs import find_saved_model
+from sharpmoe.report.runs import check_overwrites_no_weights, find_saved_model
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +45,7 @@ def _act(arguments: argparse.Namespace) -> None:
 
 
 def _from_published(arguments: argparse.Namespace) -> str:
+    check_overwrites_no_weights(arguments.out, arguments.source)
     if arguments.config is not None:
         check_free(arguments.config)
         if arguments.text_width and arguments.shards is None:
@@ -79,7 +80,9 @@ def _from_published(arguments: argparse.Namespace) -> str:
 def _to_published(arguments: argparse.Namespace) -> str:
     if arguments.config is not None:
         raise ConfigError("--config writes a run file for weights of this project; leave it out with --to")
-    model, _ = load_model(find_saved_model(arguments.source).weights)
+    source = find_saved_model(arguments.source).weights
+    check_overwrites_no_weights(arguments.out, source)
+    model, _ = load_model(source)
     state = to_published(model.state_dict(), model.config, arguments.to)
     contiguous = {key: value.contiguous() for key, value in state.items()}
     write_atomically(arguments.out, lambda draft: save_file(contiguous, draft))

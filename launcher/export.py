@@ -8,7 +8,7 @@ import torch
 from launcher.command import Command
 from sharpmoe.model.build import build_model
 from sharpmoe.model.weights import read_weights, save_weights, stored_as
-from sharpmoe.report.runs import find_saved_model
+from sharpmoe.report.runs import check_overwrites_no_weights, find_saved_model
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _act(arguments: argparse.Namespace) -> None:
     source = find_saved_model(arguments.run, arguments.weights).weights
+    check_overwrites_no_weights(arguments.out, source)
     state, config, meta = read_weights(source)
     with torch.device("meta"):
         model = build_model(config)

@@ -173,6 +173,11 @@ def _settings(job: SlurmJob, run: RunConfig, resources: Resources) -> dict[str, 
     if job.setup is not None:
         if not job.setup.is_file():
             raise ConfigError(f"--setup {job.setup}: no such file; expected shell lines such as `module load cuda`")
+        if b"\r\n" in job.setup.read_bytes():
+            raise ConfigError(
+                f"--setup {job.setup}: its lines end as on Windows (CRLF), and bash would take the \\r as part of the "
+                "words; save it with Unix line ends (dos2unix)"
+            )
         environment["SETUP"] = str(job.setup.absolute())
     return environment | _settings_of_kind(job, run, resources)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from sharpmoe.checkpoint.manifest import MANIFEST
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
-from sharpmoe.errors import CheckpointError
+from sharpmoe.errors import CheckpointError, ConfigError
 
 _Kind = Literal["ema", "live"]
 EARLY_AVERAGE = 0.1  # share of averaged weights that is the start, above which they say little about what was learned
@@ -34,6 +35,16 @@ def find_saved_model(path: Path | str, kind: _Kind = "ema") -> SavedModel:
     folder = checkpoint.parent.parent
     name = f"{folder.name}, {checkpoint.name}, {kind}"
     return _checked(SavedModel(checkpoint / f"{kind}.safetensors", _run_above(checkpoint), folder, name))
+
+
+def check_overwrites_no_weights(out: Path, source: Path) -> None:
+    """Raise ConfigError where writing `out` would replace `source`, which is being read, or a file of a checkpoint."""
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ConfigError(f"{out}: is the file that is read, which would be lost; choose another place")
+    if (out.parent / MANIFEST).is_file():
+        raise ConfigError(
+            f"{out}: {out.parent} is a checkpoint, which could not be resumed with another file; choose another place"
+        )
 
 
 def average_note(saved: SavedModel) -> str:

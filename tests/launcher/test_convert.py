@@ -78,3 +78,9 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path, _ = published("published_sit", tmp_path)
     assert main([str(path), str(tmp_path / "a.safetensors"), "--family", "sit", "--router", "ec"]) == 2
     assert "no router" in capsys.readouterr().err
+    content = path.read_bytes()
+    for words in (["--family", "sit"], ["--to", "promoe"]):
+        assert main([str(path), str(path), *words]) == 2
+        assert path.read_bytes() == content
+    assert main([str(path), str(path), "--family", "sit"]) == 2
+    assert "is the file that is read, which would be lost" in capsys.readouterr().err

@@ -119,6 +119,15 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
+def test_a_setup_with_line_ends_of_windows_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = tmp_path / "setup.sh"
+    setup.write_bytes(b"module load cuda\r\n")
+    assert main(["--dry-run", "--no-check", "--setup", str(setup)]) == 2
+    error = capsys.readouterr().err
+    assert "(CRLF)" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("kind", ["posttrain", "prepare", "sample"])
 def test_a_job_sources_its_setup_and_hands_options_to_srun(
     kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
