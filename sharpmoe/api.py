@@ -32,7 +32,7 @@ from sharpmoe.report.samples import Prompts, Size, check_shards, draw_images, en
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments, with_schedule
-from sharpmoe.train.terms import LossTerms, routing_weight
+from sharpmoe.train.terms import LossTerms, routing_weight, steers_alone
 from sharpmoe.train.trajectories import EmptyText, draw_trajectories
 
 _ANY_POSITION = 2**62  # positions of batches that have none are drawn below it
@@ -138,7 +138,7 @@ def rollout_loss(
     kept. Raises ConfigError, and DataError where the batch does not fit the model. No communication.
     """
     run = RunConfig(model=model.config, loss=loss or LossConfig(), rollout=rollout or RolloutConfig(), seed=seed)
-    _check_settings(run.loss, step)
+    _check_settings(run, step)
     if not torch.is_grad_enabled():
         run = with_schedule(run, schedule="plain")  # one call a step is all that is needed without a graph
     if not model.training:
@@ -254,8 +254,14 @@ def _prompts(prompts: str | int | Sequence[str] | Sequence[int], config: ModelCo
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def _check_settings(loss: LossConfig, step: int | None) -> None:
-    """Raise ConfigError where a setting of the loss needs what a batch alone does not tell."""
+def _check_settings(run: RunConfig, step: int | None) -> None:
+    """Raise ConfigError where a setting of the loss needs what the model lacks, or what a batch does not tell."""
+    loss = run.loss
+    if steers_alone(run) and not run.model.saliency_router:
+        raise ConfigError(
+            "rollout_loss: loss.routing_gradient is saliency_routers, but the model has none: nothing would learn from "
+            "the routing loss; call sharpmoe.attach(model) first, or set routing_gradient to all"
+        )
     if loss.saliency_entropy is not None or loss.mass_spread is not None:
         raise ConfigError(
             "rollout_loss: a run finds the scales for loss.saliency_entropy and loss.mass_spread from its training "

@@ -43,11 +43,13 @@ def _count_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
 
     The value is the exact count. The gradient is that of sum_e sigmoid((score - cutoff) / temperature): the indicator
     itself has none, and a sum of softmax scores cannot grow with the count (their sum over experts is one). With
-    routing_gradient "saliency_routers" it goes through `Routing.steering`, which has the same values.
+    routing_gradient "saliency_routers" it goes through `Routing.steering`, which has the same values, or nowhere.
     """
     masses = []
     for record in records:
-        scores = record.scores if record.steering is None else record.steering
+        scores = record.scores
+        if config.routing_gradient == "saliency_routers":
+            scores = scores.detach() if record.steering is None else record.steering
         soft = ((scores - record.cutoff) / config.count_temperature).sigmoid().sum(-1)
         masses.append(record.routing_map.sum(-1) + (soft - soft.detach()))
     return torch.stack(masses).sum(0)

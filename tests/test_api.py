@@ -33,6 +33,7 @@ from sharpmoe.train.step import train_step
 from tests.distributed import run_ranks
 from tests.parallel.reference import items_of, watched
 from tests.report.run_folder import make_run_folder
+from tests.toys import toy_model
 from tests.train.setting import make_run, plan_for, stirred_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,6 +254,13 @@ def test_the_weight_of_the_routing_loss_rises_with_the_step(setting: tuple[Backb
     for name in ("saliency_entropy", "mass_spread"):
         with pytest.raises(ConfigError, match="a run finds the scales"):
             sharpmoe.rollout_loss(model, batch, **{**settings, "loss": LossConfig(**{name: 0.9})})
+
+
+def test_a_model_without_saliency_routers_cannot_train_them_alone() -> None:
+    model = toy_model(saliency_router=False).train()
+    loss = LossConfig(routing_gradient="saliency_routers")
+    with pytest.raises(ConfigError, match=r"the model has none: .* call sharpmoe.attach\(model\) first"):
+        sharpmoe.rollout_loss(model, {}, loss=loss)
 
 
 def test_segments_are_those_of_a_run(setting: tuple[Backbone, Batch, ShardSet]) -> None:

@@ -45,6 +45,15 @@ def test_masses_sum_what_the_paper_says() -> None:
     assert scores.grad[1].abs().sum() == 0
 
 
+def test_counts_that_steer_saliency_routers_alone_have_no_other_gradient() -> None:
+    scores = torch.rand(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    of = record(scores, scores.detach() > 0.5)
+    for gradient, reaches in (("all", True), ("saliency_routers", False)):
+        mass = routing_mass([of], LossConfig(routing_mass="counts", routing_gradient=gradient))
+        assert torch.equal(mass.detach(), of.routing_map.sum(-1).double())
+        assert mass.requires_grad == reaches
+
+
 def test_an_expert_without_tokens_gives_no_count_gradient() -> None:
     scores = torch.rand(1, 8, 4).softmax(-1).requires_grad_()
     chosen = torch.zeros(1, 8, 4, dtype=torch.bool)

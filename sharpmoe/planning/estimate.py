@@ -127,7 +127,8 @@ def _sample_tokens(run: RunConfig, read_urls: bool) -> SampleTokens:
     places = [(place, weight) for place, weight in run.data.places if _is_there(place, read_urls)]
     if not places:
         return SampleTokens(run.model.num_tokens, _USUAL_TEXT_TOKENS)
-    data = open_mixture(places, run.data.train_split, run.data.remote.options())
+    accept_damage = run.data.max_bad_fraction > 0  # as the run opens them
+    data = open_mixture(places, run.data.train_split, run.data.remote.options(), accept_damage)
     fits = shape_mismatch(data, run.model) is None
     return SampleTokens(
         image=token_counts(data.buckets)[-1] if fits else run.model.num_tokens,

@@ -11,6 +11,7 @@ from sharpmoe.train.runlog import RunLog
 
 _SAMPLES = "samples"  # folders and files of a run, as the monitor writes them
 _ALLOCATION = "allocation"
+_LABELS = 4  # classes that the command for samples draws, at most
 
 
 def closing_summary(run: RunConfig, folder: Path, checkpoint: Path, log: RunLog) -> str:
@@ -44,9 +45,16 @@ def _weights(checkpoint: Path) -> str:
 
 def _next_commands(run: RunConfig, folder: Path) -> list[str]:
     place = shlex.quote(str(folder))
-    labels = " --labels 0 1 2 3" if run.model.conditioning == "class" else ""
-    captions = "" if labels or run.sample.captions else ' --captions "a red apple"'
-    commands = [f"python launcher/sample.py {place}{labels}{captions}", f"python launcher/report.py {place}"]
+    commands = [f"python launcher/sample.py {place}{_what_to_draw(run)}", f"python launcher/report.py {place}"]
     if run.checkpoint.init is not None and run.model.family.has_experts:
         commands.insert(1, f"python launcher/evaluate.py {shlex.quote(run.checkpoint.init)} {place}")
     return [*commands, f"tensorboard --logdir {place}"]
+
+
+def _what_to_draw(run: RunConfig) -> str:
+    """Return the options of launcher/sample.py that this model needs, each after a blank."""
+    if run.model.conditioning == "text":
+        return "" if run.sample.captions else ' --captions "a red apple"'
+    labels = " ".join(map(str, range(min(_LABELS, run.model.num_classes))))
+    unguided = not run.model.class_dropout and run.sample.cfg_scale != 1  # nothing to guide away from
+    return f" --labels {labels}{' --cfg-scale 1' if unguided else ''}"

@@ -1,6 +1,8 @@
 """`rollout.schedule: auto` against the plan, from the choice to a run that changes its schedule on the way."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import yaml
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
-from sharpmoe.errors import ConfigError
+from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.log_file import read_log
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
@@ -21,7 +23,7 @@ from sharpmoe.train import loop
 from sharpmoe.train.rollout_schedules import schedule_of, with_schedule
 from sharpmoe.train.setup import make_plan
 from tests.distributed import run_ranks
-from tests.train.setting import CONFIGS, make_run
+from tests.train.setting import ALONE, CONFIGS, make_run
 
 GIB = 2**30
 ZERO3 = CONFIGS / "zero3.json"
@@ -147,3 +149,14 @@ def test_a_run_goes_on_under_another_schedule(shards: Path, tmp_path: Path) -> N
     assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-5
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert any("rollout.schedule" in str(event.get("changed")) for event in events)
+
+
+def test_data_that_a_run_accepts_with_damage_are_planned_with(shards: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(shards, tmp_path / "shards")
+    cut = data / "train-00000.tar"
+    cut.write_bytes(cut.read_bytes()[:-1024])
+    for fraction, is_accepted in ((0.0, False), (0.5, True)):
+        run = make_run(data, tmp_path, data={"max_bad_fraction": fraction}, rollout={"schedule": "auto"})
+        with nullcontext() if is_accepted else pytest.raises(DataError, match="shard has .* bytes, expected"):
+            resolved = resolve_schedule(run, resolve_ds_config(ZERO3, run, 1), 1, 80.0).run
+            assert make_plan(resolved, resolve_ds_config(ZERO3, resolved, 1), ALONE).data.train.num_samples == 20

@@ -3,11 +3,15 @@
 import io
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from launcher.main import _LAUNCHERS
+from sharpmoe.config import RunConfig
 from sharpmoe.evaluation.validation import Validation
 from sharpmoe.train.runlog import RunLog
-from sharpmoe.train.summary import closing_summary
+from sharpmoe.train.summary import _what_to_draw, closing_summary
 from tests.train.setting import make_run
 from tests.train.test_runlog import stats
 
@@ -34,3 +38,21 @@ def test_the_summary_names_figures_places_and_commands(tmp_path: Path) -> None:
     assert f"python launcher/evaluate.py 'assets/my base.safetensors' '{folder}'" in commands
     assert f"tensorboard --logdir '{folder}'" in commands
     assert set(re.findall(r"launcher/(\w+)\.py", text)) <= set(_LAUNCHERS)
+
+
+@pytest.mark.parametrize(
+    ("sections", "options"),
+    [
+        ({"model": {"conditioning": "text"}}, ' --captions "a red apple"'),
+        ({"model": {"conditioning": "text"}, "sample": {"captions": ["a dog"]}}, ""),
+        ({"model": {"conditioning": "class"}}, " --labels 0 1 2 3"),
+        ({"model": {"conditioning": "class", "num_classes": 2}}, " --labels 0 1"),
+        ({"model": {"conditioning": "class", "class_dropout": False}}, " --labels 0 1 2 3 --cfg-scale 1"),
+        (
+            {"model": {"conditioning": "class", "class_dropout": False}, "sample": {"cfg_scale": 1.0}},
+            " --labels 0 1 2 3",
+        ),
+    ],
+)
+def test_the_command_for_samples_asks_for_what_the_model_can_draw(sections: dict[str, Any], options: str) -> None:
+    assert _what_to_draw(RunConfig.model_validate(sections)) == options
