@@ -109,14 +109,14 @@ def make_shards(
     return folder
 
 
-def tiny_autoencoder(folder: Path) -> Path:
-    """Save an AutoencoderKL with random weights, factor 2 and four channels, as diffusers saves it."""
+def tiny_autoencoder(folder: Path, levels: int = 2) -> Path:
+    """Save an AutoencoderKL with random weights, factor 2^(levels - 1) and four channels, as diffusers saves it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=[8] * levels,
         norm_num_groups=4,
         latent_channels=4,
         scaling_factor=0.5,
