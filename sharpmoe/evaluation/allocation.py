@@ -329,11 +329,25 @@ def _strengths(results: Mapping[str, Allocation]) -> list[str]:
         if any(value is not None for row in rows.values() for value in row):
             lines.append(title)
             lines += [_line("  " + name, ["" if v is None else f"{v:.4f}" for v in row]) for name, row in rows.items()]
-    for name, column in results.items():
-        spread_of_logits = column.strength.get("all", {}).get("all t", {}).get("spread", math.inf)
-        if spread_of_logits < INERT:
-            lines.append(f"note: the saliency routers of {name} are inert: spread below {INERT}; they start at zero")
+    lines += [note for name, column in results.items() if (note := _strength_note(name, column))]
     return lines
+
+
+def _strength_note(name: str, result: Allocation) -> str:
+    """Return what it means that the saliency routers still decide little; "" where they decide, or are untrained."""
+    figures = result.strength.get("all", {}).get("all t", {})
+    if not 0 < figures.get("spread", 0.0) < INERT:  # exactly 0: never trained, as in every base
+        return ""
+    changed = _percent(figures.get("flipped", 0.0))
+    return (
+        f"note: the saliency routers of {name} change few choices yet ({changed} of them; spread\n"
+        f"  {figures['spread']:.2g} of the gates'): usual in a short run at the default rate;\n"
+        "  --optim.lr_scale '{saliency_router: 20}' lets them learn faster (docs/design/0010)"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def _line(label: str, cells: list[str]) -> str:

@@ -113,7 +113,8 @@ def observe(
     flow = torch.zeros(len(indices), len(times))
     routers = torch.zeros(len(indices), len(times), len(model.moe_layers()), INFLUENCE_COLUMNS)
     chunks = _chunks_of_rank(runs, chunk, share)
-    with evaluating(model), progress_bar("measuring held-out images", len(chunks), "model call") as advance:
+    what = "measuring held-out images" + (", fresh noise" if noise == "fresh" else "")
+    with evaluating(model), progress_bar(what, len(chunks), "chunk") as advance:
         for number, rows, counted in chunks:
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)

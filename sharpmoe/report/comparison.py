@@ -11,8 +11,9 @@ import torch
 
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import DataConfig
+from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError
-from sharpmoe.evaluation.allocation import Allocation, measure_allocation
+from sharpmoe.evaluation.allocation import ALLOCATION_TIMES, Allocation, measure_allocation
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.compute_sheet import draw_compute_sheet
 from sharpmoe.report.figures import allocation_curves, save_png
@@ -49,7 +50,7 @@ def held_out_shards(models: Sequence[SavedModel], location: str | None = None, s
 def compare_models(
     models: Sequence[SavedModel], names: Sequence[str] | None, shards: ShardSet, settings: ComparisonSettings
 ) -> Comparison:
-    """Measure each model on the same held-out samples.
+    """Measure each model on the same held-out samples; stderr says which is measured and how far it is.
 
     Names are those given, before and after for two models, or those of the models. Raises ConfigError where they are
     not distinct, DataError where a model does not fit the shards.
@@ -62,6 +63,9 @@ def compare_models(
         model, _ = load_model(saved.weights)
         check_shards(model, shards)
         model.to(settings.device)
+        images = min(settings.images, shards.num_samples)
+        twice = ", with fixed and with fresh noise" if settings.with_fresh_noise else ""
+        print_note(f"measuring {name}: {images} images, {len(ALLOCATION_TIMES)} times{twice}")
         found.allocations[name] = measure_allocation(
             model,
             shards,

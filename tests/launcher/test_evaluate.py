@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: 
     live = run_folder / "checkpoints" / "step00000002" / "live.safetensors"
     argv = [str(run_folder), str(live), "--images", "3", "--sheet-images", "2", "--out", str(tmp_path)]
     assert main(argv) == 0
-    assert "change (paired)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "change (paired)" in said.out
+    measured = [line for line in said.err.splitlines() if line.startswith("measuring ")]
+    assert [line.split(": ")[0] for line in measured] == ["measuring before", "measuring after"]
+    assert all(re.search(r": \d+ images, 10 times, with fixed and with fresh noise$", line) for line in measured)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "after.json",
         "allocation.png",
