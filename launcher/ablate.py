@@ -5,6 +5,9 @@ curves) gives means and paired differences to the control with intervals (docs/s
 it was. Exit codes: 0, also where --time-limit stopped it; 1 where a part failed; 130 and 143 after Ctrl-C and SIGTERM.
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 from pathlib import Path
 

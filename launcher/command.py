@@ -60,8 +60,8 @@ class Command:
             sys.stdout.flush()
             return code
         except SharpMoEError as error:
-            if self.reports():
-                _print_error(error, debug, str(error))
+            if self.reports() or error.lone:
+                _print_error(error, debug, (_of_rank() if error.lone else "") + str(error))
             return _ERROR
         except KeyboardInterrupt:
             if self.reports() and os.environ.get("RANK", "0") == "0":

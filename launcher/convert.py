@@ -5,6 +5,9 @@ that a run can start from (checkpoint.init), and the run file; `python launcher/
 OUT.safetensors --to promoe` writes weights of this project under published key names.
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 from pathlib import Path
 

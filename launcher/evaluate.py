@@ -5,6 +5,9 @@ With --metrics it judges sets of samples instead: `python launcher/evaluate.py S
 shards; the reference may also be an .npz of published statistics (mu, sigma).
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 from pathlib import Path
 

@@ -4,6 +4,9 @@ Prints the families whose key names it has and its sizes; with shards also its h
 convention, which shows a wrong one. Exit code 1 where the named family, or every convention, is wrong.
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 import sys
 from pathlib import Path

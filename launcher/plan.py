@@ -4,6 +4,9 @@ Prints bytes per rank and bytes sent per optimizer step for every rollout schedu
 allocated; exit code 1 if the run as configured does not fit the device.
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 import json
 from pathlib import Path

@@ -4,6 +4,9 @@ On several devices or machines start it with torchrun, deepspeed or srun: the wo
 killed run continues where it was when the same command is run again.
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 import os
 import sys

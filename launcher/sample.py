@@ -3,6 +3,9 @@
 For published figures of a class-conditional model: `--npz batch.npz --num 50000 --steps 250 --cfg-scale 1.5`.
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 import sys
 from pathlib import Path

@@ -3,6 +3,9 @@
 FOLDER may be a URL (http, https, s3, gs).
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 import json
 from pathlib import Path

@@ -5,6 +5,9 @@ Words that are not options are passed on: overrides of the run file (`--section.
 checked first (`train.py --dry-run` for the ranks of the job).
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 from pathlib import Path
 

@@ -8,6 +8,9 @@ again; 130 where Ctrl-C (SIGINT) stopped it, after the same save; 2 on every ran
 one line; 3 where another rank is lost; 128 + the number of a second signal.
 """
 
+if not __package__:  # run as a script, which has this folder on its path
+    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+
 import argparse
 from contextlib import nullcontext
 from pathlib import Path

@@ -38,6 +38,7 @@ class SharpMoEError(Exception):
     """Base of all errors that a user can fix; launchers print it as one line and exit with 2."""
 
     agreed = False  # whether every rank raises it, having exchanged it with the others
+    lone = False  # whether this rank may be the only one that knows it, so that it prints it itself
 
 
 class ConfigError(SharpMoEError):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from launcher.command import Command
-from sharpmoe.errors import DataError
+from sharpmoe.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,6 +102,14 @@ def test_a_rank_names_itself_where_it_alone_may_have_failed(
     monkeypatch.setenv("RANK", "1")
     assert command(act, reports=lambda: False)([]) == 2
     assert capfd.readouterr().err.startswith("error: rank 1: a: no space left")
+
+    def start(arguments: argparse.Namespace) -> None:
+        error = ConfigError("environment: x")
+        error.lone = arguments.count == 3
+        raise error
+
+    assert command(start, reports=lambda: False)([]) == command(start, reports=lambda: False)(["--count", "4"]) == 2
+    assert capfd.readouterr().err == "error: rank 1: environment: x\n"
 
 
 def test_words_that_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,10 +59,19 @@ def start(timeout: timedelta = timedelta(minutes=30), debug: bool = False) -> Wo
 
     Warnings of DeepSpeed, torch and Megatron-core are not shown unless `debug`; their errors are. Compiles nothing:
     DeepSpeed's shared-memory operator, which its CPU accelerator would build with g++ for minutes, is used in inference
-    only and is disabled. Raises ConfigError where a launcher set only some of its variables.
+    only and is disabled. Raises ConfigError where a launcher set only some of its variables, a rank has no device, or
+    the port is taken; every rank that raises it prints it (`lone`), since there is no way yet to tell the others.
     """
     if not debug:
         _quiet_libraries()
+    try:
+        return _join(timeout)
+    except ConfigError as error:
+        error.lone = True
+        raise
+
+
+def _join(timeout: timedelta) -> World:
     rank, size, local_rank = _place()
     _check_device(local_rank, size)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -75,9 +84,25 @@ def start(timeout: timedelta = timedelta(minutes=30), debug: bool = False) -> Wo
         if size == 1 and "MASTER_PORT" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+            with _name_taken_port():
+                dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return World(rank, size, local_rank, device)
+
+
+@contextmanager
+def _name_taken_port() -> Iterator[None]:
+    """Turn torch's error on a port in use into a ConfigError that names the port."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"port {port} is taken, probably by another run on this machine; start with `deepspeed --master_port "
+            f"{int(port) + 1}` (torchrun: --master_port, else MASTER_PORT)"
+        ) from error
 
 
 def _quiet_libraries() -> None:
@@ -116,7 +141,8 @@ def _place() -> tuple[int, int, int]:
         return 0, 1, 0
     if len(given) < len(_LAUNCHER_KEYS):
         missing = ", ".join(key for key in _LAUNCHER_KEYS if key not in os.environ)
-        raise ConfigError(f"environment: {missing} not set beside {', '.join(given)}; {_START}")
+        there = ", ".join(f"{key}={os.environ[key]}" for key in given)
+        raise ConfigError(f"environment: {missing} not set beside {there}; {_START}, or unset {' '.join(given)}")
     rank, size, _ = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
     if rank >= size:
         raise ConfigError(f"environment: RANK is {rank}, expected 0 to {size - 1} with WORLD_SIZE {size}; {_START}")

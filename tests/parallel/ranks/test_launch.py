@@ -1,6 +1,7 @@
 """What a rank without an accelerator may count on."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,23 @@ def test_only_rank_0_of_a_sound_start_prints(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert launch.is_main() is prints
+
+
+def test_every_rank_that_is_alone_to_know_prints_why_it_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": None, "MASTER_PORT": None}.items():
+        monkeypatch.setenv(key, value) if value is not None else monkeypatch.delenv(key, raising=False)
+    with pytest.raises(ConfigError, match="MASTER_PORT not set beside RANK=3, WORLD_SIZE=8;") as caught:
+        launch.start()
+    assert caught.value.lone
+    assert not ConfigError("in words, which every rank has").lone
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for key, value in (STARTED | {"MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(ConfigError, match=f"port {port} is taken.*--master_port {port + 1}`"):
+            launch.start()
