@@ -14,7 +14,7 @@ SHELL  := /bin/bash
 RUN    := runs/quickstart
 BASE   := assets/base.safetensors
 LATEST := $(RUN)/checkpoints/latest
-TABLE  := $(RUN)/allocation/table.txt
+FIGURES := $(RUN)/allocation
 GRID   := $(RUN)/samples/drawn/grid.png
 # Without an accelerator each process of DeepSpeed warns that it found none.
 QUIET  := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
@@ -44,12 +44,12 @@ quickstart: $(READY)
 	@$(QUIET) deepspeed --quiet launcher/train.py --deepspeed configs/zero3.json
 	@$(MAKE) --no-print-directory $(GRID)
 	@echo
-	@cat $(TABLE)
+	@cat $(FIGURES)/summary.txt 2>/dev/null || cat $(FIGURES)/table.txt
 	@echo
 	@echo "data          data/fluent64"
 	@echo "weights       $(RUN)/checkpoints/$$(cat $(LATEST))/ema.safetensors (live.safetensors beside it)"
 	@echo "samples       $(GRID)"
-	@echo "allocation    $(dir $(TABLE)) (table, curves, JSON)"
+	@echo "allocation    $(FIGURES)/ (table, curves, JSON)"
 	@echo "curves        tensorboard --logdir runs/"
 
 $(GRID): $(LATEST)

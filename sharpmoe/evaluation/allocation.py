@@ -27,7 +27,6 @@ from sharpmoe.moe.influence import INERT, influence_figures
 ALLOCATION_TIMES = tuple(round(0.999 - k * (0.999 - 0.05) / 9, 6) for k in range(10))
 _RANGES: dict[str, tuple[float, float]] = {**TIME_RANGES, "all t": (0.0, 1.0)}  # lower < t <= upper
 _NUM_BINS = 5
-_FIFTHS = ("all t: least salient 5th", "2nd fifth", "3rd fifth", "4th fifth", "most salient 5th")
 _TITLES = {
     "saliency": "Spearman, experts per token with saliency M",
     "foreground": "Spearman, experts per token with the foreground mask",
@@ -43,6 +42,11 @@ _FIGURES = {
     "flipped": "saliency router: share of choices that the gate alone would not make",
     "agreement": "correlation of experts per token with M, mean over MoE layers and images",
 }
+
+_LEGEND = """\
+  spread: 0 where a saliency router is untrained, 1 where it varies as much as the gate
+  correlation of the last rows: Pearson's, in each MoE layer and at each time alone;
+  that of the first rows: of ranks, of the experts summed over MoE layers and times"""  # what titles do not say
 
 _Strength = dict[str, dict[str, dict[str, float]]]  # "layer<n>" or "all" -> range of t -> `influence_figures`
 
@@ -280,31 +284,67 @@ def _by_quantile(values: Tensor, saliency: Tensor) -> Tensor:
 
 def allocation_table(results: Mapping[str, Allocation]) -> str:
     """Return a text table with one column per result; two results of the same images also get their paired change."""
-    columns = list(results.values())
-    paired = len(columns) == 2 and columns[0].images == columns[1].images
-    lines = [
-        f"Allocation on {columns[0].images} held-out images, {len(columns[0].times)} times (mean ± standard error)",
-        _line("", [*results, "change (paired)"] if paired else list(results)),
-    ]
-    for what, title in _TITLES.items():
-        rows = {name: [getattr(column, what).get(name, _UNKNOWN) for column in columns] for name in _RANGES}
-        if not any(e.images for row in rows.values() for e in row):
-            continue
-        lines.append(title)
-        for name, row in rows.items():
-            changes = [_cell(_paired_change(columns[0], columns[1], what, name), "+")] if paired else []
-            lines.append(_line("  " + name, [*map(_cell, row), *changes]))
-        lines += _fifths(columns) if what == "experts" else []
-    lines += [*_flow_of_parts(columns, paired), *_strengths(results)]
+    columns, paired = list(results.values()), _are_paired(results)
+    lines = _head(results)
+    for what in _TITLES:
+        rows = _rows(columns, what, paired)
+        lines += rows
+        lines += _fifths(columns, _PARTS[:_NUM_BINS]) if rows and what == "experts" else []
+    lines += _flow_of_parts(columns, paired)
     if any(sum(column.constant.values()) for column in columns):
         lines.append("images left out of the correlation with M: all tokens equal")
         lines += [_line("  " + name, [str(column.constant[name]) for column in columns]) for name in _RANGES]
+    lines += _strengths(columns)
+    lines += [note for name, column in results.items() if (note := _strength_note(name, column))]
     return "\n".join(lines)
 
 
-def _fifths(columns: list[Allocation]) -> list[str]:
-    rows = zip(_FIFTHS, *(column.experts_by_saliency["all t"] for column in columns), strict=True)
-    return [_line("  " + label, [_cell(e) for e in row]) for label, *row in rows]
+def short_allocation_table(results: Mapping[str, Allocation], full: Path | str) -> str:
+    """Return the rows of `allocation_table` that answer the question, and where the others are: in the file `full`."""
+    columns, paired = list(results.values()), _are_paired(results)
+    experts = ["experts per token by saliency", *_fifths(columns, (_PARTS[0], _PARTS[_NUM_BINS - 1]))]
+    lines = [*_head(results), *_rows(columns, "saliency", paired), *experts, *_rows(columns, "flow", paired)]
+    flipped = [column.strength.get("all", {}).get("all t", {}).get("flipped") for column in columns]
+    if any(value is not None for value in flipped):
+        cells = ["" if value is None else _percent(value) for value in flipped]
+        lines.append(_line("choices by the saliency router", cells))
+    return "\n".join([*lines, f"all figures: {full}"])
+
+
+def _are_paired(results: Mapping[str, Allocation]) -> bool:
+    """Whether two results of as many images can be compared image by image."""
+    return len(results) == 2 and len({result.images for result in results.values()}) == 1
+
+
+def _head(results: Mapping[str, Allocation]) -> list[str]:
+    first = next(iter(results.values()))
+    return [
+        f"Allocation on {first.images} held-out images, {len(first.times)} times (mean ± standard error)",
+        _line("", [*results, "change (paired)"] if _are_paired(results) else list(results)),
+    ]
+
+
+def _rows(columns: list[Allocation], what: str, paired: bool) -> list[str]:
+    """Return the title and the rows by range of t of one figure; none where no result has it."""
+    rows = {name: [getattr(column, what).get(name, _UNKNOWN) for column in columns] for name in _RANGES}
+    if not any(e.images for row in rows.values() for e in row):
+        return []
+    lines = [_TITLES[what]]
+    for name, row in rows.items():
+        changes = [_cell(_paired_change(columns[0], columns[1], what, name), "+")] if paired else []
+        lines.append(_line("  " + name, [*map(_cell, row), *changes]))
+    return lines
+
+
+def _fifths(columns: list[Allocation], parts: Sequence[str]) -> list[str]:
+    """Return rows of the experts per token in some of the fifths, the first of `_PARTS`."""
+    picked = {part: [c.experts_by_saliency["all t"][_PARTS.index(part)] for c in columns] for part in parts}
+    return [_line(_label("all t", part), [_cell(e) for e in row]) for part, row in picked.items()]
+
+
+def _label(name: str, part: str) -> str:
+    """Return the label of a part of the image in a range of t."""
+    return f"  {name}: {part.replace('5th', 'fifth')}"
 
 
 def _flow_of_parts(columns: list[Allocation], paired: bool) -> list[str]:
@@ -317,20 +357,19 @@ def _flow_of_parts(columns: list[Allocation], paired: bool) -> list[str]:
             row = [column.flow_parts.get(part, {}).get(name, _UNKNOWN) for column in columns]
             if any(e.images for e in row):
                 changes = [_cell(_paired_change(columns[0], columns[1], _flow_of(part), name), "+")] if paired else []
-                lines.append(_line(f"  {name}: {part}", [*map(_cell, row), *changes]))
+                lines.append(_line(_label(name, part), [*map(_cell, row), *changes]))
     return lines
 
 
-def _strengths(results: Mapping[str, Allocation]) -> list[str]:
-    """Return rows of the strength of the saliency routers over all layers, and notes where they are inert."""
-    lines, columns = [], list(results.values())
+def _strengths(columns: list[Allocation]) -> list[str]:
+    """Return rows of the strength of the saliency routers over all layers, and what the titles leave unsaid."""
+    lines = []
     for what, title in _FIGURES.items():
         rows = {name: [c.strength.get("all", {}).get(name, {}).get(what) for c in columns] for name in _RANGES}
         if any(value is not None for row in rows.values() for value in row):
             lines.append(title)
             lines += [_line("  " + name, ["" if v is None else f"{v:.4f}" for v in row]) for name, row in rows.items()]
-    lines += [note for name, column in results.items() if (note := _strength_note(name, column))]
-    return lines
+    return [*lines, _LEGEND] if lines else []
 
 
 def _strength_note(name: str, result: Allocation) -> str:
@@ -351,7 +390,7 @@ def _percent(share: float) -> str:
 
 
 def _line(label: str, cells: list[str]) -> str:
-    return f"{label:<32}" + "".join(f"{cell:>20}" for cell in cells)
+    return f"{label:<34}" + "".join(f"{cell:>20}" for cell in cells)
 
 
 def _cell(value: ImageMean, sign: str = "") -> str:

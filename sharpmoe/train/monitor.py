@@ -24,6 +24,7 @@ from sharpmoe.evaluation.allocation import (
     Allocation,
     allocation_table,
     measure_allocation,
+    short_allocation_table,
 )
 from sharpmoe.evaluation.held_out import Share, spread
 from sharpmoe.evaluation.validation import Validation, validate
@@ -125,7 +126,7 @@ class Monitor:
         def write(log: RunLog) -> None:
             result.save(self.folder / "allocation" / "before.json")
             log.scalars(0, result.scalars())
-            log.say(allocation_table({"before": result}))
+            self._tell_allocation(log, {"before": result})
 
         self._report("the allocation before training", write)
 
@@ -140,15 +141,22 @@ class Monitor:
             result.save(folder / "after.json")
             before = {"before": Allocation.load(folder / "before.json")} if (folder / "before.json").is_file() else {}
             results = {**before, "after": result}
-            table, pixels = allocation_table(results), allocation_curves(results)
+            pixels = allocation_curves(results)
             save_png(pixels, folder / "allocation.png")
-            (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
             log.scalars(step, result.scalars())
             log.image(step, "allocation", pixels)
-            log.text(step, "allocation", table)
-            log.say(table)
+            log.text(step, "allocation", allocation_table(results))
+            self._tell_allocation(log, results)
 
         self._report("the allocation after training", write)
+
+    def _tell_allocation(self, log: RunLog, results: dict[str, Allocation]) -> None:
+        """Write all figures to allocation/table.txt, and those that matter first to summary.txt and the console."""
+        folder = self.folder / "allocation"
+        short = short_allocation_table(results, folder / "table.txt")
+        (folder / "table.txt").write_text(allocation_table(results) + "\n", encoding="utf-8")
+        (folder / "summary.txt").write_text(short + "\n", encoding="utf-8")
+        log.say(short)
 
     def _measure(self, model: Backbone, material: _Material) -> Allocation | None:
         images, share = self.run.log.allocation_images, self.share

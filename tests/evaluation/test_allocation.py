@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sharpmoe.evaluation.allocation import (
     _summarise,
     allocation_table,
     measure_allocation,
+    short_allocation_table,
 )
 from sharpmoe.evaluation.held_out import Observed, TokenTables, observe
 from tests.toys import ToySamples, toy_model
@@ -132,6 +134,21 @@ def test_the_table_pairs_before_and_after() -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_the_short_table_has_rows_of_the_full_one_and_names_it() -> None:
+    results = {
+        "before": measure_allocation(toy_model(), ToySamples(), images=4),
+        "after": measure_allocation(toy_model("ec"), ToySamples(), images=4),
+    }
+    full = allocation_table(results).splitlines()
+    *lines, last = short_allocation_table(results, "run/table.txt").splitlines()
+    assert last == "all figures: run/table.txt"
+    assert len(lines) == 16
+    assert [line for line in lines if line not in full] == ["experts per token by saliency", lines[-1]]
+    shares = [f"{100 * each.strength['all']['all t']['flipped']:.2g} %" for each in results.values()]
+    assert re.split(" {2,}", lines[-1]) == ["choices by the saliency router", *shares]
+    assert any("most salient fifth" in line for line in lines)
+
+
 def test_scalars_leave_out_what_is_undefined() -> None:
     named = measure_allocation(toy_model("tc"), ToySamples(), images=3).scalars()
     assert "allocation_flow/allt" in named
@@ -170,7 +187,10 @@ def test_flow_loss_by_part_of_an_image_by_hand() -> None:
     before = dataclasses.replace(result, per_image=result.per_image | forty)
     change = _paired_change(before, result, "flow, foreground", "all t")
     assert (change.mean, change.images) == (pytest.approx(foreground.mean - 40), 2)
-    assert "all t: most salient 5th" in allocation_table({"a": before, "b": result})
+    lines = allocation_table({"a": before, "b": result}).splitlines()
+    fifths = ("least salient fifth", "2nd fifth", "3rd fifth", "4th fifth", "most salient fifth")
+    labels = [line[:34].strip() for line in lines if line.startswith("  all t: ") and "fifth " in line[:34]]
+    assert labels == 2 * [f"all t: {fifth}" for fifth in fifths]  # of experts, and of the flow loss
 
 
 def test_strength_is_told_by_layer_and_range() -> None:
