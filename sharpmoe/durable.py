@@ -41,7 +41,8 @@ def atomic_draft(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        if error.filename in (None, str(draft)):  # a write to an open file says no name
+        # A write to an open file says no name; an error without a number is no error of the system and keeps its text.
+        if error.errno is not None and error.filename in (None, str(draft)):
             error.filename = str(path)
         raise
     except Exception as error:

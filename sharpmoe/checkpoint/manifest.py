@@ -94,6 +94,11 @@ def write_manifest(manifest: Manifest) -> None:
         durable.flush_file(manifest.folder / name)
 
 
+def holds_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds a checkpoint, complete or damaged."""
+    return (folder / MANIFEST).is_file()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint folder.
 

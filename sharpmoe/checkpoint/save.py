@@ -22,7 +22,15 @@ from torch import Tensor
 
 from sharpmoe import durable
 from sharpmoe.checkpoint import load, retention
-from sharpmoe.checkpoint.manifest import FileEntry, Manifest, Progress, RunIdentity, file_entry, write_manifest
+from sharpmoe.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    Progress,
+    RunIdentity,
+    file_entry,
+    holds_checkpoint,
+    write_manifest,
+)
 from sharpmoe.checkpoint.rng import generator_states, generators_file, write_generators
 from sharpmoe.checkpoint.state import Contents, state_file, write_state
 from sharpmoe.checkpoint.weights import gather_table, whole_tensors
@@ -73,6 +81,7 @@ class Checkpoints:
     rehearse_resume = staticmethod(load.rehearse_resume)
     check_room = staticmethod(retention.check_room)
     free_bytes = staticmethod(retention.free_bytes)
+    is_in = staticmethod(holds_checkpoint)
 
     def __init__(
         self,

@@ -55,12 +55,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(words: list[str], **options: object) -> "subprocess.Popen[str]":
-    """Start a command in a process group of its own, as a shell does with a foreground job."""
+    """Start a command in a process group of its own, as a shell does with a foreground job.
+
+    SIGINT has its default there: tests that run in the background of a script inherit that it is ignored.
+    """
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.Popen(
         words, cwd=ROOT, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,  # type: ignore[call-overload]
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
