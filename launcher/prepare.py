@@ -127,8 +127,8 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
         "--saliency",
         choices=tuple(SALIENCIES),
         default=Recipe.saliency,
-        help="the map M of an image: laplacian, of its pixels; supplied, NAME.saliency.png beside it or the column "
-        "`saliency` of a table",
+        help="the map M of an image: laplacian, of its pixels; supplied, NAME.saliency.png beside it (in a folder "
+        "or a tar) or the column `saliency` of a table",
     )
     add("--patch-size", type=POSITIVE, default=2, help="patch size of the model, for the token grid")
     add("--codec", choices=("patch_pca", "autoencoder_kl", "pixel"), default="patch_pca", help="images to latents")

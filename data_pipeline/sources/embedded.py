@@ -5,14 +5,14 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.safety import LFS_POINTER
 from data_pipeline.sources.files import Files
 from data_pipeline.sources.items import Place
-from sharpmoe.errors import DataError, first_line
+from sharpmoe.errors import DamageError, DataError, first_line
 
 _NAMES = ("image", "img", "jpg", "png", "webp", "file", "picture")  # of columns that may hold images
 
@@ -51,7 +51,8 @@ class EmbeddedImages:
 def _copied(table: Path, files: Files) -> tuple[BinaryIO, list[int]]:
     copy = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the source)
     ends = [0]
-    with opened(table, "", files) as file:
+    # What was listed of a damaged table lies before its damage, and listing read larger batches than these.
+    with suppress(DamageError), opened(table, "", files) as file:
         column = image_columns(file)[0]
         for batch in file.iter_batches(batch_size=64, columns=[column]):
             for value in _bytes_of(batch, column):
@@ -66,7 +67,7 @@ def _copied(table: Path, files: Files) -> tuple[BinaryIO, list[int]]:
 def opened(table: Path, expected: str, files: Files) -> Iterator[Any]:
     """Open a .parquet or .arrow file; what is yielded has `schema_arrow` and `iter_batches`, as pyarrow's ParquetFile.
 
-    Raises DataError where it is not one, or where pyarrow is not installed.
+    Raises DamageError where it is not one or is cut short; DataError for a pointer of Git LFS, and without pyarrow.
     """
     kind = table.suffix[1:].lower()
     try:
@@ -89,7 +90,7 @@ def opened(table: Path, expected: str, files: Files) -> Iterator[Any]:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, and not of the format
             raise
         first = first_line(error)
-        raise DataError(
+        raise DamageError(
             f"{table}: not a {'parquet table' if kind == 'parquet' else 'table of arrow'} ({first}); {expected}"
         ) from None
 

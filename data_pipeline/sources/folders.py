@@ -27,6 +27,7 @@ from data_pipeline.sources.walk import (
     LINK_TO_NOWHERE,
     OtherFiles,
     file_size,
+    is_double,
     is_image,
     is_saliency_map,
     other_image,
@@ -113,7 +114,7 @@ class SidecarSource:
         file = path.relative_to(self._folder).as_posix()
         if not path.exists():
             beside.append(Skipped(file, LINK_TO_NOWHERE, beside=True))
-        elif path.suffix.lower() in captions.CAPTION_SUFFIXES:
+        elif path.suffix.lower() in captions.CAPTION_SUFFIXES and not is_double(path.name):
             beside.append(Skipped(file, "a caption without a picture of its name", beside=True))
         elif path.suffix.lower() != ".tar":  # those are named where the source is chosen
             others.add(path.name)
@@ -160,7 +161,7 @@ def has_captioned_image(folder: Path) -> bool:
         if not isinstance(found, Skipped):
             names = dict.fromkeys(found[1])
             if any(
-                Path(name).suffix.lower() in IMAGE_SUFFIXES and captions.caption_file(name, names) for name in names
+                is_image(name) and other_image(name) is None and captions.caption_file(name, names) for name in names
             ):
                 return True
     return False
@@ -363,6 +364,8 @@ def _class_folders(train: Path, apart: Iterable[Path], beside: list[Skipped], fo
 def _no_class(path: Path, train: Path) -> str | None:
     if path.name.startswith("."):
         return "a hidden folder is no class; rename it where it is one"
+    if path.name == "__MACOSX":
+        return "what macOS adds to archives is no class"
     return "a link to a folder that holds it" if train.resolve().is_relative_to(path.resolve()) else None
 
 

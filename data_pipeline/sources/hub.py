@@ -56,7 +56,9 @@ def _tables(path: Path, suffix: str) -> list[Path]:
             found += [
                 folder / name
                 for name in names
-                if name.lower().endswith(suffix) and Path(name).stem not in beside and not name.startswith("cache-")
+                if name.lower().endswith(suffix)
+                and Path(name).stem not in beside
+                and not name.startswith(("cache-", "._"))
             ]
     return sorted(found)
 

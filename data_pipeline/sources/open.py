@@ -17,7 +17,7 @@ from data_pipeline.sources.remote import open_remote
 from data_pipeline.sources.rows import TABLE_KINDS
 from data_pipeline.sources.tables import Table, TableSource
 from data_pipeline.sources.tars import TarSource
-from data_pipeline.sources.walk import is_image, walk_folders
+from data_pipeline.sources.walk import is_double, is_image, walk_folders
 from sharpmoe.errors import DataError
 
 _TAKEN = (
@@ -74,7 +74,7 @@ def _table(options: SourceOptions, path: Path) -> ImageSource | None:
 
 def _tar(options: SourceOptions, path: Path) -> ImageSource | None:
     return (
-        TarSource(path.parent, [path], files=options.files)
+        TarSource(path.parent, [path], files=options.files, maps=options.saliency_maps)
         if path.suffix.lower() == ".tar" and path.is_file()
         else None
     )
@@ -113,7 +113,9 @@ def _folder_with_images_in_tables(options: SourceOptions, path: Path) -> ImageSo
 
 def _folder_with_tars(options: SourceOptions, path: Path) -> ImageSource | None:
     tars = _tars_in(path)
-    return TarSource(path, tars, _stray_images(path), options.files) if tars and not has_captioned_image(path) else None
+    if not tars or has_captioned_image(path):
+        return None
+    return TarSource(path, tars, _stray_images(path), options.files, maps=options.saliency_maps)
 
 
 def _folder(options: SourceOptions, path: Path) -> ImageSource | None:
@@ -173,9 +175,13 @@ def _tables_in(folder: Path, stem: str) -> list[Path]:
     return [path for path in found if path.stem.lower() == stem and _is_table(path)]
 
 
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar") and not is_double(name)
+
+
 def _tars_in(folder: Path) -> list[Path]:
     found = [entry for entry in walk_folders(folder) if not isinstance(entry, Skipped)] if folder.is_dir() else []
-    return sorted(path / name for path, names in found for name in names if name.lower().endswith(".tar"))
+    return sorted(path / name for path, names in found for name in names if _is_tar(name))
 
 
 def _stray_images(folder: Path) -> list[Skipped]:

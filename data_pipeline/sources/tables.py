@@ -21,7 +21,7 @@ from data_pipeline.sources.items import (
     unit_beside,
     units_of,
 )
-from data_pipeline.sources.rows import ROW_FORM, read_rows, row_name
+from data_pipeline.sources.rows import ROW_FORM, Row, read_rows, row_name
 from data_pipeline.sources.walk import (
     OtherFiles,
     is_image,
@@ -30,8 +30,9 @@ from data_pipeline.sources.walk import (
     unused_maps,
     walk_folders,
 )
-from sharpmoe.errors import DataError
+from sharpmoe.errors import DamageError, DataError
 
+_DAMAGE = 0  # in place of a row's number, which counts from 1: the rest of the table cannot be read
 _NAMED = 1_000_000  # rows of tables up to which the rest of their folder is compared with them
 
 
@@ -118,13 +119,23 @@ class TableSource:
         """Yield [row, file, captions or why there are none, label], with table, bytes, split and map where known."""
         for table in self._tables:
             within = table.path.parent.relative_to(self._folder)
-            for row in read_rows(table.path, self._files):
+            for row in self._rows(table):
                 file = (within / row.file).as_posix() if within.parts else row.file
                 extra = [table.path.relative_to(self._folder).as_posix(), row.size, table.split]
                 if self._maps and row.saliency:
                     extra.append((within / row.saliency).as_posix())
                 known = row.size >= 0 or table.split or len(extra) > 3
                 yield [row.number, file, row.captions, row.label, *(extra if known else ())]
+
+    def _rows(self, table: Table) -> Iterator[Row]:
+        """Yield the rows of a table; of a damaged one among several those before the damage, and what is wrong."""
+        try:
+            yield from read_rows(table.path, self._files)
+        except DamageError as error:
+            if len(self._tables) == 1:
+                raise
+            reason = f"{str(error).removeprefix(f'{table.path}: ')}; what follows is left out"
+            yield Row(_DAMAGE, table.path.name, reason, -1)
 
     def identity(self, units: list[str]) -> Identity:
         """Return a hash over every row."""
@@ -137,6 +148,9 @@ class TableSource:
             return
         for number, file, found, label, *extra in unit.records:
             table, size, split, *maps = extra or (self._tables[0].path.name, -1, "")
+            if number == _DAMAGE:
+                yield Skipped(shown(file), found)
+                continue
             where = f"row {number} of {Path(table).name}"
             if isinstance(found, str):
                 named = not file.endswith(row_name(Path(table), number))

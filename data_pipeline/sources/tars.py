@@ -23,12 +23,13 @@ from data_pipeline.sources.items import (
     survey_beside,
     unit_beside,
 )
-from data_pipeline.sources.walk import OtherFiles, text_lines
+from data_pipeline.sources.walk import MAP_SUFFIXES, OtherFiles, text_lines, unused_maps
 from sharpmoe.errors import DamageError, DataError
 
 _IMAGES = tuple(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
 _TEXTS = ("txt", "caption")
-_SUFFIXES = frozenset({*_IMAGES, *(suffix[1:] for suffix in OTHER_IMAGES), *_TEXTS, "json", "cls"})
+_MAPS = tuple(f"saliency{suffix}" for suffix in MAP_SUFFIXES)
+_SUFFIXES = frozenset({*_IMAGES, *_MAPS, *(suffix[1:] for suffix in OTHER_IMAGES), *_TEXTS, "json", "cls"})
 _CLASS_NAMES = "classnames.txt"  # beside the tars: the name of class 0, of class 1, ..., one a line
 _ENDS = 1 << 16  # bytes at both ends that distinguish a tar from another of the same name and size
 
@@ -37,12 +38,19 @@ class TarSource:
     """Images inside plain tars, each captioned by KEY.txt, KEY.caption or KEY.json of the same tar.
 
     KEY.cls holds a label. An image that has only a label is captioned by its line of classnames.txt beside the tars,
-    or as `class 17` where there is no such file.
+    or as `class 17` where there is no such file. KEY.saliency.png is the saliency map of the image.
     """
 
-    def __init__(self, folder: Path, tars: list[Path], left_out: Sequence[Skipped] = (), files: Files = LOCAL) -> None:
-        """`tars`: files below `folder`; `left_out`: what else is known to be in the folder and not taken."""
-        self._folder, self._tars, self._left_out, self._files = folder, tars, left_out, files
+    def __init__(
+        self,
+        folder: Path,
+        tars: list[Path],
+        left_out: Sequence[Skipped] = (),
+        files: Files = LOCAL,
+        maps: bool = False,
+    ) -> None:
+        """`tars`: files below `folder`; `left_out`: what else it holds and is not taken; `maps`: take saliency maps."""
+        self._folder, self._tars, self._left_out, self._files, self._maps = folder, tars, left_out, files, maps
         self._names: list[str] | None = None
 
     def units(self) -> Iterator[Unit]:
@@ -74,7 +82,8 @@ class TarSource:
             yield from survey_beside(unit)
             return
         for name in unit.records:
-            path, others = self._folder / name, OtherFiles("only pictures with .txt, .caption, .json or .cls are")
+            path, unused = self._folder / name, 0
+            others = OtherFiles("only pictures with .txt, .caption, .json or .cls are")
             try:
                 for sample in safetar.samples(path, _SUFFIXES, ignored=others.add, files=self._files):
                     if isinstance(sample, safetar.Refusal):
@@ -83,10 +92,12 @@ class TarSource:
                         for suffix in sample.members:
                             others.add(f"{sample.key}.{suffix}", sample.key.removeprefix(sample.part_of))
                     else:
+                        unused += not self._maps and _map_in(sample) is not None
                         yield self._entry(name, sample)
             except DamageError as error:
                 yield Skipped(name, f"{str(error).removeprefix(f'{path}: ')}; what follows is left out")
             yield from others.left_out(f"{name}/")
+            yield from unused_maps(unused, f"{name}/")
 
     def _entry(self, tar: str, sample: safetar.TarSample) -> Item | Skipped:
         image = next((sample.members[suffix] for suffix in _IMAGES if suffix in sample.members), None)
@@ -107,7 +118,16 @@ class TarSource:
         label = -1 if isinstance(label, str) else label
         path = f"{name}.{image.suffix}"
         place = Place(tar, image.offset, image.size)
-        return Item(key=key_of(path), split=held_out(path), captions=found, image=place, name=path, label=label)
+        marked = _map_in(sample) if self._maps else None
+        return Item(
+            key=key_of(path),
+            split=held_out(path),
+            captions=found,
+            image=place,
+            name=path,
+            label=label,
+            saliency=None if marked is None else Place(tar, marked.offset, marked.size),
+        )
 
     def _class_name(self, label: int) -> str:
         if self._names is None:
@@ -140,6 +160,10 @@ class TarSource:
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
         return read_place(self._files, self._folder, item.image, limit)
+
+
+def _map_in(sample: safetar.TarSample) -> safetar.Member | None:
+    return next((sample.members[suffix] for suffix in _MAPS if suffix in sample.members), None)
 
 
 def _is_whole(sample: safetar.TarSample) -> bool:

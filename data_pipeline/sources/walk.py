@@ -10,11 +10,13 @@ from data_pipeline.sources.items import IMAGE_SUFFIXES, OTHER_IMAGES, Skipped
 from sharpmoe.errors import DataError
 
 LINK_TO_NOWHERE = "a link that leads nowhere"
-_MAP, _MAP_SUFFIXES = ".saliency", (".png", ".jpg", ".jpeg", ".webp")
-_MAP_ENDS = tuple(f"{_MAP}{suffix}" for suffix in _MAP_SUFFIXES)
+_MAP = ".saliency"
+MAP_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_MAP_ENDS = tuple(f"{_MAP}{suffix}" for suffix in MAP_SUFFIXES)
 _ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip", ".zst"})
 _EXPAND = "expand archives to a folder or to a plain .tar"
 _CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini"})  # written by file managers, never by a person
+_DOUBLE = "._"  # macOS writes ._NAME beside NAME on disks of others, and in the __MACOSX/ of an archive
 
 
 def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]] | Skipped]:
@@ -73,10 +75,13 @@ class OtherFiles:
         """`taken`: what the source takes instead, for the message."""
         self._taken = taken
         self._counts: Counter[str] = Counter()
+        self._doubles = 0
 
     def add(self, name: str, before: str = "") -> None:
         """Count one file; `before`: what is part of its kind before the suffix, as `.seg` of `a.seg.png`."""
-        if Path(name).name.lower() not in _CLUTTER:
+        if is_double(name):
+            self._doubles += 1
+        elif Path(name).name.lower() not in _CLUTTER:
             suffix = before + Path(name).suffix.lower()
             self._counts[f"*{suffix}" if suffix else "(names without suffix)"] += 1
 
@@ -86,32 +91,39 @@ class OtherFiles:
             files = "1 file" if count == 1 else f"{count} files"
             how = _EXPAND if Path(pattern).suffix in _ARCHIVES else self._taken
             yield Skipped(where + pattern, f"{files} of a kind that is not taken; {how}", beside=True)
+        if self._doubles:
+            yield Skipped(f"{where}{_DOUBLE}*", f"files that macOS writes beside others ({self._doubles})", beside=True)
+
+
+def is_double(name: str) -> bool:
+    """Return whether a file is ._NAME, which macOS writes beside NAME: it has NAME's suffix, and attributes in it."""
+    return Path(name).name.startswith(_DOUBLE)
 
 
 def is_image(name: str) -> bool:
     """Return whether a file's suffix is that of an image, of a kind that is read or not."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES | OTHER_IMAGES
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES | OTHER_IMAGES and not is_double(name)
 
 
 def is_saliency_map(name: str) -> bool:
     """Return whether a file is named as the saliency map of an image: NAME.saliency.png, in any case."""
-    return name.lower().endswith(_MAP_ENDS)
+    return name.lower().endswith(_MAP_ENDS) and not is_double(name)
 
 
 def saliency_map_of(image: str, is_there: Callable[[str], bool]) -> str | None:
     """Return the name (or the path, where `image` is one) of the saliency map of an image; None where there is none."""
     stem = image.removesuffix(Path(image).suffix)
-    for suffix in _MAP_SUFFIXES:
+    for suffix in MAP_SUFFIXES:
         for spelling in (f"{_MAP}{suffix}", f"{_MAP}{suffix.upper()}", f"{_MAP}{suffix}".upper()):
             if is_there(stem + spelling):
                 return stem + spelling
     return None
 
 
-def unused_maps(count: int) -> Iterator[Skipped]:
+def unused_maps(count: int, where: str = "") -> Iterator[Skipped]:
     """Yield one record of the saliency maps that a source was not asked for; none where there are none."""
     if count:
-        yield Skipped(f"*{_MAP}.*", f"saliency maps ({count}), which --saliency supplied takes", beside=True)
+        yield Skipped(f"{where}*{_MAP}.*", f"saliency maps ({count}), which --saliency supplied takes", beside=True)
 
 
 def other_image(name: str) -> str | None:

@@ -61,6 +61,7 @@ def extend_to_text(model: Backbone, text_width: int = 384, pooled_width: int = 3
     with torch.no_grad():
         last.weight.zero_()
         last.bias.copy_(model.y_embedder.table.weight[old.num_classes])
+    extended.origin = {name: value for name, value in model.origin.items() if name != "encoder"}  # it had no captions
     return extended.train(model.training)
 
 

@@ -1,6 +1,7 @@
 """Supplied saliency maps, from files beside images to samples."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +181,16 @@ def test_changed_maps_are_another_source(folder: Path, tmp_path: Path, capsys: p
     noise(5, (40, 40)).save(folder / "2.saliency.png")
     assert prepare(folder, tmp_path / "out", "--saliency", "supplied") == 2
     assert "was prepared with source.sha256" in capsys.readouterr().err
+
+
+def test_maps_in_tars(folder: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "a.tar", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name)
+    assert prepare(tars, tmp_path / "in-tars", "--saliency", "supplied") == 0
+    assert prepare(folder, tmp_path / "beside", "--saliency", "supplied") == 0
+    found, expected = maps_of(tmp_path / "in-tars"), maps_of(tmp_path / "beside")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[caption], expected[caption]) for caption in expected)

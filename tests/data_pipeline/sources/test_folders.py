@@ -235,3 +235,19 @@ def test_a_picture_of_gigabytes_is_never_read(tmp_path: Path) -> None:
     (item,) = listing(source).items
     with pytest.raises(UNREADABLE, match=f"{20 << 30} bytes, at most {1 << 30} are read"):
         source.read(item)
+
+
+def test_what_macos_adds_is_counted_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "__MACOSX").mkdir()
+    for name in ("a.jpg", "a.txt", "a.saliency.png"):
+        for path in (tmp_path / f"._{name}", tmp_path / "__MACOSX" / f"._{name}"):
+            path.write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("a picture")
+    for maps in (False, True):
+        found = listing(open_source(SourceOptions(source=str(tmp_path), saliency_maps=maps)))
+        assert [item.name for item in found.items] == ["a.jpg"]
+        assert [(entry.name, entry.reason, entry.beside) for entry in found.skipped] == [
+            ("._*", "files that macOS writes beside others (6)", True)
+        ]

@@ -219,3 +219,17 @@ def test_a_held_out_picture_never_takes_the_latent_of_a_training_picture(in_spli
     assert latents.get("val/n01/n01_0.png") == ("val/n01/n01_0.latent.npz" if in_splits else None)
     assert len(found.skipped) == (0 if in_splits else 2)
     assert all("that of train/n0" in entry.reason for entry in found.skipped)
+
+
+def test_what_macos_adds_is_no_class_and_no_image(tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "set")
+    expected = listing(ClassFolderSource(folder)).items
+    for path in (folder / "n01" / "._n01_0.png", folder / "n02" / "._n02_0.png", folder / "__MACOSX" / "._n01"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7")
+    found = listing(ClassFolderSource(folder))
+    assert found.items == expected
+    assert [(entry.name, entry.reason, entry.beside) for entry in found.skipped] == [
+        ("__MACOSX", "what macOS adds to archives is no class", True),
+        ("._*", "files that macOS writes beside others (2)", True),
+    ]

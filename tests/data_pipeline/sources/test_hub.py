@@ -100,3 +100,38 @@ def test_tables_of_img2dataset_beside_its_tars_are_left_out(tmp_path: Path) -> N
     write(tmp_path / "00000.tar", ("0.png", PNG), ("0.txt", "one"))
     parquet.write_table(arrow.table({"url": ["u"], "caption": ["one"]}), tmp_path / "00000.parquet")
     assert set(splits(tmp_path)) == {"one"}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_damaged_table_among_several_is_left_out(suffix: str, tmp_path: Path) -> None:
+    save = write_parquet if suffix == "parquet" else stream
+    for name in "abc":
+        save(tmp_path / f"{name}.{suffix}", f"{name} one", f"{name} two")
+    damaged = tmp_path / f"b.{suffix}"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    (tmp_path / f"._c.{suffix}").write_bytes(b"\0\5\x16\7")
+    found = listed(tmp_path)
+    assert sorted(item.captions[0][0] for item in found.items) == ["a one", "a two", "c one", "c two"]
+    bad = [entry for entry in found.skipped if not entry.beside]
+    assert [entry.name for entry in bad] == [damaged.name]
+    assert bad[0].reason.startswith("not a ")
+    assert bad[0].reason.endswith("what follows is left out")
+    for name in "ac":
+        (tmp_path / f"{name}.{suffix}").write_bytes(b"")
+    with pytest.raises(DataError, match=f"no captioned image found .*a.{suffix}: not a "):
+        listed(tmp_path)
+
+
+def test_the_rows_before_a_damaged_group_are_kept(tmp_path: Path) -> None:
+    texts = [f"{number}" for number in range(1024)]
+    for name in "ab":
+        parquet.write_table(table(*texts), tmp_path / f"{name}.parquet", row_group_size=512, compression="none")
+    damaged = tmp_path / "b.parquet"
+    column = parquet.ParquetFile(damaged).metadata.row_group(1).column(0)
+    content = bytearray(damaged.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + 64] = b"\xff" * 64
+    damaged.write_bytes(content)
+    found = listed(tmp_path)  # reads every picture that it lists
+    assert len(found.items) == 1024 + 512
+    assert [entry.name for entry in found.skipped] == ["b.parquet"]

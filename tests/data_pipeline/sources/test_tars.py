@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_caption_files_and_pictures_of_other_kinds(tmp_path: Path) -> None:
     )
     found = listed(tmp_path)
     assert [item.captions[0][0] for item in found.items] == ["hello"]
-    assert {entry.name for entry in found.skipped} == {"a.tar/1", "a.tar/*.jpg"}
+    assert {entry.name for entry in found.skipped} == {"a.tar/1", "a.tar/._*"}
 
 
 def test_pictures_beside_tars_are_named(tmp_path: Path) -> None:
@@ -192,3 +193,35 @@ def test_class_names_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"classnames.txt: not UTF-8 text \(byte 3\); save it as UTF-8"):
         listed(tmp_path)
+
+
+def test_saliency_maps_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.tar",
+        ("0.jpg", JPG),
+        ("0.saliency.png", PNG),
+        ("0.txt", "with a map"),
+        ("1.jpg", JPG),
+        ("1.txt", "without"),
+    )
+    plain, source = (open_source(SourceOptions(source=str(tmp_path), saliency_maps=maps)) for maps in (False, True))
+    found = listing(source)
+    marked, unmarked = found.items
+    assert marked.saliency is not None
+    assert unmarked.saliency is None
+    assert source.read(replace(marked, image=marked.saliency)) == PNG
+    assert source.read(marked) == JPG
+    assert not found.skipped
+    unused = listing(plain)
+    assert unused.items == [replace(item, saliency=None) for item in found.items]
+    assert [(entry.name, entry.reason, entry.beside) for entry in unused.skipped] == [
+        ("a.tar/*.saliency.*", "saliency maps (1), which --saliency supplied takes", True)
+    ]
+
+
+def test_what_macos_adds_is_no_sample(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", ("0.jpg", JPG), ("._0.jpg", b"\0\5\x16\7"), ("0.txt", "a"), ("._0.txt", b"\0\5"))
+    (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7")
+    found = listed(tmp_path)
+    assert [item.captions for item in found.items] == [(("a", 1.0),)]
+    assert [(entry.name, entry.beside) for entry in found.skipped] == [("a.tar/._*", True)]

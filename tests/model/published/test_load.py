@@ -356,6 +356,13 @@ def test_a_trunk_extended_to_text_is_unchanged(name: str) -> None:
     assert torch.equal(model(golden["x_t"], golden["t"], text).v, trunk(golden["x_t"], golden["t"], labels).v)
 
 
+def test_an_extended_trunk_keeps_its_codec() -> None:
+    name = "published_dsmoe"
+    trunk = build(name)[0]
+    trunk.origin = {"codec": "{}", "encoder": "{}", "codec_file": "AA=="}
+    assert extend_to_text(trunk).origin == {"codec": "{}", "codec_file": "AA=="}
+
+
 def test_an_unconditional_expert_is_not_extended() -> None:
     with pytest.raises(ConfigError, match="extended to text"):
         extend_to_text(build("published_promoe_ec")[0])
