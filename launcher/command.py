@@ -27,7 +27,7 @@ OVERRIDES_HELP = (
 _BUG = 1  # as Python ends after an exception
 _ERROR = 2  # as argparse ends
 INTERRUPTED = 128 + 2  # as of a process that SIGINT killed
-_BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE killed
+BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class Command:
             return INTERRUPTED
         except Exception as error:  # noqa: BLE001 - the last place where an exception can become a line
             if isinstance(error, BrokenPipeError) and _nobody_reads():
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
-                return _BROKEN_PIPE
+                leave_broken_pipe()
+                return BROKEN_PIPE
             known = outside_error(error)
             text = str(known) if known else f"this is a bug ({type(error).__name__}): report it with the lines above"
             _print_error(error, debug or known is None, _of_rank() + text)
@@ -162,6 +162,11 @@ class _HelpFormatter(argparse.HelpFormatter):
         if not (action.help and action.option_strings and has_default) or "default" in action.help:
             return action.help
         return f"{action.help} (default: %(default)s)"
+
+
+def leave_broken_pipe() -> None:
+    """Send what standard output still holds nowhere, so that Python's own flush at exit succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _nobody_reads() -> bool:

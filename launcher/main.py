@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launcher.command import Command
+import sharpmoe
+from launcher.command import BROKEN_PIPE, Command, leave_broken_pipe
 
 # A launcher is imported when it is named: the list of them needs no torch.
 _TASKS = {
@@ -46,7 +47,12 @@ def main(words: Sequence[str]) -> int:
 def run() -> NoReturn:
     """Run with the words of this process and end it as the launcher ends itself."""
     words = sys.argv[1:]
-    launcher = _launcher(words)
+    try:
+        launcher = _launcher(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `sharpmoe --help | head`
+        leave_broken_pipe()
+        launcher = BROKEN_PIPE
     if isinstance(launcher, int):
         sys.exit(launcher)
     launcher.leave(launcher(words[1:], f"sharpmoe {words[0]}"))
@@ -58,6 +64,9 @@ def _launcher(words: Sequence[str]) -> Command | int:
     if name in _LAUNCHERS:
         command: Command = importlib.import_module(f"launcher.{name}").main
         return command
+    if name == "--version":
+        print(f"sharpmoe {sharpmoe.__version__}")
+        return 0
     if name in ("-h", "--help"):
         print("usage: sharpmoe COMMAND ...")
         for task, commands in _TASKS.items():
@@ -69,3 +78,7 @@ def _launcher(words: Sequence[str]) -> Command | int:
     found = f"unknown command {name!r}" if words else "no command given"
     print(f"error: sharpmoe: {found}; {hint} (`sharpmoe --help` describes them)", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    run()

@@ -1,5 +1,6 @@
 """Both ways of starting every launcher: `sharpmoe NAME ...` and `python launcher/NAME.py ...`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import sharpmoe
 from launcher.main import _LAUNCHERS, main, run
 from sharpmoe.config_io import PROJECT_ROOT
 
@@ -85,3 +87,20 @@ def test_both_ways_give_the_same_error_and_exit_code(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+def test_main_runs_as_a_file_and_tells_its_version() -> None:
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+    words = [sys.executable, str(PROJECT_ROOT / "launcher" / "main.py"), "--version"]
+    said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said == f"sharpmoe {sharpmoe.__version__}\n"
+
+
+def test_help_that_nobody_reads_ends_in_silence() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+    words = [sys.executable, "-m", "launcher", "--help"]
+    done = subprocess.run(words, env=environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
