@@ -14,7 +14,18 @@ from launcher.main import _LAUNCHERS, main, run
 from sharpmoe.config_io import PROJECT_ROOT
 
 # Modules of launcher/ that are no launchers; hold_signals wraps any command inside a batch file.
-INNER = {"__init__", "__main__", "bounds", "command", "devices", "main", "hold_signals", "published", "uncaught"}
+INNER = {
+    "__init__",
+    "__main__",
+    "bounds",
+    "command",
+    "devices",
+    "main",
+    "hold_signals",
+    "installed",
+    "published",
+    "uncaught",
+}
 
 
 def test_every_launcher_is_a_command() -> None:
