@@ -492,4 +492,6 @@ class RunConfig(_Section):
         for key, text in (("name", self.name), ("output", self.output)):
             if not text.strip() or not text.isprintable() or (key == "name" and text in (".", "..")):
                 raise ValueError(f"{key} is {text!r}, expected the name of a folder, without line breaks; change {key}")
+        if "://" in self.output:
+            raise ValueError(f"output is {self.output!r}, expected a local folder; copy finished checkpoints elsewhere")
         return self

@@ -103,6 +103,11 @@ def test_a_name_is_that_of_a_folder(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_runs_are_written_to_a_local_folder() -> None:
+    with pytest.raises(ConfigError, match="output is 's3://bucket/runs', expected a local folder"):
+        load_run_config(None, ["--output", "s3://bucket/runs"])
+
+
 def test_entries_of_a_map_are_given_together_or_one_by_one() -> None:
     assert parse_overrides(["--optim.lr_scale", "{saliency_router: 20, moe.gate: 0.5}"]) == {
         "optim.lr_scale": {"saliency_router": 20, "moe.gate": 0.5}

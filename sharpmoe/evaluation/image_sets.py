@@ -70,6 +70,9 @@ def read_statistics(path: Path) -> Statistics | None:
         raise DataError(f"{path}: no readable .npz ({first_line(error)})") from None
     if not parts:
         return None
+    for name, values in parts.items():
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise DataError(f"{path}: {name} ({values.dtype}) is not all finite numbers; compute the statistics again")
     pool, spatial = (
         Gaussian(parts[mean].astype(np.float64), parts[sigma].astype(np.float64))
         if mean in parts and sigma in parts

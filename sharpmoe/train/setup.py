@@ -158,8 +158,7 @@ def _resume(saved: Manifest | None, plan: RunPlan) -> RunPlan:
     except CheckpointError as error:
         if saved.folder.parent != plan.checkpoints:
             raise
-        hint = f"or give the run a --name of its own: {plan.folder} holds another run"
-        raise CheckpointError(f"{error}; {hint}") from None
+        raise CheckpointError(f"{plan.folder} holds another run; give this one a --name of its own ({error})") from None
     return replace(plan, saved=saved)
 
 

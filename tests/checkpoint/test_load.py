@@ -368,10 +368,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(kind: str, sh
 def test_another_base_in_a_run_folder_needs_a_name(saved: RunConfig, tmp_path: Path) -> None:
     further, live = with_steps(saved, "run", 4), root(saved) / "step00000002" / "live.safetensors"
     other = changed(further, checkpoint={"init": str(live)})
-    with pytest.raises(CheckpointError, match=r"checkpoint\.init is None there.*give the run a --name of its own"):
+    with pytest.raises(CheckpointError, match=r"give this one a --name of its own \(.*checkpoint\.init is None there"):
         plan_for(other, ALONE)
     named = changed(other, checkpoint={"resume": str(root(saved) / "step00000002")})
-    with pytest.raises(CheckpointError, match="give the run a --name"):
+    with pytest.raises(CheckpointError, match="give this one a --name"):
         plan_for(named, ALONE)
 
 

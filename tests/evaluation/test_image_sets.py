@@ -75,6 +75,13 @@ def test_statistics_are_those_of_the_file(tmp_path: Path) -> None:
     assert read_statistics(tmp_path) is None
 
 
+@pytest.mark.parametrize("mean", [np.array([1.0, np.nan]), np.array([np.inf, 0.0]), np.array([1, 2])])
+def test_statistics_that_are_no_finite_numbers_are_refused(mean: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", mu=mean, sigma=np.eye(2))
+    with pytest.raises(DataError, match=r"a.npz: mu \(\w+\) is not all finite numbers"):
+        read_statistics(tmp_path / "a.npz")
+
+
 def whole(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.savez(content, arr_0=array)
