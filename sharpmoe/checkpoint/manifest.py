@@ -76,6 +76,11 @@ class Manifest:
     files: dict[str, FileEntry]  # by relative path
     saved: float = 0.0  # when it was written, in seconds since 1970; 0: by a version that did not say so
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Return whether a folder holds a checkpoint, complete or damaged."""
+        return (folder / MANIFEST).is_file()
+
 
 def write_manifest(manifest: Manifest) -> None:
     """Write and flush manifest.json and manifest.sha256 in `manifest.folder`. Raises OSError."""
@@ -92,11 +97,6 @@ def write_manifest(manifest: Manifest) -> None:
     for name, each in ((MANIFEST, text), (_SEAL, _seal(text.encode()))):
         (manifest.folder / name).write_text(each, encoding="utf-8")
         durable.flush_file(manifest.folder / name)
-
-
-def holds_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a checkpoint, complete or damaged."""
-    return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -28,7 +28,6 @@ from sharpmoe.checkpoint.manifest import (
     Progress,
     RunIdentity,
     file_entry,
-    holds_checkpoint,
     write_manifest,
 )
 from sharpmoe.checkpoint.rng import generator_states, generators_file, write_generators
@@ -81,7 +80,6 @@ class Checkpoints:
     rehearse_resume = staticmethod(load.rehearse_resume)
     check_room = staticmethod(retention.check_room)
     free_bytes = staticmethod(retention.free_bytes)
-    is_in = staticmethod(holds_checkpoint)
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from sharpmoe.checkpoint.save import Checkpoints
+from sharpmoe.checkpoint.manifest import Manifest
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import CheckpointError, ConfigError
@@ -41,7 +41,7 @@ def check_overwrites_no_weights(out: Path, source: Path) -> None:
     """Raise ConfigError where writing `out` would replace `source`, which is being read, or a file of a checkpoint."""
     if out.exists() and source.exists() and out.samefile(source):
         raise ConfigError(f"{out}: is the file that is read, which would be lost; choose another place")
-    if Checkpoints.is_in(out.parent):
+    if Manifest.is_in(out.parent):
         raise ConfigError(
             f"{out}: {out.parent} is a checkpoint, which could not be resumed with another file; choose another place"
         )

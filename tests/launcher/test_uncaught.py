@@ -127,10 +127,9 @@ LONG_STEPS = FORMS["python"]._replace(batch=(1024, 4))
 @pytest.mark.parametrize("form", [LONG_STEPS], ids=["python"])
 def test_a_second_ctrl_c_ends_at_once(form: Form, training: "subprocess.Popen[str]", tmp_path: Path) -> None:
     read_to(training, r"threads")
-    time.sleep(0.5)
-    press(training)
+    press(training)  # at once: the run must not have ended before the second
     read_to(training, "SIGINT: the run ends")
-    time.sleep(signals._SAME_REQUEST + 0.3)
+    time.sleep(signals._SAME_REQUEST + 0.1)
     press(training)
     out, _ = training.communicate(timeout=60)
     assert (out, training.returncode) == ("second signal, SIGINT: leaving at once\n", 130)
