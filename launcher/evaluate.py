@@ -16,7 +16,7 @@ from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe.console import print_note
 from sharpmoe.durable import check_folder
-from sharpmoe.evaluation.allocation import allocation_table
+from sharpmoe.evaluation.allocation_table import allocation_table
 from sharpmoe.evaluation.extractors import EXTRACTORS, ExtractorOptions
 from sharpmoe.evaluation.sample_metrics import METRICS, MetricSettings, figures_table, judge_sets
 from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison

@@ -9,7 +9,7 @@ A network trained to predict the noise of a DDPM is asked for its velocity here,
 import torch
 from torch import Tensor
 
-# Ranges of t by which figures are told apart, highest noise first: lower < t <= upper.
+# Ranges of t by which figures are grouped, highest noise first: lower < t <= upper.
 TIME_RANGES: dict[str, tuple[float, float]] = {
     "t > 0.65": (0.65, 1.0),
     "t 0.35-0.65": (0.35, 0.65),

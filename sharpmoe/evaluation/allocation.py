@@ -22,31 +22,22 @@ from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import ALONE, Observed, Samples, Share, TokenTables, observe, spread
 from sharpmoe.flow import TIME_RANGES
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.moe.influence import INERT, influence_figures
+from sharpmoe.moe.influence import influence_figures
 
 ALLOCATION_TIMES = tuple(round(0.999 - k * (0.999 - 0.05) / 9, 6) for k in range(10))
-_RANGES: dict[str, tuple[float, float]] = {**TIME_RANGES, "all t": (0.0, 1.0)}  # lower < t <= upper
-_NUM_BINS = 5
-_TITLES = {
-    "saliency": "Spearman, experts per token with saliency M",
-    "foreground": "Spearman, experts per token with the foreground mask",
-    "experts": "experts per token, MoE layer and step: total compute",
-    "flow": "flow loss",
-    "flow_fresh": "flow loss, noise drawn anew at each step",  # not in every result
-}
+ALLOCATION_RANGES: dict[str, tuple[float, float]] = {**TIME_RANGES, "all t": (0.0, 1.0)}  # lower < t <= upper
+NUM_FIFTHS = 5
+_BY_RANGE = ("saliency", "foreground", "experts", "flow", "flow_fresh")  # fields of `Allocation` by range of t
 _REQUIRED = ("saliency", "foreground", "experts", "flow")  # in the files of earlier versions too
-_PARTS = ("least salient 5th", "2nd fifth", "3rd fifth", "4th fifth", "most salient 5th", "foreground", "background")
-_PARTS_OF_RANGES = _PARTS[-3:]  # shown for each range of t; all of them for all t
-_FIGURES = {
-    "spread": "saliency router: spread of its logits over tokens, over that of the gate's",
-    "flipped": "saliency router: share of choices that the gate alone would not make",
-    "agreement": "correlation of experts per token with M, mean over MoE layers and images",
-}
-
-_LEGEND = """\
-  spread: 0 where a saliency router is untrained, 1 where it varies as much as the gate
-  correlation of the last rows: Pearson's, in each MoE layer and at each time alone;
-  that of the first rows: of ranks, of the experts summed over MoE layers and times"""  # what titles do not say
+IMAGE_PARTS = (
+    "least salient 5th",
+    "2nd fifth",
+    "3rd fifth",
+    "4th fifth",
+    "most salient 5th",
+    "foreground",
+    "background",
+)
 
 _Strength = dict[str, dict[str, dict[str, float]]]  # "layer<n>" or "all" -> range of t -> `influence_figures`
 
@@ -59,7 +50,7 @@ class ImageMean(NamedTuple):
     images: int  # images that have a value
 
 
-_UNKNOWN = ImageMean(math.nan, math.nan, 0)
+UNKNOWN_MEAN = ImageMean(math.nan, math.nan, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +64,9 @@ class Allocation:
     experts_by_saliency: dict[str, tuple[ImageMean, ...]]  # the same by quantile of M, least salient fifth first
     flow: dict[str, ImageMean]  # flow loss
     flow_fresh: dict[str, ImageMean]  # with noise drawn anew at each step; empty where it was not measured
-    flow_parts: dict[str, dict[str, ImageMean]]  # by part of an image (_PARTS), then by range: flow loss of its tokens
+    flow_parts: dict[
+        str, dict[str, ImageMean]
+    ]  # by part of an image (IMAGE_PARTS), then by range: flow loss of its tokens
     strength: _Strength  # of the saliency routers, by MoE layer and of all
     constant: dict[str, int]  # images left out of `saliency`: all tokens equal in experts or in M
     per_image: dict[str, dict[str, tuple[float, ...]]]  # values of saliency, ..., flow, and "flow, <part>"
@@ -94,7 +87,7 @@ class Allocation:
             return cls(
                 **{
                     what: _read_ranges(content[what] if what in _REQUIRED else content.get(what, {}))
-                    for what in _TITLES
+                    for what in _BY_RANGE
                 },
                 flow_parts={part: _read_ranges(ranges) for part, ranges in content.get("flow_parts", {}).items()},
                 strength=content.get("strength", {}),
@@ -116,7 +109,7 @@ class Allocation:
 
     def scalars(self) -> dict[str, float]:
         """Return the main figures under the tags of the log, allocation_<what>/<range>, without undefined ones."""
-        named = {f"allocation_{what}/{name}": e.mean for what in _TITLES for name, e in getattr(self, what).items()}
+        named = {f"allocation_{what}/{name}": e.mean for what in _BY_RANGE for name, e in getattr(self, what).items()}
         return {name.replace(" ", ""): value for name, value in named.items() if not math.isnan(value)}
 
 
@@ -151,7 +144,7 @@ def measure_allocation(
 
 def steps_of_range(times: Sequence[float], name: str) -> list[int]:
     """Return the indices of the times in a range of t of the table, such as "t > 0.65" or "all t"."""
-    lower, upper = _RANGES[name]
+    lower, upper = ALLOCATION_RANGES[name]
     return [step for step, t in enumerate(times) if lower < t <= upper]
 
 
@@ -162,10 +155,14 @@ def _summarise(observed: Observed, times: Sequence[float], num_layers: int, stee
     """
     parts = [_per_image(tables, times, num_layers) for tables in observed.tokens]
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    values = {what: {name: joined[what, name] for name in _RANGES} for what in ("saliency", "foreground", "experts")}
+    values = {
+        what: {name: joined[what, name] for name in ALLOCATION_RANGES} for what in ("saliency", "foreground", "experts")
+    }
     values["flow"] = _by_range(observed.flow, times)
     means = {what: {name: _image_mean(value) for name, value in ranges.items()} for what, ranges in values.items()}
-    of_parts = {part: {name: joined["flow", name][:, k] for name in _RANGES} for k, part in enumerate(_PARTS)}
+    of_parts = {
+        part: {name: joined["flow", name][:, k] for name in ALLOCATION_RANGES} for k, part in enumerate(IMAGE_PARTS)
+    }
     return Allocation(
         **means,
         flow_fresh={},
@@ -173,12 +170,12 @@ def _summarise(observed: Observed, times: Sequence[float], num_layers: int, stee
         strength=_strength(observed, times, steered),
         saliency_by_time={t: _image_mean(joined["saliency", t]) for t in times},
         experts_by_saliency={
-            name: tuple(_image_mean(column) for column in joined["fifths", name].T) for name in _RANGES
+            name: tuple(_image_mean(column) for column in joined["fifths", name].T) for name in ALLOCATION_RANGES
         },
         constant={name: int(value.isnan().sum()) for name, value in values["saliency"].items()},
         per_image={
             what: {name: tuple(value.tolist()) for name, value in ranges.items()}
-            for what, ranges in (values | {_flow_of(part): ranges for part, ranges in of_parts.items()}).items()
+            for what, ranges in (values | {flow_of_part(part): ranges for part, ranges in of_parts.items()}).items()
         },
         images=len(observed.flow),
         times=tuple(times),
@@ -188,13 +185,13 @@ def _summarise(observed: Observed, times: Sequence[float], num_layers: int, stee
 def _per_image(seen: TokenTables, times: Sequence[float], num_layers: int) -> dict[tuple[str, str | float], Tensor]:
     """Return figures (I,) of images of one resolution by (what, range of t), and ("saliency", t).
 
-    Fifths are (I, 5), the flow loss of `_PARTS` is (I, 7).
+    Fifths are (I, 5), the flow loss of `IMAGE_PARTS` is (I, 7).
     """
     figures: dict[tuple[str, str | float], Tensor] = {}
-    for name, bounds in _RANGES.items():
-        steps = _within(times, bounds)
+    for name in ALLOCATION_RANGES:
+        steps = steps_of_range(times, name)
         total = seen.experts[:, steps].sum(1)
-        mean = total / max(int(steps.sum()) * num_layers, 1)
+        mean = total / max(len(steps) * num_layers, 1)
         figures["saliency", name] = _spearman(total, seen.saliency)
         figures["foreground", name] = _spearman(total, seen.foreground)
         figures["experts", name] = mean.mean(1)
@@ -204,28 +201,28 @@ def _per_image(seen: TokenTables, times: Sequence[float], num_layers: int) -> di
 
 
 def _of_parts(flow: Tensor, seen: TokenTables) -> Tensor:
-    """Return means (I, 7) of the tokens' flow losses (I, N) over `_PARTS`; NaN where a part is empty or unknown."""
+    """Return means (I, 7) of the flow losses (I, N) of tokens over `IMAGE_PARTS`; NaN for a part without tokens."""
     weights = torch.stack([seen.foreground, 1 - seen.foreground], -1).double()  # (I, N, 2), NaN without a mask
     sums = weights.sum(1)
     by_mask = torch.einsum("in,inq->iq", flow.double(), weights) / torch.where(sums > 0, sums, torch.nan)
     return torch.cat([_by_quantile(flow, seen.saliency), by_mask], 1)
 
 
-def _flow_of(part: str) -> str:
+def flow_of_part(part: str) -> str:
     """Return the key of a part's flow loss in `Allocation.per_image`."""
     return f"flow, {part}"
 
 
 def _by_range(flow: Tensor, times: Sequence[float]) -> dict[str, Tensor]:
     """Return the mean (I,) of figures (I, T) over each range of t."""
-    return {name: flow[:, _within(times, bounds)].mean(1) for name, bounds in _RANGES.items()}
+    return {name: flow[:, steps_of_range(times, name)].mean(1) for name in ALLOCATION_RANGES}
 
 
 def _strength(observed: Observed, times: Sequence[float], steered: bool) -> _Strength:
     """Return what the saliency routers decide; without them, only whether experts follow saliency."""
     found: _Strength = {}
-    for name, bounds in _RANGES.items():
-        by_layer = observed.influence[:, _within(times, bounds)].double().sum((0, 1))  # (L, 6)
+    for name in ALLOCATION_RANGES:
+        by_layer = observed.influence[:, steps_of_range(times, name)].double().sum((0, 1))  # (L, 6)
         rows = {f"layer{layer}": row for layer, row in enumerate(by_layer)} | {"all": by_layer.sum(0)}
         for layer, row in rows.items():
             figures = influence_figures(row.tolist())
@@ -234,11 +231,11 @@ def _strength(observed: Observed, times: Sequence[float], steered: bool) -> _Str
     return found
 
 
-def _paired_change(before: Allocation, after: Allocation, what: str, name: str) -> ImageMean:
+def paired_change(before: Allocation, after: Allocation, what: str, name: str) -> ImageMean:
     """Return the mean change of one figure per image; its error is smaller than that of a difference of two means."""
     known = [result.per_image.get(what, {}).get(name, ()) for result in (before, after)]
     if not all(known):
-        return _UNKNOWN
+        return UNKNOWN_MEAN
     pair = [torch.tensor(values, dtype=torch.float64) for values in known]
     return _image_mean(pair[1] - pair[0])
 
@@ -269,132 +266,12 @@ def _image_mean(values: Tensor) -> ImageMean:
     return ImageMean(known.mean().item(), error, len(known))
 
 
-def _within(times: Sequence[float], bounds: tuple[float, float]) -> Tensor:
-    lower, upper = bounds
-    return torch.tensor([lower < t <= upper for t in times])
-
-
 def _by_quantile(values: Tensor, saliency: Tensor) -> Tensor:
     """Return means (I, 5) of values (I, N) over each fifth of tokens by saliency; NaN where ties leave one empty."""
     num_tokens = saliency.shape[1]
-    bins = ((_average_ranks(saliency) - 0.5) / num_tokens * _NUM_BINS).long()
-    members = torch.nn.functional.one_hot(bins, _NUM_BINS).double()  # (I, N, 5)
+    bins = ((_average_ranks(saliency) - 0.5) / num_tokens * NUM_FIFTHS).long()
+    members = torch.nn.functional.one_hot(bins, NUM_FIFTHS).double()  # (I, N, 5)
     return torch.einsum("in,inq->iq", values.double(), members) / members.sum(1)
-
-
-def allocation_table(results: Mapping[str, Allocation]) -> str:
-    """Return a text table with one column per result; two results of the same images also get their paired change."""
-    columns, paired = list(results.values()), _are_paired(results)
-    lines = _head(results)
-    for what in _TITLES:
-        rows = _rows(columns, what, paired)
-        lines += rows
-        lines += _fifths(columns, _PARTS[:_NUM_BINS]) if rows and what == "experts" else []
-    lines += _flow_of_parts(columns, paired)
-    if any(sum(column.constant.values()) for column in columns):
-        lines.append("images left out of the correlation with M: all tokens equal")
-        lines += [_line("  " + name, [str(column.constant[name]) for column in columns]) for name in _RANGES]
-    lines += _strengths(columns)
-    lines += [note for name, column in results.items() if (note := _strength_note(name, column))]
-    return "\n".join(lines)
-
-
-def short_allocation_table(results: Mapping[str, Allocation], full: Path | str) -> str:
-    """Return the rows of `allocation_table` that answer the question, and where the others are: in the file `full`."""
-    columns, paired = list(results.values()), _are_paired(results)
-    experts = ["experts per token by saliency", *_fifths(columns, (_PARTS[0], _PARTS[_NUM_BINS - 1]))]
-    lines = [*_head(results), *_rows(columns, "saliency", paired), *experts, *_rows(columns, "flow", paired)]
-    flipped = [column.strength.get("all", {}).get("all t", {}).get("flipped") for column in columns]
-    if any(value is not None for value in flipped):
-        cells = ["" if value is None else _percent(value) for value in flipped]
-        lines.append(_line("choices by the saliency router", cells))
-    return "\n".join([*lines, f"all figures: {full}"])
-
-
-def _are_paired(results: Mapping[str, Allocation]) -> bool:
-    """Whether two results of as many images can be compared image by image."""
-    return len(results) == 2 and len({result.images for result in results.values()}) == 1
-
-
-def _head(results: Mapping[str, Allocation]) -> list[str]:
-    first = next(iter(results.values()))
-    return [
-        f"Allocation on {first.images} held-out images, {len(first.times)} times (mean ± standard error)",
-        _line("", [*results, "change (paired)"] if _are_paired(results) else list(results)),
-    ]
-
-
-def _rows(columns: list[Allocation], what: str, paired: bool) -> list[str]:
-    """Return the title and the rows by range of t of one figure; none where no result has it."""
-    rows = {name: [getattr(column, what).get(name, _UNKNOWN) for column in columns] for name in _RANGES}
-    if not any(e.images for row in rows.values() for e in row):
-        return []
-    lines = [_TITLES[what]]
-    for name, row in rows.items():
-        changes = [_cell(_paired_change(columns[0], columns[1], what, name), "+")] if paired else []
-        lines.append(_line("  " + name, [*map(_cell, row), *changes]))
-    return lines
-
-
-def _fifths(columns: list[Allocation], parts: Sequence[str]) -> list[str]:
-    """Return rows of the experts per token in some of the fifths, the first of `_PARTS`."""
-    picked = {part: [c.experts_by_saliency["all t"][_PARTS.index(part)] for c in columns] for part in parts}
-    return [_line(_label("all t", part), [_cell(e) for e in row]) for part, row in picked.items()]
-
-
-def _label(name: str, part: str) -> str:
-    """Return the label of a part of the image in a range of t."""
-    return f"  {name}: {part.replace('5th', 'fifth')}"
-
-
-def _flow_of_parts(columns: list[Allocation], paired: bool) -> list[str]:
-    """Return rows of the flow loss by part of the image; none where no result has it."""
-    if not any(column.flow_parts for column in columns):
-        return []
-    lines = ["flow loss by part of the image: fifths by saliency M, and the foreground mask"]
-    for name in _RANGES:
-        for part in _PARTS if name == "all t" else _PARTS_OF_RANGES:
-            row = [column.flow_parts.get(part, {}).get(name, _UNKNOWN) for column in columns]
-            if any(e.images for e in row):
-                changes = [_cell(_paired_change(columns[0], columns[1], _flow_of(part), name), "+")] if paired else []
-                lines.append(_line(_label(name, part), [*map(_cell, row), *changes]))
-    return lines
-
-
-def _strengths(columns: list[Allocation]) -> list[str]:
-    """Return rows of the strength of the saliency routers over all layers, and what the titles leave unsaid."""
-    lines = []
-    for what, title in _FIGURES.items():
-        rows = {name: [c.strength.get("all", {}).get(name, {}).get(what) for c in columns] for name in _RANGES}
-        if any(value is not None for row in rows.values() for value in row):
-            lines.append(title)
-            lines += [_line("  " + name, ["" if v is None else f"{v:.4f}" for v in row]) for name, row in rows.items()]
-    return [*lines, _LEGEND] if lines else []
-
-
-def _strength_note(name: str, result: Allocation) -> str:
-    """Return what it means that the saliency routers still decide little; "" where they decide, or are untrained."""
-    figures = result.strength.get("all", {}).get("all t", {})
-    if not 0 < figures.get("spread", 0.0) < INERT:  # exactly 0: never trained, as in every base
-        return ""
-    changed = _percent(figures.get("flipped", 0.0))
-    return (
-        f"note: the saliency routers of {name} change few choices yet ({changed} of them; spread\n"
-        f"  {figures['spread']:.2g} of the gates'): usual in a short run at the default rate;\n"
-        "  --optim.lr_scale '{saliency_router: 20}' lets them learn faster (docs/design/0010)"
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
-
-
-def _line(label: str, cells: list[str]) -> str:
-    return f"{label:<34}" + "".join(f"{cell:>20}" for cell in cells)
-
-
-def _cell(value: ImageMean, sign: str = "") -> str:
-    return f"{value.mean:{sign}.4f} ± {value.error:.4f}" if value.images else "undefined"
 
 
 def _or_nan(value: float | None) -> float:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
-from sharpmoe.evaluation.allocation import Allocation, allocation_table
+from sharpmoe.evaluation.allocation import Allocation
+from sharpmoe.evaluation.allocation_table import allocation_table
 from sharpmoe.log_file import LOG_FILE, read_log, read_log_lines
 from sharpmoe.report import figures
 

@@ -20,12 +20,8 @@ from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import SharpMoEError, TrainingError, outside_error
-from sharpmoe.evaluation.allocation import (
-    Allocation,
-    allocation_table,
-    measure_allocation,
-    short_allocation_table,
-)
+from sharpmoe.evaluation.allocation import Allocation, measure_allocation
+from sharpmoe.evaluation.allocation_table import allocation_table, short_allocation_table
 from sharpmoe.evaluation.held_out import Share, spread
 from sharpmoe.evaluation.validation import Validation, validate
 from sharpmoe.model.backbone import Backbone

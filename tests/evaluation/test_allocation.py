@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,19 @@ from scipy.stats import rankdata, spearmanr
 
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import (
-    _PARTS,
-    _RANGES,
+    ALLOCATION_RANGES,
     ALLOCATION_TIMES,
+    IMAGE_PARTS,
     Allocation,
     ImageMean,
     _average_ranks,
     _image_mean,
-    _paired_change,
     _spearman,
     _summarise,
-    allocation_table,
     measure_allocation,
-    short_allocation_table,
+    paired_change,
 )
+from sharpmoe.evaluation.allocation_table import allocation_table
 from sharpmoe.evaluation.held_out import Observed, TokenTables, observe
 from tests.toys import ToySamples, toy_model
 
@@ -98,9 +96,9 @@ def test_tied_saliency_shares_a_fifth() -> None:
 
 
 def test_every_time_is_in_one_range() -> None:
-    parts = [name for name in _RANGES if name != "all t"]
+    parts = [name for name in ALLOCATION_RANGES if name != "all t"]
     for t in ALLOCATION_TIMES:
-        assert sum(_RANGES[name][0] < t <= _RANGES[name][1] for name in parts) == 1
+        assert sum(ALLOCATION_RANGES[name][0] < t <= ALLOCATION_RANGES[name][1] for name in parts) == 1
 
 
 @pytest.mark.parametrize("router", ["ec", "diffmoe"])
@@ -121,32 +119,6 @@ def test_token_choice_spends_the_same_everywhere() -> None:
     text = allocation_table({"before": result})
     assert "Spearman" not in text
     assert "all tokens equal" in text
-
-
-def test_the_table_pairs_before_and_after() -> None:
-    before = measure_allocation(toy_model(), ToySamples(), images=4)
-    after = measure_allocation(toy_model("ec"), ToySamples(), images=4)
-    change = _paired_change(before, after, "flow", "all t")
-    assert change.mean == pytest.approx(after.flow["all t"].mean - before.flow["all t"].mean)
-    text = allocation_table({"before": before, "after": after})
-    assert "change (paired)" in text
-    assert f"{change.mean:+.4f}" in text
-    assert max(map(len, text.splitlines())) <= 100
-
-
-def test_the_short_table_has_rows_of_the_full_one_and_names_it() -> None:
-    results = {
-        "before": measure_allocation(toy_model(), ToySamples(), images=4),
-        "after": measure_allocation(toy_model("ec"), ToySamples(), images=4),
-    }
-    full = allocation_table(results).splitlines()
-    *lines, last = short_allocation_table(results, "run/table.txt").splitlines()
-    assert last == "all figures: run/table.txt"
-    assert len(lines) == 16
-    assert [line for line in lines if line not in full] == ["experts per token by saliency", lines[-1]]
-    shares = [f"{100 * each.strength['all']['all t']['flipped']:.2g} %" for each in results.values()]
-    assert re.split(" {2,}", lines[-1]) == ["choices by the saliency router", *shares]
-    assert any("most salient fifth" in line for line in lines)
 
 
 def test_scalars_leave_out_what_is_undefined() -> None:
@@ -173,10 +145,10 @@ def test_flow_loss_by_part_of_an_image_by_hand() -> None:
     seen = Observed(flow.mean(-1), torch.zeros(3, len(ALLOCATION_TIMES), 0, 6), (tables,))
     result = _summarise(seen, ALLOCATION_TIMES, num_layers=1)
     factor = 5.5  # mean over the ten times
-    assert [result.flow_parts[part]["all t"].mean for part in _PARTS[:5]] == pytest.approx(
+    assert [result.flow_parts[part]["all t"].mean for part in IMAGE_PARTS[:5]] == pytest.approx(
         [factor * each for each in (0.5, 2.5, 4.5, 6.5, 8.5)]
     )
-    foreground, background = (result.flow_parts[part]["all t"] for part in _PARTS[5:])
+    foreground, background = (result.flow_parts[part]["all t"] for part in IMAGE_PARTS[5:])
     assert foreground.images == background.images == 2
     assert result.per_image["flow, foreground"]["all t"][:2] == pytest.approx(
         [factor * 8.5, factor * (8 + 0.5 * 9) / 1.5]
@@ -185,7 +157,7 @@ def test_flow_loss_by_part_of_an_image_by_hand() -> None:
     assert result.flow_parts["foreground"]["t > 0.65"].mean == pytest.approx(foreground.mean / factor * 2.5)
     forty = {"flow, foreground": {"all t": (40.0, 40.0, math.nan)}}
     before = dataclasses.replace(result, per_image=result.per_image | forty)
-    change = _paired_change(before, result, "flow, foreground", "all t")
+    change = paired_change(before, result, "flow, foreground", "all t")
     assert (change.mean, change.images) == (pytest.approx(foreground.mean - 40), 2)
     lines = allocation_table({"a": before, "b": result}).splitlines()
     fifths = ("least salient fifth", "2nd fifth", "3rd fifth", "4th fifth", "most salient fifth")
@@ -208,18 +180,6 @@ def test_strength_is_told_by_layer_and_range() -> None:
     inert = measure_allocation(model, ToySamples(), images=4)
     assert {(f["spread"], f["flipped"]) for ranges in inert.strength.values() for f in ranges.values()} == {(0.0, 0.0)}
     assert "note:" not in allocation_table({"a": result, "b": inert})  # never trained, as in every base
-
-
-def test_saliency_routers_that_decide_little_yet_are_explained() -> None:
-    model = toy_model("ec")
-    for layer in model.moe_layers():
-        layer.saliency_router.out.weight.data.mul_(0.01)
-    found = measure_allocation(model, ToySamples(), images=4)
-    table, figures = allocation_table({"a": found}), found.strength["all"]["all t"]
-    assert 0 < figures["spread"] < 0.1
-    assert f"of a change few choices yet ({100 * figures['flipped']:.2g} % of them; spread\n" in table
-    assert "usual in a short run" in table
-    assert "--optim.lr_scale '{saliency_router: 20}'" in table
 
 
 def test_strength_is_told_only_of_saliency_routers() -> None:

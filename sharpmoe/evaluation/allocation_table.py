@@ -1,0 +1,156 @@
+"""Allocations as text: the whole table for files and reports, and the rows that answer the question for a console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sharpmoe.evaluation.allocation import (
+    ALLOCATION_RANGES,
+    IMAGE_PARTS,
+    NUM_FIFTHS,
+    UNKNOWN_MEAN,
+    Allocation,
+    ImageMean,
+    flow_of_part,
+    paired_change,
+)
+from sharpmoe.moe.influence import INERT
+
+_TITLES = {
+    "saliency": "Spearman, experts per token with saliency M",
+    "foreground": "Spearman, experts per token with the foreground mask",
+    "experts": "experts per token, MoE layer and step: total compute",
+    "flow": "flow loss",
+    "flow_fresh": "flow loss, noise drawn anew at each step",  # not in every result
+}
+_PARTS_OF_RANGES = IMAGE_PARTS[-3:]  # shown for each range of t; all of them for all t
+_FIGURES = {
+    "spread": "saliency router: spread of its logits over tokens, over that of the gate's",
+    "flipped": "saliency router: share of choices that the gate alone would not make",
+    "agreement": "correlation of experts per token with M, mean over MoE layers and images",
+}
+
+_LEGEND = """\
+  spread: 0 where a saliency router is untrained, 1 where it varies as much as the gate
+  correlation of the last rows: Pearson's, in each MoE layer and at each time alone;
+  that of the first rows: of ranks, of the experts summed over MoE layers and times"""  # what titles do not say
+
+
+def allocation_table(results: Mapping[str, Allocation]) -> str:
+    """Return a text table with one column per result; two results of the same images also get their paired change."""
+    columns, paired = list(results.values()), _are_paired(results)
+    lines = _head(results)
+    for what in _TITLES:
+        rows = _rows(columns, what, paired)
+        lines += rows
+        lines += _fifths(columns, IMAGE_PARTS[:NUM_FIFTHS]) if rows and what == "experts" else []
+    lines += _flow_of_parts(columns, paired)
+    if any(sum(column.constant.values()) for column in columns):
+        lines.append("images left out of the correlation with M: all tokens equal")
+        lines += [_line("  " + name, [str(column.constant[name]) for column in columns]) for name in ALLOCATION_RANGES]
+    lines += _strengths(columns)
+    lines += [note for name, column in results.items() if (note := _strength_note(name, column))]
+    return "\n".join(lines)
+
+
+def short_allocation_table(results: Mapping[str, Allocation], full: Path | str) -> str:
+    """Return the rows of `allocation_table` that answer the question, and where the others are: in the file `full`."""
+    columns, paired = list(results.values()), _are_paired(results)
+    experts = ["experts per token by saliency", *_fifths(columns, (IMAGE_PARTS[0], IMAGE_PARTS[NUM_FIFTHS - 1]))]
+    lines = [*_head(results), *_rows(columns, "saliency", paired), *experts, *_rows(columns, "flow", paired)]
+    flipped = [column.strength.get("all", {}).get("all t", {}).get("flipped") for column in columns]
+    if any(value is not None for value in flipped):
+        cells = ["" if value is None else _percent(value) for value in flipped]
+        lines.append(_line("choices by the saliency router", cells))
+    return "\n".join([*lines, f"all figures: {full}"])
+
+
+def _are_paired(results: Mapping[str, Allocation]) -> bool:
+    """Whether two results of as many images can be compared image by image."""
+    return len(results) == 2 and len({result.images for result in results.values()}) == 1
+
+
+def _head(results: Mapping[str, Allocation]) -> list[str]:
+    first = next(iter(results.values()))
+    return [
+        f"Allocation on {first.images} held-out images, {len(first.times)} times (mean ± standard error)",
+        _line("", [*results, "change (paired)"] if _are_paired(results) else list(results)),
+    ]
+
+
+def _rows(columns: list[Allocation], what: str, paired: bool) -> list[str]:
+    """Return the title and the rows by range of t of one figure; none where no result has it."""
+    rows = {name: [getattr(column, what).get(name, UNKNOWN_MEAN) for column in columns] for name in ALLOCATION_RANGES}
+    if not any(e.images for row in rows.values() for e in row):
+        return []
+    lines = [_TITLES[what]]
+    for name, row in rows.items():
+        changes = [_cell(paired_change(columns[0], columns[1], what, name), "+")] if paired else []
+        lines.append(_line("  " + name, [*map(_cell, row), *changes]))
+    return lines
+
+
+def _fifths(columns: list[Allocation], parts: Sequence[str]) -> list[str]:
+    """Return rows of the experts per token in some of the fifths, the first of `IMAGE_PARTS`."""
+    picked = {part: [c.experts_by_saliency["all t"][IMAGE_PARTS.index(part)] for c in columns] for part in parts}
+    return [_line(_label("all t", part), [_cell(e) for e in row]) for part, row in picked.items()]
+
+
+def _label(name: str, part: str) -> str:
+    """Return the label of a part of the image in a range of t."""
+    return f"  {name}: {part.replace('5th', 'fifth')}"
+
+
+def _flow_of_parts(columns: list[Allocation], paired: bool) -> list[str]:
+    """Return rows of the flow loss by part of the image; none where no result has it."""
+    if not any(column.flow_parts for column in columns):
+        return []
+    lines = ["flow loss by part of the image: fifths by saliency M, and the foreground mask"]
+    for name in ALLOCATION_RANGES:
+        for part in IMAGE_PARTS if name == "all t" else _PARTS_OF_RANGES:
+            row = [column.flow_parts.get(part, {}).get(name, UNKNOWN_MEAN) for column in columns]
+            if any(e.images for e in row):
+                changes = (
+                    [_cell(paired_change(columns[0], columns[1], flow_of_part(part), name), "+")] if paired else []
+                )
+                lines.append(_line(_label(name, part), [*map(_cell, row), *changes]))
+    return lines
+
+
+def _strengths(columns: list[Allocation]) -> list[str]:
+    """Return rows of the strength of the saliency routers over all layers, and what the titles leave unsaid."""
+    lines = []
+    for what, title in _FIGURES.items():
+        rows = {
+            name: [c.strength.get("all", {}).get(name, {}).get(what) for c in columns] for name in ALLOCATION_RANGES
+        }
+        if any(value is not None for row in rows.values() for value in row):
+            lines.append(title)
+            lines += [_line("  " + name, ["" if v is None else f"{v:.4f}" for v in row]) for name, row in rows.items()]
+    return [*lines, _LEGEND] if lines else []
+
+
+def _strength_note(name: str, result: Allocation) -> str:
+    """Return what it means that the saliency routers still decide little; "" where they decide, or are untrained."""
+    figures = result.strength.get("all", {}).get("all t", {})
+    if not 0 < figures.get("spread", 0.0) < INERT:  # exactly 0: never trained, as in every base
+        return ""
+    changed = _percent(figures.get("flipped", 0.0))
+    return (
+        f"note: the saliency routers of {name} change few choices yet ({changed} of them; spread\n"
+        f"  {figures['spread']:.2g} of the gates'): usual in a short run at the default rate;\n"
+        "  --optim.lr_scale '{saliency_router: 20}' lets them learn faster (docs/design/0010)"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
+
+
+def _line(label: str, cells: list[str]) -> str:
+    return f"{label:<34}" + "".join(f"{cell:>20}" for cell in cells)
+
+
+def _cell(value: ImageMean, sign: str = "") -> str:
+    return f"{value.mean:{sign}.4f} ± {value.error:.4f}" if value.images else "undefined"

@@ -1,0 +1,45 @@
+import re
+
+import pytest
+
+from sharpmoe.evaluation.allocation import measure_allocation, paired_change
+from sharpmoe.evaluation.allocation_table import allocation_table, short_allocation_table
+from tests.toys import ToySamples, toy_model
+
+
+def test_the_table_pairs_before_and_after() -> None:
+    before = measure_allocation(toy_model(), ToySamples(), images=4)
+    after = measure_allocation(toy_model("ec"), ToySamples(), images=4)
+    change = paired_change(before, after, "flow", "all t")
+    assert change.mean == pytest.approx(after.flow["all t"].mean - before.flow["all t"].mean)
+    text = allocation_table({"before": before, "after": after})
+    assert "change (paired)" in text
+    assert f"{change.mean:+.4f}" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_short_table_has_rows_of_the_full_one_and_names_it() -> None:
+    results = {
+        "before": measure_allocation(toy_model(), ToySamples(), images=4),
+        "after": measure_allocation(toy_model("ec"), ToySamples(), images=4),
+    }
+    full = allocation_table(results).splitlines()
+    *lines, last = short_allocation_table(results, "run/table.txt").splitlines()
+    assert last == "all figures: run/table.txt"
+    assert len(lines) == 16
+    assert [line for line in lines if line not in full] == ["experts per token by saliency", lines[-1]]
+    shares = [f"{100 * each.strength['all']['all t']['flipped']:.2g} %" for each in results.values()]
+    assert re.split(" {2,}", lines[-1]) == ["choices by the saliency router", *shares]
+    assert any("most salient fifth" in line for line in lines)
+
+
+def test_saliency_routers_that_decide_little_yet_are_explained() -> None:
+    model = toy_model("ec")
+    for layer in model.moe_layers():
+        layer.saliency_router.out.weight.data.mul_(0.01)
+    found = measure_allocation(model, ToySamples(), images=4)
+    table, figures = allocation_table({"a": found}), found.strength["all"]["all t"]
+    assert 0 < figures["spread"] < 0.1
+    assert f"of a change few choices yet ({100 * figures['flipped']:.2g} % of them; spread\n" in table
+    assert "usual in a short run" in table
+    assert "--optim.lr_scale '{saliency_router: 20}'" in table
