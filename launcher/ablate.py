@@ -6,7 +6,7 @@ it was. Exit codes: 0, also where --time-limit stopped it; 1 where a part failed
 """
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 from pathlib import Path

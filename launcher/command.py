@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import launcher.uncaught  # noqa: F401 - before the imports that take seconds
+import launcher.startup  # noqa: F401 - before the imports that take seconds
 from launcher.bounds import Real, Whole
 from sharpmoe.config_io import nearest
 from sharpmoe.console import print_note

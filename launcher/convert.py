@@ -6,7 +6,7 @@ OUT.safetensors --to promoe` writes weights of this project under published key 
 """
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 from pathlib import Path

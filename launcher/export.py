@@ -1,7 +1,7 @@
 """Copy weights of a checkpoint to one file: `python launcher/export.py RUN OUT.safetensors [--weights ema|live]`."""
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 from pathlib import Path

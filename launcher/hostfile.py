@@ -1,7 +1,7 @@
 """Write the hostfile of `deepspeed --hostfile` from a Slurm job: `python launcher/hostfile.py --slots 8 > hostfile`."""
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 

@@ -5,13 +5,12 @@ convention, which shows a wrong one. Exit code 1 where the named family, or ever
 """
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 import sys
 from pathlib import Path
 
-import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import POSITIVE
 from launcher.command import Command

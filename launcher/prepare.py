@@ -5,7 +5,7 @@ killed run continues where it was when the same command is run again.
 """
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 import os
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.encode.transformer_texts import MINILM
 from data_pipeline.prepare.destination import check_destination, open_destination
 from data_pipeline.prepare.estimate import dry_run

@@ -1,7 +1,7 @@
 """Write a static HTML page of a run: `python launcher/report.py runs/quickstart`."""
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 from pathlib import Path

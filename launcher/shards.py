@@ -4,13 +4,12 @@ FOLDER may be a URL (http, https, s3, gs).
 """
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 import json
 from pathlib import Path
 
-import launcher.uncaught  # noqa: F401 - before the imports that take seconds
 from data_pipeline.prepare.merge import merge_folders
 from data_pipeline.read.folder import read_index
 from data_pipeline.read.shards import ShardSet

@@ -9,7 +9,7 @@ one line; 3 where another rank is lost; 128 + the number of a second signal.
 """
 
 if not __package__:  # run as a script, which has this folder on its path
-    import installed  # type: ignore[import-not-found]  # noqa: F401 - or ends with one line
+    import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
 from contextlib import nullcontext

@@ -22,9 +22,8 @@ INNER = {
     "devices",
     "main",
     "hold_signals",
-    "installed",
     "published",
-    "uncaught",
+    "startup",
 }
 
 

@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_ends_at_once(form: Form, training: "subprocess.Popen[st
 
 
 SLOW_IMPORT = """
-import launcher.uncaught, sys, time
+import launcher.startup, sys, time
 print("importing", flush=True)
 time.sleep(60)
 """
