@@ -21,6 +21,7 @@ from sharpmoe.errors import DataError
 
 _SCHEMA_VERSION = 2
 INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
+MAX_TOKENS = 1 << 18  # the most of one image, prepared or drawn
 Identity = dict[str, Any]
 _PLAIN_SALIENCY: Identity = {"kind": "laplacian"}
 Places = Mapping[str, Sequence[int]]  # member extension, as "latent.npy" -> (offset, size, crc32) inside the tar

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.encode.codecs import ImageSize
-from data_pipeline.index import bucket_name
+from data_pipeline.index import MAX_TOKENS, bucket_name
 from data_pipeline.sources.images import is_enlarged
 from sharpmoe.errors import DataError
 
 _WIDEST = 3.0  # long side to short side, of a table made from a number of tokens or a base
 _SMALL = 64  # training images; a bucket with fewer is reported
 _MAX_PIXELS = 64_000_000  # of one resolution: no source image has more
-_MAX_TOKENS = 1 << 18
 _MAX_BUCKETS = 256
 _LatentShape = Callable[[ImageSize], tuple[int, int, int]]
 _FORMS = "expected a list as 64x64,48x80 (H x W pixels), a number of tokens, or a side in pixels with --bucket-step"
@@ -75,8 +74,8 @@ def check_buckets(spec: str, step: int | None = None) -> None:
             f"--bucket-step {step}: needs the side of a square in pixels, as --buckets 512 --bucket-step 64; "
             f"--buckets is {spec!r}"
         )
-    if _is_number(spec) and not 0 < int(spec) <= (_MAX_TOKENS if step is None else math.isqrt(_MAX_PIXELS)):
-        most = f"{_MAX_TOKENS} tokens" if step is None else f"{math.isqrt(_MAX_PIXELS)} pixels"
+    if _is_number(spec) and not 0 < int(spec) <= (MAX_TOKENS if step is None else math.isqrt(_MAX_PIXELS)):
+        most = f"{MAX_TOKENS} tokens" if step is None else f"{math.isqrt(_MAX_PIXELS)} pixels"
         raise DataError(f"--buckets {shown}: expected 1 to {most}")
     if step is not None and not 0 < step <= int(spec):
         raise DataError(f"--buckets {shown}: expected a step from 1 to the side of {spec} pixels")
@@ -222,13 +221,17 @@ def _lost(pixels: np.ndarray, size: tuple[int, int]) -> float:
 
 
 def _small_buckets(pairs: list[tuple[str, int]]) -> list[str]:
-    """Return a warning of buckets, given as (name, training images), that have few; none where there is one bucket."""
-    small = [f"{name} ({count})" for name, count in pairs if count < _SMALL]
+    """Return a warning of buckets, given as (name, training images), that have few; none where there is one bucket.
+
+    Empty ones are no trouble: no step is of them.
+    """
+    small = [f"{name} ({count})" for name, count in pairs if 0 < count < _SMALL]
     if len(pairs) < 2 or not small:
         return []
-    kept = ",".join(name for name, count in pairs if count >= _SMALL)
+    kept = [name for name, count in pairs if count >= _SMALL]
+    without = f" (--buckets {','.join(kept)})" if len(kept) > 1 else ""
     return [
-        f"small buckets, below {_SMALL} pictures to train on: {', '.join(small)}; a bucket smaller than a global "
-        "batch repeats its pictures within a batch: leave it out "
-        f"({f'--buckets {kept}' if kept else 'take fewer shapes'}), or add pictures of its shape"
+        f"small buckets, below {_SMALL} pictures to train on: {', '.join(small)}; a step of more pictures than its "
+        "bucket has (train.global_batch) repeats some: lower it, add pictures of these shapes, or leave the buckets "
+        f"out{without}"
     ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.encode.codecs import Codec
 from data_pipeline.encode.texts import TextEncoder
+from data_pipeline.index import MAX_TOKENS
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
@@ -66,7 +67,10 @@ class Size(NamedTuple):
     width: int | None = None
 
     def of_latents(self, config: ModelConfig, codec: Codec) -> tuple[int, int]:
-        """Return (h, w) of the latents. Raises ConfigError where a side is no multiple of the pixels of a token."""
+        """Return (h, w) of the latents.
+
+        Raises ConfigError where a side is no multiple of the pixels of a token, or the image has too many tokens.
+        """
         factor = pixels_per_latent(codec)
         step = factor * config.patch_size
         for name, side in self._asdict().items():
@@ -76,6 +80,11 @@ class Size(NamedTuple):
                     f"{config.patch_size}); take {max(round(side / step), 1) * step}"
                 )
         rows, columns = (config.latent_size if side is None else side // factor for side in self)
+        tokens = (rows // config.patch_size) * (columns // config.patch_size)
+        if tokens > MAX_TOKENS:
+            raise ConfigError(
+                f"{rows * factor} x {columns * factor} pixels (H x W): {tokens} tokens, at most {MAX_TOKENS}"
+            )
         return rows, columns
 
 
@@ -129,6 +138,8 @@ def encode_prompts(
         cond = ClassCondition(torch.tensor(prompts.labels, device=device))
         empty = sampling.empty_condition(cond, config, None) if config.class_dropout else None
         return sampling.Request(cond, empty, tuple(range(len(prompts.labels))))
+    if prompts.labels:
+        raise ConfigError("the model is text-conditional: give --captions, not --labels")
     if not prompts.captions:
         raise ConfigError("no captions to draw: give --captions, --captions-file, or sample.captions in the run file")
     for number, caption in enumerate(prompts.captions, 1):
