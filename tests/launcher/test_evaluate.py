@@ -13,6 +13,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run_folder(tmp_path_factory.mktemp("work"))
 
 
+@pytest.mark.slow
 def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     live = run_folder / "checkpoints" / "step00000002" / "live.safetensors"
     argv = [str(run_folder), str(live), "--images", "3", "--sheet-images", "2", "--out", str(tmp_path)]

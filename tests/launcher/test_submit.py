@@ -158,6 +158,7 @@ def test_a_job_sources_its_setup_and_hands_options_to_srun(
     assert ran.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_run_is_checked_before_it_is_submitted(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -326,6 +326,7 @@ def test_a_dry_run_refuses_what_a_start_refuses(
     assert last_line(capfd) == line
 
 
+@pytest.mark.slow
 def test_an_owner_that_lives_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = (
         "import sys, time; from pathlib import Path; from sharpmoe.train.owner import _lock\n"

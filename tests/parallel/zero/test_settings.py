@@ -37,6 +37,7 @@ def written(folder: Path, zero: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLOADED)
 def test_what_is_offloaded_is_planned_in_host_memory(
     name: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
