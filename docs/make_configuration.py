@@ -1,4 +1,4 @@
-"""Write docs/configuration.md, every key of a run file from sharpmoe/config.py: `python docs/make_configuration.py`.
+"""Write docs/configuration.md, the keys of `sharpmoe.config.RunConfig`: `python docs/make_configuration.py`.
 
 A key's description is the comment at the end of its line, or the comment lines directly above it.
 """
@@ -16,7 +16,7 @@ from sharpmoe import config, config_io
 PAGE = Path(__file__).resolve().parent / "configuration.md"
 HEAD = """# Keys of a run file
 
-`python docs/make_configuration.py` writes this page from `sharpmoe/config.py`; `tests/contract/test_docs.py` compares
+`python docs/make_configuration.py` writes this page from `sharpmoe.config.RunConfig`; `tests/contract/test_docs.py` compares
 them. A run file (YAML, `configs/runs/`) sets what differs from the defaults; the command line overrides it, as
 `--train.steps 500` does. Engine keys (ZeRO stage, buckets, offload) are in the DeepSpeed JSON (`configs/zero3.json`).
 """

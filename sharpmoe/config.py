@@ -1,238 +1,36 @@
 """The run configuration: strict, read once, without torch.
 
 A run file (YAML) plus dotted overrides becomes one frozen `RunConfig`. DeepSpeed's own keys live in configs/zero*.json
-and are owned by `sharpmoe.parallel.zero.config`; no key is in both.
+and are owned by `sharpmoe.parallel.zero.config`; no key is in both. The section `model` is in `config_model.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import Field, model_validator
 
 from data_pipeline.safety import has_secret
 from data_pipeline.store.remote import RemoteOptions
-from sharpmoe.families import FAMILIES, Family
+from sharpmoe.config_model import SIZES as SIZES
+from sharpmoe.config_model import ModelConfig as ModelConfig
+from sharpmoe.config_model import OneOf as OneOf
+from sharpmoe.config_model import Section
 
-# width, depth, num_heads of the published DiT sizes (arXiv 2212.09748) and of the shipped toy.
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"width": 128, "depth": 6, "num_heads": 4},
-    "s": {"width": 384, "depth": 12, "num_heads": 6},
-    "b": {"width": 768, "depth": 12, "num_heads": 12},
-    "l": {"width": 1024, "depth": 24, "num_heads": 16},
-    "xl": {"width": 1152, "depth": 28, "num_heads": 16},
-}
-
-
-_WIDEST = 2**20  # of sizes of a model: beyond it, products of sizes leave 64 bits, and no device holds one layer
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
 _Factor = Annotated[float, Field(ge=0, le=1e6)]
 
 
-@dataclass(frozen=True, eq=False)
-class OneOf:
-    """Annotation of a text field whose value is a key of `table`, looked up when a value is validated."""
-
-    table: Mapping[str, Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __str__(self) -> str:
-        return " | ".join(self.table)
-
-    def _check(self, value: Any) -> str:
-        if not isinstance(value, str) or value not in self.table:
-            raise PydanticCustomError("one_of", "Input should be one of {choices}", {"choices": str(self)})
-        return value
-
-
-class _Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true where a number is expected: pydantic takes it for 1."""
-        values = value if isinstance(value, list | tuple) else [value]
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, dict) and get_origin(kind) is dict:
-            values = list(value.values())
-        if any(isinstance(one, bool) for one in values) and kind is not bool:
-            raise PydanticCustomError("not_bool", "Input should not be true or false")
-        return value
-
-
-class ModelConfig(_Section):
-    """The architecture. Everything needed to rebuild a model from a weights file."""
-
-    preset: Literal["tiny", "s", "b", "l", "xl"] | None = None  # fills width, depth, num_heads where they are not given
-    width: int = Field(128, ge=8, le=_WIDEST)  # D, features of a token
-    depth: int = Field(6, ge=1, le=10_000)  # blocks
-    num_heads: int = Field(4, ge=1, le=_WIDEST)  # attention heads
-    mlp_ratio: float = Field(4.0, gt=0, le=1024)  # hidden width of an MLP over width
-    patch_size: int = Field(2, ge=1, le=_WIDEST)  # latent pixels of a token, each way
-    latent_channels: int = Field(4, ge=1, le=_WIDEST)  # C
-    latent_size: int = Field(32, ge=1, le=_WIDEST)  # side of the square latent; buckets may differ (docs/design/0011)
-    learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
-    router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
-    num_experts: int = Field(8, ge=1, le=_WIDEST)  # E, without the unconditional expert
-    top_k: int = Field(1, ge=1, le=_WIDEST)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
-    capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race)
-    capacity_selection: Literal["count", "mask"] = "count"  # inference of diffmoe: see moe/selection.py
-    gate: Literal["linear", "prototypes", "mlp"] = "linear"  # prototypes: cosine to a centre per expert (ProMoE)
-    score: Literal["softmax", "sigmoid", "identity", "token_softmax"] = "softmax"  # logits to scores
-    renormalise: bool = False  # top_k > 1: the gates of a token's experts sum to routed_scale
-    routed_scale: float = Field(1.0, gt=0)  # multiplies the gates (dsmoe)
-    num_groups: int = Field(1, ge=1)  # dsmoe: experts are chosen inside the best top_groups of num_groups groups
-    top_groups: int = Field(1, ge=1)  # see num_groups
-    bias_balancing: bool = False  # token choice: a bias per expert, for the choice only, balances loads without a loss
-    unconditional_expert: bool = False  # one more expert for all tokens of images without class, and only those
-    unconditional_label: int | None = Field(None, ge=0)  # the label of such images; None: num_classes, "no class"
-    expert: Literal["gelu", "swiglu"] = "gelu"  # kind of the routed experts
-    expert_hidden: int | None = Field(None, ge=1, le=_WIDEST)  # None: width * mlp_ratio
-    shared: Literal["none", "gelu", "swiglu", "identity"] = "none"  # added to the routed experts for every token
-    shared_hidden: int | None = Field(None, ge=1, le=_WIDEST)  # None: as the routed experts
-    layer_heads: bool = False  # race: each MoE layer predicts the target from its input, for its loss only
-    mlp: Literal["gelu", "silu", "swiglu"] = "gelu"  # dense blocks
-    moe_every: int = Field(2, ge=1)  # one MoE block in so many, the last of them: 2 is the odd indices, 1 is all
-    dense_first: int = Field(0, ge=0)  # leading blocks that are dense in any case
-    positions: Literal["sincos", "rope_2d", "rope_1d"] = "sincos"  # sincos: added to tokens; rope: turns q and k
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of the blocks
-    qk_norm: bool = False  # LayerNorm of queries and keys per head
-    qk_norm_eps: float = Field(1e-5, gt=0)  # epsilon of that norm
-    saliency_router: bool = True  # a second router in every MoE layer, which reads x0_prev
-    conditioning: Literal["class", "text"] = "text"  # class labels, or text states
-    num_classes: int = Field(1000, ge=1, le=2**31)  # classes of the label table
-    class_dropout: bool = True  # an extra row of the label table stands for "no class"
-    text_width: int = Field(384, ge=1, le=_WIDEST)  # features of a token state of the text encoder
-    pooled_width: int = Field(384, ge=1, le=_WIDEST)  # features of its pooled state
-    time_scale: float = 1000.0  # the time embedder reads time_scale * t + time_shift
-    time_shift: float = 0.0  # see time_scale
-    prediction: Literal["velocity", "ddpm_noise"] = "velocity"  # ddpm_noise: noise, converted to a velocity
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if isinstance(data.get("preset"), str):
-            data = {**SIZES.get(data["preset"], {}), **data}
-        router, width = (data.get(key, cls.model_fields[key].default) for key in ("router", "width"))
-        family = FAMILIES.get(str(router))
-        return {**family.model_fields(width), **data} if family and isinstance(width, int) else data
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must divide width ({self.width})")
-        if self.width % 4:
-            raise ValueError(f"width ({self.width}) must be a multiple of 4 for 2-D sin-cos positions")
-        if self.latent_size % self.patch_size:
-            raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size ({self.latent_size})")
-        if self.family.competition == "token" and self.top_k > self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts})")
-        if self.family.varies_compute and self.capacity > self.num_experts:
-            raise ValueError(f"capacity ({self.capacity}) must be at most num_experts ({self.num_experts})")
-        if self.num_groups > 1 and (self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups):
-            raise ValueError(
-                f"num_groups ({self.num_groups}) must cut num_experts ({self.num_experts}) into groups of 2 or more"
-            )
-        if self.top_groups > self.num_groups:
-            raise ValueError(f"top_groups ({self.top_groups}) must be at most num_groups ({self.num_groups})")
-        if self.layer_heads and self.gate != "mlp":
-            raise ValueError("layer_heads needs gate: mlp")
-        if self.unconditional_expert and self.conditioning != "class":
-            raise ValueError("unconditional_expert needs conditioning: class")
-        if self.positions == "rope_2d" and (self.width // self.num_heads) % 4:
-            raise ValueError(f"rope_2d needs a head width ({self.width // self.num_heads}) that is a multiple of 4")
-        return self
-
-    @property
-    def family(self) -> Family:
-        """The record of the router family."""
-        return FAMILIES[self.router]
-
-    @property
-    def router_loss(self) -> str | None:
-        """Key in `losses.ROUTER_LOSSES` of the loss on the router, or None.
-
-        A bias that balances the loads replaces the balance loss. The contrast is one between prototypes: a gate of
-        prototypes is trained by it in place of balance, and a gate without them by balance.
-        """
-        loss = self.family.router_loss
-        if loss == "balance" and self.bias_balancing:
-            return None
-        if loss in ("balance", "contrastive"):
-            return "contrastive" if self.gate == "prototypes" else "balance"
-        return loss
-
-    @property
-    def head_loss(self) -> str | None:
-        """Key in `losses.HEAD_LOSSES` of the loss on heads beside the router, or None."""
-        return self.family.head_loss or ("layers" if self.layer_heads else None)
-
-    @property
-    def counts_calls(self) -> bool:
-        """Whether inference ranks the tokens of a call against each other: results then depend on how a batch is cut.
-
-        That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's
-        own scores, expert choice the tokens of an image.
-        """
-        if self.family.thresholds is None:
-            return self.family.competition_in(training=False) in ("call", "all")
-        return self.family.thresholds == "predicted" and self.capacity_selection == "count"
-
-    @property
-    def contrasts_calls(self) -> bool:
-        """Whether the loss on the router compares the tokens of a whole call: the contrast with token choice."""
-        return self.gate == "prototypes" and self.family.competition == "token"
-
-    @property
-    def num_moe_layers(self) -> int:
-        return sum(self.is_moe(block) for block in range(self.depth))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the square of `latent_size`; images of other sizes have others."""
-        return (self.latent_size // self.patch_size) ** 2
-
-    @property
-    def total_experts(self) -> int:
-        """Experts of an MoE layer with the unconditional one."""
-        return self.num_experts + int(self.unconditional_expert)
-
-    @property
-    def expert_width(self) -> int:
-        """Hidden width of a routed expert."""
-        return self.expert_hidden or int(self.width * self.mlp_ratio)
-
-    @property
-    def shared_width(self) -> int:
-        """Hidden width of the shared expert."""
-        return self.shared_hidden or self.expert_width
-
-    def is_moe(self, block: int) -> bool:
-        """Whether block `block` (0-based) holds an MoE layer."""
-        in_turn = block % self.moe_every == self.moe_every - 1
-        return self.family.has_experts and in_turn and block >= self.dense_first
-
-
-class ShardSource(_Section):
+class ShardSource(Section):
     """One of several shard sets of a run."""
 
     path: str  # folder or URL
     weight: float = Field(gt=0)  # samples are taken from the sources in proportion to their weights
 
 
-class RemoteConfig(_Section):
+class RemoteConfig(Section):
     """How shards at a URL are read."""
 
     cache: str | None = None  # folder on the local disk; None: ~/.cache/sharpmoe/shards
@@ -253,7 +51,7 @@ class RemoteConfig(_Section):
         )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Prepared shards and how they are read."""
 
     shards: str | tuple[ShardSource, ...] = "data/fluent64"  # folder, URL, or a mixture of them
@@ -291,7 +89,7 @@ SCHEDULE_SETTINGS: dict[str, tuple[str, ...]] = {  # settings of rollout schedul
 }
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """The recursive denoising rollout (SharpMoE section 3)."""
 
     num_steps: int = Field(10, ge=1)  # T
@@ -327,7 +125,7 @@ class RolloutConfig(_Section):
         return self.kept_steps or 0
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """Weights and scales of the losses."""
 
     # The defaults are measured (docs/design/0004); the paper's values: configs/runs/posttrain-paper.yaml.
@@ -367,7 +165,7 @@ class LossConfig(_Section):
         return self
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """Optimizer, schedule, clipping, EMA."""
 
     name: Literal["adamw", "sgd"] = "adamw"  # optimizer
@@ -376,7 +174,7 @@ class OptimConfig(_Section):
     # Factors on the learning rate, pattern: factor, at every step of the schedule. A pattern is one or more consecutive
     # parts of a parameter's name, such as saliency_router, moe.gate or blocks.*.attn; the most specific one counts.
     # 0 freezes: {"*": 0, saliency_router: 20} trains the saliency routers alone.
-    lr_scale: dict[str, _Factor] = {}
+    lr_scale: dict[str, _Factor] = Field({})
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)  # adamw
     eps: float = Field(1e-8, gt=0)  # adamw
     weight_decay: float = Field(0.0, ge=0)  # decoupled (AdamW)
@@ -393,7 +191,7 @@ class OptimConfig(_Section):
         return self.ema_decay**steps
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long, how many at once, in which precision."""
 
     steps: int = Field(100_000, ge=1)  # optimizer steps
@@ -402,7 +200,7 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # of forward and backward; masters are float32
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How experts are distributed over ranks (docs/design/0006). Everything else is data parallel under ZeRO."""
 
     ep_size: int = Field(1, ge=1)  # ranks that share a layer's experts; must divide the ranks and the experts
@@ -411,7 +209,7 @@ class ParallelConfig(_Section):
     pool_scope: Literal["rank", "world"] = "rank"
 
 
-class GuardConfig(_Section):
+class GuardConfig(Section):
     """How non-finite losses and gradient spikes are handled (docs/reliability.md)."""
 
     max_skipped: int = Field(5, ge=1)  # the run ends after this many skipped optimizer steps in a row
@@ -421,7 +219,7 @@ class GuardConfig(_Section):
     replicas_every: int = Field(0, ge=0)  # compare the replicated state of ranks every so many steps; 0: never
 
 
-class PeersConfig(_Section):
+class PeersConfig(Section):
     """After how many seconds a silent rank counts as failed (docs/reliability.md)."""
 
     dead_after: float = Field(60.0, gt=0)  # a rank whose heartbeat is older than this is dead or stopped
@@ -430,7 +228,7 @@ class PeersConfig(_Section):
     stuck_after: float = Field(540.0, gt=0)
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """What is logged and shown, and how often (in optimizer steps; 0 turns it off)."""
 
     every: int = Field(10, ge=1)  # figures to TensorBoard, log.jsonl and the console
@@ -443,7 +241,7 @@ class LogConfig(_Section):
     peak_tflops: float | None = Field(None, gt=0)
 
 
-class SampleConfig(_Section):
+class SampleConfig(Section):
     """Fixed samples drawn during a run, and the defaults of launcher/sample.py."""
 
     captions: tuple[str, ...] = ()  # fixed captions
@@ -454,7 +252,7 @@ class SampleConfig(_Section):
     seed: _Seed = 0  # of the noise
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When to save, what to keep, where to start."""
 
     every: int = Field(1000, ge=0)  # optimizer steps; the last one is always saved
@@ -467,7 +265,7 @@ class CheckpointConfig(_Section):
     init_other_codec: bool = False  # accept data of another codec or text encoder than those of init
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One experiment."""
 
     name: str = "run"  # name of the run folder below output

@@ -24,6 +24,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/checkpoint/weights.py": "checkpoint/test_load.py",
     # read with the schema they fill
     "sharpmoe/config_io.py": "test_config.py",
+    "sharpmoe/config_model.py": "test_config.py",
     # types without behaviour
     "sharpmoe/errors.py": "train/test_loop.py",
     "sharpmoe/moe/routing.py": "moe/test_selection.py",
