@@ -99,9 +99,9 @@ class RolloutConfig(Section):
     kept_steps: int | None = Field(None, ge=0)  # hybrid: the last m steps; segments: of the block, None: all
     segment_steps: int = Field(1, ge=1)  # segments: one block of S of the T steps is trained, scaled by T/S
     merged_steps: int = Field(1, ge=1)  # two_pass, hybrid, segments: steps of the second pass per batch
-    # fixed: one x1 per trajectory, as in the paper; fresh: a new one at each step, so that x_t and the x0_hat of the
-    # step before do not tell more about x0 together than they do in sampling (docs/design/0010).
-    noise: Literal["fixed", "fresh"] = "fixed"
+    # fixed: one x1 per trajectory, as in the paper; fresh: an independent one at each step; markov: each x_t is the
+    # next less noisy one with noise added, so the step before tells nothing new about x0 (docs/design/0010).
+    noise: Literal["fixed", "fresh", "markov"] = "fixed"
     caption_dropout: float = Field(0.1, ge=0, lt=1)  # share of trajectories trained with the empty caption or class
 
     @model_validator(mode="after")

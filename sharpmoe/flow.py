@@ -59,6 +59,22 @@ def descending_times(uniform: Tensor, first_time: float) -> Tensor:
     )
 
 
+def markov_noise(independent: Tensor, times: Tensor) -> Tensor:
+    """Return noise (T, B, ...) with which the x_t of a trajectory are a Markov chain x0 -> x_{t_T} -> ... -> x_{t_1}.
+
+    independent: (T, B, ...) standard normal, times: (T, B) descending. Each x_t has the marginal of `interpolate` with
+    independent noise, and each noisier latent is the next less noisy one with more noise added, as in the forward
+    process of a DDPM (arXiv 2006.11239, eq. 2): eps_s = r eps_t + sqrt(1 - r^2) z, r = (1 - s) t / ((1 - t) s) for
+    s > t. So x_s, and any prediction from it, tells nothing about x0 that x_t does not.
+    """
+    s, t = times[:-1].double(), times[1:].double()
+    ratio = torch.where(s == t, 1.0, (1 - s) * t / ((1 - t) * s).clamp_min(1e-300)).clamp(0, 1)
+    noises = [independent[-1]]
+    for r, z in zip(ratio.flip(0), independent[:-1].flip(0), strict=True):
+        noises.append(_per_sample(r, z) * noises[-1] + _per_sample((1 - r * r).sqrt(), z) * z)
+    return torch.stack(noises[::-1])
+
+
 def logit_normal_times(normal: Tensor) -> Tensor:
     """Pretraining times in (0, 1) from standard normal draws of any shape: t = sigmoid(n), logit-normal(0, 1)."""
     return normal.sigmoid()

@@ -27,7 +27,7 @@ from sharpmoe.moe.influence import influence_figures
 ALLOCATION_TIMES = tuple(round(0.999 - k * (0.999 - 0.05) / 9, 6) for k in range(10))
 ALLOCATION_RANGES: dict[str, tuple[float, float]] = {**TIME_RANGES, "all t": (0.0, 1.0)}  # lower < t <= upper
 NUM_FIFTHS = 5
-_BY_RANGE = ("saliency", "foreground", "experts", "flow", "flow_fresh")  # fields of `Allocation` by range of t
+_BY_RANGE = ("saliency", "foreground", "experts", "flow", "flow_markov")  # fields of `Allocation` by range of t
 _REQUIRED = ("saliency", "foreground", "experts", "flow")  # in the files of earlier versions too
 IMAGE_PARTS = (
     "least salient 5th",
@@ -63,7 +63,7 @@ class Allocation:
     experts: dict[str, ImageMean]  # mean experts per token, MoE layer and step: the compute spent
     experts_by_saliency: dict[str, tuple[ImageMean, ...]]  # the same by quantile of M, least salient fifth first
     flow: dict[str, ImageMean]  # flow loss
-    flow_fresh: dict[str, ImageMean]  # with noise drawn anew at each step; empty where it was not measured
+    flow_markov: dict[str, ImageMean]  # with the noise of a Markov chain; empty where it was not measured
     flow_parts: dict[
         str, dict[str, ImageMean]
     ]  # by part of an image (IMAGE_PARTS), then by range: flow loss of its tokens
@@ -121,24 +121,25 @@ def measure_allocation(
     seed: int = 0,
     chunk: int = 16,
     share: Share = ALONE,
-    with_fresh_noise: bool = False,
+    with_markov_noise: bool = False,
 ) -> Allocation:
     """Roll the model out over held-out samples at ten fixed times from 0.999 to 0.05 and return its allocation.
 
-    Eval mode, fixed noise, captions kept. with_fresh_noise: roll out a second time for the flow loss with noise drawn
-    anew at each step. Communicates only through `share.reduce`; the result is the same on every rank.
+    Eval mode, fixed noise, captions kept. with_markov_noise: roll out a second time for the flow loss with the noise
+    of a Markov chain (`flow.markov_noise`). Communicates only through `share.reduce`; the result is the same on every
+    rank.
     """
     indices, times = spread(samples.num_samples, images), ALLOCATION_TIMES
     observed = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share)
     found = _summarise(observed, times, num_layers=len(model.moe_layers()), steered=model.config.saliency_router)
-    if not with_fresh_noise:
+    if not with_markov_noise:
         return found
-    fresh = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share, noise="fresh")
-    flow = _by_range(fresh.flow, times)
+    markov = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share, noise="markov")
+    flow = _by_range(markov.flow, times)
     return replace(
         found,
-        flow_fresh={name: _image_mean(value) for name, value in flow.items()},
-        per_image=found.per_image | {"flow_fresh": {name: tuple(value.tolist()) for name, value in flow.items()}},
+        flow_markov={name: _image_mean(value) for name, value in flow.items()},
+        per_image=found.per_image | {"flow_markov": {name: tuple(value.tolist()) for name, value in flow.items()}},
     )
 
 
@@ -165,7 +166,7 @@ def _summarise(observed: Observed, times: Sequence[float], num_layers: int, stee
     }
     return Allocation(
         **means,
-        flow_fresh={},
+        flow_markov={},
         flow_parts={part: {name: _image_mean(v) for name, v in ranges.items()} for part, ranges in of_parts.items()},
         strength=_strength(observed, times, steered),
         saliency_by_time={t: _image_mean(joined["saliency", t]) for t in times},

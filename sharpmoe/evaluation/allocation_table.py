@@ -22,7 +22,7 @@ _TITLES = {
     "foreground": "Spearman, experts per token with the foreground mask",
     "experts": "experts per token, MoE layer and step: total compute",
     "flow": "flow loss",
-    "flow_fresh": "flow loss, noise drawn anew at each step",  # not in every result
+    "flow_markov": "flow loss, noise of a Markov chain",  # not in every result
 }
 _PARTS_OF_RANGES = IMAGE_PARTS[-3:]  # shown for each range of t; all of them for all t
 _FIGURES = {

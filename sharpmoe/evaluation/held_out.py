@@ -22,12 +22,13 @@ from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
 from sharpmoe.console import progress_bar
+from sharpmoe.flow import markov_noise
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.moe.influence import INFLUENCE_COLUMNS, choice_of_gate, influence
 from sharpmoe.moe.routing import Routing
 from sharpmoe.rollout import StepOutput, TrajectoryBatch, rollout
 
-Noise = Literal["fixed", "fresh"]  # as `rollout.noise`
+Noise = Literal["fixed", "fresh", "markov"]  # as `rollout.noise`
 
 
 class Samples(Protocol):
@@ -100,9 +101,9 @@ def observe(
     """Roll the model out over held-out samples at fixed descending times in (0, 1], as it was trained.
 
     x0_prev is x_t itself at step 1 and the model's own x0_hat of step k - 1 at step k; a model without a saliency
-    router reads none. noise: one x1 per image, or a fresh one at each step, so that x_t and x0_prev do not tell more
-    about x0 together than in sampling. Captions are kept, noise is keyed by (seed, sample index), `chunk` images share
-    a model call.
+    router reads none. noise: one x1 per image, an independent one at each step, or that of a Markov chain
+    (`flow.markov_noise`), in which x0_prev tells nothing about x0 that x_t does not, as in sampling. Captions are kept,
+    noise is keyed by (seed, sample index), `chunk` images share a model call.
     Runs in eval mode without gradients and restores the mode. Communicates by `share.reduce` alone, once per table.
     """
     if not len(indices):
@@ -113,7 +114,7 @@ def observe(
     flow = torch.zeros(len(indices), len(times))
     routers = torch.zeros(len(indices), len(times), len(model.moe_layers()), INFLUENCE_COLUMNS)
     chunks = _chunks_of_rank(runs, chunk, share)
-    what = "measuring held-out images" + (", fresh noise" if noise == "fresh" else "")
+    what = "measuring held-out images" + (f", {noise} noise" if noise != "fixed" else "")
     with evaluating(model), progress_bar(what, len(chunks), "chunk") as advance:
         for number, rows, counted in chunks:
             picked = [indices[row] for row in rows]
@@ -190,11 +191,13 @@ def _held_out_batch(
 ) -> TrajectoryBatch:
     """Build trajectories of held-out samples: captions kept, noise keyed by (seed, index), the same times for all."""
     x0, purpose = batch.latent.to(device), draws.Purpose.VALIDATION_NOISE
-    if noise == "fresh":
-        x1 = draws.fresh_noise(seed, indices, len(times), x0.shape[1:], purpose).to(device)
-    else:
-        x1 = draws.noise(seed, indices, x0.shape[1:], purpose).to(device)
     steps = torch.tensor(times, dtype=torch.float32, device=device)[:, None].repeat(1, len(x0))
+    if noise == "fixed":
+        x1 = draws.noise(seed, indices, x0.shape[1:], purpose).to(device)
+    else:
+        x1 = draws.fresh_noise(seed, indices, len(times), x0.shape[1:], purpose).to(device)
+    if noise == "markov":
+        x1 = markov_noise(x1, steps)
     return TrajectoryBatch(x0, x1, steps, _condition(batch, config, device), batch.saliency.to(device))
 
 

@@ -30,7 +30,7 @@ class ComparisonSettings:
     chunk: int = 16  # images per model call, which is the pool of DiffMoE
     sheet_images: int = 8  # images on a routing sheet; 0: no sheets
     seed: int = 0  # of the noise
-    with_fresh_noise: bool = True  # also measure the flow loss with noise drawn anew at each step
+    with_markov_noise: bool = True  # also measure the flow loss with the noise of a Markov chain
     device: torch.device | str = "cpu"
 
 
@@ -64,7 +64,7 @@ def compare_models(
         check_shards(model, shards)
         model.to(settings.device)
         images = min(settings.images, shards.num_samples)
-        twice = ", with fixed and with fresh noise" if settings.with_fresh_noise else ""
+        twice = ", with fixed and with Markov noise" if settings.with_markov_noise else ""
         print_note(f"measuring {name}: {images} images, {len(ALLOCATION_TIMES)} times{twice}")
         found.allocations[name] = measure_allocation(
             model,
@@ -72,7 +72,7 @@ def compare_models(
             images=settings.images,
             seed=settings.seed,
             chunk=settings.chunk,
-            with_fresh_noise=settings.with_fresh_noise,
+            with_markov_noise=settings.with_markov_noise,
         )
         if settings.sheet_images and model.moe_layers():
             found.routing[name] = observe_routing(

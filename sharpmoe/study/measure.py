@@ -97,7 +97,7 @@ def measure_part(study: Study, part: Part, split: str, device: str) -> Path:
         images=settings.images,
         seed=settings.seed,
         chunk=settings.chunk,
-        with_fresh_noise=True,
+        with_markov_noise=True,
     ).save(folder / _ALLOCATION)
     figures: dict[str, float] = {}
     for scale in settings.cfg_scales if measures_samples(study) else ():

@@ -30,7 +30,7 @@ class _Column(NamedTuple):
 _FLOW, _ALIGNMENT = "flow", "corr"
 _COLUMNS = (
     _Column(_FLOW, "flow"),
-    _Column("flow fresh", "flow_fresh"),
+    _Column("flow markov", "flow_markov"),
     _Column("flow top 5th", "flow, most salient 5th"),
     _Column("flow 4th", "flow, 4th fifth"),
     _Column("flow 3rd", "flow, 3rd fifth"),
@@ -41,7 +41,7 @@ _COLUMNS = (
     _Column("experts", "experts"),
 )
 _LEGEND = (
-    "flow: held-out flow loss, on rollouts with one noise per image; flow fresh: with noise drawn anew at each step; "
+    "flow: held-out flow loss, on rollouts with one noise per image; flow markov: with the noise of a Markov chain; "
     "top, 4th, ..., low 5th: of the tokens by saliency M. corr: Spearman's correlation of experts per token with M. "
     "experts: per token and MoE layer."
 )

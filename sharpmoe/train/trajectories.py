@@ -41,16 +41,18 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _draw(batch: Batch, empty_text: EmptyText, run: RunConfig) -> TrajectoryBatch:
-    x0 = batch.latent
-    if run.stage == "posttrain" and run.rollout.noise == "fresh":
-        x1 = draws.fresh_noise(run.seed, batch.position, run.rollout.num_steps, x0.shape[1:]).to(x0)
-    else:
-        x1 = draws.noise(run.seed, batch.position, x0.shape[1:]).to(x0)
+    x0, noise = batch.latent, "fixed" if run.stage == "pretrain" else run.rollout.noise
     if run.stage == "pretrain":
         times = flow.logit_normal_times(draws.normal_times(run.seed, batch.position))
     else:
         uniform = draws.uniform_times(run.seed, batch.position, run.rollout.num_steps - 1)
         times = flow.descending_times(uniform, run.rollout.first_time)
+    if noise == "fixed":
+        x1 = draws.noise(run.seed, batch.position, x0.shape[1:]).to(x0)
+    else:
+        x1 = draws.fresh_noise(run.seed, batch.position, run.rollout.num_steps, x0.shape[1:]).to(x0)
+    if noise == "markov":
+        x1 = flow.markov_noise(x1, times.to(x0.device))
     dropped = draws.drop_caption(run.seed, batch.position, run.rollout.caption_dropout).to(x0.device)
     return TrajectoryBatch(x0, x1, times.to(x0), _condition(batch, empty_text, run, dropped), batch.saliency)
 

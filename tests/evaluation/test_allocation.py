@@ -188,26 +188,26 @@ def test_strength_is_told_only_of_saliency_routers() -> None:
     assert measure_allocation(toy_model("dense"), ToySamples(), images=4).strength["all"]["all t"] == {}
 
 
-def test_fresh_noise_is_told_apart(tmp_path: Path) -> None:
+def test_the_flow_loss_under_markov_noise_is_told_apart(tmp_path: Path) -> None:
     plain = measure_allocation(toy_model(), ToySamples(), images=4)
-    both = measure_allocation(toy_model(), ToySamples(), images=4, with_fresh_noise=True)
-    assert plain.flow_fresh == {}
+    both = measure_allocation(toy_model(), ToySamples(), images=4, with_markov_noise=True)
+    assert plain.flow_markov == {}
     assert both.flow == plain.flow
-    assert both.flow_fresh["all t"].images == 4
-    assert both.flow_fresh["all t"] != both.flow["all t"]
+    assert both.flow_markov["all t"].images == 4
+    assert both.flow_markov["all t"] != both.flow["all t"]
     table = allocation_table({"a": both, "b": both})
-    assert "flow loss, noise drawn anew at each step" in table
-    assert "flow loss, noise drawn anew at each step" not in allocation_table({"a": plain, "b": plain})
+    assert "flow loss, noise of a Markov chain" in table
+    assert "flow loss, noise of a Markov chain" not in allocation_table({"a": plain, "b": plain})
     read = Allocation.load(both.save(tmp_path / "both.json"))
-    assert (read.flow_fresh, read.flow_parts, read.strength) == (both.flow_fresh, both.flow_parts, both.strength)
+    assert (read.flow_markov, read.flow_parts, read.strength) == (both.flow_markov, both.flow_parts, both.strength)
     assert str(read.per_image["foreground"]) == str(plain.per_image["foreground"])  # correlations, not losses
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """Without parts, strength and fresh noise; beside a new result it has no paired change of these."""
-    new = measure_allocation(toy_model(), ToySamples(), images=4, with_fresh_noise=True)
+    """Without parts, strength and Markov noise; beside a new result it has no paired change of these."""
+    new = measure_allocation(toy_model(), ToySamples(), images=4, with_markov_noise=True)
     content = json.loads(new.save(tmp_path / "new.json").read_text())
-    for key in ("flow_fresh", "flow_parts", "strength"):
+    for key in ("flow_markov", "flow_parts", "strength"):
         del content[key]
     content["per_image"] = {what: content["per_image"][what] for what in ("saliency", "foreground", "experts", "flow")}
     (tmp_path / "old.json").write_text(json.dumps(content))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sharpmoe.evaluation.held_out import Observed, Share, _chunks_of_rank, _held_out_batch, _runs, observe, spread
+from sharpmoe.flow import markov_noise
 from sharpmoe.rollout import rollout
 from tests.toys import ToySamples, toy_model
 
@@ -142,3 +143,15 @@ def test_a_dense_model_has_losses_and_no_experts() -> None:
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no held-out samples"):
         observe(toy_model(), ToySamples(), [], TIMES)
+
+
+def test_markov_noise_is_that_of_the_chain_at_the_times_of_the_table() -> None:
+    batch = ToySamples().batch([4, 5])
+    fresh, markov = (
+        _held_out_batch(batch, [4, 5], TIMES, toy_model().config, 0, torch.device("cpu"), noise)
+        for noise in ("fresh", "markov")
+    )
+    assert torch.equal(markov.x1, markov_noise(fresh.x1, fresh.times))
+    assert torch.equal(markov.noise(len(TIMES) - 1), fresh.noise(len(TIMES) - 1))  # the least noisy step begins it
+    found, other = (observe(toy_model("ec"), ToySamples(), [4, 5], TIMES, noise=name) for name in ("markov", "fresh"))
+    assert (found.flow[:, :-1] != other.flow[:, :-1]).all()

@@ -22,7 +22,7 @@ def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: 
     assert "change (paired)" in said.out
     measured = [line for line in said.err.splitlines() if line.startswith("measuring ")]
     assert [line.split(": ")[0] for line in measured] == ["measuring before", "measuring after"]
-    assert all(re.search(r": \d+ images, 10 times, with fixed and with fresh noise$", line) for line in measured)
+    assert all(re.search(r": \d+ images, 10 times, with fixed and with Markov noise$", line) for line in measured)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "after.json",
         "allocation.png",

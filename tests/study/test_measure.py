@@ -52,7 +52,7 @@ def test_figures_are_of_held_out_images_and_of_samples(study: Study) -> None:
     allocation, figures = found
     assert allocation.images == 2
     assert set(figures) == {"fd, cfg 1", "accuracy, cfg 1"}
-    assert allocation.flow_fresh["all t"].mean != allocation.flow["all t"].mean
+    assert allocation.flow_markov["all t"].mean != allocation.flow["all t"].mean
     protocol = json.loads((study.parts[0].folder / "seed0-tuning" / "samples-cfg1.figures.json").read_text())
     assert protocol["protocol"]["name"] == "FD, classifier, 8 images"
 
