@@ -1,6 +1,6 @@
 """One block of DiffMoE, forward and backward: attention, modulation and MoE layer, in its published form and in ours.
 
-    python -m benchmarks.block [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
+    python -m benchmarks.block [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check] [--tiny]
 
 The limit is a dense block whose matrix products have as many FLOPs: its MLP is wider by the cost of router and
 predictor.
@@ -9,25 +9,32 @@ predictor.
 import copy
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.harness import Case, Goals, Options, main
+from benchmarks.harness import Case, Goals, Options, Planned, SizeTable, main, sizes_for
+from benchmarks.models import draw_parameters
 from benchmarks.moe_layer import TOKENS, TOLERANCE, Size, finish, flops
 from benchmarks.published import PublishedDiffMoE, assert_close, gradients, stacked
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.dit import Block, Context
 
-SIZES = {
-    "cpu": [Size("s", 16, 8), Size("b", 16, 8)],
-    "cuda": [Size("b", 8, 32), Size("l", 8, 64)],
+SIZES: SizeTable[list[Size]] = {
+    "tiny": {0: [Size("tiny", 4, 1)]},
+    "cpu": {0: [Size("s", 16, 8), Size("b", 16, 8)]},
+    "cuda": {0: [Size("b", 8, 32), Size("l", 8, 16)], 36: [Size("b", 8, 32), Size("l", 8, 64)]},
 }
 
 
-def cases(options: Options) -> Iterator[Case]:
-    for size in SIZES[options.device.type]:
-        yield block(size, options)
+def cases(options: Options) -> Iterator[Planned]:
+    for size in sizes_for(SIZES, options):
+        yield Planned(_name(size), partial(block, size, options))
+
+
+def _name(size: Size) -> str:
+    return f"block.diffmoe_{size}"
 
 
 def block(size: Size, options: Options) -> Case:
@@ -46,7 +53,7 @@ def block(size: Size, options: Options) -> Case:
     def check() -> None:
         assert_close(ours.outcome(), theirs.outcome(), TOLERANCE[options.precision])
 
-    return Case(f"block.diffmoe_{size}", ours, theirs, dense, Goals(), check, {"gflop": total / 1e9})
+    return Case(_name(size), ours, theirs, dense, Goals(), check, {"gflop": total / 1e9})
 
 
 def _dense(config: ModelConfig, hidden: int) -> ModelConfig:
@@ -55,11 +62,9 @@ def _dense(config: ModelConfig, hidden: int) -> ModelConfig:
 
 def make_block(config: ModelConfig, index: int, options: Options) -> Block:
     """Return a block with random weights in training mode; blocks with odd index are MoE."""
-    torch.manual_seed(0)
-    made = Block(config, index).train()
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return made.to(device=options.device, dtype=options.dtype)
+    made = Block(config, index).train().to(options.device, options.dtype)
+    draw_parameters(made, options.dtype)
+    return made
 
 
 class Pass:

@@ -13,13 +13,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Options, Work, main
+from benchmarks.harness import Case, Options, Planned, Work, main
 from benchmarks.optimizer import ZERO3, run_for
 from sharpmoe.checkpoint import manifest
 from sharpmoe.checkpoint.manifest import Progress, RunIdentity
@@ -36,7 +36,14 @@ from sharpmoe.parallel.zero.optimizers import make_states
 _MODEL = {"width": 128, "depth": 6, "num_heads": 4, "num_experts": 8}
 
 
-def cases(folder: Path, options: Options, fields: dict[str, object] | None = None) -> Iterator[Case]:
+def cases(folder: Path, options: Options) -> Iterator[Planned]:
+    """Yield saving, verifying and loading, of one set of files below `folder`."""
+    made = cache(lambda: {case.name: case for case in built(folder, options)})
+    for name in ("load.save", "load.verify", "load.verify_and_load"):
+        yield Planned(name, lambda name=name: made()[name])  # type: ignore[misc]
+
+
+def built(folder: Path, options: Options, fields: dict[str, object] | None = None) -> Iterator[Case]:
     """Yield saving, verifying and loading; files are written below `folder`."""
     contents = make_contents(fields or dict(_MODEL), options)
     writer, plain = Ours(folder, contents), Plain(folder, contents)

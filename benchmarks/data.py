@@ -10,11 +10,12 @@ reader.
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import webdataset
 
-from benchmarks.harness import Case, Goals, main
+from benchmarks.harness import Case, Goals, Planned, main
 from benchmarks.synthetic import Text, link_shards, write_shards
 from data_pipeline.read.batches import collate
 from data_pipeline.read.damage import Damage
@@ -28,14 +29,23 @@ _RATIO, _RESUME_MS = 3.0, 1000.0  # the goals
 _MEMBERS = ("latent.npy", "text.npy", "pooled.npy", "saliency.npy", "json", "txt")
 _TEXTS = {Text(77, 768): 256, Text(120, 4096): 96}  # samples per shard
 _MANY_SHARDS, _SHARD_SAMPLES = 10_000, 1_000
+_RESUMING = "data.first_batch_after_resume_10m"
 
 
-def cases(folder: Path) -> Iterator[Case]:
+def cases(folder: Path) -> Iterator[Planned]:
     """Yield all cases; the shards of a case are written below `folder` just before it."""
     for text, count in _TEXTS.items():
-        name = f"{text.length}x{text.width}"
-        yield _reading(f"data.latent_4x32x32_text_{name}", write_shards(folder / name, text, 2, count))
-    yield _resuming(link_shards(folder / "many", Text(8, 16), _MANY_SHARDS, _SHARD_SAMPLES))
+        name = f"data.latent_4x32x32_text_{text.length}x{text.width}"
+        yield Planned(name, partial(_reading_of, name, folder / f"{text.length}x{text.width}", text, count))
+    yield Planned(_RESUMING, partial(_resuming_in, folder / "many"))
+
+
+def _reading_of(name: str, folder: Path, text: Text, count: int) -> Case:
+    return _reading(name, write_shards(folder, text, 2, count))
+
+
+def _resuming_in(folder: Path) -> Case:
+    return _resuming(link_shards(folder, Text(8, 16), _MANY_SHARDS, _SHARD_SAMPLES))
 
 
 def _reading(name: str, folder: Path) -> Case:
@@ -75,7 +85,7 @@ def _resuming(folder: Path) -> Case:
         steps.close()
         return 1
 
-    return Case("data.first_batch_after_resume_10m", resume, goals=Goals(ms=_RESUME_MS))
+    return Case(_RESUMING, resume, goals=Goals(ms=_RESUME_MS))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@
 Times are medians per item, in ms. `ratio` is the reference's time over ours; `limit` is the time of a lower bound of
 ours (a dense layer of equal FLOPs, the machine's GEMM or copy rate), `of_limit` that time over ours: more is better in
 both. `spread` is the distance between the quartiles of the rounds' ratios (without a reference: of_limit; without both:
-times) over their median. Facts are counted, not timed, except rates (FLOP/s, bytes/s), whose amount is counted. Before
-a case is timed, its `check` compares the outcomes.
+times) over their median. Facts are counted, not timed, except rates (FLOP/s, bytes/s), whose amount is counted; on
+CUDA `peak_gib` is the most memory that the case had allocated. Before a case is timed, its `check` compares the
+outcomes.
+
+A case is built when it is its turn, and its memory is free before the next. One that does not fit the device, or whose
+outcomes differ, is a line with `error=` in place of the times, and the others go on. --json is written after each case.
 
 On the CPU the process keeps freed memory, as CUDA's allocator does: otherwise every call would get large tensors from
 the system anew, and the version that allocates more would pay for clearing their pages.
@@ -14,17 +18,21 @@ the system anew, and the version that allocates more would pay for clearing thei
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from sharpmoe.durable import write_atomically
+
 ROUNDS = 11
+_GIB = 2**30
 
 Work = Callable[[], int]  # runs something several times and returns how often
 Clock = Callable[[], float]  # seconds
@@ -55,12 +63,37 @@ class Case(NamedTuple):
     rates: Mapping[str, float] = {}  # amounts per item of ours, printed per second
 
 
+class Planned(NamedTuple):
+    """A case that is built, with its models, only when it is measured."""
+
+    name: str
+    build: Callable[[], Case]
+
+
 class Options(NamedTuple):
     """Device and precision."""
 
     device: torch.device
     dtype: torch.dtype
     precision: str  # fp32 or bf16
+    tiny: bool = False  # the smallest sizes, which show that every case runs, and no goals
+
+    @property
+    def memory(self) -> float:
+        """GiB of the device; without limit on the CPU."""
+        if self.device.type != "cuda":
+            return float("inf")
+        return float(torch.cuda.get_device_properties(self.device).total_memory) / _GIB
+
+
+Sizes = TypeVar("Sizes")
+SizeTable = Mapping[str, Mapping[float, Sizes]]  # tiny, cpu or cuda -> GiB that the device has at least -> sizes
+
+
+def sizes_for(table: SizeTable[Sizes], options: Options) -> Sizes:
+    """Return the sizes of the largest memory that the device has."""
+    by_memory = table["tiny" if options.tiny else options.device.type]
+    return by_memory[max(least for least in by_memory if least <= max(options.memory, min(by_memory)))]
 
 
 class Result(NamedTuple):
@@ -92,6 +125,46 @@ class Result(NamedTuple):
         order = ("case", "ours", "ref", "ratio", "limit", "of_limit", "goal", "n", "spread")
         facts = [f"{name}={_number(value)}" for name, value in self.facts.items()]
         return " ".join([*(f"{name}={words[name]}" for name in order), *facts])
+
+
+class Failure(NamedTuple):
+    """A case without times."""
+
+    case: str
+    error: str
+    memory: bool  # the device has too little; otherwise outcomes differ or something does not run
+    met: bool = False
+
+    def __str__(self) -> str:
+        """Return the line that is printed."""
+        return f"case={self.case} error={self.error}"
+
+
+def attempt(
+    planned: Planned, options: Options, rounds: int = ROUNDS, clock: Clock = time.perf_counter
+) -> Result | Failure:
+    """Build and measure a case; return what became of it, with all its memory free."""
+    on_cuda = options.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(options.device)
+    try:
+        case = planned.build()
+        assert case.name == planned.name, (case.name, planned.name)
+        result = measure(case._replace(goals=Goals()) if options.tiny else case, rounds, clock)
+        if on_cuda:
+            peak = torch.cuda.max_memory_allocated(options.device) / _GIB
+            result = result._replace(facts={**result.facts, "peak_gib": peak})
+        return result
+    except (AssertionError, RuntimeError) as error:
+        # torch says it in a class on CUDA, in words on the CPU.
+        memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        text = " ".join(str(error).split()) or type(error).__name__
+        return Failure(planned.name, f"out of memory: {text}" if memory else text, memory)
+    finally:
+        case = None  # type: ignore[assignment]
+        gc.collect()
+        if on_cuda:
+            torch.cuda.empty_cache()
 
 
 def _time(milliseconds: float | None) -> str:
@@ -162,27 +235,33 @@ def synchronised(clock: Clock) -> Clock:
     return read
 
 
-def main(build: Callable[[Options], Iterable[Case]], description: str, arguments: Sequence[str] | None = None) -> int:
-    """Measure and print every case that `build` yields; exit code 1 with --check where a goal is missed."""
+def main(
+    build: Callable[[Options], Iterable[Planned]], description: str, arguments: Sequence[str] | None = None
+) -> int:
+    """Measure and print every case that `build` yields.
+
+    Exit code 1 where outcomes differ, and with --check where a goal is missed or a case does not fit the device.
+    """
     given = _parser(description).parse_args(arguments)
-    options = Options(
-        torch.device(given.device), torch.bfloat16 if given.dtype == "bf16" else torch.float32, given.dtype
-    )
+    dtype = torch.bfloat16 if given.dtype == "bf16" else torch.float32
+    options = Options(torch.device(given.device), dtype, given.dtype, given.tiny)
     torch.set_num_threads(given.threads)
     _keep_memory()
     on_cpu = options.device.type == "cpu"
     clock = time.process_time if on_cpu and not given.wall else time.perf_counter
-    results = []
-    for case in build(options):
-        if given.only in case.name:
-            results.append(measure(case, max(2, given.rounds), clock if on_cpu else synchronised(clock)))
-            print(results[-1], flush=True)
-    if given.json:
-        given.json.write_text(json.dumps([_plain(result) for result in results], indent=1) + "\n")
+    results: list[Result | Failure] = []
+    for planned in build(options):
+        if given.only not in planned.name:
+            continue
+        results.append(attempt(planned, options, max(2, given.rounds), clock if on_cpu else synchronised(clock)))
+        print(results[-1], flush=True)
+        if given.json:
+            write_atomically(given.json, json.dumps([_plain(result) for result in results], indent=1) + "\n")
     missed = [result.case for result in results if not result.met]
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
-    return int(bool(missed) and given.check)
+    failed = [result for result in results if isinstance(result, Failure) and not result.memory]
+    return int(bool(failed) or (bool(missed) and given.check))
 
 
 def _keep_memory() -> None:
@@ -193,8 +272,10 @@ def _keep_memory() -> None:
         adjust(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink, however large it is
 
 
-def _plain(result: Result) -> dict[str, object]:
-    return result._asdict() | {"goals": result.goals._asdict(), "facts": dict(result.facts)}
+def _plain(result: Result | Failure) -> dict[str, object]:
+    if isinstance(result, Failure):
+        return {"case": result.case, "error": result.error, "out_of_memory": result.memory}
+    return result._asdict() | {"goals": result.goals._asdict(), "facts": dict(result.facts), "met": result.met}
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -202,7 +283,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
-    add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    add("--json", type=Path, metavar="FILE", help="also write the results to FILE, after every case")
+    add("--tiny", action="store_true", help="the smallest sizes, without goals: that every case runs")
     add("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     add("--rounds", type=int, default=ROUNDS, help="rounds of every case (at least 2)")
     add("--threads", type=int, default=1, help="threads of torch on the CPU")

@@ -1,6 +1,6 @@
 """One MoE layer, forward and backward, against its published form and against a dense MLP of equal FLOPs.
 
-    python -m benchmarks.moe_layer [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
+    python -m benchmarks.moe_layer [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--tiny]
 
 Both layers use and train the same float32 router, and DiffMoE its capacity predictor and thresholds.
 `benchmarks/published.py` describes the published form, also in bf16. The limit is one MLP whose matrix products have as
@@ -13,7 +13,8 @@ published layer, and how close to the dense one, a layer of these products could
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gemms import bare, gemms_of
-from benchmarks.harness import Case, Goals, Options, Work, main
+from benchmarks.harness import Case, Goals, Options, Planned, SizeTable, Work, main, sizes_for
+from benchmarks.models import draw_parameters
 from benchmarks.published import (
     THRESHOLD_DECAY,
     OneHotExpertChoice,
@@ -62,30 +64,37 @@ class Size(NamedTuple):
         return f"{self.preset}_e{self.num_experts}_{self.images * TOKENS}"
 
 
-DIFFMOE = {
-    "cpu": [
-        *(Size("s", 16, images) for images in (8, 32)),
-        *(Size("b", experts, images) for experts in (8, 16) for images in (8, 32)),
-        *(Size("l", experts, 8) for experts in (8, 16)),
-    ],
-    "cuda": [Size("s", 16, 32), Size("b", 8, 32), Size("l", 8, 32), Size("l", 16, 64)],
+DIFFMOE: SizeTable[list[Size]] = {
+    "tiny": {0: [Size("tiny", 4, 1)]},
+    "cpu": {
+        0: [
+            *(Size("s", 16, images) for images in (8, 32)),
+            *(Size("b", experts, images) for experts in (8, 16) for images in (8, 32)),
+            *(Size("l", experts, 8) for experts in (8, 16)),
+        ]
+    },
+    "cuda": {
+        0: [Size("s", 16, 32), Size("b", 8, 32), Size("l", 8, 16)],
+        22: [Size("s", 16, 32), Size("b", 8, 32), Size("l", 8, 32)],
+        36: [Size("s", 16, 32), Size("b", 8, 32), Size("l", 8, 32), Size("l", 16, 64)],
+    },
 }
-EXPERT_CHOICE = {"cpu": [Size("s", 8, 8), Size("b", 8, 8)], "cuda": [Size("l", 8, 32)]}
+EXPERT_CHOICE: SizeTable[list[Size]] = {
+    "tiny": {0: [Size("tiny", 4, 1)]},
+    "cpu": {0: [Size("s", 8, 8), Size("b", 8, 8)]},
+    "cuda": {0: [Size("l", 8, 8)], 22: [Size("l", 8, 32)]},
+}
 RATIO = {"cpu": {"fp32": 1.15, "bf16": 1.4}, "cuda": {"fp32": 1.3, "bf16": 1.3}}
 OF_LIMIT = {"cpu": 0.90, "cuda": 0.85}
 DISPATCH = 4.0
 
 
-def cases(options: Options) -> Iterator[Case]:
-    kind = options.device.type
-    for size in DIFFMOE[kind]:
-        yield diffmoe(size, options)
-    for size in DIFFMOE[kind]:
-        yield bound(size, options)
-    for size in EXPERT_CHOICE[kind]:
-        yield expert_choice_layer(size, options)
-    for size in EXPERT_CHOICE[kind]:
-        yield dispatch(size, options)
+def cases(options: Options) -> Iterator[Planned]:
+    tables = {"diffmoe": DIFFMOE, "bound": DIFFMOE, "ec": EXPERT_CHOICE, "dispatch_ec": EXPERT_CHOICE}
+    builds = {"diffmoe": diffmoe, "bound": bound, "ec": expert_choice_layer, "dispatch_ec": dispatch}
+    for kind, table in tables.items():
+        for size in sizes_for(table, options):
+            yield Planned(f"moe_layer.{kind}_{size}", partial(builds[kind], size, options))
 
 
 def diffmoe(size: Size, options: Options) -> Case:
@@ -145,11 +154,9 @@ class Bare:
 
 def make_layer(config: ModelConfig, options: Options) -> MoELayer:
     """Return a layer with random weights in training mode."""
-    torch.manual_seed(0)
-    layer = MoELayer(config).train()
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return layer.to(device=options.device, dtype=options.dtype)
+    layer = MoELayer(config).train().to(options.device, options.dtype)
+    draw_parameters(layer, options.dtype)
+    return layer
 
 
 class Pass:
@@ -200,10 +207,15 @@ def finish(layer: nn.Module, y: Tensor, record: Routing | None, dy: Tensor, d_ca
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Return the FLOPs of the layer's matrix products."""
-    with FlopCounterMode(display=False) as counter:
+    """Return the FLOPs of the layer's matrix products, grouped ones (bf16 on CUDA) included."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
         work()
     return int(counter.get_total_flops())
+
+
+def _grouped_flops(left: Sequence[int], right: Sequence[int], *rest: object, **more: object) -> int:
+    """FLOPs of a grouped product whose groups fill the rows: rows (P, K) x weights (E, K, N), or (M, P) x (P, N)."""
+    return 2 * int(left[0]) * int(left[1]) * int(right[-1])
 
 
 def dense_hidden(total: float, tokens: int, width: int) -> int:

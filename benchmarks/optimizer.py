@@ -1,6 +1,6 @@
 """An optimizer step of the engine: gradient norm, clipping, AdamW, the weights of the forward, the EMA.
 
-    python -m benchmarks.optimizer [--device cuda] [--dtype bf16] [--json FILE]
+    python -m benchmarks.optimizer [--device cuda] [--dtype bf16] [--only TEXT] [--json FILE] [--tiny]
 
 The reference is torch's: clip_grad_norm_, AdamW (foreach) and a foreach EMA over the parameters of the model. The limit
 copies as many bytes as a step must move: per parameter 4 for the norm, 28 for AdamW, 12 for the EMA, and 8 (6 in bf16)
@@ -9,15 +9,16 @@ for the weights of the forward. One rank, ZeRO-3: nothing is sent. Gradients are
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Goals, Options, main
+from benchmarks.harness import Case, Goals, Options, Planned, SizeTable, main, sizes_for
+from benchmarks.models import drawn_model
 from sharpmoe.config import RunConfig
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
@@ -30,10 +31,21 @@ _BYTES = {"fp32": 4 + 28 + 12 + 8, "bf16": 4 + 28 + 12 + 6}
 _RATIO = 1.5
 
 
-def cases(options: Options) -> Iterator[Case]:
-    world = launch.start()
-    for name, fields in {"s_depth4": {"preset": "s", "depth": 4}, "b_depth4": {"preset": "b", "depth": 4}}.items():
-        yield optimizer_step(f"optimizer.diffmoe_{name}", fields, world, options)
+SIZES: SizeTable[list[tuple[str, int]]] = {  # preset and depth
+    "tiny": {0: [("tiny", 2)]},
+    "cpu": {0: [("s", 4), ("b", 4)]},
+    "cuda": {0: [("b", 4)], 22: [("b", 4), ("l", 4)]},
+}
+
+
+def cases(options: Options) -> Iterator[Planned]:
+    for preset, depth in sizes_for(SIZES, options):
+        name, fields = f"optimizer.diffmoe_{preset}_depth{depth}", {"preset": preset, "depth": depth}
+        yield Planned(name, partial(_in_world, name, fields, options))
+
+
+def _in_world(name: str, fields: dict[str, object], options: Options) -> Case:
+    return optimizer_step(name, fields, launch.start(), options)
 
 
 def run_for(fields: dict[str, object], options: Options, output: str = "none") -> RunConfig:
@@ -53,7 +65,7 @@ def optimizer_step(name: str, fields: dict[str, object], world: World, options: 
     """Return the steps of engine and torch on the same weights and gradients."""
     torch.manual_seed(0)
     run = run_for(fields, options)
-    model = build_model(run.model)
+    model = drawn_model(run.model, options.device, torch.float32)
     theirs = TorchStep(model, run, options)
     ours = EngineStep(model, run, world)
     bytes_moved = _BYTES[options.precision] * ours.engine.num_parameters

@@ -1,6 +1,6 @@
 """Time of a rollout of T = 10 steps with each schedule, against plain steps of the same model.
 
-    python -m benchmarks.rollout [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check]
+    python -m benchmarks.rollout [--device cpu|cuda] [--dtype fp32|bf16] [--only TEXT] [--json FILE] [--check] [--tiny]
 
 Forward, losses and backward of DiffMoE with saliency routers, without an optimizer. Times are per sample and trained
 denoising step; the reference is one such step (T = 1: the same model, losses and images), and for segments, which train
@@ -15,23 +15,24 @@ DiffMoE-S with their 256 tokens per image, with the schedules that have a goal.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Goals, Options, main
+from benchmarks.harness import Case, Goals, Options, Planned, SizeTable, main, sizes_for
 from benchmarks.memory import SavedBytes
+from benchmarks.models import drawn_model
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
 from sharpmoe.model.backbone import Backbone, ClassCondition
-from sharpmoe.model.build import build_model
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 
 STEPS, SEGMENT = 10, 5
 EXACT = 1e-10  # relative distance of gradients in float64
-CHECKED_IMAGES = 2
+CHECKED_IMAGES, CHECKED_DEPTH = 2, 2  # gradients are compared on a part of the model
 SLOWER = {"plain": 1.05, "two_pass": 1.34}  # goals: at most this multiple of a plain step
 SEGMENTS = 0.70  # and this multiple of a plain rollout
 
@@ -56,12 +57,24 @@ class Size(NamedTuple):
 
 
 SMALL = {"width": 256, "depth": 2, "num_heads": 4, "latent_size": 16, "num_experts": 4, "num_classes": 10}
-SIZES = {
-    "cpu": [
-        Size("small", SMALL, 32),
-        Size("s", {"preset": "s", "depth": 2, "num_experts": 16}, 16, ("plain", "two_pass", "segments_5")),
-    ],
-    "cuda": [Size("l", {"preset": "l", "num_experts": 16}, 32)],
+TOY = {"width": 24, "depth": 2, "num_heads": 2, "latent_size": 8, "num_experts": 4, "num_classes": 5}
+IN_TURN = ("plain", "checkpoint", "two_pass", "hybrid_1", "segments_5")
+# A step of L keeps about 0.4 GiB per image, one of B 0.15; the graphs of `plain` are ten steps' of them.
+SIZES: SizeTable[list[Size]] = {
+    "tiny": {0: [Size("tiny", TOY, 2, ("plain", "two_pass", "segments_5"))]},
+    "cpu": {
+        0: [
+            Size("small", SMALL, 32),
+            Size("s", {"preset": "s", "depth": 2, "num_experts": 16}, 16, ("plain", "two_pass", "segments_5")),
+        ]
+    },
+    "cuda": {
+        0: [Size("b", {"preset": "b", "num_experts": 8}, 4, IN_TURN)],
+        22: [Size("b", {"preset": "b", "num_experts": 8}, 8, IN_TURN)],
+        36: [Size("l", {"preset": "l", "num_experts": 8}, 4, IN_TURN)],
+        72: [Size("l", {"preset": "l", "num_experts": 8}, 12, IN_TURN)],
+        130: [Size("l", {"preset": "l", "num_experts": 8}, 24, IN_TURN)],
+    },
 }
 
 
@@ -96,41 +109,48 @@ class Rollout(NamedTuple):
         )
 
 
-def cases(options: Options) -> Iterator[Case]:
-    for size in SIZES[options.device.type]:
+def cases(options: Options) -> Iterator[Planned]:
+    for size in sizes_for(SIZES, options):
         yield from cases_of(size, options)
 
 
-def cases_of(size: Size, options: Options) -> Iterator[Case]:
-    """Yield the cases of one model."""
-    model = make_model(size, options.device, options.dtype)
-    step = make_rollout(model, size, 1)
-    plain = make_rollout(model, size, STEPS)
-    graph = counted(step)["saved_bytes"]
+def cases_of(size: Size, options: Options) -> Iterator[Planned]:
+    """Yield the cases of one model, which they share."""
+    shared = cache(partial(_Shared.of, size, options))
     for name in size.schedules:
-        fields = SCHEDULES[name]
-        ours = plain.under(**fields)
-        is_part = fields.get("schedule") == "segments"
-        goals = Goals(1 / SEGMENTS if is_part else 1 / SLOWER[name] if name in SLOWER else None)
-        facts = counted(ours)
-        facts |= {"of_a_step": facts["saved_bytes"] / graph}
-        reference = per_step(plain) if is_part else per_step(step, STEPS)
-        check = checking(fields, size, options.device)
-        yield Case(f"rollout.{size.name}_{name}", per_step(ours), reference, None, goals, check, facts)
+        yield Planned(f"rollout.{size.name}_{name}", partial(_case, name, size, options, shared))
+
+
+class _Shared(NamedTuple):
+    """A plain step, a plain rollout, and the bytes that the graph of the step holds."""
+
+    step: Rollout
+    plain: Rollout
+    graph: float
+
+    @classmethod
+    def of(cls, size: Size, options: Options) -> "_Shared":
+        model = make_model(size, options.device, options.dtype)
+        step, plain = make_rollout(model, size, 1), make_rollout(model, size, STEPS)
+        return cls(step, plain, counted(step)["saved_bytes"])
+
+
+def _case(name: str, size: Size, options: Options, shared: Callable[[], _Shared]) -> Case:
+    fields, (step, plain, graph) = SCHEDULES[name], shared()
+    ours = plain.under(**fields)
+    is_part = fields.get("schedule") == "segments"
+    goals = Goals(1 / SEGMENTS if is_part else 1 / SLOWER[name] if name in SLOWER else None)
+    facts = counted(ours)
+    facts |= {"of_a_step": facts["saved_bytes"] / graph}
+    reference = per_step(plain) if is_part else per_step(step, STEPS)
+    check = checking(fields, size, options.device)
+    return Case(f"rollout.{size.name}_{name}", per_step(ours), reference, None, goals, check, facts)
 
 
 def make_model(size: Size, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """Return a model in which every parameter has an effect: none is zero. Buffers stay in float32."""
-    torch.manual_seed(0)
+    """Return a model of this size. Buffers stay in float32."""
     config = ModelConfig.model_validate({"router": "diffmoe", "conditioning": "class"} | size.model)
-    model = build_model(config).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    model = model.to(device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    return drawn_model(config, device, dtype)
 
 
 def make_rollout(model: Backbone, size: Size, steps: int) -> Rollout:
@@ -182,7 +202,7 @@ def checking(fields: dict[str, Any], size: Size, device: torch.device) -> Callab
     """Compare a schedule's gradient with that of the plain rollout, in float64."""
 
     def check() -> None:
-        fewer = size._replace(images=CHECKED_IMAGES)
+        fewer = size._replace(images=CHECKED_IMAGES, model=size.model | {"depth": CHECKED_DEPTH})
         plain = make_rollout(make_model(fewer, device, torch.float64), fewer, STEPS)
         expected, ours = plain.gradient(), plain.under(**fields)
         blocks = range(STEPS // SEGMENT) if fields.get("schedule") == "segments" else range(1)

@@ -1,24 +1,26 @@
 """Cost of the saliency router in sampling, and savings by shared model calls and by prepared text.
 
-    python -m benchmarks.sampling [--device cuda] [--dtype bf16] [--only saliency_router] [--json FILE]
+    python -m benchmarks.sampling [--device cuda] [--dtype bf16] [--only saliency_router] [--json FILE] [--tiny]
 
 Times are per sampling step of one batch at 256 tokens per image. Models have random weights; DiffMoE's thresholds are
 set so that a token gets one expert on average.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Case, Goals, Options, Work, main
+from benchmarks.harness import Case, Goals, Options, Planned, SizeTable, Work, main, sizes_for
+from benchmarks.models import drawn_model
 from sharpmoe import draws, flow, sampling
-from sharpmoe.config import SIZES, ModelConfig, SampleConfig
+from sharpmoe.config import SIZES as PRESETS
+from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, TextCondition
-from sharpmoe.model.build import build_model
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, Request
 
@@ -36,16 +38,48 @@ class Size(NamedTuple):
     latent_size: int = 32
 
 
-def cases(options: Options) -> Iterator[Case]:
-    for name, images in (("s", 4), ("b", 2)):
-        model = class_model("diffmoe", Size(**SIZES[name]), options)
-        yield saliency_router(f"sampling.saliency_router_diffmoe_{name}_{images}_images", model, images, options)
+class Sizes(NamedTuple):
+    """What is sampled."""
+
+    guided: list[tuple[str, int]]  # presets and images of the saliency router's cases
+    preset: str  # of the others
+    images: tuple[int, int]
+
+
+SIZES: SizeTable[Sizes] = {
+    "tiny": {0: Sizes([("tiny", 2)], "tiny", (1, 2))},
+    "cpu": {0: Sizes([("s", 4), ("b", 2)], "s", (1, 8))},
+    "cuda": {0: Sizes([("b", 32), ("l", 16)], "b", (1, 16)), 36: Sizes([("b", 64), ("l", 64)], "l", (1, 64))},
+}
+SHAPES = {name: Size(**fields) for name, fields in PRESETS.items()}
+
+
+def cases(options: Options) -> Iterator[Planned]:
+    guided, preset, (one, many) = sizes_for(SIZES, options)
+    for name, images in guided:
+        case = f"sampling.saliency_router_diffmoe_{name}_{images}_images"
+        model = cache(partial(class_model, "diffmoe", SHAPES[name], options))
+        yield _planned(case, saliency_router, model, images, options)
     for router in ("tc", "diffmoe"):
-        model = class_model(router, Size(**SIZES["s"]), options)
-        for images in (1, 8):
-            yield joined_branches(f"sampling.branches_in_a_call_{router}_s_{images}_images", model, images, options)
-    yield pool_per_image("sampling.pool_per_image_diffmoe_s_8_images", model, 8, options)
-    yield prepared_text("sampling.prepared_text_tc_s_4_images", text_model(Size(**SIZES["s"]), options), 4, options)
+        model = cache(partial(class_model, router, SHAPES[preset], options))
+        for images in (one, many):
+            case = f"sampling.branches_in_a_call_{router}_{preset}_{images}_images"
+            yield _planned(case, joined_branches, model, images, options)
+    case = f"sampling.pool_per_image_diffmoe_{preset}_{many}_images"
+    yield _planned(case, pool_per_image, model, many, options)
+    text = partial(text_model, SHAPES[preset], options)
+    images = max(1, many // 2)
+    yield _planned(f"sampling.prepared_text_tc_{preset}_{images}_images", prepared_text, text, images, options)
+
+
+def _planned(
+    name: str,
+    build: Callable[[str, Backbone, int, Options], Case],
+    model: Callable[[], Backbone],
+    images: int,
+    options: Options,
+) -> Planned:
+    return Planned(name, lambda: build(name, model(), images, options))
 
 
 def class_model(router: str, size: Size, options: Options) -> Backbone:
@@ -61,23 +95,14 @@ def text_model(size: Size, options: Options) -> Backbone:
 
 @torch.no_grad()
 def _model(options: Options, **fields: Any) -> Backbone:
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(**fields))
-    routers = {id(p) for layer in model.moe_layers() for p in _parameters(layer.saliency_router)}
-    for parameter in model.parameters():
-        if not parameter.any() and id(parameter) not in routers:
-            parameter.normal_(0, 0.02)
-    buffers = dict(model.named_buffers())
-    model = model.to(options.device, options.dtype).eval()
-    for name, buffer in model.named_buffers():
-        buffer.data = buffers[name].to(options.device)  # thresholds and positions stay in float32
+    model = drawn_model(ModelConfig(**fields), options.device, options.dtype).eval()
+    for layer in model.moe_layers():
+        if layer.saliency_router is not None:
+            for parameter in layer.saliency_router.out.parameters():
+                parameter.zero_()  # untrained: it changes no choice
     if model.config.router == "diffmoe":
         set_thresholds(model, options.device)
     return model
-
-
-def _parameters(module: torch.nn.Module | None) -> list[torch.nn.Parameter]:
-    return [] if module is None else list(module.parameters())
 
 
 def set_thresholds(model: Backbone, device: torch.device) -> None:

@@ -12,6 +12,7 @@ the step of a run: the same step of the ZeRO-3 engine, which in one process copi
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.harness import Case, Goals, Options, main
+from benchmarks.harness import Case, Goals, Options, Planned, SizeTable, main, sizes_for
+from benchmarks.models import drawn_model
 from benchmarks.published import (
     THRESHOLD_DECAY,
     assert_close,
@@ -31,7 +33,6 @@ from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.flow import interpolate, velocity_target
 from sharpmoe.losses import HEAD_LOSSES, flow_matching
 from sharpmoe.model.backbone import Backbone, ClassCondition
-from sharpmoe.model.build import build_model
 from sharpmoe.moe.routing import Routing
 from sharpmoe.moe.thresholds import threshold_candidates, update_thresholds
 from sharpmoe.parallel.ranks import launch
@@ -64,13 +65,25 @@ class Size(NamedTuple):
         return f"{self.preset}_depth{self.depth}_{self.images}_images"
 
 
-SIZES = {"cpu": [Size("s", 4, 8), Size("b", 2, 8)], "cuda": [Size("l", 24, 64)]}
+# Ours and the published step hold 24 bytes per parameter each in bf16; two blocks of L have 166 million parameters.
+SIZES: SizeTable[list[Size]] = {
+    "tiny": {0: [Size("tiny", 2, 1)]},
+    "cpu": {0: [Size("s", 4, 8), Size("b", 2, 8)]},
+    "cuda": {
+        0: [Size("l", 2, 4)],
+        22: [Size("l", 4, 8)],
+        36: [Size("l", 4, 32)],
+        72: [Size("l", 8, 32)],
+        130: [Size("l", 16, 32)],
+    },
+}
 
 
-def cases(options: Options) -> Iterator[Case]:
-    for build in (published_step, layers, engine_step):
-        for size in SIZES[options.device.type]:
-            yield build(size.config(), size.images, str(size), options)
+def cases(options: Options) -> Iterator[Planned]:
+    for kind, build in {"diffmoe": published_step, "layers": layers, "engine": engine_step}.items():
+        for size in sizes_for(SIZES, options):
+            act = partial(build, size.config(), size.images, str(size), options)
+            yield Planned(f"train_step.{kind}_{size}", act)
 
 
 def published_step(config: ModelConfig, images: int, size: str, options: Options) -> Case:
@@ -112,13 +125,8 @@ def _against(
 
 
 def make_model(config: ModelConfig, options: Options) -> Backbone:
-    """Return a model in which every parameter has an effect: none is zero."""
-    torch.manual_seed(0)
-    model = build_model(config).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.to(device=options.device, dtype=options.dtype)
+    """Return a model for ours and the reference, buffers in the precision of the options too."""
+    return drawn_model(config, options.device, options.dtype).to(options.dtype)
 
 
 class Step:

@@ -7,9 +7,12 @@ import torch
 
 from benchmarks import block, ceilings, moe_layer, train_step
 from benchmarks.harness import Case, Options, measure
+from benchmarks.models import drawn_model
 from benchmarks.moe_layer import Size
 from benchmarks.published import assert_close, stacked
 from sharpmoe.config import ModelConfig
+from sharpmoe.model.build import build_model
+from sharpmoe.moe import products
 
 OPTIONS = [Options(torch.device("cpu"), torch.float32, "fp32"), Options(torch.device("cpu"), torch.bfloat16, "bf16")]
 TOY = Size("tiny", 4, 1)
@@ -49,7 +52,7 @@ def test_a_dense_layer_of_equal_flops_has_them() -> None:
 
 
 def test_ceilings_tell_rates() -> None:
-    products = list(ceilings.products("tiny", 4, 256, OPTIONS[0]))
+    products = [planned.build() for planned in ceilings.products("tiny", 4, 256, OPTIONS[0])]
     results = [measure(case, 2) for case in [*products, ceilings.copying(2**20, OPTIONS[0])]]
     assert [list(result.facts) for result in results] == [["tflop/s"], ["tflop/s"], ["gb/s"]]
     assert results[0].facts["tflop/s"] * results[0].ours == pytest.approx(1e3 * 2 * 256 * 128 * 512 / 1e12)
@@ -77,3 +80,31 @@ def test_both_updates_do_the_same() -> None:
 
 def names_of(step: train_step.Step) -> list[str]:
     return [name for name, _ in step.model.named_parameters()]
+
+
+def test_grouped_products_are_counted() -> None:
+    """As CUDA runs them in bf16: forward, gradient of the rows and gradient of the weights."""
+    counts = torch.tensor([3, 0, 8, 5])
+    rows = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4, 24, 32, dtype=torch.bfloat16, requires_grad=True)
+
+    def work() -> None:
+        y = products.product(rows, weight, None, products._grouped(counts, rows))
+        y.backward(torch.ones_like(y))
+
+    assert moe_layer.flops(work) == 3 * 2 * 16 * 32 * 24
+
+
+def test_models_are_drawn_where_they_compute() -> None:
+    config = ModelConfig.model_validate({"preset": "tiny", "latent_size": 8, "conditioning": "class"})
+    one, same, other = (drawn_model(config, torch.device("cpu"), torch.bfloat16, seed) for seed in (0, 0, 1))
+    assert one.training
+    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
+        assert a.dtype == torch.bfloat16, name
+        assert a.count_nonzero() > 0.9 * a.numel(), name
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, c), name
+    built = dict(build_model(config).named_buffers())
+    assert {name: torch.equal(buffer, built[name]) for name, buffer in one.named_buffers()} == dict.fromkeys(
+        built, True
+    )

@@ -24,7 +24,7 @@ CALLS = {
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def cases(request: pytest.FixtureRequest) -> dict[str, Case]:
     dtype = torch.bfloat16 if request.param == "bf16" else torch.float32
-    return {case.name: case for case in rollout.cases_of(TOY, Options(CPU, dtype, request.param))}
+    return {each.name: each.build() for each in rollout.cases_of(TOY, Options(CPU, dtype, request.param))}
 
 
 def test_forward_calls_and_graphs(cases: dict[str, Case]) -> None:

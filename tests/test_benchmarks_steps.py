@@ -42,7 +42,7 @@ def engines(world: World) -> None:
     for options in ON_CPU.values():
         run_once(optimizer.optimizer_step("step", FIELDS, world, options))
     with tempfile.TemporaryDirectory() as folder:
-        for case in checkpoint.cases(Path(folder), ON_CPU["fp32"], FIELDS):
+        for case in checkpoint.built(Path(folder), ON_CPU["fp32"], FIELDS):
             run_once(case)
 
 

@@ -19,7 +19,7 @@ IMAGES = 3
 def toy_cases(precision: str, guided: bool) -> tuple[Options, list[Case]]:
     options = Options(torch.device("cpu"), PRECISIONS[precision], precision)
     config = ModelConfig.model_validate(SIZES | {"router": "diffmoe", "saliency_router": guided})
-    return options, list(step_cases(config, IMAGES, options))
+    return options, [planned.build() for planned in step_cases(config, IMAGES, options)]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
