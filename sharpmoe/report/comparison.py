@@ -17,7 +17,7 @@ from sharpmoe.evaluation.allocation import ALLOCATION_TIMES, Allocation, measure
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.compute_sheet import draw_compute_sheet
 from sharpmoe.report.figures import allocation_curves, save_png
-from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet, observe_routing
+from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet, observe_routing
 from sharpmoe.report.runs import SavedModel
 from sharpmoe.report.samples import check_shards, slug
 
@@ -84,7 +84,7 @@ def compare_models(
 def write_comparison(folder: Path | str, found: Comparison) -> Path:
     """Write a JSON file and a routing sheet of each model, curves, and of several models their compute side by side.
 
-    All routing sheets share one colour scale. Returns the folder.
+    All routing sheets share one colour scale; two models also get a sheet of their difference. Returns the folder.
     """
     folder = Path(folder)
     for name, result in found.allocations.items():
@@ -95,4 +95,8 @@ def write_comparison(folder: Path | str, found: Comparison) -> Path:
         save_png(draw_routing_sheet(sheet, name, most), folder / f"routing_{slug(name)}.png")
     if len(found.routing) > 1:
         save_png(draw_compute_sheet(found.routing), folder / "compute.png")
+    if len(found.routing) == 2:
+        (first, before), (second, after) = found.routing.items()
+        pixels = draw_difference_sheet(before, after, f"{second} minus {first}")
+        save_png(pixels, folder / "routing_difference.png")
     return folder

@@ -6,7 +6,7 @@ range of t and shows each token's experts relative to an even spread over the im
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,12 +16,17 @@ from sharpmoe.evaluation.allocation import steps_of_range
 from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels
 from sharpmoe.report.routing_sheet import RoutingSheet, to_grid, write_caption
 
-_SHOWN = ("t > 0.65", "t 0.35-0.65", "t < 0.35", "all t")
+_RANGES = ("t > 0.65", "t 0.35-0.65", "t < 0.35", "all t")
 _SPREAD = 0.5  # the colour scale ends at 1 - _SPREAD and 1 + _SPREAD: most maps of a converged model lie within
 _HEAT = "RdBu_r"  # blue: fewer experts than an even spread, red: more
 
 
-def draw_compute_sheet(sheets: Mapping[str, RoutingSheet], title: str = "", images: int | None = None) -> Pixels:
+def draw_compute_sheet(
+    sheets: Mapping[str, RoutingSheet],
+    title: str = "",
+    images: int | None = None,
+    ranges: Sequence[str] = _RANGES,
+) -> Pixels:
     """Draw one row per image: image, saliency M, then for every range of t one map per model.
 
     `sheets`: one per model, of the same images; their order is the order of the maps. A map shows experts per token,
@@ -30,9 +35,9 @@ def draw_compute_sheet(sheets: Mapping[str, RoutingSheet], title: str = "", imag
     """
     first = next(iter(sheets.values()))
     count = min(images or len(first.captions), len(first.captions))
-    columns = 2 + len(_SHOWN) * len(sheets)
+    columns = 2 + len(ranges) * len(sheets)
     # An empty column before each range keeps its maps together.
-    widths = [1.0, 1.0, *([0.14, *[1.0] * len(sheets)] * len(_SHOWN))]
+    widths = [1.0, 1.0, *([0.14, *[1.0] * len(sheets)] * len(ranges))]
     figure = Figure(figsize=(1.0 * columns + 1.3, 1.16 * count + 0.75 + 0.3 * bool(title)), dpi=110)
     axes = figure.subplots(count, len(widths), squeeze=False, width_ratios=widths)
     for row, pixels in zip(range(count), to_pixels(first.images), strict=False):
@@ -40,7 +45,7 @@ def draw_compute_sheet(sheets: Mapping[str, RoutingSheet], title: str = "", imag
         axes[row, 0].imshow(pixels)
         axes[row, 1].imshow(saliency, interpolation="nearest", cmap="gray", vmin=0)
         write_caption(axes[row, 0], first.captions[row])
-        for column, (sheet, shown) in _columns(sheets):
+        for column, (sheet, shown) in _columns(sheets, ranges):
             drawn = axes[row, column].imshow(
                 to_grid(_relative(sheet, row, shown), sheet),
                 interpolation="nearest",
@@ -50,7 +55,7 @@ def draw_compute_sheet(sheets: Mapping[str, RoutingSheet], title: str = "", imag
             )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    _set_titles(axes, sheets)
+    _set_titles(axes, sheets, ranges)
     top = 1 - (0.55 + 0.3 * bool(title)) / figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.93, top=top, bottom=0.2 / figure.get_figheight(), wspace=0.05)
     if title:
@@ -61,12 +66,12 @@ def draw_compute_sheet(sheets: Mapping[str, RoutingSheet], title: str = "", imag
     return render_figure(figure)
 
 
-def _columns(sheets: Mapping[str, RoutingSheet]) -> list[tuple[int, tuple[RoutingSheet, str]]]:
+def _columns(sheets: Mapping[str, RoutingSheet], ranges: Sequence[str]) -> list[tuple[int, tuple[RoutingSheet, str]]]:
     """Return (column, (sheet, range)) of every map."""
     block = len(sheets) + 1
     return [
         (3 + number * block + place, (sheet, shown))
-        for number, shown in enumerate(_SHOWN)
+        for number, shown in enumerate(ranges)
         for place, sheet in enumerate(sheets.values())
     ]
 
@@ -77,14 +82,14 @@ def _relative(sheet: RoutingSheet, row: int, shown: str) -> Tensor:
     return experts / experts.mean().clamp(min=1e-12)
 
 
-def _set_titles(axes: np.ndarray, sheets: Mapping[str, RoutingSheet]) -> None:
+def _set_titles(axes: np.ndarray, sheets: Mapping[str, RoutingSheet], ranges: Sequence[str]) -> None:
     """Name the columns, and above them the range of t that a group of columns shares."""
     block = len(sheets) + 1
     for axis in axes[:, 2::block].flat:
         axis.axis("off")
     axes[0, 0].set_title("image", fontsize=8.5)
     axes[0, 1].set_title("saliency M", fontsize=8.5)
-    for number, shown in enumerate(_SHOWN):
+    for number, shown in enumerate(ranges):
         group = axes[0, 3 + number * block :][: len(sheets)]
         for axis, name in zip(group, sheets, strict=True):
             axis.set_title(drawable(name), fontsize=8.5, parse_math=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels
 
 _HEAT = "magma"  # dark: no experts
+_SIGNED_HEAT = "RdBu_r"  # blue: fewer experts than before, red: more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,34 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
     All steps share one colour scale from 0 to `most` (default: the largest count), so rows and steps can be compared.
     M is scaled to the largest value of its image.
     """
-    num_images, num_steps, _ = sheet.experts.shape
     most = most or max(float(sheet.experts.max()), 1.0)
+    scale = _Scale(_HEAT, 0, most, "experts per token, all MoE layers")
+    return _draw_steps(sheet, sheet.experts, title, scale)
+
+
+def draw_difference_sheet(before: RoutingSheet, after: RoutingSheet, title: str = "", most: float = 0) -> Pixels:
+    """Draw what one model spends more (red) or less (blue) than another on the same images, at every denoising step.
+
+    The layout is that of `draw_routing_sheet`; the colour scale is symmetric and ends at `most` (default: the largest
+    difference).
+    """
+    change = after.experts - before.experts
+    most = most or max(float(change.abs().max()), 1e-6)
+    return _draw_steps(after, change, title, _Scale(_SIGNED_HEAT, -most, most, "change of experts per token"))
+
+
+class _Scale(NamedTuple):
+    """Colours of the maps."""
+
+    heat: str
+    low: float
+    high: float
+    label: str
+
+
+def _draw_steps(sheet: RoutingSheet, values: Tensor, title: str, scale: _Scale) -> Pixels:
+    """Draw image, M and mask of every row, then the values (I, T, N) of every denoising step on one scale."""
+    num_images, num_steps, _ = values.shape
     columns = 3 + num_steps
     height, width = sheet.images.shape[2:]
     row_height = 0.25 + 0.95 * min(max(height / width, 0.4), 1.6)  # a picture is one inch wide, or narrower
@@ -68,13 +96,12 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
     axes = figure.subplots(num_images, columns, squeeze=False)
     heads = ["image", "saliency M", "mask", *(f"t = {t:.3g}" for t in sheet.times)]
     for row, pixels in zip(range(num_images), to_pixels(sheet.images), strict=True):
-        maps = [sheet.saliency[row], sheet.foreground[row], *sheet.experts[row]]
-        grids = [to_grid(values, sheet) for values in maps]
+        grids = [to_grid(each, sheet) for each in (sheet.saliency[row], sheet.foreground[row], *values[row])]
         axes[row, 0].imshow(pixels)
-        for column, grid in enumerate(grids, start=1):
-            top = (float(grid.max()), 1.0, most)[min(column - 1, 2)]
-            heat = _HEAT if column > 2 else "gray"
-            drawn = axes[row, column].imshow(grid, interpolation="nearest", cmap=heat, vmin=0, vmax=top)
+        for axis, grid, top in zip(axes[row, 1:3], grids, (float(grids[0].max()), 1.0), strict=False):
+            axis.imshow(grid, interpolation="nearest", cmap="gray", vmin=0, vmax=top)
+        for axis, grid in zip(axes[row, 3:], grids[2:], strict=True):
+            drawn = axis.imshow(grid, interpolation="nearest", cmap=scale.heat, vmin=scale.low, vmax=scale.high)
         if np.isnan(grids[1]).any():
             axes[row, 2].text(0.5, 0.5, "none", ha="center", va="center", transform=axes[row, 2].transAxes, fontsize=8)
         write_caption(axes[row, 0], sheet.captions[row])
@@ -88,7 +115,7 @@ def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None 
     if title:
         figure.suptitle(drawable(title), parse_math=False, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
     bar = figure.add_axes((0.942, 0.3, 0.009, 0.4))
-    figure.colorbar(drawn, cax=bar).set_label("experts per token, all MoE layers", fontsize=8)
+    figure.colorbar(drawn, cax=bar).set_label(scale.label, fontsize=8)
     bar.tick_params(labelsize=7)
     return render_figure(figure)
 

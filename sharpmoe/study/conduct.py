@@ -1,8 +1,8 @@
 """Conduct a study: what is left of it, as jobs; a rehearsal that changes nothing; the table at the end.
 
 Folder of a study: classifier.safetensors and reference-SPLIT.npz, arms/ARM/seedN (the run), arms/ARM/seedN-SPLIT (its
-figures), and the table and curves of a split (.md, .json, .png). A part whose arm has changed since it was trained is
-refused; figures under other settings are measured again.
+figures), and the results on a split: table and curves (.md, .json, .png) and routing sheets (sheets-SPLIT). A part
+whose arm has changed since it was trained is refused; figures under other settings are measured again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sharpmoe.planning.rehearsal import Target, rehearse
 from sharpmoe.study.jobs import Job, JobReport, run_jobs
 from sharpmoe.study.measure import is_measured, is_trained, judging_files, measures_samples
 from sharpmoe.study.plan import Part, Study, noisy_images_per_step
-from sharpmoe.study.table import write_table
+from sharpmoe.study.results import write_results
 
 _RUN_FILE, _BASE_FILE = "seed{}.yaml", "seed{}.base"  # of a part: its run, and the sha256 of what it starts from
 _TIMED = 8  # images of the call that the estimate times
@@ -43,6 +43,7 @@ class Wish:
     split: str = "tuning"  # or "final"
     only: tuple[str, ...] = ()  # arms; all where none is named
     parallel: int = 1
+    sheet_images: int = 4  # on the routing sheets; 0: no sheets
     minutes: float | None = None  # nothing runs longer; what is stopped goes on in the next call
     words: tuple[str, ...] = ()  # of `ablate`, with which a job reads the same study
 
@@ -59,7 +60,7 @@ def conduct(study: Study, wish: Wish, say: Callable[[str], object]) -> JobReport
             _define(part)
         jobs = _jobs(study, parts, wish)
         outcome = run_jobs(jobs, wish.parallel, None if wish.minutes is None else 60 * wish.minutes, say)
-        write_table(study, wish.split)
+        write_results(study, wish.split, wish.sheet_images, say)
     return outcome
 
 

@@ -131,6 +131,24 @@ def read_measured(study: Study, part: Part, split: str) -> tuple[Allocation, dic
     return Allocation.load(folder / _ALLOCATION), content["figures"]
 
 
+def read_protocols(study: Study, part: Part, split: str) -> list[dict[str, str]]:
+    """Return how the samples of a measured part were judged, once for each way: name, reference and extractor.
+
+    Nothing where its protocol is not on the disk.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for scale in study.evaluate.cfg_scales:
+        path = part.folder / f"seed{part.seed}-{split}" / f"samples-cfg{scale:g}.figures.json"
+        if path.is_file():
+            protocol = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+            kept = {"name": str(protocol["name"])}
+            for what in ("reference", "extractor"):
+                values = {key: value[:12] if key == "sha256" else value for key, value in protocol[what].items()}
+                kept[what] = ", ".join(f"{key} {value}" for key, value in values.items())
+            found[json.dumps(kept)] = kept
+    return list(found.values())
+
+
 def is_trained(part: Part) -> bool:
     """Whether the run of a part has its last checkpoint; an arm that is not trained has its weights."""
     if not part.arm.trained:

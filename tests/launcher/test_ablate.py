@@ -1,11 +1,13 @@
 """A study from its file to its table, with every process that it starts."""
 
+import fcntl
 import json
 from pathlib import Path
 
 import pytest
 
 from launcher.ablate import main
+from sharpmoe.study.measure import measure_part
 from sharpmoe.study.plan import load_study
 from tests.study.toy import make_study, pretend_trained
 
@@ -26,6 +28,22 @@ def test_a_job_measures_one_part(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "seed1-final/figures.json" in capsys.readouterr().out
     assert main([str(path), "--job", "steered/seed7"]) == 2
     assert "no part 'steered/seed7'; there are plain/seed0" in capsys.readouterr().err
+
+
+def test_a_report_alone_is_of_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While another process conducts the study."""
+    path = make_study(tmp_path, evaluate={"images": 2, "chunk": 2})
+    study = load_study(path)
+    pretend_trained(study)
+    assert main([str(path), "--report-only"]) == 2
+    assert "nothing is measured on the tuning split yet" in capsys.readouterr().err
+    measure_part(study, study.parts[0], "tuning", "cpu")
+    with (study.folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main([str(path), "--report-only", "--sheet-images", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 4 parts are measured" in said
+    assert "starts" not in said
 
 
 def test_the_limit_of_time_leaves_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet
+from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet
 
 
 def sheet(images: int = 2, most: int = 5) -> RoutingSheet:
@@ -32,6 +32,16 @@ def test_sheets_on_one_scale_can_be_compared() -> None:
     doubled = replace(counts, experts=counts.experts * 2)
     assert np.array_equal(draw_routing_sheet(counts, most=8), draw_routing_sheet(counts, most=8))
     assert not np.array_equal(draw_routing_sheet(counts, most=8), draw_routing_sheet(doubled, most=8))
+
+
+def test_a_difference_is_signed_and_no_difference_is_white() -> None:
+    counts = sheet()
+    more = replace(counts, experts=counts.experts + 1)
+    up, down = draw_difference_sheet(counts, more, most=2), draw_difference_sheet(more, counts, most=2)
+    red, _, blue = ((up.astype(int) - down)[..., channel].sum() for channel in range(3))
+    assert red > 0 > blue  # red: more experts than before
+    same = draw_difference_sheet(counts, counts)
+    assert np.array_equal(same, draw_difference_sheet(more, more))
 
 
 def test_images_of_another_aspect_are_drawn() -> None:

@@ -13,6 +13,8 @@ from sharpmoe.study.plan import Study
 from tests.fixtures_data import make_shards
 from tests.train.setting import make_run
 
+Figures = dict[str, dict[int, list[float]]]  # of an arm: name -> seed -> values of images
+
 
 def make_study(root: Path, **changes: Any) -> Path:
     """Write shards, a base, a run file and root/study.yaml; return the last. `changes` are keys of the study file."""
