@@ -16,8 +16,8 @@ from sharpmoe import config, config_io
 PAGE = Path(__file__).resolve().parent / "configuration.md"
 HEAD = """# Keys of a run file
 
-`python docs/make_configuration.py` writes this page from `sharpmoe.config.RunConfig`; `tests/contract/test_docs.py` compares
-them. A run file (YAML, `configs/runs/`) sets what differs from the defaults; the command line overrides it, as
+`python docs/make_configuration.py` writes this page from `sharpmoe.config.RunConfig`; `tests/contract/test_docs.py`
+compares them. A run file (YAML, `configs/runs/`) sets what differs from the defaults; the command line overrides it, as
 `--train.steps 500` does. Engine keys (ZeRO stage, buckets, offload) are in the DeepSpeed JSON (`configs/zero3.json`).
 """
 

@@ -9,9 +9,10 @@ if not __package__:  # run as a script, which has this folder on its path
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from data_pipeline.read.shards import ShardSet
-from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, SEED
+from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, POSITIVE_REAL, SEED, SHARE
 from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe import sampling
@@ -33,6 +34,13 @@ from sharpmoe.report.samples import (
     pixels_per_latent,
     read_captions,
 )
+
+
+class _Named(NamedTuple):
+    """A model, and what its weights are called."""
+
+    model: Backbone
+    name: str
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +72,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=("euler", "heun"), help="sampler (default: sample.method)")
     add("--cfg-scale", type=NOT_NEGATIVE_REAL, help="classifier-free guidance, 1 is none (default: sample.cfg_scale)")
     add("--guidance-source", choices=("own", "guided"), help="velocity behind x0_hat (default: sample.guidance_source)")
+    add("--cfg-norm", choices=("none", "tokens"), help="norm of the guided velocity (default: sample.cfg_norm)")
+    add("--cfg-interval", nargs=2, type=SHARE, metavar="T", help="times of guidance (default: sample.cfg_interval)")
+    add("--shift", type=_shift, metavar="S|tokens", help="shift of the times (default: sample.shift of the run)")
+    add("--weak-model", type=Path, metavar="WEIGHTS", help="guide away from this model instead of the empty caption")
     add("--seed", type=SEED, help="seed of the noise (default: sample.seed)")
     add("--batch-size", type=POSITIVE, default=16, help="images per model call")
     add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so the batch size has no effect")
@@ -79,11 +91,12 @@ def _act(arguments: argparse.Namespace) -> None:
     shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
     model = load_model(saved.weights)[0].to(arguments.device)
     check_shards(model, shards)
+    weak = _weak_model(arguments)
     if arguments.compile:
         sampling.compile_blocks(model)
         print_note("note: the first model call compiles the blocks, which takes one to three minutes")
     draw = _npz if arguments.npz else _files
-    drawn = draw(arguments, settings, model, shards, saved)
+    drawn = draw(arguments, settings, model, shards, saved, weak)
     print_note(average_note(saved))
     print(drawn)
 
@@ -91,11 +104,30 @@ def _act(arguments: argparse.Namespace) -> None:
 def _overrides(arguments: argparse.Namespace) -> dict[str, object]:
     options = {"num_steps": "steps", "method": "method", "cfg_scale": "cfg_scale", "seed": "seed"}
     given = {field: getattr(arguments, option) for field, option in options.items()}
-    return given | {"guidance_source": arguments.guidance_source}
+    given |= {"guidance_source": arguments.guidance_source, "cfg_norm": arguments.cfg_norm}
+    return given | {"cfg_interval": arguments.cfg_interval, "shift": arguments.shift}
+
+
+def _shift(text: str) -> dict[str, object]:
+    """Parse a factor, or `tokens`, as a section sample.shift. Raises argparse.ArgumentTypeError."""
+    return {"factor": text if text == "tokens" else POSITIVE_REAL(text)}
+
+
+def _weak_model(arguments: argparse.Namespace) -> _Named | None:
+    """Load the model to guide away from."""
+    if arguments.weak_model is None:
+        return None
+    saved = find_saved_model(arguments.weak_model, arguments.weights)
+    return _Named(load_model(saved.weights)[0].to(arguments.device), saved.name)
 
 
 def _npz(
-    arguments: argparse.Namespace, settings: SampleConfig, model: Backbone, shards: ShardSet, saved: SavedModel
+    arguments: argparse.Namespace,
+    settings: SampleConfig,
+    model: Backbone,
+    shards: ShardSet,
+    saved: SavedModel,
+    weak: _Named | None,
 ) -> Path:
     if arguments.width or arguments.height:
         raise ConfigError("--npz draws the square of the model, as published figures are: leave out --width, --height")
@@ -107,17 +139,24 @@ def _npz(
         batch_size=arguments.batch_size,
         weights=saved.name,
         part=arguments.part,
+        weak_weights=weak and weak.name,
     )
     if arguments.join:
         return join_adm_batch(model.config, settings, batch, arguments.join)
-    return draw_adm_batch(model, settings, codec.decode, batch)
+    return draw_adm_batch(model, settings, codec.decode, batch, weak and weak.model)
 
 
 def _files(
-    arguments: argparse.Namespace, settings: SampleConfig, model: Backbone, shards: ShardSet, saved: SavedModel
+    arguments: argparse.Namespace,
+    settings: SampleConfig,
+    model: Backbone,
+    shards: ShardSet,
+    saved: SavedModel,
+    weak: _Named | None,
 ) -> Path | str:
     size, part = arguments.batch_size, arguments.part
-    options = DrawOptions(part, size, arguments.pool_per_image, Size(arguments.height, arguments.width))
+    pixels = Size(arguments.height, arguments.width)
+    options = DrawOptions(part, size, arguments.pool_per_image, pixels, weak and weak.model)
     folder = arguments.out or saved.folder / "samples" / "drawn"
     prompts = _prompts(arguments, settings)
     grid = draw_to_files(model, shards, prompts, settings, folder, options, lambda note: print(note, file=sys.stderr))

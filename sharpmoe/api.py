@@ -187,17 +187,24 @@ def sample(
     method: Literal["euler", "heun"] | None = None,
     cfg_scale: float | None = None,
     guidance_source: Literal["own", "guided"] | None = None,
+    cfg_norm: Literal["none", "tokens"] | None = None,
+    cfg_interval: tuple[float, float] | None = None,
+    shift: float | Literal["tokens"] | None = None,
+    weak_model: Backbone | None = None,
     seed: int | None = None,
 ) -> list[Image.Image]:
     """Draw one image per caption, or per label of a class-conditional model, on the model's device.
 
     `shards` decode the latents and encode the captions; by default the codec and the text encoder in `model.origin` do.
     `height` and `width` are pixels, by default those of the model's square. Settings that are not given have the
-    defaults of the `sample` section (docs/configuration.md). The noise of image i is keyed by (seed, i). The model's
-    mode is restored. Raises ConfigError and DataError. No communication.
+    defaults of the `sample` section (docs/configuration.md); `shift` is sample.shift.factor. `weak_model`: guidance
+    away from a worse model of the same latents, such as the base of a post-trained one, in place of the empty caption
+    (autoguidance, arXiv 2406.02070); it is moved to the device of the model. The noise of image i is keyed by (seed,
+    i). The mode of the models is restored. Raises ConfigError and DataError. No communication.
     """
-    given = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
-    settings = override_sampling(SampleConfig(), given | {"guidance_source": guidance_source})
+    given: dict[str, object] = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
+    given |= {"guidance_source": guidance_source, "cfg_norm": cfg_norm, "cfg_interval": cfg_interval}
+    settings = override_sampling(SampleConfig(), given | {"shift": None if shift is None else {"factor": shift}})
     coders: ShardSet | OriginCoders
     if shards is not None:
         coders = _opened(shards)
@@ -209,7 +216,8 @@ def sample(
     request = encode_prompts(model.config, coders, _prompts(prompts, model.config), _device(model))
     codec = coders.codec_object()
     latents = Size(height, width).of_latents(model.config, codec)
-    images = draw_images(model, request, settings, codec.decode, batch_size, size=latents)
+    weak = None if weak_model is None else weak_model.to(_device(model))
+    images = draw_images(model, request, settings, codec.decode, batch_size, size=latents, weak=weak)
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
 

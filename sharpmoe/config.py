@@ -21,6 +21,7 @@ from sharpmoe.config_model import Section
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
 _Factor = Annotated[float, Field(ge=0, le=1e6)]
+_Time = Annotated[float, Field(ge=0, le=1)]
 
 
 class ShardSource(Section):
@@ -82,6 +83,24 @@ class DataConfig(Section):
         return self.places[0][0]
 
 
+class ShiftConfig(Section):
+    """Shift of times towards noise, t' = s t / (1 + (s - 1) t), which images of more tokens need (arXiv 2403.03206)."""
+
+    # s; 1: none; tokens: s = exp(mu) with mu linear in the tokens of an image (the dynamic shift of diffusers'
+    # FlowMatchEulerDiscreteScheduler, whose defaults the other keys have), so that each resolution has its own.
+    factor: Annotated[float, Field(gt=0, le=1e3)] | Literal["tokens"] = 1.0
+    base_tokens: int = Field(256, ge=1)  # tokens: an image of so many has mu = base_shift
+    max_tokens: int = Field(4096, ge=2)  # tokens: an image of so many has mu = max_shift; the line goes on beyond both
+    base_shift: float = Field(0.5, ge=-10, le=10)  # see base_tokens
+    max_shift: float = Field(1.15, ge=-10, le=10)  # see max_tokens
+
+    @model_validator(mode="after")
+    def _check(self) -> ShiftConfig:
+        if self.max_tokens <= self.base_tokens:
+            raise ValueError(f"max_tokens ({self.max_tokens}) must be above base_tokens ({self.base_tokens})")
+        return self
+
+
 SCHEDULE_SETTINGS: dict[str, tuple[str, ...]] = {  # settings of rollout schedules, with the schedules that have them
     "kept_steps": ("hybrid", "segments"),
     "segment_steps": ("segments",),
@@ -103,6 +122,7 @@ class RolloutConfig(Section):
     # next less noisy one with noise added, so the step before tells nothing new about x0 (docs/design/0010).
     noise: Literal["fixed", "fresh", "markov"] = "fixed"
     caption_dropout: float = Field(0.1, ge=0, lt=1)  # share of trajectories trained with the empty caption or class
+    shift: ShiftConfig = ShiftConfig()  # of the times that are trained, in stage pretrain too
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
@@ -249,7 +269,21 @@ class SampleConfig(Section):
     method: Literal["euler", "heun"] = "euler"  # heun takes two model calls a step
     cfg_scale: float = Field(1.5, ge=0)  # classifier-free guidance; 1 is none
     guidance_source: Literal["own", "guided"] = "own"  # which x0_hat each branch of classifier-free guidance reads
+    # tokens: the guided velocity of each token gets the norm of its conditional one, so that a high scale does not
+    # oversaturate.
+    cfg_norm: Literal["none", "tokens"] = "none"
+    # Guidance acts at times from lower to upper, and the conditional velocity counts elsewhere (arXiv 2404.07724). The
+    # unguided branch is computed all the same: its x0_hat is that of its own steps.
+    cfg_interval: tuple[_Time, _Time] = (0.0, 1.0)
+    shift: ShiftConfig = ShiftConfig()  # of the times of the steps
     seed: _Seed = 0  # of the noise
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleConfig:
+        lower, upper = self.cfg_interval
+        if lower > upper:
+            raise ValueError(f"cfg_interval ({lower}, {upper}) must be two times, the lower one first")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -6,8 +6,12 @@ loaded (`sharpmoe.model.weights`), never here.
 A network trained to predict the noise of a DDPM is asked for its velocity here, by equal signal-to-noise ratio.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from sharpmoe.config import ShiftConfig
 
 # Ranges of t by which figures are grouped, highest noise first: lower < t <= upper.
 TIME_RANGES: dict[str, tuple[float, float]] = {
@@ -38,9 +42,30 @@ def clean_prediction(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t - _per_sample(t, x_t) * v
 
 
-def sampling_times(num_steps: int) -> Tensor:
-    """Times of a sampler with `num_steps` steps, from noise (1) to data (0): (num_steps + 1,) float32."""
-    return torch.linspace(1, 0, num_steps + 1)
+def shift_factor(shift: ShiftConfig, tokens: int) -> float:
+    """Return the factor s of `shift_times` for images of so many tokens; 1 is no shift."""
+    if shift.factor != "tokens":
+        return shift.factor
+    slope = (shift.max_shift - shift.base_shift) / (shift.max_tokens - shift.base_tokens)
+    return math.exp(shift.base_shift + slope * (tokens - shift.base_tokens))
+
+
+def shift_times(t: Tensor, factor: float) -> Tensor:
+    """Shift times t in [0, 1], any shape, towards noise: s t / (1 + (s - 1) t) with s = `factor`; 0 and 1 stay.
+
+    An image of more pixels needs more noise for the same uncertainty about its content: with s = sqrt(m / n), an image
+    of m pixels at t' is as uncertain as one of n pixels at t (arXiv 2403.03206, section 5.3.2). A factor of 1 returns
+    t itself.
+    """
+    return t if factor == 1 else factor * t / (1 + (factor - 1) * t)
+
+
+def sampling_times(num_steps: int, factor: float = 1.0) -> Tensor:
+    """Times of a sampler with `num_steps` steps, from noise (1) to data (0): (num_steps + 1,) float32.
+
+    They are evenly spaced before they are shifted by `factor` (`shift_times`).
+    """
+    return shift_times(torch.linspace(1, 0, num_steps + 1), factor)
 
 
 def advance(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -48,12 +73,13 @@ def advance(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return x_t + _per_sample(t_next - t, x_t) * v
 
 
-def descending_times(uniform: Tensor, first_time: float) -> Tensor:
+def descending_times(uniform: Tensor, first_time: float, factor: float = 1.0) -> Tensor:
     """Rollout times (T, B), descending in T, from uniform draws (T - 1, B): t_1 = first_time, the rest below it.
 
-    The others are uniform in (0, first_time), so that no later step is noisier than the first.
+    The others are uniform in (0, first_time), shifted by `factor` inside of it (`shift_times`): no later step is
+    noisier than the first, and the first is the same whatever the shift.
     """
-    rest = (uniform * first_time).sort(dim=0, descending=True).values
+    rest = (shift_times(uniform, factor) * first_time).sort(dim=0, descending=True).values
     return torch.cat(
         [torch.full_like(rest[:1] if len(rest) else uniform.new_zeros(1, uniform.shape[1]), first_time), rest]
     )
@@ -75,9 +101,12 @@ def markov_noise(independent: Tensor, times: Tensor) -> Tensor:
     return torch.stack(noises[::-1])
 
 
-def logit_normal_times(normal: Tensor) -> Tensor:
-    """Pretraining times in (0, 1) from standard normal draws of any shape: t = sigmoid(n), logit-normal(0, 1)."""
-    return normal.sigmoid()
+def logit_normal_times(normal: Tensor, factor: float = 1.0) -> Tensor:
+    """Pretraining times in (0, 1) from standard normal draws of any shape: t = sigmoid(n), logit-normal(0, 1).
+
+    Shifted by `factor` they are logit-normal(log factor, 1).
+    """
+    return shift_times(normal.sigmoid(), factor)
 
 
 DDPM_STEPS = 1000

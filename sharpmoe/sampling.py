@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from sharpmoe import draws, flow
 from sharpmoe.config import ModelConfig, SampleConfig
@@ -49,8 +50,9 @@ class _Evaluation(NamedTuple):
 Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], _Evaluation]  # (x_t, t 0-d, x0_prev) -> _Evaluation
 
 
-class CfgSettings(NamedTuple):
-    """Classifier-free guidance, and what each branch of it reads."""
+@dataclass(frozen=True, kw_only=True)
+class CfgSettings:
+    """Guidance, and what each branch of it reads."""
 
     cfg_scale: float = 1.0  # v = v_empty + cfg_scale * (v_cond - v_empty); 1 needs no empty branch
     source: Literal["own", "guided"] = (
@@ -59,22 +61,33 @@ class CfgSettings(NamedTuple):
     saliency_router: bool = True  # False: the model has no saliency router, so no x0_prev is passed
     # Whose tokens an expert compares where it ranks tokens of a call: the batch's, a branch's, an image's.
     pool: Literal["all", "call", "image"] = "call"
+    norm_patch: int | None = None  # patch size of the tokens that keep the norm of their conditional velocity
+    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, both included
 
     @classmethod
-    def of(cls, model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False) -> CfgSettings:
+    def of(
+        cls, model: ModelConfig, sample: SampleConfig, *, pool_per_image: bool = False, has_weak: bool = False
+    ) -> CfgSettings:
         """Read the settings from a configuration; branches are pools of their own only where tokens are ranked.
 
         That is DiffMoE's count. Its mask and Expert Race compare each token with a threshold, token choice a token's
-        own scores, expert choice the tokens of an image.
+        own scores, expert choice the tokens of an image. `has_weak`: a weak model is the other branch.
         Raises ConfigError for guidance of a model that has nothing to guide away from.
         """
-        if model.conditioning == "class" and not model.class_dropout and sample.cfg_scale != 1:
+        if model.conditioning == "class" and not model.class_dropout and sample.cfg_scale != 1 and not has_weak:
             raise ConfigError(
                 f'sample.cfg_scale is {sample.cfg_scale:g}, but the label table of the model has no row for "no class" '
                 "(model.class_dropout: false), so that guidance is impossible; set it to 1 (--cfg-scale 1)"
             )
         pool: Literal["all", "call", "image"] = "call" if model.counts_calls else "all"
-        return cls(sample.cfg_scale, sample.guidance_source, model.saliency_router, "image" if pool_per_image else pool)
+        return cls(
+            cfg_scale=sample.cfg_scale,
+            source=sample.guidance_source,
+            saliency_router=model.saliency_router,
+            pool="image" if pool_per_image else pool,
+            norm_patch=model.patch_size if sample.cfg_norm == "tokens" else None,
+            interval=sample.cfg_interval,
+        )
 
 
 def empty_condition(cond: Condition, model: ModelConfig, empty_text: tuple[Tensor, Tensor, Tensor] | None) -> Condition:
@@ -87,29 +100,71 @@ def empty_condition(cond: Condition, model: ModelConfig, empty_text: tuple[Tenso
     return TextCondition(*(part.to(cond.pooled.device).expand(rows, *part.shape) for part in empty_text))
 
 
-def make_field(model: Denoiser, branches: tuple[Condition, ...], settings: CfgSettings) -> Field:
+class WeakModel(NamedTuple):
+    """A worse model of the same images that guides away from its own mistakes (autoguidance, arXiv 2406.02070)."""
+
+    model: Denoiser
+    saliency_router: bool  # whether it reads an x0_prev, which is its own
+
+
+_Velocities = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]  # of each branch, float32
+
+
+def make_field(
+    model: Denoiser, branches: tuple[Condition, ...], settings: CfgSettings, weak: WeakModel | None = None
+) -> Field:
     """Turn a model and one condition per branch, (cond,) or (cond, empty), into a velocity field.
 
     x0_prev of each branch is the x0_hat of its own unguided velocity, as in training (`source="own"`), or of the guided
     velocity (`source="guided"`). All branches are one call, in which pools stay apart. A `Backbone` prepares the
-    conditions here, once for all steps.
+    conditions here, once for all steps. `weak`: it is the second branch, with the condition of the only one of
+    `branches`, in a call of its own.
     """
+    velocities = _calls(model, branches, settings.pool, settings.saliency_router)
+    others = None if weak is None else _calls(weak.model, branches, settings.pool, weak.saliency_router)
+
+    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Evaluation:
+        own = velocities(x, t, x0_prev[: len(branches)])
+        own += () if others is None else others(x, t, x0_prev[len(branches) :])
+        v = own[0] if len(own) == 1 else _guided(own[0], own[1], t, settings)
+        sources = own if settings.source == "own" else (v,) * len(own)
+        times = t.to(x).expand(len(x))
+        return _Evaluation(v, tuple(flow.clean_prediction(x, u, times) for u in sources))
+
+    return field
+
+
+def _calls(model: Denoiser, branches: tuple[Condition, ...], pool: str, saliency_router: bool) -> _Velocities:
+    """Return a function that computes the velocity of every branch in one call of the model."""
     condition = _join(branches)
     fixed = model.prepare(condition) if isinstance(model, Backbone) else condition
 
-    def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Evaluation:
+    def velocities(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = len(branches) * len(x)
-        times = t.to(x).expand(rows)
-        x0_prev_all = torch.cat(x0_prev) if settings.saliency_router else None
-        pools = {"all": 1, "call": len(branches), "image": rows}[settings.pool]
+        x0_prev_all = torch.cat(x0_prev) if saliency_router else None
+        pools = {"all": 1, "call": len(branches), "image": rows}[pool]
         x_t = x.repeat(len(branches), 1, 1, 1)
-        output = model(x_t, times, fixed, x0_prev_all, CallMode(pools=pools))
-        own = output.v.float().chunk(len(branches))
-        v = own[0] if len(own) == 1 else own[1] + settings.cfg_scale * (own[0] - own[1])
-        sources = own if settings.source == "own" else (v,) * len(own)
-        return _Evaluation(v, tuple(flow.clean_prediction(x, u, times[: len(x)]) for u in sources))
+        output = model(x_t, t.to(x).expand(rows), fixed, x0_prev_all, CallMode(pools=pools))
+        return output.v.float().chunk(len(branches))
 
-    return field
+    return velocities
+
+
+def _guided(cond: Tensor, other: Tensor, t: Tensor, settings: CfgSettings) -> Tensor:
+    """Return the guided velocity (B, C, H, W) of the conditional one and that of the other branch, at t 0-d."""
+    v = other + settings.cfg_scale * (cond - other)
+    if settings.norm_patch is not None:
+        v = _with_norm_of(cond, v, settings.norm_patch)
+    lower, upper = settings.interval
+    return v if (lower, upper) == (0, 1) else torch.where((t >= lower) & (t <= upper), v, cond)
+
+
+def _with_norm_of(cond: Tensor, v: Tensor, patch: int) -> Tensor:
+    """Rescale v (B, C, H, W) so that each token, a patch of all channels, has the norm that it has in cond."""
+    squares = torch.stack([cond, v]).square().sum(2)  # (2, B, H, W)
+    wanted, found = functional.avg_pool2d(squares, patch)
+    scale = (wanted / found.clamp_min(torch.finfo(found.dtype).tiny)).sqrt()
+    return v * scale.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
 
 
 def _euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
@@ -194,27 +249,48 @@ def generate(
     batch_size: int = 16,
     pool_per_image: bool = False,
     size: tuple[int, int] | None = None,
+    weak: Backbone | None = None,
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
     `size` (H, W) of the latents: the square of the configured size by default, else multiples of the patch.
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
     pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
-    a pool of its own. The model must be whole and in eval mode. Nothing is communicated, and the loop reads nothing
+    a pool of its own. The times of the steps are shifted by `sample.shift` for the tokens of `size`.
+    `weak`: guidance away from this model (autoguidance) in place of the empty condition; it takes the same latents and
+    conditions. Models must be whole and in eval mode. Nothing is communicated, and the loop reads nothing
     back from the device.
     """
-    settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image)
-    shape = (config.latent_channels, *(size or (config.latent_size, config.latent_size)))
+    settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image, has_weak=weak is not None)
+    height, width = size or (config.latent_size, config.latent_size)
+    shape = (config.latent_channels, height, width)
+    tokens = height // config.patch_size * (width // config.patch_size)
+    times = flow.sampling_times(sample.num_steps, flow.shift_factor(sample.shift, tokens))
+    is_guided = settings.cfg_scale != 1
+    other = _weak_model(weak, config) if weak is not None and is_guided else None
     parts, starts = [], range(0, len(request.indices), batch_size)
     with progress_bar("sampling", len(starts) * _EVALUATIONS[sample.method](sample.num_steps), "model call") as advance:
         for start in starts:
             cond, empty, indices = request.select(range(start, start + batch_size))
-            branches = (cond,) if empty is None or settings.cfg_scale == 1 else (cond, empty)
+            branches = (cond,) if empty is None or not is_guided or other is not None else (cond, empty)
             noise = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
-            field = _counted(make_field(model, branches, settings), advance)
-            times = flow.sampling_times(sample.num_steps).to(noise)
-            parts.append(SAMPLERS[sample.method](field, noise, times, (noise,) * len(branches)))
+            field = _counted(make_field(model, branches, settings, other), advance)
+            x0_prev = (noise,) * (len(branches) + (other is not None))
+            parts.append(SAMPLERS[sample.method](field, noise, times.to(noise), x0_prev))
     return torch.cat(parts)
+
+
+def _weak_model(weak: Backbone, config: ModelConfig) -> WeakModel:
+    """Return the weak model of guidance. Raises ConfigError where it does not take what the model takes."""
+    text = ("text_width", "pooled_width")
+    fields = ("latent_channels", "conditioning", *(text if config.conditioning == "text" else ("num_classes",)))
+    for name in fields:
+        wanted, found = getattr(config, name), getattr(weak.config, name)
+        if found != wanted:
+            raise ConfigError(
+                f"weak model: {name} is {found}, expected {wanted} as in the model; take weights of the same data"
+            )
+    return WeakModel(weak, weak.config.saliency_router)
 
 
 def _counted(field: Field, advance: Callable[[int], object]) -> Field:
@@ -237,6 +313,6 @@ def _join(branches: tuple[Condition, ...]) -> Condition:
         return ClassCondition(torch.cat([b[0] for b in branches]))
     texts = [b for b in branches if isinstance(b, TextCondition)]
     length = max(b.mask.shape[1] for b in texts)
-    tokens = [F.pad(b.tokens, (0, 0, 0, length - b.tokens.shape[1])) for b in texts]
-    masks = [F.pad(b.mask, (0, length - b.mask.shape[1])) for b in texts]
+    tokens = [functional.pad(b.tokens, (0, 0, 0, length - b.tokens.shape[1])) for b in texts]
+    masks = [functional.pad(b.mask, (0, length - b.mask.shape[1])) for b in texts]
     return TextCondition(torch.cat(tokens), torch.cat(masks), torch.cat([b.pooled for b in texts]))

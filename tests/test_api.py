@@ -344,6 +344,7 @@ def pixels_of(images: list[Any]) -> np.ndarray:
 
 def test_samples_are_those_of_the_command(run_folder: Path, tmp_path: Path) -> None:
     model, shards = sharpmoe.load(run_folder).train(), sharpmoe.open_shards(run_folder.parent / "shards")
+    base = stirred_model(make_run(run_folder.parent / "shards", tmp_path))
     captions, settings = ["a red circle", "a blue square"], SampleConfig(num_steps=3, cfg_scale=3.0, seed=4)
     draw_to_files(model, shards, Prompts(tuple(captions)), settings, tmp_path, DrawOptions())
     drawn = pixels_of([Image.open(path) for path in sorted(tmp_path.glob("0*.png"))])
@@ -356,6 +357,10 @@ def test_samples_are_those_of_the_command(run_folder: Path, tmp_path: Path) -> N
     assert np.abs(itself - drawn).max() <= 2
     assert not np.array_equal(drawn[0], drawn[1])
     assert len(sharpmoe.sample(model, "a red circle", **given)) == 1
+    for changed in ({"shift": 3.0}, {"cfg_norm": "tokens"}, {"cfg_interval": (0.0, 0.4)}, {"weak_model": base}):
+        assert not np.array_equal(pixels_of(sharpmoe.sample(model, captions, shards=shards, **given, **changed)), drawn)
+    with pytest.raises(ConfigError, match=r"sample: cfg_interval \(0.5, 0.2\) must be two times"):
+        sharpmoe.sample(model, captions, shards=shards, cfg_interval=(0.5, 0.2))
     for source in (shards, None):
         (wide,) = sharpmoe.sample(model, "a red circle", shards=source, width=48, height=16, **given)
         assert wide.size == (48, 16)

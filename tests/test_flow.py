@@ -1,11 +1,69 @@
-"""The noise of trajectories: what the latents of two steps tell about the image together."""
+"""Times and their shift against diffusers; noise: what the latents of two steps tell about the image together."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributions import Normal
 
+from sharpmoe import flow
+from sharpmoe.config import ShiftConfig
 from sharpmoe.flow import descending_times, interpolate, markov_noise
+
+PUBLISHED = ShiftConfig(factor="tokens")  # of Nucleus-Image, FLUX and Qwen-Image
+
+
+@pytest.mark.parametrize("tokens", [100, 256, 1024, 2304, 4096, 6400])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_the_shift_by_tokens_is_that_of_diffusers(tokens: int, steps: int) -> None:
+    schedulers = pytest.importorskip("diffusers.schedulers.scheduling_flow_match_euler_discrete")
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)  # what pipelines give it
+    scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)], mu=mu)
+    factor = flow.shift_factor(PUBLISHED, tokens)
+    assert factor == pytest.approx(math.exp(mu), rel=1e-12)
+    torch.testing.assert_close(flow.sampling_times(steps, factor), scheduler.sigmas, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_a_fixed_shift_is_that_of_diffusers(factor: float) -> None:
+    schedulers = pytest.importorskip("diffusers.schedulers.scheduling_flow_match_euler_discrete")
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=factor)
+    scheduler.set_timesteps(sigmas=[1 - k / 20 for k in range(20)])
+    assert flow.shift_factor(ShiftConfig(factor=factor), 77) == factor
+    torch.testing.assert_close(flow.sampling_times(20, factor), scheduler.sigmas, rtol=1e-6, atol=1e-6)
+
+
+def test_the_line_of_mu_has_the_given_points() -> None:
+    shift = ShiftConfig(factor="tokens", base_tokens=16, max_tokens=64, base_shift=0.0, max_shift=1.0)
+    logarithms = [math.log(flow.shift_factor(shift, tokens)) for tokens in (16, 40, 64, 112)]
+    assert logarithms == pytest.approx([0, 0.5, 1, 2])
+
+
+def test_no_shift_changes_no_bit() -> None:
+    t = torch.rand(1000)
+    assert flow.shift_factor(ShiftConfig(), 4096) == 1
+    assert flow.shift_times(t, 1.0) is t
+    assert torch.equal(flow.sampling_times(50), torch.linspace(1, 0, 51))
+
+
+def test_rollout_times_keep_their_first_and_their_order() -> None:
+    uniform = torch.rand(9, 1000, generator=torch.Generator().manual_seed(0)).clamp(0.001, 0.999)
+    plain, shifted = (flow.descending_times(uniform, 0.999, factor) for factor in (1.0, 3.0))
+    assert torch.equal(plain[0], shifted[0])
+    assert (shifted.diff(dim=0) <= 0).all()
+    assert (shifted[1:] > plain[1:]).all()
+    odds, shifted_odds = (t / (1 - t) for t in (plain[1:].double() / 0.999, shifted[1:].double() / 0.999))
+    torch.testing.assert_close(shifted_odds, 3 * odds, rtol=1e-3, atol=0)  # a shift multiplies t / (1 - t)
+
+
+def test_pretraining_times_move_by_the_logarithm() -> None:
+    normal = torch.linspace(-3, 3, 601)
+    share = Normal(math.log(3), 1.0).cdf(flow.logit_normal_times(normal, 3.0).logit())
+    torch.testing.assert_close(share, Normal(0.0, 1.0).cdf(normal), rtol=1e-4, atol=1e-5)
 
 
 def coefficients(times: Tensor) -> Tensor:

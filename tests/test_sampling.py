@@ -7,8 +7,9 @@ from torch import Tensor
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.flow import sampling_times
+from sharpmoe.flow import sampling_times, shift_factor
 from sharpmoe.model.backbone import ClassCondition, Condition, ModelOutput, TextCondition
+from sharpmoe.model.embed import patchify
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, Request, _euler, _heun, generate, make_field
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model
@@ -18,6 +19,8 @@ ROUTERS = ("dense", "tc", "ec", "diffmoe")
 
 class Recorder:
     """A model whose velocity is known, and that remembers what it was asked."""
+
+    factor = 1.0  # of the velocity
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Condition, Tensor | None]] = []
@@ -34,7 +37,7 @@ class Recorder:
         self.calls.append((x_t, t, condition, x0_prev))
         self.pools.append(mode.pools)
         labels = condition.labels if isinstance(condition, ClassCondition) else torch.zeros(len(x_t))
-        return ModelOutput(x_t * (1.0 + labels.view(-1, 1, 1, 1)), ())
+        return ModelOutput(x_t * self.factor * (1.0 + labels.view(-1, 1, 1, 1)), ())
 
 
 def captions(count: int) -> TextCondition:
@@ -104,7 +107,7 @@ def test_only_a_model_with_a_saliency_router_is_guided() -> None:
 def test_branches_share_a_call_in_which_pools_stay_apart(pool: str, pools: int) -> None:
     model, x = Recorder(), torch.randn(3, 1, 1, 1)
     branches = (ClassCondition(torch.ones(3)), ClassCondition(torch.zeros(3)))
-    step = make_field(model, branches, CfgSettings(2.0, pool=pool))(x, torch.tensor(1.0), (x, x))
+    step = make_field(model, branches, CfgSettings(cfg_scale=2.0, pool=pool))(x, torch.tensor(1.0), (x, x))
     assert [len(call[0]) for call in model.calls] == [6]
     assert model.pools == [pools]
     torch.testing.assert_close(step.velocity, x + 2 * (2 * x - x))
@@ -212,3 +215,85 @@ def test_guidance_without_a_row_for_no_class_is_refused() -> None:
         generate(model, model.config, SampleConfig(num_steps=1), one)
     plain = generate(model, model.config, SampleConfig(num_steps=1, cfg_scale=1.0), one)
     assert plain.isfinite().all()
+
+
+def test_the_norm_of_tokens_is_that_of_the_published_pipeline() -> None:
+    """Nucleus-Image: comb * |cond| / |comb| over the features of each token of (B, N, C p p)."""
+    cond, empty = torch.randn(2, 2, 3, 4, 6)
+    settings = CfgSettings(cfg_scale=4.0, norm_patch=2)
+    found = patchify(sampling._guided(cond, empty, torch.tensor(0.5), settings), 2)
+    cond, empty = patchify(cond, 2), patchify(empty, 2)
+    comb = empty + 4.0 * (cond - empty)
+    torch.testing.assert_close(found, comb * (cond.norm(dim=-1, keepdim=True) / comb.norm(dim=-1, keepdim=True)))
+
+
+def test_a_token_without_velocity_has_a_finite_norm() -> None:
+    zero, cond = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    assert torch.equal(sampling._with_norm_of(zero, cond, 2), zero)
+    assert sampling._with_norm_of(cond, zero, 2).isfinite().all()
+
+
+def test_guidance_acts_inside_its_interval_only() -> None:
+    cond, empty = torch.randn(2, 1, 1, 2, 2)
+    settings = CfgSettings(cfg_scale=3.0, interval=(0.25, 0.75))
+    for t, acts in ((1.0, False), (0.75, True), (0.5, True), (0.25, True), (0.1, False)):
+        found = sampling._guided(cond, empty, torch.tensor(t), settings)
+        torch.testing.assert_close(found, empty + 3 * (cond - empty) if acts else cond)
+
+
+def test_an_interval_of_no_time_is_no_guidance() -> None:
+    model = toy_model("ec")
+    off = SampleConfig(num_steps=3, cfg_scale=4.0, cfg_interval=(0.0, 0.0))
+    plain = SampleConfig(num_steps=3, cfg_scale=1.0)
+    drawn, expected = (generate(model, model.config, each, request(2)) for each in (off, plain))
+    torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_times_are_shifted_by_the_tokens_of_the_size() -> None:
+    shift = {"factor": "tokens", "base_tokens": 4, "max_tokens": 16}
+    sample = SampleConfig(num_steps=4, cfg_scale=1.0, shift=shift)
+    for size in ((8, 8), (4, 8)):
+        model, cond = Recorder(), ClassCondition(torch.zeros(1))
+        generate(model, toy_config(), sample, Request(cond, None, (0,)), size=size)
+        factor = shift_factor(sample.shift, size[0] * size[1] // 4)
+        assert [call[1].item() for call in model.calls] == sampling_times(4, factor)[:-1].tolist()
+        assert factor == pytest.approx(math.exp({64: 1.15, 32: 0.5 + 0.65 * 4 / 12}[size[0] * size[1]]))
+
+
+@pytest.mark.parametrize("source", ["own", "guided"])
+@pytest.mark.parametrize("steered", [True, False])
+def test_a_weak_model_is_the_other_branch(source: str, steered: bool) -> None:
+    """Same latents and conditions, an x0_hat of its own, and none where it has no saliency routers."""
+    strong, weak, x = Recorder(), Recorder(), torch.full((2, 1, 1, 1), 2.0)
+    weak.factor = 0.5
+    branches = (ClassCondition(torch.ones(2)),)  # v = 2x of the strong model, x of the weak one
+    settings = CfgSettings(cfg_scale=3.0, source=source)
+    field = make_field(strong, branches, settings, sampling.WeakModel(weak, steered))
+    step = field(x, torch.tensor(0.5), (x, x + 1))
+    assert step.velocity.flatten().tolist() == [2 + 3 * (4 - 2)] * 2
+    expected = [2 - 0.5 * 4, 2 - 0.5 * 2] if source == "own" else [2 - 0.5 * 8] * 2
+    assert [guide[0].item() for guide in step.x0_prev] == expected
+    ((strong_x, _, strong_cond, strong_prev),), ((weak_x, _, weak_cond, weak_prev),) = strong.calls, weak.calls
+    assert torch.equal(strong_x, weak_x)
+    assert torch.equal(strong_cond.labels, weak_cond.labels)
+    assert torch.equal(strong_prev, x)
+    assert weak_prev is None if not steered else torch.equal(weak_prev, x + 1)
+
+
+def test_the_same_model_as_weak_one_is_no_guidance() -> None:
+    model = toy_model("ec")
+    plain = generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=1.0), request(2))
+    weak = generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=5.0), request(2), weak=model)
+    torch.testing.assert_close(weak, plain, rtol=1e-4, atol=1e-5)
+    other = toy_model("tc")
+    guided = generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=5.0), request(2), weak=other)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+
+
+def test_a_weak_model_of_other_latents_is_refused_and_one_guides_without_a_null_class() -> None:
+    model = toy_model("ec", conditioning="class", num_classes=3, class_dropout=False)
+    one, settings = Request(ClassCondition(torch.tensor([1])), None, (0,)), SampleConfig(num_steps=1)
+    with pytest.raises(ConfigError, match="weak model: num_classes is 4, expected 3"):
+        generate(model, model.config, settings, one, weak=toy_model("ec", conditioning="class", num_classes=4))
+    weak = toy_model("tc", conditioning="class", num_classes=3)
+    assert generate(model, model.config, settings, one, weak=weak).isfinite().all()

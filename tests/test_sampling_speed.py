@@ -152,7 +152,7 @@ def test_x0_prev_costs_one_embedding_and_a_router_in_each_layer() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_the_loop_reads_nothing_back(method: str) -> None:
-    field = make_field(Recorder(), (captions(2), captions(2)), CfgSettings(2.0))
+    field = make_field(Recorder(), (captions(2), captions(2)), CfgSettings(cfg_scale=2.0))
     x, times = torch.randn(2, 4, 8, 8), sampling_times(4)
     with Operators() as operators:
         sampling.SAMPLERS[method](field, x, times, (x, x))
@@ -163,7 +163,7 @@ def test_the_loop_reads_nothing_back(method: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:
     model = family(name)
-    field = make_field(model, branches(model, 2), CfgSettings(2.0, pool="image"))
+    field = make_field(model, branches(model, 2), CfgSettings(cfg_scale=2.0, pool="image"))
     x, times = torch.randn(2, 4, 8, 8), sampling_times(2)
     with Operators() as operators:
         sampling._euler(field, x, times, (x, x))

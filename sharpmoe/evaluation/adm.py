@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpmoe import sampling
+from sharpmoe import flow, sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.console import print_note, progress_bar
 from sharpmoe.durable import write_atomically
@@ -41,6 +41,7 @@ class AdmBatch:
     batch_size: int  # images per model call and branch
     weights: str  # description of the weights, for the protocol
     part: sampling.ImagePart = _WHOLE  # which of the images
+    weak_weights: str | None = None  # description of the weak model's, where one guides
 
     @property
     def file(self) -> Path:
@@ -59,13 +60,19 @@ class AdmBatch:
         return self.part.rows(self.num_images, self.batch_size)
 
 
-def draw_adm_batch(model: Backbone, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch) -> Path:
+def draw_adm_batch(
+    model: Backbone,
+    sample: SampleConfig,
+    decode: Callable[[Tensor], Tensor],
+    batch: AdmBatch,
+    weak: Backbone | None = None,
+) -> Path:
     """Draw, decode and write a batch of a class-conditional model; return the .npz. A whole batch gets its protocol.
 
     Image i is the same for every batch size (DiffMoE's pool is the exception): its noise is keyed by (seed, i). What is
     drawn stays in NAME.npz.drawing until the .npz is complete, so that the same call goes on where a killed one was; it
-    takes as much of the disk again for a while. Raises ConfigError for a model with another conditioning, and where
-    another process draws the same file.
+    takes as much of the disk again for a while. `weak`: a model to guide away from (`sampling.generate`).
+    Raises ConfigError for a model with another conditioning, and where another process draws the same file.
     """
     config = model.config
     if config.conditioning != "class":
@@ -77,8 +84,8 @@ def draw_adm_batch(model: Backbone, sample: SampleConfig, decode: Callable[[Tens
     drawing.parent.mkdir(parents=True, exist_ok=True)
     with drawing.open("a+b") as file:
         _lock(file, batch.file)
-        begun = _images_begun(file, key, json.dumps(_draws_of(model, sample, batch), sort_keys=True), batch)
-        _draw_missing(file, begun, model, sample, decode, batch)
+        begun = _images_begun(file, key, json.dumps(_draws_of(model, sample, batch, weak), sort_keys=True), batch)
+        _draw_missing(file, _images(model, sample, decode, batch, begun, weak), batch, begun)
         _write_images(batch.file, _pixels_drawn(file, batch), len(batch.rows), batch.image_size)
         for done in (drawing, key):
             done.unlink()
@@ -96,14 +103,19 @@ def _lock(file: IO[bytes], target: Path) -> None:
         pass  # a file system without locks
 
 
-def _draws_of(model: Backbone, sample: SampleConfig, batch: AdmBatch) -> dict[str, Any]:
-    """Return everything that decides the pixels of a batch, as JSON values."""
+def _hash_of(model: Backbone) -> str:
     weights = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return weights.hexdigest()
+
+
+def _draws_of(model: Backbone, sample: SampleConfig, batch: AdmBatch, weak: Backbone | None) -> dict[str, Any]:
+    """Return everything that decides the pixels of a batch, as JSON values."""
     return {
-        "weights": weights.hexdigest(),
+        "weights": _hash_of(model),
+        **({} if weak is None else {"weak": _hash_of(weak)}),
         "model": model.config.model_dump(mode="json"),
         "sample": sample.model_dump(mode="json"),
         "images": [batch.num_images, batch.image_size, batch.batch_size, *batch.part],
@@ -125,17 +137,10 @@ def _images_begun(file: IO[bytes], key: Path, draws: str, batch: AdmBatch) -> in
     return begun
 
 
-def _draw_missing(
-    file: IO[bytes],
-    begun: int,
-    model: Backbone,
-    sample: SampleConfig,
-    decode: Callable[[Tensor], Tensor],
-    batch: AdmBatch,
-) -> None:
+def _draw_missing(file: IO[bytes], missing: Iterator[Tensor], batch: AdmBatch, begun: int) -> None:
     """Append the images that are not drawn yet, each batch flushed to the disk."""
     with progress_bar("drawing", len(batch.rows) - begun) as advance:
-        for images in _images(model, sample, decode, batch, begun):
+        for images in missing:
             pixels = _to_bytes(images)
             if pixels.shape[1:] != (batch.image_size, batch.image_size, 3):
                 raise ConfigError(f"{batch.file}: images of {pixels.shape[1:]} drawn, expected {batch.image_size}")
@@ -163,7 +168,12 @@ def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, pa
 
 
 def _images(
-    model: Backbone, sample: SampleConfig, decode: Callable[[Tensor], Tensor], batch: AdmBatch, begun: int
+    model: Backbone,
+    sample: SampleConfig,
+    decode: Callable[[Tensor], Tensor],
+    batch: AdmBatch,
+    begun: int,
+    weak: Backbone | None,
 ) -> Iterator[Tensor]:
     """Yield the images of a batch but the first `begun`."""
     labels = torch.tensor(_balanced_labels(batch.num_images, model.config.num_classes))
@@ -175,7 +185,7 @@ def _images(
             cond = ClassCondition(labels[start:stop].to(device))
             empty = sampling.empty_condition(cond, model.config, None) if model.config.class_dropout else None
             request = sampling.Request(cond, empty, tuple(range(start, stop)))
-            yield decode(sampling.generate(model, model.config, sample, request, batch_size=size))
+            yield decode(sampling.generate(model, model.config, sample, request, batch_size=size, weak=weak))
 
 
 def _balanced_labels(count: int, num_classes: int) -> tuple[int, ...]:
@@ -232,10 +242,13 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
         "images": batch.num_images,
         "labels": f"balanced: image i has class i mod {model.num_classes}",
         "steps": sample.num_steps,
-        "grid": f"linspace(1, 0, {sample.num_steps} + 1), 1 is noise",
+        "grid": f"linspace(1, 0, {sample.num_steps} + 1), 1 is noise{_shift_text(model, sample)}",
         "method": sample.method,
         "cfg_scale": sample.cfg_scale,
         "guidance_source": sample.guidance_source,
+        "cfg_norm": sample.cfg_norm,
+        "cfg_interval": list(sample.cfg_interval),
+        "weak_model": batch.weak_weights or "none",
         "seed": sample.seed,
         "weights": batch.weights,
         "model": f"{model.router} DiT {model.width}/{model.depth}/{model.num_heads}",
@@ -244,6 +257,11 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
         "reference batch",
     }
     write_atomically(batch.path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
+
+
+def _shift_text(model: ModelConfig, sample: SampleConfig) -> str:
+    factor = flow.shift_factor(sample.shift, model.num_tokens)
+    return "" if factor == 1 else f", shifted: s t / (1 + (s - 1) t) with s = {factor:.6g}"
 
 
 def _figure_name(count: int) -> str:

@@ -125,6 +125,8 @@ def measure_allocation(
 ) -> Allocation:
     """Roll the model out over held-out samples at ten fixed times from 0.999 to 0.05 and return its allocation.
 
+    The times are evenly spaced and not shifted, whatever `rollout.shift` is: all models are measured at the same.
+
     Eval mode, fixed noise, captions kept. with_markov_noise: roll out a second time for the flow loss with the noise
     of a Markov chain (`flow.markov_noise`). Communicates only through `share.reduce`; the result is the same on every
     rank.

@@ -34,7 +34,8 @@ _FIGURES = {
 _LEGEND = """\
   spread: 0 where a saliency router is untrained, 1 where it varies as much as the gate
   correlation of the last rows: Pearson's, in each MoE layer and at each time alone;
-  that of the first rows: of ranks, of the experts summed over MoE layers and times"""  # what titles do not say
+  that of the first rows: of ranks, of the experts summed over MoE layers and times
+  times: the same for every model, not shifted (rollout.shift)"""  # what titles do not say
 
 
 def allocation_table(results: Mapping[str, Allocation]) -> str:

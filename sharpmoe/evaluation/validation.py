@@ -8,8 +8,8 @@ from typing import NamedTuple
 from sharpmoe.evaluation.held_out import ALONE, Samples, Share, observe, spread
 from sharpmoe.model.backbone import Backbone
 
-# Descending from the first time of training's rollout, so that a model with saliency routers gets only inputs that it
-# was trained on.
+# Fixed and not shifted (`rollout.shift`), so that curves of several runs compare. Descending from the first time of
+# training's rollout, so that a model with saliency routers gets only inputs that it was trained on.
 VALIDATION_TIMES = (0.999, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
 

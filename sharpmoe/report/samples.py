@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -111,12 +111,20 @@ def unknown_size(latents: tuple[int, int], shards: ShardSet) -> str:
 
 
 def override_sampling(settings: SampleConfig, given: Mapping[str, object]) -> SampleConfig:
-    """Replace fields of a sample section by those `given` that are not None. Raises ConfigError for a bad value."""
-    changed = {field: value for field, value in given.items() if value is not None}
+    """Replace fields of a sample section by those `given` that are not None, and keys of a section in it.
+
+    Raises ConfigError for a bad value.
+    """
+    fields = settings.model_dump()
+    for field, value in given.items():
+        if value is not None:
+            fields[field] = fields[field] | value if isinstance(value, dict) else value
     try:
-        return SampleConfig(**{**settings.model_dump(), **changed})
+        return SampleConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise ConfigError(f"sample: {first['msg'].removeprefix('Value error, ')}") from None
         raise ConfigError(f"sample.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
 
 
@@ -159,14 +167,22 @@ def draw_images(
     batch_size: int = 16,
     pool_per_image: bool = False,
     size: tuple[int, int] | None = None,
+    weak: Backbone | None = None,
 ) -> Tensor:
-    """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the model's mode.
+    """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the mode of the models.
 
-    `size` is (h, w) of the latents, by default the model's square.
+    `size` is (h, w) of the latents, by default the model's square. `weak`: a model to guide away from.
     """
-    with evaluating(model):
+    with evaluating(model), nullcontext() if weak is None else evaluating(weak):
         latents = sampling.generate(
-            model, model.config, settings, request, batch_size=batch_size, pool_per_image=pool_per_image, size=size
+            model,
+            model.config,
+            settings,
+            request,
+            batch_size=batch_size,
+            pool_per_image=pool_per_image,
+            size=size,
+            weak=weak,
         )
     return decode(latents.cpu())
 
@@ -178,6 +194,7 @@ class DrawOptions(NamedTuple):
     batch_size: int = 16  # images per model call
     pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
     size: Size = Size()
+    weak: Backbone | None = None  # a model to guide away from, on the device of the other
 
 
 def draw_to_files(
@@ -213,6 +230,7 @@ def draw_to_files(
         options.batch_size,
         options.pool_per_image,
         size,
+        options.weak,
     )
     folder, titles = Path(folder), prompts.titles()[rows.start : rows.stop]
     for i, pixels, title in zip(rows, figures.to_pixels(images), titles, strict=True):

@@ -1,5 +1,6 @@
 """The trajectories of a step: batches of the stream with their noise, times and caption dropout drawn."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +22,8 @@ def draw_trajectories(
     """Copy a step's micro-batches to `device` and draw their noise, times and caption dropout.
 
     Each draw is keyed by (seed, position), so it is the same on any layout of ranks. stage pretrain: one logit-normal
-    time; posttrain: T descending times that start at first_time. Raises DataError if a sample has no label that the
-    model needs. No communication.
+    time; posttrain: T descending times that start at first_time; both are shifted by `rollout.shift` for the tokens of
+    the batch's resolution. Raises DataError if a sample has no label that the model needs. No communication.
     """
     return [_draw(_to_device(batch, device), empty_text, run) for batch in batches]
 
@@ -42,11 +43,12 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _draw(batch: Batch, empty_text: EmptyText, run: RunConfig) -> TrajectoryBatch:
     x0, noise = batch.latent, "fixed" if run.stage == "pretrain" else run.rollout.noise
+    factor = flow.shift_factor(run.rollout.shift, math.prod(x0.shape[2:]) // run.model.patch_size**2)
     if run.stage == "pretrain":
-        times = flow.logit_normal_times(draws.normal_times(run.seed, batch.position))
+        times = flow.logit_normal_times(draws.normal_times(run.seed, batch.position), factor)
     else:
         uniform = draws.uniform_times(run.seed, batch.position, run.rollout.num_steps - 1)
-        times = flow.descending_times(uniform, run.rollout.first_time)
+        times = flow.descending_times(uniform, run.rollout.first_time, factor)
     if noise == "fixed":
         x1 = draws.noise(run.seed, batch.position, x0.shape[1:]).to(x0)
     else:

@@ -49,6 +49,32 @@ def test_parts_draw_what_one_process_draws(
     assert main([*words, str(tmp_path), "--part", "5/4"]) == 2
 
 
+def test_the_settings_of_a_published_pipeline(run_folder: Path, tmp_path: Path) -> None:
+    words = [str(run_folder), "--captions", "a green circle", "--steps", "2", "--cfg-scale", "4", "--out"]
+    options: dict[str, list[str]] = {
+        "plain": [],
+        "shift": ["--shift", "tokens"],
+        "three": ["--shift", "3"],
+        "norm": ["--cfg-norm", "tokens"],
+        "interval": ["--cfg-interval", "0.2", "0.6"],
+        "weak": ["--weak-model", str(run_folder), "--weights", "live"],
+    }
+    for name, more in options.items():
+        assert main([*words, str(tmp_path / name), *more]) == 0
+    pictures = {(tmp_path / name / "000_a-green-circle.png").read_bytes() for name in options}
+    assert len(pictures) == len(options)
+
+
+@pytest.mark.parametrize(
+    "words", [["--shift", "0"], ["--shift", "all"], ["--cfg-interval", "0.6", "0.2"], ["--cfg-interval", "0", "2"]]
+)
+def test_settings_out_of_bounds_are_one_line(
+    words: list[str], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_folder), "--captions", "a cross", *words]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "size"),
     [
@@ -141,7 +167,23 @@ def test_the_command_writes_batch_and_protocol(tmp_path: Path) -> None:
     assert main([str(tmp_path / "toy.safetensors"), *words, "--cfg-scale", "1.0", "--batch-size", "4"]) == 0
     with np.load(tmp_path / "batch.npz") as arrays:
         assert arrays["arr_0"].shape == (5, 32, 32, 3)
-    assert json.loads((tmp_path / "batch.json").read_text())["cfg_scale"] == 1.0
+    protocol = json.loads((tmp_path / "batch.json").read_text())
+    assert (protocol["cfg_scale"], protocol["grid"]) == (1.0, "linspace(1, 0, 2 + 1), 1 is noise")
+    weak = [
+        "--cfg-scale",
+        "2",
+        "--shift",
+        "3",
+        "--weak-model",
+        str(tmp_path / "toy.safetensors"),
+        "--cfg-norm",
+        "tokens",
+    ]
+    words[3] = str(tmp_path / "weak.npz")
+    assert main([str(tmp_path / "toy.safetensors"), *words, *weak]) == 0
+    protocol = json.loads((tmp_path / "weak.json").read_text())
+    assert (protocol["weak_model"], protocol["cfg_norm"]) == ("toy", "tokens")
+    assert protocol["grid"].endswith("shifted: s t / (1 + (s - 1) t) with s = 3")
 
 
 def test_parts_join_to_the_batch_of_one_process(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from sharpmoe.flow import markov_noise
+from sharpmoe.flow import markov_noise, shift_factor, shift_times
 from sharpmoe.train.trajectories import draw_trajectories
 from tests.train.setting import ALONE, make_run, plan_for
 
@@ -40,3 +41,26 @@ def test_markov_noise_follows_the_times_of_the_trajectory(shards: Path, tmp_path
     assert torch.equal(ours.x1, markov_noise(base.x1, base.times))
     assert torch.equal(ours.x1[-1], base.x1[-1])
     assert not torch.equal(ours.x1[0], base.x1[0])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
+def test_each_resolution_has_its_own_shift(stage: str, shards: Path, tmp_path: Path) -> None:
+    shift = {"factor": "tokens", "base_tokens": 16, "max_tokens": 64}
+    run, plain = (
+        make_run(shards, tmp_path, stage=stage, rollout={"num_steps": 3, "shift": chosen}) for chosen in (shift, {})
+    )
+    data = plan_for(run, ALONE).data
+    square = data.train.sources[0].batch([0, 1], [40, 41])
+    wide = square._replace(latent=square.latent.repeat(1, 1, 1, 3))
+    tokens = square.saliency.shape[1]
+    assert run.rollout.shift.factor == "tokens"
+    for batch, count in ((square, tokens), (wide, 3 * tokens)):
+        times, unshifted = (
+            draw_trajectories([batch], data.empty_text, each, torch.device("cpu"))[0].times for each in (run, plain)
+        )
+        scale = run.rollout.first_time if stage == "posttrain" else 1.0
+        first = 1 if stage == "posttrain" else 0
+        expected = shift_times(unshifted[first:] / scale, shift_factor(run.rollout.shift, count)) * scale
+        torch.testing.assert_close(times[first:], expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(times[:first], unshifted[:first])
+        assert not torch.allclose(times[first:], unshifted[first:])
