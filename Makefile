@@ -1,6 +1,7 @@
 # make quickstart   from nothing to pictures of a post-trained model (Python 3.11, npm, make; no GPU needed)
 # make test         the test suite          make check   ruff, mypy, import-linter
 # make test-fast    what needs no second process           make test-all   make test, then the sweeps (make test-sweep)
+# make test-gpu     the tests that need a CUDA device; all others run on the host, on a machine with GPUs too
 # make clean        remove what the tools leave behind; make clean-all also the environment, data and runs
 #
 # Every target first brings .venv up to date; that costs nothing when the pinned requirements have not changed.
@@ -22,7 +23,7 @@ QUIET  := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: setup quickstart test test-fast test-sweep test-all check format clean clean-all
+.PHONY: setup quickstart test test-fast test-sweep test-gpu test-all check format clean clean-all
 
 setup: $(READY)
 
@@ -68,6 +69,9 @@ test-fast: $(READY)
 
 test-sweep: $(READY)
 	$(PYTEST) -m sweep --durations=10
+
+test-gpu: $(READY)
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -q -m gpu --durations=10
 
 test-all: test test-sweep
 

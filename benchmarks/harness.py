@@ -225,11 +225,11 @@ def _spread(values: Sequence[float]) -> float:
     return (high - low) / middle if middle else 0.0
 
 
-def synchronised(clock: Clock) -> Clock:
-    """Return a clock that waits for all work of the GPU before it is read."""
+def synchronised(clock: Clock, device: torch.device) -> Clock:
+    """Return a clock that waits for all work of a GPU before it is read."""
 
     def read() -> float:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return clock()
 
     return read
@@ -249,11 +249,12 @@ def main(
     _keep_memory()
     on_cpu = options.device.type == "cpu"
     clock = time.process_time if on_cpu and not given.wall else time.perf_counter
+    timer = clock if on_cpu else synchronised(clock, options.device)
     results: list[Result | Failure] = []
     for planned in build(options):
         if given.only not in planned.name:
             continue
-        results.append(attempt(planned, options, max(2, given.rounds), clock if on_cpu else synchronised(clock)))
+        results.append(attempt(planned, options, max(2, given.rounds), timer))
         print(results[-1], flush=True)
         if given.json:
             write_atomically(given.json, json.dumps([_plain(result) for result in results], indent=1) + "\n")

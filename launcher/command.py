@@ -47,17 +47,18 @@ class Command:
     overrides: bool = False  # put words that are not options in `arguments.overrides`; abbreviate no options
     epilog: str | None = None
     reports: Callable[[], bool] = lambda: True  # whether this process prints an error; False on all ranks but one
-    cleanup: Callable[[], object] = lambda: None  # called at the end, after an error has been printed
+    cleanup: Callable[[bool], object] = lambda clean: None  # called at the end with whether `act` returned
     leave: Callable[[int], NoReturn] = sys.exit
 
     def __call__(self, words: Sequence[str], name: str | None = None) -> int:
         """Run with these command-line words and return the exit code; `name` is the program's name in its help."""
-        debug = False
+        debug = clean = False
         try:
             arguments = self.parse(words, name)
             debug = getattr(arguments, "debug", False)
             code = self.act(arguments) or 0
             sys.stdout.flush()
+            clean = True
             return code
         except SharpMoEError as error:
             if self.reports() or error.lone:
@@ -76,7 +77,7 @@ class Command:
             _print_error(error, debug or known is None, _of_rank() + text)
             return _ERROR if known else _BUG
         finally:
-            self.cleanup()
+            self.cleanup(clean)
 
     def run(self) -> NoReturn:
         """Run with the words of this process and end it."""

@@ -4,25 +4,29 @@ import argparse
 
 import torch
 
+from sharpmoe.devices import default_device, device_count, why_no_cuda
+
 DEVICE_HELP = "auto (cuda where there is one, else cpu), cpu, cuda or cuda:N"
 
 
 def device_name(text: str) -> str:
     """Return the name of a device, with `auto` resolved. Raises argparse.ArgumentTypeError for one that is not here."""
     if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device().type
     try:
         device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {DEVICE_HELP}") from None
     if not _is_here(device):
-        count = torch.cuda.device_count()
+        count = device_count()
         here = {0: "cpu only", 1: "cpu and cuda:0"}.get(count, f"cpu and cuda:0 to cuda:{count - 1}")
-        raise argparse.ArgumentTypeError(f"got {text!r}, but torch finds {here} on this machine; use --device cpu")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, but torch finds {here} on this machine{why_no_cuda()}; use --device cpu"
+        )
     return text
 
 
 def _is_here(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        return (device.index or 0) < device_count()
     return device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())

@@ -18,6 +18,10 @@ from sharpmoe.config_model import ModelConfig as ModelConfig
 from sharpmoe.config_model import OneOf as OneOf
 from sharpmoe.config_model import Section
 
+# Seconds after which a collective gives up by itself, without naming a rank: of every process group of the training
+# (sharpmoe/parallel/ranks/launch.py). The watchdog of `peers` must have spoken before.
+COLLECTIVE_SECONDS = 1800.0
+
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
 _Factor = Annotated[float, Field(ge=0, le=1e6)]
@@ -242,10 +246,11 @@ class GuardConfig(Section):
 class PeersConfig(Section):
     """After how many seconds a silent rank counts as failed (docs/reliability.md)."""
 
-    dead_after: float = Field(60.0, gt=0)  # a rank whose heartbeat is older than this is dead or stopped
+    # A rank whose heartbeat is older than this is dead or stopped.
+    dead_after: float = Field(60.0, gt=0, lt=COLLECTIVE_SECONDS)
     # A rank is stuck if no rank's main thread has made progress for this long. Longer than the longest save or
-    # sampling, and less than the ten minutes after which NCCL gives up by itself, without naming a rank.
-    stuck_after: float = Field(540.0, gt=0)
+    # sampling, and less than the half hour after which a collective gives up by itself, without naming a rank.
+    stuck_after: float = Field(540.0, gt=0, lt=COLLECTIVE_SECONDS)
 
 
 class LogConfig(Section):

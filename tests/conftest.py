@@ -10,14 +10,16 @@ import hypothesis
 import pytest
 import torch
 
+from sharpmoe.devices import device_count
 from tests.fixtures_data import make_shards
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 # As sharpmoe.parallel.ranks.launch, which may be imported later: not every machine has AMX.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# The suite runs on the host, on a machine with GPUs too; tests marked `gpu` have processes of their own, with
+# DS_ACCELERATOR=cuda: `make test-gpu`.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # The same examples in every run; a failure comes back. No deadline: the machine may be busy.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -42,10 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _mark(items: list[pytest.Item]) -> None:
     lacking = {
-        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "gpu": None if device_count() else "needs a CUDA device, in processes of their own: make test-gpu",
         "slurm": _without_slurm(),
     }
     for item in items:
+        if device_count() and not item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="runs on the host: unset DS_ACCELERATOR"))
         for marker, reason in lacking.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

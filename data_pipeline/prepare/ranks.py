@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from sharpmoe.devices import device_of_rank
 from sharpmoe.errors import DataError
 
 _PATIENCE_S = 120.0  # without a sign of life of the ranks that are waited for
@@ -61,9 +62,8 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
 
 
 def device_of(device: str, place: Rank) -> str:
-    """Return `cuda` as the device of this rank: by local rank where the launcher shows every process all devices."""
-    alone = len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
-    return f"cuda:{0 if alone else place.local}" if device == "cuda" and place.size > 1 else device
+    """Return `cuda` as the device of this rank: by its number on its machine, modulo the devices that it sees."""
+    return str(device_of_rank(place.local)) if device == "cuda" and place.size > 1 else device
 
 
 @contextmanager

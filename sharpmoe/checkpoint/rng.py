@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpmoe.devices import default_device
 from sharpmoe.errors import CheckpointError, first_line
 
 
@@ -24,7 +25,8 @@ def generators_file(rank: int) -> str:
 def generator_states() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators as JSON values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    cuda = {"cuda": _hex(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {}
+    device = default_device()
+    cuda = {"cuda": _hex(torch.cuda.get_rng_state(device))} if device.type == "cuda" else {}
     version, numbers, gauss = random.getstate()
     return {
         "python": [version, list(numbers), gauss],
@@ -51,8 +53,9 @@ def restore_generators(path: Path) -> None:
         random.setstate((version, tuple(numbers), gauss))
         np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(_tensor(saved["torch"]))
-        if "cuda" in saved and torch.cuda.is_available():
-            torch.cuda.set_rng_state(_tensor(saved["cuda"]))
+        device = default_device()
+        if "cuda" in saved and device.type == "cuda":
+            torch.cuda.set_rng_state(_tensor(saved["cuda"]), device)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be read ({reason}); resume from another checkpoint") from error

@@ -20,6 +20,7 @@ import torch
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, dump_run_config, load_run_config
 from sharpmoe.console import clock
+from sharpmoe.devices import default_device
 from sharpmoe.durable import check_folder, sha256_of, write_atomically
 from sharpmoe.errors import CheckpointError, ConfigError
 from sharpmoe.model.backbone import Backbone, ClassCondition, TextCondition
@@ -162,7 +163,7 @@ def _flat(run: RunConfig) -> Iterator[tuple[str, str, object]]:
 
 
 def _rehearse(part: Part) -> None:
-    world = World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = World(0, 1, 0, default_device())
     if part.arm.trained:
         ds_config = resolve_ds_config(DEFAULT_DS_CONFIG, part.run, 1)
         rehearse(part.run, ds_config, world, Target(1, None, True))

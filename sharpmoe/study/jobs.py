@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from sharpmoe.config_io import PROJECT_ROOT
 from sharpmoe.console import clock
+from sharpmoe.devices import device_count
 
 _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
@@ -126,12 +127,9 @@ def _start(job: Job, slot: int) -> subprocess.Popen[bytes]:
 
 def _devices() -> list[str]:
     """Return the GPUs that processes may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch  # noqa: PLC0415  (asked only where a job starts)
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_available():
-        return []
-    return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    count, given = device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = given.split(",") if given else [str(number) for number in range(count)]
+    return names[:count]
 
 
 def _end_with_parent() -> None:

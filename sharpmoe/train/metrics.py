@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import ModelConfig
+from sharpmoe.devices import default_device
 from sharpmoe.flow import TIME_RANGES
 from sharpmoe.moe.influence import INERT, INFLUENCE_COLUMNS, TAKES_OVER, choice_of_gate, influence, influence_figures
 from sharpmoe.moe.routing import Routing
@@ -183,6 +184,7 @@ def rows_taken(sums: Tensor) -> float:
 
 def _memory_mib() -> float:
     """Return peak memory in MiB: of the accelerator where there is one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    device = default_device()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux

@@ -39,7 +39,7 @@ def test_the_exit_code_is_what_act_returns(returned: int | None, code: int) -> N
 
 def test_an_error_is_one_line_and_cleaned_up_after(capsys: pytest.CaptureFixture[str]) -> None:
     ended: list[str] = []
-    assert command(fail, cleanup=lambda: ended.append(capsys.readouterr().err))([]) == 2
+    assert command(fail, cleanup=lambda clean: ended.append(capsys.readouterr().err))([]) == 2
     assert ended == ["error: no such folder\n"]  # printed before the clean-up, which may hang
 
 
@@ -53,7 +53,7 @@ def test_a_bug_keeps_its_traceback_and_is_named(capsys: pytest.CaptureFixture[st
         raise KeyError("x")
 
     ended: list[str] = []
-    assert command(bug, cleanup=lambda: ended.append(capsys.readouterr().err))([]) == 1
+    assert command(bug, cleanup=lambda clean: ended.append(capsys.readouterr().err))([]) == 1
     lines = ended[0].splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-1] == "error: this is a bug (KeyError): report it with the lines above"

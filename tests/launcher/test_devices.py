@@ -9,6 +9,7 @@ from launcher.devices import device_name
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
@@ -39,3 +40,13 @@ def test_another_is_refused(monkeypatch: pytest.MonkeyPatch, count: int, text: s
     pretend(monkeypatch, count)
     with pytest.raises(argparse.ArgumentTypeError, match=words):
         device_name(text)
+
+
+def test_a_variable_that_hides_the_devices_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert device_name("auto") == "cpu"
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"cpu only on this machine \(DS_ACCELERATOR=cpu is set; unset"
+    ):
+        device_name("cuda")

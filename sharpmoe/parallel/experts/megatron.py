@@ -8,13 +8,13 @@ copy of one template: calls share the configuration and nothing else.
 import copy
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from sharpmoe.devices import default_device
 from sharpmoe.moe.dispatch import Assignment, Dispatched, check_equal_counts
 from sharpmoe.parallel.experts.exchange import SplitSizes, exchange
 from sharpmoe.parallel.experts.groups import ExpertGroups
@@ -96,7 +96,7 @@ def _make_template(groups: ExpertGroups, num_experts: int, width: int) -> MoEAll
     collection = ProcessGroupCollection(
         ep=groups.ep_group, expt_tp=groups.singleton, tp_ep=groups.ep_group, expt_dp=groups.edp_group
     )
-    kind = MoEAlltoAllTokenDispatcher if torch.cuda.is_available() else _PortableDispatcher
+    kind = MoEAlltoAllTokenDispatcher if default_device().type == "cuda" else _PortableDispatcher
     return kind(each, list(range(first, first + each)), config, collection)
 
 

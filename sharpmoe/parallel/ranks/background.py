@@ -96,8 +96,8 @@ class HostCopies:
 
     def finish(self) -> int:
         """Wait until all copies of this set are complete; return their bytes."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for device in {copied.source.device for copied in self._copied.values() if copied.source.is_cuda}:
+            torch.cuda.synchronize(device)
         self._copied.clear()
         return sum(buffer.nbytes for buffer in self._buffers[: self._used])
 

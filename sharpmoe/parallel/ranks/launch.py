@@ -7,6 +7,7 @@ only module that imports DeepSpeed, and it uses public names only.
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,23 +20,35 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
+from sharpmoe.config import COLLECTIVE_SECONDS
+from sharpmoe.devices import ACCELERATOR, device_count, device_identity, device_of_rank
 from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
 from sharpmoe.parallel.ranks import signals, watchdog
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on every rank that it found nothing else
+if not device_count():
+    os.environ.setdefault(ACCELERATOR, "cpu")  # or DeepSpeed warns on every rank that it found nothing else
     # Some virtual machines advertise AMX and kill a process that uses it; oneDNN does, for bf16 on the host.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorBoard imports TensorFlow where there is one: errors only
 
-import deepspeed  # reads DS_ACCELERATOR
+import deepspeed  # reads ACCELERATOR
 from deepspeed.utils import logger
 
 GIB = 2**30
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start with deepspeed or torchrun"
+_TIMEOUT = timedelta(seconds=COLLECTIVE_SECONDS)
+# This rank's number on its machine, as torchrun and deepspeed, Slurm, Open MPI and MPICH name it, and what else is set
+# where the launcher has started this very process: a batch script of Slurm has a SLURM_LOCALID, too.
+_LOCAL_RANKS = {
+    "LOCAL_RANK": "",
+    "SLURM_LOCALID": "SLURM_STEP_ID",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "",
+    "MPI_LOCALRANKID": "",
+}
 _RANKS_ON_HOST = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # as torchrun and deepspeed name them
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or "max"
 
@@ -54,40 +67,70 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start(timeout: timedelta = timedelta(minutes=30), debug: bool = False) -> World:
+def start(debug: bool = False) -> World:
     """Join the process group (nccl on CUDA, gloo on CPU) and return this process's place in it.
 
     Warnings of DeepSpeed, torch and Megatron-core are not shown unless `debug`; their errors are. Compiles nothing:
     DeepSpeed's shared-memory operator, which its CPU accelerator would build with g++ for minutes, is used in inference
-    only and is disabled. Raises ConfigError where a launcher set only some of its variables, a rank has no device, or
-    the port is taken; every rank that raises it prints it (`lone`), since there is no way yet to tell the others.
+    only and is disabled. Raises ConfigError where a launcher set only some of its variables, two ranks have one device,
+    or the port is taken; every rank that raises it prints it (`lone`), since there is no way yet to tell the others.
     """
     if not debug:
         _quiet_libraries()
     try:
-        return _join(timeout)
+        return _join()
     except ConfigError as error:
-        error.lone = True
+        error.lone = not error.agreed
         raise
 
 
-def _join(timeout: timedelta) -> World:
+def _join() -> World:
     rank, size, local_rank = _place()
-    _check_device(local_rank, size)
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of_rank(local_rank)
+    _tell_deepspeed(local_rank if device.index is None else device.index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if size == 1 and "MASTER_PORT" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            with _name_taken_port():
-                dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        _start_group("nccl" if device.type == "cuda" else "gloo", rank, size)
+        if device.type == "cuda" and size > 1:
+            _check_devices_differ(device_identity(device), rank, size)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)
     return World(rank, size, local_rank, device)
+
+
+def _tell_deepspeed(index: int) -> None:
+    """Set what DeepSpeed takes the index of the device from, also where one visible device per task makes it 0."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name == "LOCAL_RANK" or name in os.environ:  # it insists that the two agree
+            os.environ[name] = str(index)
+
+
+def _start_group(backend: str, rank: int, size: int) -> None:
+    """Create the group of all ranks, and have every group after it, DeepSpeed's too, give up after the same time."""
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = _TIMEOUT
+    if size == 1 and "MASTER_PORT" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        return
+    with _name_taken_port():
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def _check_devices_differ(own: str, rank: int, size: int) -> None:
+    """Raise ConfigError, on every rank, where two ranks of one machine have one device. Communicates by the store."""
+    store = watchdog.connect("devices")
+    store.set(str(rank), f"{socket.gethostname()}: {own}")
+    holders: dict[str, int] = {}
+    for number, name in enumerate(store.multi_get([str(other) for other in range(size)])):
+        first = holders.setdefault(name.decode(), number)
+        if first != number:
+            error = ConfigError(
+                f"environment: ranks {first} and {number} have the same CUDA device ({name.decode()}); start one rank "
+                "per device: fewer ranks per machine, or a CUDA_VISIBLE_DEVICES of its own for each"
+            )
+            error.agreed = True
+            raise error
 
 
 @contextmanager
@@ -117,9 +160,14 @@ def is_main() -> bool:
     return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # also of a rank that cannot be
 
 
-def stop() -> None:
-    """Leave the process group. Only for a clean end: after an error, other ranks may still wait in a collective."""
-    if dist.is_initialized():
+def stop(clean: bool = True) -> None:
+    """Leave the process group after a clean end.
+
+    After an error it is left as it is where there are other ranks, which may wait in a collective: NCCL would wait with
+    them for up to `COLLECTIVE_SECONDS` before it destroys the group. The process ends at once instead (`leave`), its
+    connections break, and the launcher or the watchdog of the others ends them.
+    """
+    if dist.is_initialized() and (clean or dist.get_world_size() == 1):
         dist.destroy_process_group()
 
 
@@ -137,7 +185,6 @@ def _place() -> tuple[int, int, int]:
     """Return (rank, size, local rank) from the launcher's variables, or a world of one."""
     given = [key for key in _LAUNCHER_KEYS if key in os.environ]
     if "RANK" not in given and _number("WORLD_SIZE", "1") == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         return 0, 1, 0
     if len(given) < len(_LAUNCHER_KEYS):
         missing = ", ".join(key for key in _LAUNCHER_KEYS if key not in os.environ)
@@ -146,7 +193,18 @@ def _place() -> tuple[int, int, int]:
     rank, size, _ = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
     if rank >= size:
         raise ConfigError(f"environment: RANK is {rank}, expected 0 to {size - 1} with WORLD_SIZE {size}; {_START}")
-    return rank, size, _number("LOCAL_RANK", str(rank))
+    return rank, size, _local_rank(rank)
+
+
+def _local_rank(rank: int) -> int:
+    """Return this rank's number on its machine; `rank` where nothing tells it.
+
+    Ranks fill one machine after the other, so that modulo the devices of a machine the rank is that number.
+    """
+    for name, proof in _LOCAL_RANKS.items():
+        if name in os.environ and (not proof or proof in os.environ):
+            return _number(name)
+    return rank
 
 
 def _number(key: str, default: str = "") -> int:
@@ -155,18 +213,6 @@ def _number(key: str, default: str = "") -> int:
     if not text.isdecimal():
         raise ConfigError(f"environment: {key} is {text!r}, expected a whole number >= 0; {_START}")
     return int(text)
-
-
-def _check_device(local_rank: int, size: int) -> None:
-    """Raise ConfigError where this rank has no CUDA device of its own, though the host has some."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count and size > 1 and "LOCAL_RANK" not in os.environ:
-        raise ConfigError(f"environment: LOCAL_RANK not set with WORLD_SIZE {size}, so the device is unknown; {_START}")
-    if count and local_rank >= count:
-        raise ConfigError(
-            f"environment: LOCAL_RANK is {local_rank}, but torch finds {count} CUDA device(s) on this host; start one "
-            "rank per device, or set CUDA_VISIBLE_DEVICES"
-        )
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:

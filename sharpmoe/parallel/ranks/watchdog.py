@@ -121,7 +121,7 @@ class _Peers:
         self.judge = _Judge(config, time.monotonic(), judges_all=rank == 0)
         self.exchanged = time.monotonic()
         self.ending, self.leaving = threading.Event(), threading.Event()
-        self.store = _connect()
+        self.store = connect("peers")
         self._publish_own()
         if rank == 0:
             self.store.set(_VERDICT, "")
@@ -244,10 +244,10 @@ def _is_loss(error: BaseException | None) -> bool:
     return _is_loss(error.__cause__)
 
 
-def _connect() -> dist.Store:
+def connect(purpose: str) -> dist.Store:
     """Connect to the store of the process group again, as the first connection may be waiting. New keys each time."""
     global _attempts
     _attempts += 1
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-    return dist.PrefixStore(f"peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_attempts}", store)
+    return dist.PrefixStore(f"{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_attempts}", store)

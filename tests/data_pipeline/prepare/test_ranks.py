@@ -7,6 +7,7 @@ import pytest
 
 import data_pipeline.prepare.ranks as ranks
 from data_pipeline.prepare.ranks import Rank, device_of, heartbeat, pulse, rank_of, wait
+from sharpmoe import devices
 from sharpmoe.errors import DataError
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
@@ -43,12 +44,12 @@ def test_every_piece_belongs_to_one_rank() -> None:
 
 
 def test_a_device_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "device_count", lambda: 4)
     assert device_of("cpu", Rank(1, 2, 1)) == "cpu"
     assert device_of("cuda", Rank(0, 1, 0)) == "cuda"
     assert device_of("cuda", Rank(5, 8, 1)) == "cuda:1"
     assert device_of("cuda:3", Rank(5, 8, 1)) == "cuda:3"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")  # a launcher that shows every process its own device only
+    monkeypatch.setattr(devices, "device_count", lambda: 1)  # a launcher that shows every process its own device only
     assert device_of("cuda", Rank(5, 8, 1)) == "cuda:0"
 
 

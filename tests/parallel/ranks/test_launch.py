@@ -1,16 +1,24 @@
 """What a rank without an accelerator may count on."""
 
+import argparse
 import os
 import re
 import socket
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from launcher.command import Command
+from sharpmoe import devices
+from sharpmoe.config import COLLECTIVE_SECONDS
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch
-from sharpmoe.parallel.ranks.launch import GIB, _own_memory, least_memory
-from tests.distributed import CONTEXT
+from sharpmoe.parallel.ranks.launch import GIB, World, _own_memory, least_memory
+from tests.distributed import CONTEXT, run_ranks, start_ranks
 from tests.train.setting import ALONE
 
 
@@ -65,17 +73,91 @@ def test_a_start_that_cannot_be_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "message"), [(None, "LOCAL_RANK not set with WORLD_SIZE 2"), ("2", "but torch finds 2 CUDA device")]
+    ("environment", "count", "index"),
+    [
+        ({"RANK": "3", "LOCAL_RANK": "3"}, 4, 3),
+        ({"RANK": "3", "LOCAL_RANK": "3"}, 1, 0),  # one visible device per task
+        ({"RANK": "5", "LOCAL_RANK": None}, 4, 1),  # machines are filled one after the other
+        ({"RANK": "5", "LOCAL_RANK": None, "SLURM_LOCALID": "2", "SLURM_STEP_ID": "0"}, 4, 2),
+        ({"RANK": "5", "LOCAL_RANK": None, "SLURM_LOCALID": "2"}, 4, 1),  # of the batch script, not of this process
+        ({"RANK": "5", "LOCAL_RANK": None, "OMPI_COMM_WORLD_LOCAL_RANK": "6"}, 4, 2),
+    ],
 )
-def test_a_rank_without_a_device_is_one_line(
-    local_rank: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_finds_its_device_and_tells_deepspeed(
+    environment: dict[str, str | None], count: int, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 2)
-    for key, value in (STARTED | {"LOCAL_RANK": local_rank}).items():
+    monkeypatch.setattr(devices, "device_count", lambda: count)
+    for name in ("SLURM_LOCALID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for key, value in (STARTED | {"WORLD_SIZE": "8"} | environment).items():
         monkeypatch.setenv(key, value) if value is not None else monkeypatch.delenv(key, raising=False)
-    with pytest.raises(ConfigError, match=message):
-        launch.start()
+    called: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(launch, "_start_group", lambda *given: called.append(given))
+    monkeypatch.setattr(launch, "device_identity", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(launch, "_check_devices_differ", lambda *given: called.append(given))
+    monkeypatch.setattr(launch.deepspeed, "init_distributed", lambda **_: None)
+    rank, device = int(environment["RANK"] or ""), torch.device("cuda", index)
+    assert launch.start().device == device
+    assert called == [device, ("nccl", rank, 8), (f"GPU {index}", rank, 8)]
+    assert os.environ["LOCAL_RANK"] == str(index)  # what DeepSpeed's engine passes to set_device
+    assert os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(index)) == str(index)
+
+
+def identify(world: World, names: list[str]) -> str:
+    """Return what the check says to this rank, where it knows that it says so to all."""
+    try:
+        launch._check_devices_differ(names[world.rank], world.rank, world.size)
+    except ConfigError as error:
+        return str(error) if error.agreed else "not agreed"
+    return ""
+
+
+@pytest.mark.dist
+def test_two_ranks_with_one_device_are_an_error_on_all() -> None:
+    assert run_ranks(identify, 3, ["GPU a", "GPU b", "GPU c"]) == ["", "", ""]
+    first, *others = run_ranks(identify, 3, ["GPU a", "GPU b", "GPU a"])
+    assert re.match(r"environment: ranks 0 and 2 have the same CUDA device \(.*: GPU a\); start one rank per", first)
+    assert others == [first, first]
+
+
+def time_outs(world: World) -> list[float]:
+    """Seconds after which collectives give up: of the first group, of one after it, and of one under NCCL."""
+    groups = [dist.group.WORLD, dist.new_group(list(range(world.size)))]
+    alone = dist.new_group([world.rank], use_local_synchronization=True)
+    found = [group._get_backend(torch.device("cpu")).options._timeout for group in (*groups, alone) if group]
+    found.append(distributed_c10d._get_default_timeout(dist.Backend("nccl")))
+    return [each.total_seconds() for each in found]
+
+
+@pytest.mark.dist
+def test_every_group_gives_up_when_the_configuration_says() -> None:
+    assert run_ranks(time_outs, 2) == [[COLLECTIVE_SECONDS] * 4] * 2
+
+
+def fail_beside_a_collective(world: World, folder: Path) -> None:
+    """As a command: rank 1 makes a mistake while rank 0 sits in a collective. NCCL would not destroy a group then."""
+    dist.destroy_process_group = lambda *_: time.sleep(1000)  # type: ignore[assignment]
+
+    def act(_: argparse.Namespace) -> None:
+        dist.barrier()
+        if world.rank == 1:
+            time.sleep(0.5)  # rank 0 is inside
+            (folder / "failed").touch()
+            raise ValueError("a mistake")
+        dist.all_reduce(torch.zeros(1))
+
+    command = Command(text="", arguments=lambda _: None, act=act, cleanup=launch.stop, leave=launch.leave)
+    command.leave(command([]))
+
+
+@pytest.mark.dist
+def test_a_rank_that_fails_leaves_at_once(tmp_path: Path) -> None:
+    with start_ranks(fail_beside_a_collective, 2, tmp_path) as ranks:
+        for process in ranks:
+            process.join(30)
+        assert [process.exitcode for process in ranks] == [2, 1]  # a lost connection, and a bug
+    assert (tmp_path / "failed").exists()
 
 
 def test_only_rank_0_of_a_sound_start_prints(monkeypatch: pytest.MonkeyPatch) -> None:
