@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sharpmoe.evaluation.allocation import (
@@ -15,7 +15,7 @@ from sharpmoe.evaluation.allocation import (
     flow_of_part,
     paired_change,
 )
-from sharpmoe.moe.influence import INERT
+from sharpmoe.moe.influence import strength_of
 
 _TITLES = {
     "saliency": "Spearman, experts per token with saliency M",
@@ -60,10 +60,8 @@ def short_allocation_table(results: Mapping[str, Allocation], full: Path | str) 
     columns, paired = list(results.values()), _are_paired(results)
     experts = ["experts per token by saliency", *_fifths(columns, (IMAGE_PARTS[0], IMAGE_PARTS[NUM_FIFTHS - 1]))]
     lines = [*_head(results), *_rows(columns, "saliency", paired), *experts, *_rows(columns, "flow", paired)]
-    flipped = [column.strength.get("all", {}).get("all t", {}).get("flipped") for column in columns]
-    if any(value is not None for value in flipped):
-        cells = ["" if value is None else _percent(value) for value in flipped]
-        lines.append(_line("choices by the saliency router", cells))
+    lines += _strength_rows(columns, "flipped", _percent)
+    lines += [note for name, column in results.items() if (note := _strength_note(name, column))]
     return "\n".join([*lines, f"all figures: {full}"])
 
 
@@ -121,27 +119,36 @@ def _flow_of_parts(columns: list[Allocation], paired: bool) -> list[str]:
 
 def _strengths(columns: list[Allocation]) -> list[str]:
     """Return rows of the strength of the saliency routers over all layers, and what the titles leave unsaid."""
-    lines = []
-    for what, title in _FIGURES.items():
-        rows = {
-            name: [c.strength.get("all", {}).get(name, {}).get(what) for c in columns] for name in ALLOCATION_RANGES
-        }
-        if any(value is not None for row in rows.values() for value in row):
-            lines.append(title)
-            lines += [_line("  " + name, ["" if v is None else f"{v:.4f}" for v in row]) for name, row in rows.items()]
+    lines = [line for what in _FIGURES for line in _strength_rows(columns, what, "{:.4f}".format)]
     return [*lines, _LEGEND] if lines else []
 
 
+def _strength_rows(columns: list[Allocation], what: str, show: Callable[[float], str]) -> list[str]:
+    """Return the title and the rows by range of t of one figure of strength; none where no result has it."""
+    rows = {name: [c.strength.get("all", {}).get(name, {}).get(what) for c in columns] for name in ALLOCATION_RANGES}
+    if all(value is None for row in rows.values() for value in row):
+        return []
+    shown = [_line("  " + name, ["" if v is None else show(v) for v in row]) for name, row in rows.items()]
+    return [_FIGURES[what], *shown]
+
+
 def _strength_note(name: str, result: Allocation) -> str:
-    """Return what it means that the saliency routers still decide little; "" where they decide, or are untrained."""
+    """Return what it means that the saliency routers decide little, or nearly alone; "" otherwise, or untrained."""
     figures = result.strength.get("all", {}).get("all t", {})
-    if not 0 < figures.get("spread", 0.0) < INERT:  # exactly 0: never trained, as in every base
+    strength, spread = strength_of(figures), figures.get("spread", 0.0)
+    if not spread or not strength:  # exactly 0: never trained, as in every base
         return ""
     changed = _percent(figures.get("flipped", 0.0))
+    if strength == "inert":
+        return (
+            f"note: the saliency routers of {name} change few choices yet ({changed} of them; spread\n"
+            f"  {spread:.2g} of the gates'): usual in a short run at the default rate;\n"
+            "  --optim.lr_scale '{saliency_router: 20}' lets them learn faster (docs/design/0010)"
+        )
     return (
-        f"note: the saliency routers of {name} change few choices yet ({changed} of them; spread\n"
-        f"  {figures['spread']:.2g} of the gates'): usual in a short run at the default rate;\n"
-        "  --optim.lr_scale '{saliency_router: 20}' lets them learn faster (docs/design/0010)"
+        f"warning: the saliency routers of {name} decide nearly alone ({changed} of the choices;\n"
+        f"  spread {spread:.2g} times that of the gates): lower their learning rate (optim.lr_scale) or\n"
+        "  loss.routing_weight (docs/design/0010)"
     )
 
 

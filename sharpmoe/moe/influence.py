@@ -3,7 +3,8 @@
 They are sums over one call, so that calls, steps and ranks add up; `influence_figures` makes figures of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from sharpmoe.moe.selection import RULES, RuleInput
 
 # Below the first, the saliency router is inert: by initialisation it is 0, and a router that has learned at the rate of
 # a long-trained gate stayed below it. Above the second it decides nearly alone (docs/design/0010).
-INERT, TAKES_OVER = 0.1, 3.0
+_INERT, _TAKES_OVER = 0.1, 3.0
 
 INFLUENCE_COLUMNS = 6  # of `influence`
 
@@ -48,6 +49,14 @@ def influence(record: Routing, by_gate: Tensor, saliency: Tensor) -> Tensor:
         norm = centred[0].norm(dim=1) * centred[1].norm(dim=1)
         agreement = torch.where(norm > 0, (centred[0] * centred[1]).sum(1) / norm.clamp_min(1e-300), 0)
         return torch.stack([*variances, flipped, chosen.sum((1, 2)).double(), agreement, (norm > 0).double()], 1)
+
+
+def strength_of(figures: Mapping[str, float]) -> Literal["", "inert", "takes over"]:
+    """Return what `influence_figures` say of the saliency routers; "" where they and the gate matter, or unknown."""
+    spread = figures.get("spread")
+    if spread is None:
+        return ""
+    return "inert" if spread < _INERT else "takes over" if spread > _TAKES_OVER else ""
 
 
 def influence_figures(sums: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import html
 import io
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import Allocation
 from sharpmoe.evaluation.allocation_table import allocation_table
+from sharpmoe.flow import TIME_RANGES
 from sharpmoe.log_file import LOG_FILE, read_log, read_log_lines
 from sharpmoe.report import figures
 
@@ -35,6 +36,11 @@ _UNITS = {
     "memory/peak_mib": "MiB",
     "flops": "FLOPs per image",
     "validation": "flow loss",
+}
+_STRENGTH = {
+    "spread": "spread of their logits over that of the gates'",
+    "flipped": "share of choices that the gate alone would not make",
+    "agreement": "correlation of experts per token with M",
 }
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -64,6 +70,7 @@ def write_page(folder: Path | str) -> Path:
         f"<h1>{html.escape(folder.resolve().name)}</h1>",
         _summary(read_log_lines(log), curves),
         _section("Allocation", _allocation(folder / "allocation")),
+        _section("Strength of the saliency routers, mean over MoE layers", _strength(curves)),
         _section("Samples", _pictures(folder, "samples")),
         _section("Curves", _curves(first) + _folded("Routing, saliency and FLOPs, by layer and time", _curves(others))),
         _section("Routing: experts per token at each denoising step", _pictures(folder, "routing")),
@@ -91,6 +98,7 @@ def _summary(lines: list[dict[str, Any]], curves: Mapping[str, Mapping[int, floa
         "held-out flow loss": _first_and_last(curves.get("validation/flow", {})),
         "speed": _median(curves.get("throughput/images_per_second", {}), "images per second (median)"),
         "memory": _largest(curves.get("memory/peak_mib", {}), "MiB at the peak, on one rank"),
+        "warnings": "; ".join(dict.fromkeys(line["text"] for line in lines if line.get("event") == "warning")),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
     }
     cells = [f"<tr><td>{name}<td>{html.escape(text)}" for name, text in rows.items() if text]
@@ -128,6 +136,30 @@ def _allocation(folder: Path) -> str:
         return ""
     curves = _embedded(figures.allocation_curves(results), "allocation")
     return f"<pre>{html.escape(allocation_table(results))}</pre>\n{curves}"
+
+
+def _strength(curves: Mapping[str, Mapping[int, float]]) -> str:
+    """Return a plot per figure of strength, one curve per range of t."""
+    plots = []
+    for what, title in _STRENGTH.items():
+        lines = {
+            name: _mean_curve([points for tag, points in curves.items() if tag.startswith(_strength_tag(what, name))])
+            for name in TIME_RANGES
+        }
+        known = {name: points for name, points in lines.items() if points}
+        if known:
+            plots.append(_embedded(figures.step_curves(known, title), title))
+    return f'<div class="curves">{"".join(plots)}</div>' if plots else ""
+
+
+def _strength_tag(what: str, name: str) -> str:
+    return f"saliency_{what}_{name.replace(' ', '')}/"
+
+
+def _mean_curve(layers: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Return the mean over layers at each step that all of them have."""
+    steps = sorted(set.intersection(*(set(points) for points in layers))) if layers else []
+    return {step: statistics.fmean(points[step] for points in layers) for step in steps}
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -189,7 +189,7 @@ def _log_step(session: Session, step: int, result: StepResult, tokens: int, seco
     if result.routing is not None and session.objective.uses_x0_prev and _is_halfway(run, step):
         warning = strength_warning(result.routing, step)
         if warning:
-            session.log.say(warning)
+            session.log.warn(step, warning)
 
 
 def _is_halfway(run: RunConfig, step: int) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sharpmoe.config import ModelConfig
 from sharpmoe.devices import default_device
 from sharpmoe.flow import TIME_RANGES
-from sharpmoe.moe.influence import INERT, INFLUENCE_COLUMNS, TAKES_OVER, choice_of_gate, influence, influence_figures
+from sharpmoe.moe.influence import INFLUENCE_COLUMNS, choice_of_gate, influence, influence_figures, strength_of
 from sharpmoe.moe.routing import Routing
 from sharpmoe.train.flops import StepFlops
 
@@ -165,15 +165,19 @@ def strength_warning(sums: Tensor, step: int) -> str:
     From summed `routing_sums`: their logits' spread over tokens against the gate's, over all layers and times.
     """
     by_range = sums[:, _LAYER_SUMS:_SUMS].view(len(sums), len(TIME_RANGES), INFLUENCE_COLUMNS)
-    spread = influence_figures(by_range.sum((0, 1)).tolist()).get("spread")
-    found = f"step {step}: logits of the saliency routers vary over tokens {{:.2g}} times as much as those of the gates"
-    if spread is not None and spread < INERT:
+    figures = influence_figures(by_range.sum((0, 1)).tolist())
+    found = (
+        f"step {step}: logits of the saliency routers vary over tokens {figures.get('spread', 0.0):.2g} times as much "
+        "as those of the gates"
+    )
+    strength = strength_of(figures)
+    if strength == "inert":
         return (
-            f"note: {found.format(spread)}, so they change few choices yet. They start at zero: this is expected in a "
+            f"note: {found}, so they change few choices yet. They start at zero: this is expected in a "
             "short run at the default learning rate; --optim.lr_scale '{saliency_router: 20}' makes them learn faster"
         )
-    if spread is not None and spread > TAKES_OVER:
-        return f"warning: {found.format(spread)}: gates hardly matter; lower their learning rate or loss.routing_weight"
+    if strength == "takes over":
+        return f"warning: {found}: gates hardly matter; lower their learning rate or loss.routing_weight"
     return ""
 
 

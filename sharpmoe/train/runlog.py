@@ -147,6 +147,12 @@ class RunLog:
         laid_out = "\n".join("    " + line for line in text.splitlines())
         self._events(lambda writer: writer.add_text(tag, laid_out, step))
 
+    def warn(self, step: int, text: str) -> None:
+        """Print what the user should act on, and keep it: as an event of log.jsonl, and as text in TensorBoard."""
+        self.say(text)
+        self.event("warning", step, text=text)
+        self.text(step, "warnings", text)
+
     def say(self, text: str) -> None:
         """Print text above the progress line."""
         self.progress.say(text)

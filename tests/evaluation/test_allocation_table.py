@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from sharpmoe.evaluation.allocation import measure_allocation, paired_change
+from sharpmoe.evaluation.allocation import ALLOCATION_RANGES, measure_allocation, paired_change
 from sharpmoe.evaluation.allocation_table import allocation_table, short_allocation_table
 from tests.toys import ToySamples, toy_model
 
@@ -26,10 +26,12 @@ def test_the_short_table_has_rows_of_the_full_one_and_names_it() -> None:
     full = allocation_table(results).splitlines()
     *lines, last = short_allocation_table(results, "run/table.txt").splitlines()
     assert last == "all figures: run/table.txt"
-    assert len(lines) == 16
-    assert [line for line in lines if line not in full] == ["experts per token by saliency", lines[-1]]
-    shares = [f"{100 * each.strength['all']['all t']['flipped']:.2g} %" for each in results.values()]
-    assert re.split(" {2,}", lines[-1]) == ["choices by the saliency router", *shares]
+    flips = lines[-4:]
+    assert len(lines) == 20
+    assert [line for line in lines if line not in full] == ["experts per token by saliency", *flips]
+    for name, line in zip(ALLOCATION_RANGES, flips, strict=True):
+        shares = [f"{100 * each.strength['all'][name]['flipped']:.2g} %" for each in results.values()]
+        assert re.split(" {2,}", line.strip()) == [name, *shares]
     assert any("most salient fifth" in line for line in lines)
 
 
@@ -43,3 +45,15 @@ def test_saliency_routers_that_decide_little_yet_are_explained() -> None:
     assert f"of a change few choices yet ({100 * figures['flipped']:.2g} % of them; spread\n" in table
     assert "usual in a short run" in table
     assert "--optim.lr_scale '{saliency_router: 20}'" in table
+    assert f"of a change few choices yet ({100 * figures['flipped']:.2g} % of them" in short_allocation_table(
+        {"a": found}, "t"
+    )
+
+
+def test_saliency_routers_that_decide_alone_are_warned_of() -> None:
+    model = toy_model("ec")
+    for layer in model.moe_layers():
+        layer.saliency_router.out.weight.data.mul_(1e3)
+    found = measure_allocation(model, ToySamples(), images=4)
+    assert "warning: the saliency routers of a decide nearly alone" in allocation_table({"a": found})
+    assert "lower their learning rate" in short_allocation_table({"a": found}, "t")

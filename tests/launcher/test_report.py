@@ -14,6 +14,7 @@ from sharpmoe.evaluation.allocation import measure_allocation
 from sharpmoe.evaluation.held_out import ALONE
 from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model
+from sharpmoe.report.page import _mean_curve
 from sharpmoe.report.runs import find_saved_model
 from sharpmoe.train.monitor import Monitor
 from sharpmoe.train.runlog import RunLog
@@ -96,6 +97,17 @@ def test_a_page_begins_with_a_summary_and_groups_its_curves(tmp_path: Path) -> N
         *("loss", "optim/lr", "optim/grad_norm", "x_t"),
     ]
     assert "<summary>2 between</summary>" in page
+
+
+def test_a_page_shows_warnings_and_how_strong_the_saliency_routers_are(tmp_path: Path) -> None:
+    spread = '"saliency_spread_t>0.65/layer0": 0.1, "saliency_spread_t>0.65/layer1": 0.3'
+    warning = '{"event": "warning", "run": "a", "step": 1, "text": "note: inert <"}\n'
+    (tmp_path / "log.jsonl").write_text(f'{{"run": "a", "step": 1, {spread}}}\n{warning}{warning}')
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>warnings<td>note: inert &lt;</table>" in page
+    assert 'alt="spread of their logits over that of the gates&#x27;"' in page
+    assert _mean_curve([{1: 0.1, 2: 1.0}, {1: 0.3}]) == {1: 0.2}
 
 
 def test_a_report_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,18 @@ def test_the_log_starts_at_step_one_and_goes_to_tensorboard_and_jsonl(tmp_path: 
     assert events.Tags()["images"] == ["samples"]
 
 
+def test_a_warning_is_printed_and_kept(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, total_steps=12, every=5, stream=stream)
+    log.warn(6, "note: inert")
+    log.close()
+    assert "note: inert" in stream.getvalue()
+    assert {"event": "warning", "step": 6, "text": "note: inert"}.items() <= read_log_lines(tmp_path / "log.jsonl")[
+        -1
+    ].items()
+    assert "warnings/text_summary" in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["tensors"]
+
+
 def test_a_resumed_log_replaces_what_a_killed_run_left(tmp_path: Path) -> None:
     first = RunLog(tmp_path, 6, every=1, stream=io.StringIO())
     for step in range(1, 5):
