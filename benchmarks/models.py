@@ -19,7 +19,7 @@ def drawn_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, s
         model = build_model(config)
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
-        buffer.copy_(initial_value(name, buffer.shape, config, seed))
+        buffer.copy_(initial_value(name, buffer.shape, config, seed, model.initial))
     draw_parameters(model, dtype, seed)
     return model.train()
 

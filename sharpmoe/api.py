@@ -23,7 +23,7 @@ from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import LossConfig, ModelConfig, OptimConfig, RolloutConfig, RunConfig, SampleConfig
 from sharpmoe.errors import ConfigError, DataError
-from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.backbone import Backbone, map_condition
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_routers
 from sharpmoe.report.figures import to_pixels
@@ -281,7 +281,7 @@ def _check_settings(run: RunConfig, step: int | None) -> None:
 
 def _to_device(item: TrajectoryBatch, model: Backbone) -> TrajectoryBatch:
     device = _device(model)
-    condition = type(item.condition)(*(part.to(device) for part in item.condition))
+    condition = map_condition(item.condition, lambda part: part.to(device))
     return TrajectoryBatch(
         x0=item.x0.to(device),
         x1=item.x1.to(device),

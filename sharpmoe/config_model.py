@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
+from sharpmoe.architectures import ARCHITECTURES, Architecture
 from sharpmoe.families import FAMILIES, Family
 
 # width, depth, num_heads of the published DiT sizes (arXiv 2212.09748) and of the shipped toy.
@@ -19,7 +20,9 @@ SIZES: dict[str, dict[str, int]] = {
     "l": {"width": 1024, "depth": 24, "num_heads": 16},
     "xl": {"width": 1152, "depth": 28, "num_heads": 16},
 }
+_SIDE_SHARE = 7 / 16  # of a head, that turns with the row, and as much with the column (rope_3d)
 
+_Capacity = Annotated[float, Field(ge=0)]
 _WIDEST = 2**20  # of sizes of a model: beyond it, products of sizes leave 64 bits, and no device holds one layer
 
 
@@ -62,11 +65,14 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The architecture. Everything needed to rebuild a model from a weights file."""
 
+    backbone: Annotated[str, OneOf(ARCHITECTURES)] = "dit"  # the network, one of sharpmoe/architectures.py
     preset: Literal["tiny", "s", "b", "l", "xl"] | None = None  # fills width, depth, num_heads where they are not given
     width: int = Field(128, ge=8, le=_WIDEST)  # D, features of a token
     depth: int = Field(6, ge=1, le=10_000)  # blocks
     num_heads: int = Field(4, ge=1, le=_WIDEST)  # attention heads
+    num_kv_heads: int | None = Field(None, ge=1, le=_WIDEST)  # heads of keys and values (nucleus); None: num_heads
     mlp_ratio: float = Field(4.0, gt=0, le=1024)  # hidden width of an MLP over width
+    mlp_hidden: int | None = Field(None, ge=1, le=_WIDEST)  # hidden width of dense MLPs; None: width * mlp_ratio
     patch_size: int = Field(2, ge=1, le=_WIDEST)  # latent pixels of a token, each way
     latent_channels: int = Field(4, ge=1, le=_WIDEST)  # C
     latent_size: int = Field(32, ge=1, le=_WIDEST)  # side of the square latent; buckets may differ (docs/design/0011)
@@ -74,12 +80,16 @@ class ModelConfig(Section):
     router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
     num_experts: int = Field(8, ge=1, le=_WIDEST)  # E, without the unconditional expert
     top_k: int = Field(1, ge=1, le=_WIDEST)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
-    capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race)
+    capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race, nucleus)
+    capacities: tuple[_Capacity, ...] | None = None  # capacity of every block, dense ones included; None: the same
     capacity_selection: Literal["count", "mask"] = "count"  # inference of diffmoe: see moe/selection.py
     gate: Literal["linear", "prototypes", "mlp"] = "linear"  # prototypes: cosine to a centre per expert (ProMoE)
     score: Literal["softmax", "sigmoid", "identity", "token_softmax"] = "softmax"  # logits to scores
-    renormalise: bool = False  # top_k > 1: the gates of a token's experts sum to routed_scale
-    routed_scale: float = Field(1.0, gt=0)  # multiplies the gates (dsmoe)
+    # What gate, capacity predictor and heads read: the tokens as the experts get them, or the time embedding beside the
+    # normalised tokens before modulation.
+    gate_input: Literal["modulated", "time_and_state"] = "modulated"
+    renormalise: bool = False  # the gates of a token's experts sum to routed_scale; with token choice if top_k > 1
+    routed_scale: float = Field(1.0, gt=0)  # multiplies the gates (dsmoe, nucleus)
     num_groups: int = Field(1, ge=1)  # dsmoe: experts are chosen inside the best top_groups of num_groups groups
     top_groups: int = Field(1, ge=1)  # see num_groups
     bias_balancing: bool = False  # token choice: a bias per expert, for the choice only, balances loads without a loss
@@ -93,7 +103,11 @@ class ModelConfig(Section):
     mlp: Literal["gelu", "silu", "swiglu"] = "gelu"  # dense blocks
     moe_every: int = Field(2, ge=1)  # one MoE block in so many, the last of them: 2 is the odd indices, 1 is all
     dense_first: int = Field(0, ge=0)  # leading blocks that are dense in any case
-    positions: Literal["sincos", "rope_2d", "rope_1d"] = "sincos"  # sincos: added to tokens; rope: turns q and k
+    dense_last: int = Field(0, ge=0)  # last blocks that are dense in any case
+    # sincos: added to tokens; rope: turns q and k, rope_3d by frame, row and column.
+    positions: Literal["sincos", "rope_2d", "rope_1d", "rope_3d"] = "sincos"
+    # Features of a head that turn with each axis of rope_3d; None: row and column 7/16 each, as published.
+    rope_axes: tuple[int, int, int] | None = None
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of the blocks
     qk_norm: bool = False  # LayerNorm of queries and keys per head
     qk_norm_eps: float = Field(1e-5, gt=0)  # epsilon of that norm
@@ -116,7 +130,10 @@ class ModelConfig(Section):
             data = {**SIZES.get(data["preset"], {}), **data}
         router, width = (data.get(key, cls.model_fields[key].default) for key in ("router", "width"))
         family = FAMILIES.get(str(router))
-        return {**family.model_fields(width), **data} if family and isinstance(width, int) else data
+        fields = family.model_fields(width) if family and isinstance(width, int) else {}
+        backbone = {**fields, **data}.get("backbone", cls.model_fields["backbone"].default)
+        architecture = ARCHITECTURES.get(str(backbone))
+        return {**fields, **(architecture.fields if architecture else {}), **data}
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -128,8 +145,13 @@ class ModelConfig(Section):
             raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size ({self.latent_size})")
         if self.family.competition == "token" and self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts})")
-        if self.family.varies_compute and self.capacity > self.num_experts:
-            raise ValueError(f"capacity ({self.capacity}) must be at most num_experts ({self.num_experts})")
+        self._check_architecture()
+        if self.capacities is not None and len(self.capacities) != self.depth:
+            raise ValueError(f"capacities has {len(self.capacities)} numbers, expected one per block ({self.depth})")
+        for capacity in {layer.capacity for layer in self.moe_blocks} if self.family.varies_compute else ():
+            if not 0 < capacity <= self.num_experts:
+                key = "capacity" if self.capacities is None else "every capacity of an MoE block"
+                raise ValueError(f"{key} ({capacity}) must be at most num_experts ({self.num_experts}), and above 0")
         if self.num_groups > 1 and (self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups):
             raise ValueError(
                 f"num_groups ({self.num_groups}) must cut num_experts ({self.num_experts}) into groups of 2 or more"
@@ -143,6 +165,23 @@ class ModelConfig(Section):
         if self.positions == "rope_2d" and (self.width // self.num_heads) % 4:
             raise ValueError(f"rope_2d needs a head width ({self.width // self.num_heads}) that is a multiple of 4")
         return self
+
+    def _check_architecture(self) -> None:
+        """Raise ValueError where a field has a value that the backbone does not take."""
+        for key, values in self.architecture.takes.items():
+            if getattr(self, key) not in values:
+                allowed = " or ".join("null" if value is None else str(value) for value in values)
+                raise ValueError(f"{key} is {getattr(self, key)}, backbone {self.backbone} takes {allowed}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")
+        axes, head = self.head_axes, self.width // self.num_heads
+        if self.positions == "rope_3d" and (sum(axes) != head or any(axis < 0 or axis % 2 for axis in axes)):
+            raise ValueError(f"rope_axes {list(axes)} must be even numbers that sum to the head width ({head})")
+
+    @property
+    def architecture(self) -> Architecture:
+        """The record of the backbone."""
+        return ARCHITECTURES[self.backbone]
 
     @property
     def family(self) -> Family:
@@ -189,6 +228,44 @@ class ModelConfig(Section):
         return sum(self.is_moe(block) for block in range(self.depth))
 
     @property
+    def moe_blocks(self) -> tuple[ModelConfig, ...]:
+        """The configuration of every MoE layer, in depth order: this one, with the layer's own capacity."""
+        return tuple(self.of_block(block) for block in range(self.depth) if self.is_moe(block))
+
+    @property
+    def mean_capacity(self) -> float:
+        """Mean experts per token over the MoE layers, where experts choose."""
+        capacities = [block.capacity for block in self.moe_blocks]
+        return sum(capacities) / len(capacities) if capacities and self.capacities else self.capacity
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether gates are divided by their sum over a token's experts; of a single expert that would be one."""
+        return self.renormalise and (self.top_k > 1 or self.family.varies_compute)
+
+    @property
+    def gate_width(self) -> int:
+        """Features that gate, capacity predictor and heads read."""
+        return self.width * (2 if self.gate_input == "time_and_state" else 1)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_axes(self) -> tuple[int, int, int]:
+        """Features of a head that turn with frame, row and column (rope_3d)."""
+        head = self.width // self.num_heads
+        side = int(head * _SIDE_SHARE) // 2 * 2
+        return self.rope_axes or (head - 2 * side, side, side)
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP of a dense block."""
+        return self.mlp_hidden or int(self.width * self.mlp_ratio)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the square of `latent_size`; images of other sizes have others."""
         return (self.latent_size // self.patch_size) ** 2
@@ -211,4 +288,11 @@ class ModelConfig(Section):
     def is_moe(self, block: int) -> bool:
         """Whether block `block` (0-based) holds an MoE layer."""
         in_turn = block % self.moe_every == self.moe_every - 1
-        return self.family.has_experts and in_turn and block >= self.dense_first
+        is_inside = self.dense_first <= block < self.depth - self.dense_last
+        return self.family.has_experts and in_turn and is_inside
+
+    def of_block(self, block: int) -> ModelConfig:
+        """Return the configuration of the MoE layer of block `block` (0-based): this one, with its own capacity."""
+        if self.capacities is None:
+            return self
+        return self.model_copy(update={"capacity": self.capacities[block]})

@@ -6,12 +6,14 @@ FLOP counts, the planner and sampling read the record.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 # How many rows each competition fixes by itself, where no threshold decides: see `Family.fixed_rows`.
 _OVER_CALLS = ("call", "all")
+Rounding = Literal["down", "up"]
 _FIXED: dict[str, Literal["each", "total"]] = {"token": "total", "image": "each", "call": "each", "all": "total"}
 
 
@@ -35,6 +37,10 @@ class Family:
     # Inference chooses by a threshold per expert, a moving average of the lowest that training accepted: "predicted":
     # of probabilities of a capacity predictor; "accepted": of scores.
     thresholds: Literal["predicted", "accepted"] | None = None
+    # Of the tokens that an expert takes, where capacity times tokens over experts is no whole number.
+    rounding: Rounding = "down"
+    # Added to the sum that gates are divided by where they are renormalised.
+    gate_floor: float = 1e-20
     published: Mapping[str, Any] = field(default_factory=dict)  # model fields that differ from their defaults
     published_widths: Mapping[str, int] = field(default_factory=dict)  # the same, in multiples of `width`
 
@@ -113,11 +119,29 @@ FAMILIES: dict[str, Family] = {
         thresholds="accepted",
         published={"gate": "mlp", "score": "identity", "layer_heads": True},
     ),
+    "nucleus": Family(  # arXiv 2604.12163
+        competition="image",
+        rounding="up",
+        gate_floor=1e-12,
+        published={
+            "backbone": "nucleus",
+            "gate_input": "time_and_state",
+            "renormalise": True,
+            "routed_scale": 2.5,
+            "expert": "swiglu",
+            "shared": "swiglu",
+            "mlp": "swiglu",
+            "moe_every": 1,
+            "dense_first": 3,
+            "latent_channels": 16,
+            "text_width": 4096,
+        },
+    ),
 }
 
 
 class _RoutedModel(Protocol):
-    """The fields of `ModelConfig` that row counts depend on."""
+    """The fields of `ModelConfig` that row counts of one MoE layer depend on (`ModelConfig.of_block`)."""
 
     @property
     def family(self) -> Family: ...
@@ -131,12 +155,15 @@ class _RoutedModel(Protocol):
     def unconditional_expert(self) -> bool: ...
 
 
-def tokens_per_expert(num_pooled: int, num_experts: int, capacity: float) -> int:
-    """Return how many of `num_pooled` tokens each expert takes: floor(num_pooled / E * capacity), at least one.
+def tokens_per_expert(num_pooled: int, num_experts: int, capacity: float, rounding: Rounding = "down") -> int:
+    """Return how many of `num_pooled` tokens each expert takes: num_pooled / E * capacity, rounded, at least one.
 
-    The tokens are those of the call: an image of another grid has another capacity, rounded by itself. What the floor
-    leaves out is less than one token per expert and pool.
+    The tokens are those of the call: an image of another grid has another capacity, rounded by itself. The rounding
+    changes it by less than one token per expert and pool. The two roundings multiply in the order of their
+    publications, which decides where a product of floats is just above or below a whole number.
     """
+    if rounding == "up":
+        return max(1, math.ceil(capacity * num_pooled / num_experts))
     return max(1, int(num_pooled / num_experts * capacity))
 
 
@@ -162,7 +189,8 @@ def rows_of_call(model: _RoutedModel, images: int, tokens: int) -> int:
     if competition == "all":
         return pairs_of_pool(pool, model.num_experts, model.capacity)
     pools = 1 if competition == "call" else images
-    return pools * model.num_experts * tokens_per_expert(pool // pools, model.num_experts, model.capacity)
+    each = tokens_per_expert(pool // pools, model.num_experts, model.capacity, model.family.rounding)
+    return pools * model.num_experts * each
 
 
 def rows_per_expert(
@@ -177,8 +205,8 @@ def rows_per_expert(
     if family.fixed_rows(training) != "each" or model.unconditional_expert:
         return None
     if family.competition_in(training) == "image":
-        return images * tokens_per_expert(tokens, experts, model.capacity)
-    return tokens_per_expert(images * tokens, experts, model.capacity) if pool_is_call else None
+        return images * tokens_per_expert(tokens, experts, model.capacity, family.rounding)
+    return tokens_per_expert(images * tokens, experts, model.capacity, family.rounding) if pool_is_call else None
 
 
 def total_rows(

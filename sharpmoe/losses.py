@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sharpmoe.config import LossConfig
-from sharpmoe.model.embed import patchify
+from sharpmoe.latent_patches import patchify
 from sharpmoe.moe.routing import Routing
 
 

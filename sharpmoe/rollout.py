@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharpmoe.flow import clean_prediction, interpolate, velocity_target
 from sharpmoe.losses import flow_matching
-from sharpmoe.model.backbone import Backbone, Condition, ModelOutput
+from sharpmoe.model.backbone import Backbone, Condition, ModelOutput, map_condition
 from sharpmoe.moe.routing import CallMode, Routing
 
 
@@ -114,7 +114,7 @@ def _step_output(batch: TrajectoryBatch, step: int, x_t: Tensor, output: ModelOu
 
 
 def _repeat(condition: Condition, times: int) -> Condition:
-    return type(condition)(*(torch.cat([field] * times) for field in condition))
+    return map_condition(condition, lambda field: torch.cat([field] * times))
 
 
 def _part(output: ModelOutput, index: int, count: int, cutoffs: tuple[Tensor, ...]) -> ModelOutput:

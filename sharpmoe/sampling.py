@@ -21,7 +21,15 @@ from sharpmoe import draws, flow
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.console import progress_bar
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, Prepared, TextCondition
+from sharpmoe.model.backbone import (
+    Backbone,
+    ClassCondition,
+    Condition,
+    ModelOutput,
+    Prepared,
+    TextCondition,
+    map_condition,
+)
 from sharpmoe.moe.routing import CallMode
 
 
@@ -96,8 +104,8 @@ def empty_condition(cond: Condition, model: ModelConfig, empty_text: tuple[Tenso
         return ClassCondition(torch.full_like(cond.labels, model.num_classes))
     if empty_text is None:
         raise ValueError("text-conditioned sampling with cfg_scale != 1 needs the embedding of the empty caption")
-    rows = cond.pooled.shape[0]
-    return TextCondition(*(part.to(cond.pooled.device).expand(rows, *part.shape) for part in empty_text))
+    rows, device = len(cond.tokens), cond.tokens.device
+    return TextCondition(*(part.to(device).expand(rows, *part.shape) for part in empty_text))
 
 
 class WeakModel(NamedTuple):
@@ -305,7 +313,7 @@ def _counted(field: Field, advance: Callable[[int], object]) -> Field:
 
 
 def _rows_of(cond: Condition, rows: slice) -> Condition:
-    return type(cond)(*(part[rows] for part in cond))
+    return map_condition(cond, lambda part: part[rows])
 
 
 def _join(branches: tuple[Condition, ...]) -> Condition:
@@ -315,4 +323,5 @@ def _join(branches: tuple[Condition, ...]) -> Condition:
     length = max(b.mask.shape[1] for b in texts)
     tokens = [functional.pad(b.tokens, (0, 0, 0, length - b.tokens.shape[1])) for b in texts]
     masks = [functional.pad(b.mask, (0, length - b.mask.shape[1])) for b in texts]
-    return TextCondition(torch.cat(tokens), torch.cat(masks), torch.cat([b.pooled for b in texts]))
+    pooled = [b.pooled for b in texts if b.pooled is not None]
+    return TextCondition(torch.cat(tokens), torch.cat(masks), torch.cat(pooled) if len(pooled) == len(texts) else None)

@@ -67,6 +67,19 @@ def test_published_defaults() -> None:
         },
         "dit_moe": {"top_k": 2, "expert": "swiglu", "shared": "swiglu", "shared_hidden": 48, "moe_every": 1},
         "race": {"gate": "mlp", "score": "identity", "layer_heads": True},
+        "nucleus": {
+            "backbone": "nucleus",
+            "gate_input": "time_and_state",
+            "renormalise": True,
+            "routed_scale": 2.5,
+            "expert": "swiglu",
+            "shared": "swiglu",
+            "mlp": "swiglu",
+            "moe_every": 1,
+            "dense_first": 3,
+            "latent_channels": 16,
+            "text_width": 4096,
+        },
     }
 
 
@@ -81,7 +94,7 @@ def test_a_record_names_losses_and_heads_that_exist(name: str) -> None:
     assert family.router_loss is None or family.router_loss in ROUTER_LOSSES
     assert family.head_loss is None or family.head_loss in HEAD_LOSSES
     assert (family.head_loss == "capacity") == (family.thresholds == "predicted")  # the head that predicts for them
-    config = ModelConfig(router=name, conditioning="class")
+    config = ModelConfig(router=name, conditioning="class", backbone="dit")
     layer = MoELayer(config) if family.has_experts else None
     assert hasattr(layer, "expert_threshold") == (family.thresholds is not None)
 

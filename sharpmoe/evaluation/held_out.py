@@ -233,9 +233,9 @@ def _influences(model: Backbone, item: TrajectoryBatch, steps: Sequence[StepOutp
         return item.saliency.new_zeros(len(item.x0), len(steps), 0, INFLUENCE_COLUMNS)
     thresholds = [getattr(layer, "expert_threshold", None) for layer in layers]
     found = [
-        influence(record, choice_of_gate(record, model.config, tau, training=False), item.saliency)
+        influence(record, choice_of_gate(record, layer.config, tau, training=False), item.saliency)
         for step in steps
-        for record, tau in zip(step.routing, thresholds, strict=True)
+        for record, layer, tau in zip(step.routing, layers, thresholds, strict=True)
     ]
     return torch.stack(found, 1).unflatten(1, (len(steps), len(layers))).float()
 

@@ -67,5 +67,5 @@ def extend_to_text(model: Backbone, text_width: int = 384, pooled_width: int = 3
 
 def _set_config(model: Backbone, config: ModelConfig) -> None:
     model.config = config
-    for layer in model.moe_layers():
-        layer.config = config
+    for layer, own in zip(model.moe_layers(), config.moe_blocks, strict=True):
+        layer.config = own

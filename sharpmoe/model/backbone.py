@@ -6,13 +6,14 @@ dispatcher of each MoE layer sends tokens to the ranks that hold the experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from sharpmoe.config import ModelConfig
+from sharpmoe.model.initial import InitialRules
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import CallMode, Routing
 
@@ -28,10 +29,17 @@ class TextCondition(NamedTuple):
 
     tokens: Tensor  # (B, L, D_text) token states
     mask: Tensor  # (B, L) bool, True for real tokens, False for padding
-    pooled: Tensor  # (B, D_pooled)
+    pooled: Tensor | None = None  # (B, D_pooled), where the backbone reads it
 
 
 Condition = ClassCondition | TextCondition
+
+
+def map_condition(condition: Condition, function: Callable[[Tensor], Tensor]) -> Condition:
+    """Apply a function to every tensor of a condition."""
+    return type(condition)(*(None if part is None else function(part) for part in condition))  # type: ignore[arg-type]
+
+
 # What a backbone computes from a condition alone: a NamedTuple that each backbone defines and no other code reads.
 Prepared = tuple[Any, ...]
 
@@ -49,6 +57,7 @@ class Backbone(nn.Module, ABC):
     config: ModelConfig
     # Codec and text encoder that it was trained with, as the header of its weights file names them; empty: not known.
     origin: Mapping[str, str] = MappingProxyType({})
+    initial: InitialRules = InitialRules()  # of its initial values
     blocks: nn.ModuleList  # in the order of use: each is compiled and recomputed as one unit, and counted so in plans
 
     @abstractmethod

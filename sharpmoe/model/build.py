@@ -1,14 +1,13 @@
 """The table of backbones: the one place that knows them by name."""
 
-from collections.abc import Callable
-
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.dit import DiT
+from sharpmoe.model.nucleus import Nucleus
 
-BACKBONES: dict[str, Callable[[ModelConfig], Backbone]] = {"dit": DiT}
+BACKBONES: dict[str, type[Backbone]] = {"dit": DiT, "nucleus": Nucleus}
 
 
-def build_model(config: ModelConfig, backbone: str = "dit") -> Backbone:
+def build_model(config: ModelConfig) -> Backbone:
     """Build a model with its initial values, from one draw of torch's global generator; on the meta device, without."""
-    return BACKBONES[backbone](config)
+    return BACKBONES[config.backbone](config)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.flow import ddpm_input, ddpm_velocity
+from sharpmoe.latent_patches import unpatchify
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, Prepared, TextCondition
 from sharpmoe.model.embed import (
     CrossAttention,
@@ -23,11 +24,10 @@ from sharpmoe.model.embed import (
     rotary_positions,
     rotate,
     sincos_positions,
-    unpatchify,
 )
-from sharpmoe.model.initial import fill_parameters
+from sharpmoe.model.initial import InitialRules, fill_parameters
 from sharpmoe.moe.experts import feed_forward
-from sharpmoe.moe.layer import MoELayer
+from sharpmoe.moe.layer import BlockState, MoELayer
 from sharpmoe.moe.router import at_least_float32
 from sharpmoe.moe.routing import CallMode, Routing
 
@@ -39,12 +39,23 @@ class Context(NamedTuple):
     text: "_Text | None" = None
     rope: Tensor | None = None  # (2, N, D / heads) cosines and sines
     unconditional: Tensor | None = None  # (B,) bool, where the model has an unconditional expert
+    time: Tensor | None = None  # (B, D) embedded time alone, where gates read it
+
+
+def _square_positions(config: ModelConfig) -> Tensor:
+    side = config.latent_size // config.patch_size
+    return sincos_positions(config.width, (side, side), side)
 
 
 class DiT(Backbone):
     """Diffusion transformer with mixture-of-experts layers and saliency routers."""
 
     pos_embed: Tensor | None
+    initial = InitialRules(  # blocks start as the identity
+        zero=("modulation.", "cross_attn.proj.", "final_layer.linear."),
+        normal=("t_embedder.", "y_embedder."),
+        buffers={"pos_embed": _square_positions},
+    )
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,14 +65,11 @@ class DiT(Backbone):
         is_text = config.conditioning == "text"
         self.text_embedder = TextEmbed(config.text_width, config.pooled_width, config.width) if is_text else None
         self.y_embedder = None if is_text else LabelEmbed(config.num_classes, config.width, config.class_dropout)
-        side = config.latent_size // config.patch_size
-        self.register_buffer(
-            "pos_embed", sincos_positions(config.width, (side, side), side) if config.positions == "sincos" else None
-        )
+        self.register_buffer("pos_embed", _square_positions(config) if config.positions == "sincos" else None)
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.depth)])
         out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
         self.final_layer = _FinalLayer(config.width, config.patch_size**2 * out_channels)
-        fill_parameters(self, config)
+        fill_parameters(self, config, self.initial)
 
     def forward(
         self,
@@ -111,8 +119,10 @@ class DiT(Backbone):
         positions = self._positions(grid)
         tokens = self._embed(x_t, positions)
         x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach(), positions)
-        c = functional.silu(self.t_embedder(t) + prepared.c)
-        context = Context(c, prepared.text, self._rotary(t.device, grid), prepared.unconditional)
+        time = self.t_embedder(t)
+        c = functional.silu(time + prepared.c)
+        read_time = time if self.config.gate_input == "time_and_state" else None
+        context = Context(c, prepared.text, self._rotary(t.device, grid), prepared.unconditional, read_time)
         records: list[Routing] = []
         for index, block in enumerate(self.blocks):
             own_mode = mode.for_layer(len(records)) if block.moe is not None else mode._replace(routing_maps=None)
@@ -184,8 +194,8 @@ class Block(nn.Module):
         self.attn = _Attention(config)
         self.cross_attn = CrossAttention(config.width, config.num_heads) if config.conditioning == "text" else None
         is_moe = config.is_moe(index)
-        self.moe = MoELayer(config) if is_moe else None
-        self.mlp = None if is_moe else feed_forward(config.mlp, config.width, int(config.width * config.mlp_ratio))
+        self.moe = MoELayer(config.of_block(index)) if is_moe else None
+        self.mlp = None if is_moe else feed_forward(config.mlp, config.width, config.mlp_width)
         self.modulation = nn.Linear(config.width, 6 * config.width)
 
     def forward(
@@ -198,15 +208,22 @@ class Block(nn.Module):
         if self.cross_attn is not None and context.text is not None:
             tokens, mask, keys_values = context.text
             x = x + self.cross_attn(_layer_norm(x), tokens, mask, keys_values[0] if keys_values else None)
-        h = _modulate(_normalise(x, self.norm2), shift_m, scale_m)
-        y, routing = self._feed_forward(h, context, x0_prev_tokens, mode)
+        normed = _normalise(x, self.norm2)
+        state = None if context.time is None else BlockState(context.time, normed)
+        h = _modulate(normed, shift_m, scale_m)
+        y, routing = self._feed_forward(h, context, x0_prev_tokens, mode, state)
         return x + gate_m.unsqueeze(1) * y, routing
 
     def _feed_forward(
-        self, h: Tensor, context: Context, x0_prev_tokens: Tensor | None, mode: CallMode
+        self,
+        h: Tensor,
+        context: Context,
+        x0_prev_tokens: Tensor | None,
+        mode: CallMode,
+        state: BlockState | None,
     ) -> tuple[Tensor, Routing | None]:
         if self.moe is not None:
-            moe_output: tuple[Tensor, Routing] = self.moe(h, x0_prev_tokens, context.unconditional, mode)
+            moe_output: tuple[Tensor, Routing] = self.moe(h, x0_prev_tokens, context.unconditional, mode, state)
             return moe_output
         assert self.mlp is not None
         return self.mlp(h), None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sharpmoe.latent_patches import patchify
 from sharpmoe.model.backbone import TextCondition
 
 FREQUENCIES = 256  # width of the sinusoidal time features in every published DiT
@@ -22,20 +23,6 @@ class PatchEmbed(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """Map a latent (B, C, H, W) to tokens (B, N, D)."""
         return self.proj(patchify(latent, self.patch_size))
-
-
-def patchify(latent: Tensor, patch: int) -> Tensor:
-    """Cut a latent (B, C, H, W) into patches (B, N, C p p), features in (channel, row, column) order."""
-    b, c, h, w = latent.shape
-    x = latent.view(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(b, (h // patch) * (w // patch), c * patch * patch)
-
-
-def unpatchify(tokens: Tensor, patch: int, channels: int, grid: tuple[int, int]) -> Tensor:
-    """Join patches (B, h w, p p C), features in (row, column, channel) order, to a latent (B, C, h p, w p)."""
-    height, width = grid
-    x = tokens.view(len(tokens), height, width, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(len(tokens), channels, height * patch, width * patch)
 
 
 def sincos_positions(width: int, grid: tuple[int, int], side: int, device: torch.device | None = None) -> Tensor:
@@ -124,6 +111,10 @@ class TextEmbed(nn.Module):
 
     def forward(self, condition: TextCondition) -> tuple[Tensor, Tensor]:
         """Return (token states (B, L, D), pooled (B, D)) in the dtype of the weights."""
+        if condition.pooled is None:
+            raise ValueError(
+                "TextCondition.pooled is None; this model needs a pooled state (B, D_pooled) beside tokens"
+            )
         dtype = next(self.parameters()).dtype
         return self.tokens(condition.tokens.to(dtype)), self.pooled(condition.pooled.to(dtype))
 

@@ -4,7 +4,7 @@ A product (m, k) x (k, n) is 2 m k n floating point operations. Everything else 
 losses, optimizer) is not counted, as is usual for utilisation.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -86,21 +86,28 @@ def _by_part(booked: Iterable[tuple[_Part, float]]) -> Flops:
 def products(config: ModelConfig, call: Call) -> list[Product]:
     """All matrix products of a call's forward."""
     dense_blocks = config.depth - config.num_moe_layers
-    every_block, moe = list(_trunk(config, call)), list(_moe(config, call))
-    mlp = list(_feed_forward(config, call, config.mlp, int(config.width * config.mlp_ratio)))
+    trunk = _TRUNKS[config.backbone]
+    every_block, moe = list(trunk.block(config, call)), list(_moe(config, call))
+    mlp = list(_feed_forward(config, call, config.mlp, config.mlp_width))
     repeated = [(every_block, config.depth), (mlp, dense_blocks), (moe, config.num_moe_layers)]
     blocks = [each._replace(times=each.times * depth) for group, depth in repeated for each in group]
-    return [*_outside(config, call), *blocks, *_experts(config, call)]
+    return [*trunk.outside(config, call), *blocks, *_experts(config, call)]
 
 
-def _outside(config: ModelConfig, call: Call) -> Iterator[Product]:
+def _patches(config: ModelConfig, call: Call) -> Iterator[Product]:
+    """Embed x_t and x0_prev."""
+    tokens, patch = call.images * call.tokens, config.latent_channels * config.patch_size**2
+    yield Product("dense", 1, tokens, patch, config.width, gradients=1, in_block=False)
+    if call.uses_x0_prev:
+        read = config.saliency_router and config.num_moe_layers > 0
+        yield Product("router", 1, tokens, patch, config.width, gradients=int(read), in_block=False)
+
+
+def _outside_dit(config: ModelConfig, call: Call) -> Iterator[Product]:
     """Embedders and final layer."""
     width, images, tokens = config.width, call.images, call.images * call.tokens
     patch = config.latent_channels * config.patch_size**2
-    yield Product("dense", 1, tokens, patch, width, gradients=1, in_block=False)
-    if call.uses_x0_prev:
-        read = config.saliency_router and config.num_moe_layers > 0
-        yield Product("router", 1, tokens, patch, width, gradients=int(read), in_block=False)
+    yield from _patches(config, call)
     embedders = [(images, FREQUENCIES)]
     if config.conditioning == "text":
         embedders += [(images * call.text_tokens, config.text_width), (images, config.pooled_width)]
@@ -111,7 +118,7 @@ def _outside(config: ModelConfig, call: Call) -> Iterator[Product]:
     yield Product("dense", 1, tokens, width, patch * (2 if config.learn_sigma else 1), in_block=False)
 
 
-def _trunk(config: ModelConfig, call: Call) -> Iterator[Product]:
+def _block_of_dit(config: ModelConfig, call: Call) -> Iterator[Product]:
     """What every block has: modulation, attention, attention to text."""
     width, tokens = config.width, call.images * call.tokens
     yield Product("dense", 1, call.images, width, 6 * width)
@@ -122,6 +129,41 @@ def _trunk(config: ModelConfig, call: Call) -> Iterator[Product]:
         yield Product("dense", 2, tokens, width, width)  # queries, and the way out
         yield Product("dense", 1, call.images * call.text_tokens, width, 2 * width)
         yield from _attention(config, call, call.text_tokens)
+
+
+def _outside_nucleus(config: ModelConfig, call: Call) -> Iterator[Product]:
+    """Embedders and final layer."""
+    width, images, tokens = config.width, call.images, call.images * call.tokens
+    yield from _patches(config, call)
+    yield Product("dense", 1, images, width, 4 * width, gradients=1, in_block=False)
+    yield Product("dense", 1, images, 4 * width, width, in_block=False)
+    yield Product("dense", 1, images, width, 2 * width, in_block=False)
+    yield Product("dense", 1, tokens, width, config.latent_channels * config.patch_size**2, in_block=False)
+
+
+def _block_of_nucleus(config: ModelConfig, call: Call) -> Iterator[Product]:
+    """What every block has: modulation, the projection of the text, attention to image and text together."""
+    width, tokens, text = config.width, call.images * call.tokens, call.images * call.text_tokens
+    shared = width // config.num_heads * config.kv_heads  # width of keys, and of values
+    yield Product("dense", 1, call.images, width, 4 * width)
+    yield Product("dense", 1, text, config.text_width, width)
+    yield Product("dense", 2, text, width, shared)
+    yield Product("dense", 2, tokens, width, width)  # queries, and the way out
+    yield Product("dense", 2, tokens, width, shared)
+    yield from _attention(config, call, call.tokens + call.text_tokens)
+
+
+class _Trunk(NamedTuple):
+    """The products of a backbone beside its feed-forward networks."""
+
+    outside: Callable[[ModelConfig, Call], Iterator[Product]]  # of the blocks
+    block: Callable[[ModelConfig, Call], Iterator[Product]]  # of each
+
+
+_TRUNKS = {  # by backbone
+    "dit": _Trunk(_outside_dit, _block_of_dit),
+    "nucleus": _Trunk(_outside_nucleus, _block_of_nucleus),
+}
 
 
 def _attention(config: ModelConfig, call: Call, keys: int) -> Iterator[Product]:
@@ -150,21 +192,21 @@ def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:
             yield Product("router", 1, tokens, width, width, gradients=1)
             yield Product("router", 1, tokens, width, experts)
     if config.family.thresholds == "predicted" and (call.has_losses or not call.training):
-        yield Product("router", 1, tokens, width, width, gradients=1)
+        yield Product("router", 1, tokens, config.gate_width, width, gradients=1)
         yield Product("router", 1, tokens, width, experts)
     yield from _feed_forward(config, call, config.shared, config.shared_width)
 
 
 def _gate(config: ModelConfig, call: Call) -> Iterator[Product]:
-    width, experts, tokens = config.width, config.num_experts, call.images * call.tokens
+    width, experts, tokens, read = config.width, config.num_experts, call.images * call.tokens, config.gate_width
     if config.gate == "mlp":
-        yield Product("router", 1, tokens, width, width)
-    yield Product("router", 1, tokens, width, experts)
+        yield Product("router", 1, tokens, read, width)
+    yield Product("router", 1, tokens, width if config.gate == "mlp" else read, experts)
     if config.gate == "prototypes" and call.has_losses:  # what the contrast compares: choices have no gradient
-        yield Product("router", 1, experts, tokens, width, gradients=1)
+        yield Product("router", 1, experts, tokens, read, gradients=1)
         yield Product("router", 1, experts, tokens, experts, gradients=1)
     if config.gate == "mlp" and config.layer_heads and call.has_losses:
-        yield Product("router", 1, tokens, width, width)  # the hidden layer again, for the head
+        yield Product("router", 1, tokens, read, width)  # the hidden layer again, for the head
         yield Product("router", 1, tokens, width, config.latent_channels * config.patch_size**2)
 
 

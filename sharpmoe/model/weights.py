@@ -24,7 +24,7 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.durable import atomic_draft
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.model.build import build_model
+from sharpmoe.model.build import BACKBONES, build_model
 from sharpmoe.model.initial import initial_value
 
 _FORMAT = "sharpmoe-1"
@@ -215,7 +215,7 @@ class StartingWeights:
     def __call__(self, name: str, shape: Sequence[int], experts: range | None = None) -> Tensor:
         """Return one parameter or buffer, float32 on the host; of stacked experts (E, ...) only those in `experts`."""
         if name not in self._found:
-            return initial_value(name, shape, self.config, self.seed, experts)
+            return initial_value(name, shape, self.config, self.seed, BACKBONES[self.config.backbone].initial, experts)
         with safe_open(self.path, framework="pt") as file:
             whole = file.get_slice(name)
             value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
@@ -243,7 +243,13 @@ def check_architecture(found: ModelConfig, expected: ModelConfig, where: str, ma
     whose optimizer state covers every parameter.
     """
     free = {"preset", "capacity_selection"} | ({"saliency_router"} if may_attach else set())
-    resolved = {"expert_hidden": "expert_width", "shared_hidden": "shared_width"}  # None stands for a computed width
+    resolved = {  # None stands for a computed one
+        "expert_hidden": "expert_width",
+        "shared_hidden": "shared_width",
+        "mlp_hidden": "mlp_width",
+        "num_kv_heads": "kv_heads",
+        "rope_axes": "head_axes",
+    }
     for field in ModelConfig.model_fields:
         have, want = (getattr(config, resolved.get(field, field)) for config in (found, expected))
         if field not in free and have != want:

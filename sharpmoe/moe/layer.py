@@ -1,13 +1,28 @@
 """One MoE layer: route, dispatch, experts, combine, shared expert."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from sharpmoe import families
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.dispatch import Assignment, Dispatcher, LocalDispatcher, RowCounts
 from sharpmoe.moe.experts import Experts, feed_forward
-from sharpmoe.moe.router import Router
+from sharpmoe.moe.router import Router, at_least_float32
 from sharpmoe.moe.routing import CallMode, Routing
+
+
+class BlockState(NamedTuple):
+    """What a gate may read in place of the tokens that its experts get. A NamedTuple, because of ZeRO-3's hooks."""
+
+    time: Tensor  # (B, D) embedded time
+    tokens: Tensor  # (B, N, D) normalised, before modulation
+
+    def features(self) -> Tensor:
+        """Join time and tokens, (B, N, 2 D) float32 or better."""
+        time, tokens = at_least_float32(self.time), at_least_float32(self.tokens)
+        return torch.cat([time.unsqueeze(1).expand(-1, tokens.shape[1], -1), tokens], dim=-1)
 
 
 class MoELayer(Router):
@@ -31,16 +46,22 @@ class MoELayer(Router):
         x0_prev_tokens: Tensor | None = None,
         unconditional: Tensor | None = None,
         mode: CallMode = CallMode(),
+        state: BlockState | None = None,
     ) -> tuple[Tensor, Routing]:
         """Map tokens h (B, N, D) to y (B, N, D) and the routing record. No side effects.
 
         x0_prev_tokens (B, N, D): the embedded x0_prev; None leaves the base routing. unconditional (B,) bool: True for
         images without class, all of whose tokens go to the unconditional expert; None if the layer has no such expert.
         mode: how the call is made; to replay a choice it holds the routing map of this layer alone
-        (`CallMode.for_layer`). Communicates if the dispatcher (experts on other ranks) or the pool (tokens of other
+        (`CallMode.for_layer`). state: of the block, which the gate reads with `gate_input: time_and_state`, and only
+        then. Communicates if the dispatcher (experts on other ranks) or the pool (tokens of other
         ranks) does; those of a single rank do not.
         """
-        routing = self.route(h, x0_prev_tokens, unconditional, mode)
+        features = h
+        if self.config.gate_input == "time_and_state":
+            assert state is not None
+            features = state.features()
+        routing = self.route(features, x0_prev_tokens, unconditional, mode)
         counts = self._fixed_counts(h, is_replay=mode.replayed is not None)
         assignment = Assignment(routing.routing_map.flatten(0, 1), routing.gates.flatten(0, 1), counts)
         rows, rows_per_expert, ticket = self.dispatcher.dispatch(h.flatten(0, 1), assignment)

@@ -24,11 +24,11 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.pool: Pool = CallPool()  # replaced where the tokens of several ranks compete
-        width, num_experts = config.width, config.num_experts
+        num_experts = config.num_experts
         self.gate = _make_gate(config)
-        self.saliency_router = SaliencyRouter(width, num_experts) if config.saliency_router else None
+        self.saliency_router = SaliencyRouter(config.width, num_experts) if config.saliency_router else None
         predicts = config.family.thresholds == "predicted"
-        self.capacity_predictor = _CapacityPredictor(width, num_experts) if predicts else None
+        self.capacity_predictor = _CapacityPredictor(config.gate_width, config.width, num_experts) if predicts else None
         if config.family.thresholds is not None:
             self.register_buffer("expert_threshold", torch.zeros(num_experts))
         if config.bias_balancing:
@@ -115,8 +115,8 @@ class Router(nn.Module):
 
     def _gates(self, scores: Tensor, chosen: Tensor) -> Tensor:
         gates = scores * chosen
-        if self.config.renormalise and self.config.top_k > 1:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        if self.config.renormalises:
+            gates = gates / (gates.sum(-1, keepdim=True) + self.config.family.gate_floor)
         return gates if self.config.routed_scale == 1 else gates * self.config.routed_scale
 
     def _similarity(self, read: Tensor, chosen: Tensor, cosine: Tensor) -> Tensor | None:
@@ -156,24 +156,24 @@ class _PrototypeGate(_Linear32):
 
 
 class _MlpGate(nn.Module):
-    """Two-layer GELU gate D -> D -> E, whose hidden layer may also feed the layer's own prediction of the target.
+    """Two-layer GELU gate F -> D -> E, whose hidden layer may also feed the layer's own prediction of the target.
 
     Expert Race (arXiv 2503.16057), section 6: the head shares the first layer with the router.
     """
 
-    def __init__(self, width: int, num_experts: int, prediction_width: int) -> None:
+    def __init__(self, features: int, width: int, num_experts: int, prediction_width: int) -> None:
         super().__init__()
-        self.hidden = _Linear32(width, width)
+        self.hidden = _Linear32(features, width)
         self.out = _Linear32(width, num_experts)
         self.head = _Linear32(width, prediction_width) if prediction_width else None
 
     def forward(self, h: Tensor) -> Tensor:
-        """Map tokens (B, N, D) to logits (B, N, E) float32."""
+        """Map features (B, N, F) to logits (B, N, E) float32."""
         logits: Tensor = self.out(functional.gelu(self.hidden(h)))
         return logits
 
     def predict(self, h: Tensor) -> Tensor | None:
-        """Predict the target of tokens (B, N, D): (B, N, p p C) float32, or None without a head."""
+        """Predict the target from features (B, N, F): (B, N, p p C) float32, or None without a head."""
         return None if self.head is None else self.head(functional.gelu(self.hidden(h)))
 
 
@@ -195,18 +195,18 @@ class SaliencyRouter(nn.Module):
 
 
 class _CapacityPredictor(nn.Module):
-    """Two-layer SiLU MLP on detached tokens: how likely each expert is to take each token of a training pool.
+    """Two-layer SiLU MLP on detached features: how likely each expert is to take each token of a training pool.
 
     DiffMoE (arXiv 2503.14487), section 3.3.
     """
 
-    def __init__(self, width: int, num_experts: int) -> None:
+    def __init__(self, features: int, width: int, num_experts: int) -> None:
         super().__init__()
-        self.hidden = _Linear32(width, width)
+        self.hidden = _Linear32(features, width)
         self.out = _Linear32(width, num_experts)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Map tokens (B, N, D) to logits (B, N, E) float32. The input is detached: the trunk does not learn from it."""
+        """Map features (B, N, F) to logits (B, N, E) float32. The input is detached: the trunk does not learn of it."""
         logits: Tensor = self.out(functional.silu(self.hidden(h.detach())))
         return logits
 
@@ -214,11 +214,11 @@ class _CapacityPredictor(nn.Module):
 def _make_gate(config: ModelConfig) -> nn.Module:
     """Build the pretrained part of a router."""
     if config.gate == "prototypes":
-        return _PrototypeGate(config.width, config.num_experts)
+        return _PrototypeGate(config.gate_width, config.num_experts)
     if config.gate == "mlp":
         prediction_width = config.latent_channels * config.patch_size**2 if config.layer_heads else 0
-        return _MlpGate(config.width, config.num_experts, prediction_width)
-    return _Linear32(config.width, config.num_experts, bias=False)
+        return _MlpGate(config.gate_width, config.width, config.num_experts, prediction_width)
+    return _Linear32(config.gate_width, config.num_experts, bias=False)
 
 
 def _prototype_similarity(h: Tensor, routing_map: Tensor, cosine: Tensor, per_image: bool) -> Tensor:

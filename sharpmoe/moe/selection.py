@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import ModelConfig
-from sharpmoe.families import pairs_of_pool, tokens_per_expert
+from sharpmoe.families import Rounding, pairs_of_pool, tokens_per_expert
 
 
 class RuleInput(NamedTuple):
@@ -55,13 +55,14 @@ def _group_limited(given: RuleInput, config: ModelConfig) -> Tensor:
 
 def _expert_choice(given: RuleInput, config: ModelConfig) -> Tensor:
     """Per image, each expert takes its top N / E * capacity tokens (EC-DiT, arXiv 2410.02098)."""
-    return _top_tokens(given.scores, config.capacity)
+    return _top_tokens(given.scores, config.capacity, config.family.rounding)
 
 
 def _batch_pool(given: RuleInput, config: ModelConfig) -> Tensor:
     """Each expert takes its top B N / E * capacity tokens of the whole batch (DiffMoE training, arXiv 2503.14487)."""
     scores = given.scores
-    return _top_tokens(scores.reshape(1, -1, scores.shape[-1]), config.capacity).view(scores.shape)
+    one_pool = scores.reshape(1, -1, scores.shape[-1])
+    return _top_tokens(one_pool, config.capacity, config.family.rounding).view(scores.shape)
 
 
 def _predicted_capacity(given: RuleInput, config: ModelConfig) -> Tensor:
@@ -105,6 +106,7 @@ RULES: dict[str, Rule] = {
     "promoe_ec": Rule(_expert_choice, _expert_choice),
     "diffmoe": Rule(_batch_pool, _predicted_capacity),
     "race": Rule(_race, _above_threshold),
+    "nucleus": Rule(_expert_choice, _expert_choice),
 }
 
 
@@ -127,6 +129,6 @@ def _top_experts(scores: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def _top_tokens(scores: Tensor, capacity: float) -> Tensor:
-    chosen = scores.topk(tokens_per_expert(scores.shape[1], scores.shape[2], capacity), dim=1).indices
+def _top_tokens(scores: Tensor, capacity: float, rounding: Rounding = "down") -> Tensor:
+    chosen = scores.topk(tokens_per_expert(scores.shape[1], scores.shape[2], capacity, rounding), dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)

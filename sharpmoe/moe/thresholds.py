@@ -19,17 +19,20 @@ def threshold_candidates(records: Sequence[Routing], config: ModelConfig) -> Ten
     """
     if config.family.thresholds == "predicted":
         return _kth_probabilities(
-            [record.capacity_logits for record in records if record.capacity_logits is not None], config.capacity
+            [record.capacity_logits for record in records if record.capacity_logits is not None], config.moe_blocks
         )
     return torch.stack([record.cutoff.flatten() for record in records])
 
 
-def _kth_probabilities(capacity_logits: Sequence[Tensor], capacity: float) -> Tensor:
+def _kth_probabilities(capacity_logits: Sequence[Tensor], layers: Sequence[ModelConfig]) -> Tensor:
     """Return k-th largest probabilities (layers, E) of layers x (B, N, E), for all layers in one selection."""
     stacked = torch.stack([logits.detach().flatten(0, 1).t() for logits in capacity_logits])  # (layers, E, B N)
     pool = stacked.shape[-1]
-    count = tokens_per_expert(pool, stacked.shape[1], capacity)
-    return stacked.kthvalue(pool - count + 1).values.sigmoid()
+    counts = [tokens_per_expert(pool, each.num_experts, each.capacity, each.family.rounding) for each in layers]
+    if len(set(counts)) == 1:
+        return stacked.kthvalue(pool - counts[0] + 1).values.sigmoid()
+    found = [layer.kthvalue(pool - count + 1).values for layer, count in zip(stacked, counts, strict=True)]
+    return torch.stack(found).sigmoid()
 
 
 def update_routers(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from sharpmoe.config import RunConfig
+from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.model.build import build_model
@@ -120,14 +120,19 @@ def count_activations(run: RunConfig, micro_batch: int, tokens: SampleTokens) ->
     """Run the objective on tensors without storage and count. Only the number of an image's tokens matters, not a grid.
 
     Depth is a pattern of dense and MoE blocks that repeats, and what is kept is linear in it: two shallow models are
-    enough.
+    enough. Where capacities differ, what is kept is that of their mean, and the largest decides about one block.
     """
+    if run.model.capacities is not None and run.model.moe_blocks:
+        even, most = (_with(run, capacities=None, capacity=capacity) for capacity in _mean_and_most(run.model))
+        largest = count_activations(most, micro_batch, tokens).block
+        return count_activations(even, micro_batch, tokens)._replace(block=largest)
     model = run.model
-    short = model.dense_first + model.moe_every + (model.depth - model.dense_first) % model.moe_every
+    ends = model.dense_first + model.dense_last
+    short = ends + model.moe_every + (model.depth - ends) % model.moe_every
     repeats = max(0, (model.depth - short) // model.moe_every)
     if repeats < 2:
         return _count(run, micro_batch, tokens)
-    one, two = (_count(_with_depth(run, depth), micro_batch, tokens) for depth in (short, short + model.moe_every))
+    one, two = (_count(_with(run, depth=depth), micro_batch, tokens) for depth in (short, short + model.moe_every))
     return Activations(
         _extend(one.kept, two.kept, repeats),
         _extend(one.inputs, two.inputs, repeats),
@@ -136,8 +141,12 @@ def count_activations(run: RunConfig, micro_batch: int, tokens: SampleTokens) ->
     )
 
 
-def _with_depth(run: RunConfig, depth: int) -> RunConfig:
-    return run.model_copy(update={"model": run.model.model_copy(update={"depth": depth})})
+def _with(run: RunConfig, **fields: Any) -> RunConfig:
+    return run.model_copy(update={"model": run.model.model_copy(update=fields)})
+
+
+def _mean_and_most(model: ModelConfig) -> tuple[float, float]:
+    return model.mean_capacity, max(layer.capacity for layer in model.moe_blocks)
 
 
 def _extend(one: _LinearBytes, two: _LinearBytes, repeats: int) -> _LinearBytes:
@@ -166,7 +175,7 @@ def _skeleton(run: RunConfig, micro_batch: int, tokens: int) -> Backbone:
     with torch.device("meta"):
         model = build_model(run.model)
     for layer in model.moe_layers():
-        layer.dispatcher = _EvenDispatcher(rows_of_call(run.model, micro_batch, tokens))
+        layer.dispatcher = _EvenDispatcher(rows_of_call(layer.config, micro_batch, tokens))
     if run.train.precision == "bf16":
         model = model.bfloat16()
     for buffer in model.buffers():  # the engine keeps them in float32

@@ -91,8 +91,9 @@ def _model_calls(schedule: RolloutSchedule, accumulation: int) -> _Calls:
 
 def _exchanges(run: RunConfig, layout: RankLayout, calls: _Calls, tokens: int) -> int:
     """Two exchanges of the rows per layer and forward, two more per backward; balanced routing."""
-    rows = rows_of_call(run.model, layout.micro_batch, tokens) * run.model.width * layout.zero.compute_bytes
-    return 2 * _sent(rows, layout.ep_size) * run.model.num_moe_layers * (calls.forwards + calls.backwards)
+    rows = [rows_of_call(layer, layout.micro_batch, tokens) for layer in run.model.moe_blocks]
+    sent = sum(_sent(each * run.model.width * layout.zero.compute_bytes, layout.ep_size) for each in rows)
+    return 2 * sent * (calls.forwards + calls.backwards)
 
 
 def _pool(run: RunConfig, layout: RankLayout, calls: _Calls, tokens: int) -> int:

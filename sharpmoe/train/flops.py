@@ -91,11 +91,11 @@ def rows_expected(run: RunConfig, pool: int, tokens: int) -> float:
     What was really taken differs only by how many images happen to have no class.
     """
     config = run.model
-    rows = rows_of_call(config, pool, tokens) / pool
+    rows = sum(rows_of_call(layer, pool, tokens) for layer in config.moe_blocks) / pool
     if config.unconditional_expert and config.class_dropout:
         dropped = run.rollout.caption_dropout
-        rows = (1 - dropped) * rows + dropped * tokens
-    return rows * config.num_moe_layers
+        rows = (1 - dropped) * rows + dropped * tokens * config.num_moe_layers
+    return rows
 
 
 def peak_tflops(run: RunConfig, device: torch.device) -> float | None:

@@ -113,7 +113,7 @@ def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig, time
     """
     with torch.no_grad():
         steps = [
-            torch.stack([_layer_sums(layer, config, t, saliency) for layer in step])
+            torch.stack([_layer_sums(*layer, t, saliency) for layer in zip(step, config.moe_blocks, strict=True)])
             for step, t in zip(routing, times, strict=True)
             if step
         ]

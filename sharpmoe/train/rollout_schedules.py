@@ -191,11 +191,15 @@ def check_schedule(run: RunConfig, micro_batch: int, token_counts: Iterable[int]
         raise ConfigError(
             f"rollout.merged_steps is {merged}, but {model.router} compares the tokens of a whole call; set it to 1"
         )
-    for pool in (micro_batch * tokens for tokens in token_counts):
-        one, together = (tokens_per_expert(n * pool, model.num_experts, model.capacity) for n in (1, merged))
-        if model.family.competition == "call" and together != merged * one:
+    pools = [micro_batch * tokens for tokens in token_counts]
+    layers = model.moe_blocks if model.family.competition == "call" else ()
+    for pool, capacity in ((pool, capacity) for pool in pools for capacity in {each.capacity for each in layers}):
+        one, together = (
+            tokens_per_expert(n * pool, model.num_experts, capacity, model.family.rounding) for n in (1, merged)
+        )
+        if together != merged * one:
             raise ConfigError(
-                f"rollout.merged_steps is {merged}, but {pool} tokens * capacity {model.capacity} do not split evenly "
+                f"rollout.merged_steps is {merged}, but {pool} tokens * capacity {capacity} do not split evenly "
                 f"over {model.num_experts} experts; set it to 1, or change train.micro_batch"
             )
 

@@ -30,7 +30,9 @@ def shape_mismatch(data: ShapedData, model: ModelConfig, *, any_size: bool = Fal
     of the data's squares or, where they have none, a size between their shortest and their longest side. A
     trained model takes images of `any_size`.
     """
-    text = [("text_width", data.text_width, model.text_width), ("pooled_width", data.pooled_width, model.pooled_width)]
+    text = [("text_width", data.text_width, model.text_width)]
+    if model.architecture.reads_pooled:
+        text.append(("pooled_width", data.pooled_width, model.pooled_width))
     checks: list[tuple[str, object, object]] = [
         *(("latent_channels", bucket.latent[0], model.latent_channels) for bucket in data.buckets.values()),
         *(("patch_size", bucket.latent[1] // bucket.grid[0], model.patch_size) for bucket in data.buckets.values()),

@@ -92,7 +92,7 @@ def _scales(run: RunConfig, maps: list[Tensor], split: str) -> dict[str, float]:
 def _mass_scale(run: RunConfig, deviation: float) -> float:
     """Return the scale of A at which counts that vary as much as is asked for vary by `deviation` in the logits."""
     assert run.loss.mass_spread is not None
-    per_layer_and_step = deviation / (run.loss.mass_spread * run.model.capacity)
+    per_layer_and_step = deviation / (run.loss.mass_spread * run.model.mean_capacity)
     if per_layer_and_step == 0:
         raise ConfigError(
             "loss.mass_spread: every saliency map of the training split is flat; set loss.mass_scale instead"

@@ -8,13 +8,14 @@ import torch
 
 from data_pipeline.sources import open as sources
 from sharpmoe import checkpoint
+from sharpmoe.architectures import ARCHITECTURES
 from sharpmoe.families import FAMILIES
 from sharpmoe.model.build import BACKBONES
 from sharpmoe.moe.selection import RULES
 from sharpmoe.train.rollout_schedules import SCHEDULES
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "contributing"
-TABLES = (FAMILIES, RULES, SCHEDULES, BACKBONES)  # what the pages add a row to
+TABLES = (FAMILIES, RULES, SCHEDULES, ARCHITECTURES, BACKBONES)  # what the pages add a row to
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,9 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/train/tally.py": "test_rollout.py",
     "data_pipeline/schema.py": "data_pipeline/read/test_stream.py",
     # parts of a model, seen from whole models
+    "sharpmoe/architectures.py": "model/test_backbone.py",
+    "sharpmoe/latent_patches.py": "model/test_dit.py",
+    "sharpmoe/model/published/nucleus.py": "model/test_nucleus.py",
     "sharpmoe/model/attach.py": "model/published/test_load.py",
     "sharpmoe/model/build.py": "model/test_backbone.py",
     "sharpmoe/model/embed.py": "model/test_dit.py",

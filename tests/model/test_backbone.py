@@ -6,17 +6,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sharpmoe.architectures import ARCHITECTURES
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.model.build import BACKBONES, build_model
 from sharpmoe.moe.routing import CallMode
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config
 
-CONDITIONINGS = ("text", "class")
+CASES = [  # every backbone with every condition that it takes
+    (backbone, conditioning)
+    for backbone in BACKBONES
+    for conditioning in ARCHITECTURES[backbone].takes.get("conditioning", ("text", "class"))
+]
+
+
+def test_every_backbone_has_a_record() -> None:
+    assert list(BACKBONES) == list(ARCHITECTURES)
 
 
 def made(backbone: str, conditioning: str) -> Backbone:
     torch.manual_seed(0)
-    model = build_model(toy_config("ec", conditioning=conditioning), backbone)
+    model = build_model(toy_config("ec", backbone=backbone, conditioning=conditioning))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -44,8 +53,7 @@ def calls_of(parts: Sequence[tuple[str, nn.Module]], model: Backbone, conditioni
     return seen
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "conditioning"), CASES)
 def test_gathered_units_hold_every_parameter_once(backbone: str, conditioning: str) -> None:
     model = made(backbone, conditioning)
     names = [f"{prefix}.{name}" for prefix, part in model.gathered_units() for name, _ in part.named_parameters()]
@@ -53,8 +61,7 @@ def test_gathered_units_hold_every_parameter_once(backbone: str, conditioning: s
     assert all(model.get_submodule(name) is part for name, part in model.gathered_units())
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "conditioning"), CASES)
 def test_the_first_part_embeds_both_latents_and_the_last_makes_the_output(backbone: str, conditioning: str) -> None:
     model = made(backbone, conditioning)
     parts = model.gathered_units()
@@ -70,8 +77,7 @@ def test_the_first_part_embeds_both_latents_and_the_last_makes_the_output(backbo
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "conditioning"), CASES)
 def test_a_prepared_condition_gives_the_same_bits(backbone: str, conditioning: str) -> None:
     model = made(backbone, conditioning).eval()
     x_t, t, condition, x0_prev = inputs(conditioning)

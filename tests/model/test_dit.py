@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sharpmoe.config import ModelConfig
+from sharpmoe.latent_patches import patchify, unpatchify
 from sharpmoe.model.backbone import ClassCondition, TextCondition
 from sharpmoe.model.dit import DiT
-from sharpmoe.model.embed import patchify, rotary_positions, sincos_positions, unpatchify
+from sharpmoe.model.embed import rotary_positions, sincos_positions
 from sharpmoe.moe.routing import CallMode
 
 PUBLISHED = {  # millions, as published: class-conditional, 1000 classes, learn_sigma, positions counted

@@ -24,12 +24,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dense": {"mlp": "swiglu", "norm": "rmsnorm"},
     "tc": {"top_k": 2, "shared": "gelu", "shared_hidden": 40, "conditioning": "class", "class_dropout": False},
     "ec": {"capacity": 1.5, "expert_hidden": 20, "learn_sigma": True},
-    "diffmoe": {"capacity": 1.25, "patch_size": 1, "latent_size": 4},
+    "diffmoe": {"capacity": 1.25, "patch_size": 1, "latent_size": 4, "gate_input": "time_and_state"},
     "promoe_tc": {"conditioning": "class", "num_classes": 5},
     "promoe_ec": {"conditioning": "class", "num_classes": 5},
     "dsmoe": {"width": 32, "num_experts": 8, "num_groups": 4, "top_groups": 2, "qk_norm": True},
     "dit_moe": {"dense_first": 1, "depth": 5},
-    "race": {"moe_every": 3},
+    "race": {"moe_every": 3, "gate_input": "time_and_state"},
+    "nucleus": {"latent_channels": 4, "dense_first": 1, "num_kv_heads": 1, "capacity": 1.3, "mlp_hidden": 20},
 }
 IMAGES = 3
 SIZES = ((8, 8), (4, 8), (12, 10))  # of latents: that of the configuration, a smaller and a larger one

@@ -40,6 +40,7 @@ FAMILIES = {
     "dsmoe": {"num_experts": 8, "num_groups": 4, "top_groups": 2},
     "dit_moe": {},
     "race": {},
+    "nucleus": {"text_width": 384, "dense_first": 1, "capacity": 1.3, "num_kv_heads": 1},
 }
 
 
