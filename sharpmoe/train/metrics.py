@@ -126,8 +126,8 @@ def _layer_sums(record: Routing, config: ModelConfig, t: Tensor, saliency: Tenso
     shares = record.logits.softmax(-1)
     entropy = -torch.special.xlogy(shares, shares).sum()
     flipped = (chosen[..., : config.num_experts] & ~by_gate).sum()
-    sums = [chosen[..., 0].numel(), entropy, chosen.sum(), flipped]
-    head = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=chosen.device) for value in sums])
+    tokens = entropy.new_full((), chosen[..., 0].numel(), dtype=torch.float64)  # filled there: no copy from the host
+    head = torch.stack([tokens, entropy.double(), chosen.sum().double(), flipped.double()])
     inside = torch.stack([(lower < t) & (t <= upper) for lower, upper in TIME_RANGES.values()]).double()  # (ranges, B)
     by_range = (inside.unsqueeze(-1) * influence(record, by_gate, saliency)).sum(1).flatten()
     return torch.cat([head, by_range, chosen.flatten(0, 1).sum(0).double()])
