@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 # Operators that launch nothing: views, allocations, questions to the host's own record of a tensor.
-NO_KERNEL = frozenset(  # fmt: skip
+NO_KERNEL = frozenset(
     {
         "_has_compatible_shallow_copy_type",
         "_reshape_alias",
