@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sharpmoe.config import RunConfig
-from sharpmoe.config_io import DEFAULT_DS_CONFIG, dump_run_config, load_run_config
+from sharpmoe.config_io import dump_run_config, load_run_config
 from sharpmoe.console import clock
 from sharpmoe.devices import default_device
 from sharpmoe.durable import check_folder, sha256_of, write_atomically
@@ -76,7 +76,7 @@ def rehearse_study(study: Study, wish: Wish, device: str) -> str:
         _check_definition(part)
     for part in (one for one in parts if one.seed == study.seeds[0]):
         try:
-            _rehearse(part)
+            _rehearse(part, study.deepspeed)
         except (ConfigError, CheckpointError) as error:
             raise type(error)(f"arm {part.arm.name}: {error}") from None
     jobs = _jobs(study, parts, wish)
@@ -101,7 +101,8 @@ def _jobs(study: Study, parts: Sequence[Part], wish: Wish) -> list[Job]:
         train, measure = f"train {part.name}", f"measure {part.name} on {split}"
         log = logs / f"{part.arm.name}-seed{part.seed}.log"
         if part.arm.trained:
-            words = ("train", "--config", str(part.folder / _RUN_FILE.format(part.seed)))
+            file = part.folder / _RUN_FILE.format(part.seed)
+            words = ("train", "--deepspeed", str(study.deepspeed), "--config", str(file))
             jobs.append(Job(name=train, words=words, log=log, is_done=partial(is_trained, part)))
         jobs.append(
             Job(
@@ -162,10 +163,10 @@ def _flat(run: RunConfig) -> Iterator[tuple[str, str, object]]:
             yield section, "", values
 
 
-def _rehearse(part: Part) -> None:
+def _rehearse(part: Part, deepspeed: Path) -> None:
     world = World(0, 1, 0, default_device())
     if part.arm.trained:
-        ds_config = resolve_ds_config(DEFAULT_DS_CONFIG, part.run, 1)
+        ds_config = resolve_ds_config(deepspeed, part.run, 1)
         rehearse(part.run, ds_config, world, Target(1, None, True))
     elif not Path(part.run.checkpoint.init or "").is_file():
         raise ConfigError(f"checkpoint.init {part.run.checkpoint.init} does not exist; train the base first")

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sharpmoe.config import RunConfig
-from sharpmoe.config_io import load_run_config, merge_settings, nearest
+from sharpmoe.config_io import PROJECT_ROOT, load_run_config, merge_settings, nearest
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.classifier import ClassifierSettings
 from sharpmoe.overrides import StrictLoader, parse_overrides, yaml_problem
@@ -61,6 +61,7 @@ class _StudyFile(_Strict):
     name: str = Field(pattern=_NAME)  # folder below output
     output: str = "runs/studies"
     base: str  # run file
+    deepspeed: str = "configs/zero2.json"  # a job is one process: nothing is partitioned, and ZeRO-3 would gather it
     overrides: dict[str, Any] = {}  # of every arm, over the run file
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
     trained_images: int = Field(ge=1)  # noisy images of every trained arm: steps x global_batch x rollout steps
@@ -129,6 +130,7 @@ class Study:
     file: Path
     name: str
     folder: Path
+    deepspeed: Path
     trained_images: int
     control: str
     arms: tuple[Arm, ...]
@@ -175,6 +177,7 @@ def load_study(path: Path, overrides: Sequence[str] = (), name: str | None = Non
         file=path,
         name=given.name,
         folder=folder,
+        deepspeed=_found(given.deepspeed),
         trained_images=given.trained_images,
         control=given.control,
         arms=given.arms,
@@ -183,6 +186,11 @@ def load_study(path: Path, overrides: Sequence[str] = (), name: str | None = Non
         evaluate=given.evaluate,
         classifier=given.classifier,
     )
+
+
+def _found(name: str) -> Path:
+    """Return a file of the working folder, or of the project where it has none of that name."""
+    return Path(name) if Path(name).is_file() else PROJECT_ROOT / name
 
 
 def noisy_images_per_step(run: RunConfig) -> int:
