@@ -222,6 +222,7 @@ class TrainConfig(Section):
     global_batch: int = Field(256, ge=1, le=2**24)  # images per optimizer step, all ranks
     micro_batch: int | None = Field(None, ge=1, le=2**24)  # per rank; None: global_batch / world size
     precision: Literal["fp32", "bf16"] = "fp32"  # of forward and backward; masters are float32
+    times: Literal["logit_normal", "uniform"] = "logit_normal"  # of stage pretrain; those of rollouts are uniform
 
 
 class ParallelConfig(Section):

@@ -44,7 +44,9 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 def _draw(batch: Batch, empty_text: EmptyText, run: RunConfig) -> TrajectoryBatch:
     x0, noise = batch.latent, "fixed" if run.stage == "pretrain" else run.rollout.noise
     factor = flow.shift_factor(run.rollout.shift, math.prod(x0.shape[2:]) // run.model.patch_size**2)
-    if run.stage == "pretrain":
+    if run.stage == "pretrain" and run.train.times == "uniform":
+        times = flow.shift_times(draws.uniform_times(run.seed, batch.position, 1), factor)
+    elif run.stage == "pretrain":
         times = flow.logit_normal_times(draws.normal_times(run.seed, batch.position), factor)
     else:
         uniform = draws.uniform_times(run.seed, batch.position, run.rollout.num_steps - 1)

@@ -64,3 +64,15 @@ def test_each_resolution_has_its_own_shift(stage: str, shards: Path, tmp_path: P
         torch.testing.assert_close(times[first:], expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(times[:first], unshifted[:first])
         assert not torch.allclose(times[first:], unshifted[first:])
+
+
+def test_pretraining_takes_logit_normal_times_or_uniform_ones(shards: Path, tmp_path: Path) -> None:
+    runs = [make_run(shards, tmp_path, stage="pretrain", train={"times": name}) for name in ("logit_normal", "uniform")]
+    data = plan_for(runs[0], ALONE).data
+    rows = list(range(4)) * 250
+    batch = data.train.sources[0].batch(rows, list(range(1000)))
+    normal, uniform = (draw_trajectories([batch], data.empty_text, run, torch.device("cpu"))[0] for run in runs)
+    assert torch.equal(uniform.x1, normal.x1)
+    for item, quarter in ((normal, 0.139), (uniform, 0.25)):  # P(sigmoid(n) < 1/4) = P(n < -log 3)
+        assert item.times.shape == (1, 1000)
+        assert abs(float((item.times < 0.25).float().mean()) - quarter) < 0.04
