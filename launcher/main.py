@@ -34,6 +34,9 @@ _TASKS = {
         "convert": "convert published weights to a weights file of this project, or back",
         "export": "copy the weights of a checkpoint to one file",
     },
+    "machine": {
+        "gpu-check": "check everything on a GPU and measure it",
+    },
 }
 _LAUNCHERS = {name: text for commands in _TASKS.values() for name, text in commands.items()}
 
@@ -62,7 +65,7 @@ def _launcher(words: Sequence[str]) -> Command | int:
     """The launcher to run, or the exit code where help was printed or the name is wrong."""
     name = words[0] if words else ""
     if name in _LAUNCHERS:
-        command: Command = importlib.import_module(f"launcher.{name}").main
+        command: Command = importlib.import_module(f"launcher.{name.replace('-', '_')}").main
         return command
     if name == "--version":
         print(f"sharpmoe {sharpmoe.__version__}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sharpmoe.config import RunConfig
-from tests.launcher.test_main import INNER
+from tests.launcher.test_main import INNER, file_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -24,7 +24,7 @@ TARGETS = re.compile(r"\bmake ([a-z]+(?:-[a-z]+)*)\b")
 OVERRIDES = re.compile(r"--([a-z_]+\.[a-z_]+)\b")
 # `python launcher/NAME.py ...` and `sharpmoe NAME ...`, with their words
 LAUNCHED = re.compile(
-    r"(?:(?<!tests/)launcher/(?=[a-z_]+\.py)|(?:^|`)sharpmoe )([a-z_]+)(?:\.py)?\b([^\n`#]*)", re.MULTILINE
+    r"(?:(?<!tests/)launcher/(?=[a-z_]+\.py)|(?:^|`)sharpmoe )([a-z_]+(?:-[a-z]+)?)(?:\.py)?\b([^\n`#]*)", re.MULTILINE
 )
 HANDS_ON = {"submit": ("prepare", "sample")}  # launchers whose options another one takes as well
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
@@ -65,7 +65,7 @@ def options_of(launcher: str) -> set[str]:
     """Options of a launcher and of its subcommands; also those of launchers that it passes words on to."""
     found: set[str] = set()
     names = (launcher, *HANDS_ON.get(launcher, ()))
-    parsers = [importlib.import_module(f"launcher.{name}").main.parser() for name in names]
+    parsers = [importlib.import_module(f"launcher.{file_of(name)}").main.parser() for name in names]
     while parsers:
         for action in parsers.pop()._actions:
             found.update(action.option_strings)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.prepare.recipe import Recipe
+from data_pipeline.prepare.write import prepare_shards
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.image_sets import ImageSet, open_images, read_statistics
-from tests.fixtures_data import QUIET, Recipe, ShapesSource, prepare_shards
+from tests.fixtures_data import QUIET, ShapesSource
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
 

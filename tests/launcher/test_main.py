@@ -27,9 +27,13 @@ INNER = {
 }
 
 
+def file_of(name: str) -> str:
+    return name.replace("-", "_")
+
+
 def test_every_launcher_is_a_command() -> None:
     files = {path.stem for path in (PROJECT_ROOT / "launcher").glob("*.py")}
-    assert files - INNER == set(_LAUNCHERS)
+    assert files - INNER == {file_of(name) for name in _LAUNCHERS}
 
 
 def test_the_console_command_is_installed_under_its_name() -> None:
@@ -44,7 +48,7 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: sharpmoe {name} ")
-    assert f"launcher/{name}.py" in said  # the docstring names the other way
+    assert f"launcher/{file_of(name)}.py" in said  # the docstring names the other way
 
 
 @pytest.mark.parametrize("columns", [80, 100])
@@ -69,7 +73,8 @@ def test_the_list_of_commands_needs_no_torch(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "launcher", "--help"]
     said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in said.splitlines() if line.startswith("  ")] == list(_LAUNCHERS)
-    assert [line for line in said.splitlines() if line.endswith(":")] == ["data:", "training:", "results:", "weights:"]
+    tasks = ["data:", "training:", "results:", "weights:", "machine:"]
+    assert [line for line in said.splitlines() if line.endswith(":")] == tasks
     assert max(map(len, said.splitlines())) <= 80
 
 
