@@ -223,6 +223,9 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(None, ge=1, le=2**24)  # per rank; None: global_batch / world size
     precision: Literal["fp32", "bf16"] = "fp32"  # of forward and backward; masters are float32
     times: Literal["logit_normal", "uniform"] = "logit_normal"  # of stage pretrain; those of rollouts are uniform
+    # The same bits each time on the same devices, so that a resumed run equals one without a stop on CUDA too; slower.
+    # Without it that holds on the host only (docs/reliability.md).
+    deterministic: bool = False
 
 
 class ParallelConfig(Section):

@@ -5,7 +5,9 @@ is local: a process that sees one GPU calls it cuda:0, whatever its number on th
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,6 +15,8 @@ from sharpmoe.errors import ConfigError
 
 ACCELERATOR = "DS_ACCELERATOR"  # read by DeepSpeed as well, when it is imported
 _CUDA = "cuda"
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read by cuBLAS at the first product of a process
+_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS adds in the same order each time
 
 
 def device_count() -> int:
@@ -52,3 +56,32 @@ def why_no_cuda(environment: Mapping[str, str] = os.environ) -> str:
     """Return how to let this process use CUDA where a variable keeps it from that, as the end of an error message."""
     given = environment.get(ACCELERATOR, _CUDA)
     return "" if given == _CUDA else f" ({ACCELERATOR}={given} is set; unset it to use CUDA)"
+
+
+@contextmanager
+def deterministic_algorithms(strict: bool) -> Iterator[None]:
+    """Within the context, where `strict`, torch computes the same bits each time on the same device, or raises.
+
+    Otherwise nothing changes. On CUDA the context must begin before the first matrix product of the process. Raises
+    ConfigError where CUBLAS_WORKSPACE_CONFIG is set to something that rules it out.
+    """
+    if not strict:
+        yield
+        return
+    given = os.environ.setdefault(_CUBLAS, _WORKSPACES[0])
+    if given not in _WORKSPACES:
+        raise ConfigError(
+            f"environment: {_CUBLAS} is {given!r}, but train.deterministic needs {' or '.join(_WORKSPACES)}; unset it"
+        )
+    cudnn = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic  # a module whose attribute is a property
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    kept = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written, so filling it would only cost time.
+    cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = True, False, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = kept

@@ -2,11 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sharpmoe.devices import default_device, device_count, device_of_rank
+from sharpmoe.devices import default_device, deterministic_algorithms, device_count, device_of_rank
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
@@ -59,7 +60,7 @@ def train_beside_gpus(world: World, shards: Path, output: Path) -> tuple[str, fl
     """Train, measure, draw and save with Megatron's dispatcher, on a machine that pretends to have two GPUs."""
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
-    torch.cuda._lazy_init = refuse  # type: ignore[assignment]
+    torch.cuda._lazy_init = refuse
     here = launch.start()
     run = make_run(
         shards,
@@ -77,3 +78,35 @@ def test_a_machine_with_gpus_computes_on_the_host_when_it_is_told_to(shards: Pat
     for device, memory in run_ranks(train_beside_gpus, 2, shards, tmp_path):
         assert device == "cpu"
         assert memory > 0
+
+
+def flags() -> tuple[bool, ...]:
+    cudnn = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    on = torch.are_deterministic_algorithms_enabled()
+    return on, cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
+
+
+def test_strict_mode_lasts_as_long_as_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = flags()
+    with deterministic_algorithms(strict=False):
+        assert flags() == before
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    inside = []
+
+    def fail() -> None:
+        with deterministic_algorithms(strict=True):
+            inside.append((flags(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == [((True, True, False, False), ":4096:8")]
+    assert flags() == before
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    with (
+        pytest.raises(ConfigError, match="but train.deterministic needs :4096:8 or :16:8; unset it"),
+        deterministic_algorithms(strict=True),
+    ):
+        pass

@@ -16,6 +16,7 @@ from data_pipeline.read.stream import Loaded, stream
 from sharpmoe import durable
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.config import CheckpointConfig, RunConfig
+from sharpmoe.devices import deterministic_algorithms
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.ranks import watchdog
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
@@ -46,7 +47,11 @@ def train(plan: RunPlan, world: World) -> Path:
     Communicates. Raises on every rank: SharpMoEError, also where another live process runs in the folder; and, after
     the save, KeyboardInterrupt where SIGINT (Ctrl-C) stopped it. Ends the process with code 3 where a rank is lost.
     """
-    with watchdog.watching(world.rank, world.size, plan.run.peers), run_folder_owned(plan.folder, world):
+    with (
+        watchdog.watching(world.rank, world.size, plan.run.peers),
+        run_folder_owned(plan.folder, world),
+        deterministic_algorithms(plan.run.train.deterministic),
+    ):
         ended = _train(with_target_scales(choose_checkpoint(plan, world), world), world)
     if ended.signal == signal.SIGINT.name:
         raise KeyboardInterrupt

@@ -42,9 +42,19 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
         f"{layout.world} rank(s)",
         "rollout": f"{rollout}, {' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens per image",
         "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
+        "repeatable": _repeatable(run, world),
         "threads": f"{torch.get_num_threads()} per rank",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
+def _repeatable(run: RunConfig, world: World) -> str:
+    """Return how far a run that is started again, or resumed, repeats what it computed."""
+    if run.train.deterministic:
+        return "bit for bit on the same devices and versions (train.deterministic)"
+    if world.device.type == "cuda":
+        return "to rounding; with train.deterministic bit for bit (slower)"
+    return "bit for bit on the same kind of host"
 
 
 def _versions() -> dict[str, str]:

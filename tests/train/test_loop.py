@@ -2,20 +2,23 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.read.damage import Damage
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
-from sharpmoe.log_file import read_log
+from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.train import loop, monitor
 from sharpmoe.train.flops import rows_expected, step_flops
 from sharpmoe.train.setup import RunPlan
+from sharpmoe.train.step import StepResult, train_step
 from tests.distributed import run_ranks
 from tests.train.setting import ALONE, make_run, plan_for
 
@@ -169,6 +172,31 @@ def test_what_only_draws_or_reports_never_ends_a_run(
     assert said.count("note: the picture of samples could not be written: ") == 2
     assert "samples/step00000001.png: no space left on this disk; free some, or choose another place" in said
     assert "note: the allocation after training could not be written: KeyError: 'x'; training goes on" in said
+
+
+def test_a_deterministic_run_is_strict_and_says_so(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modes = []
+
+    def observed(*given: Any, **more: Any) -> StepResult:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return train_step(*given, **more)
+
+    monkeypatch.setattr(loop, "train_step", observed)
+    assert launch.start() == ALONE
+    try:
+        for strict in (True, False):
+            run = make_run(shards, tmp_path, name=str(strict), train={"steps": 1, "deterministic": strict})
+            loop.train(plan_for(run, ALONE), ALONE)
+    finally:
+        launch.stop()
+    assert modes == [True, False]
+    said = capsys.readouterr().out
+    assert "repeatable bit for bit on the same devices and versions (train.deterministic)" in said
+    assert "repeatable bit for bit on the same kind of host" in said
+    started = read_log_lines(tmp_path / "True" / "log.jsonl")[0]
+    assert started["settings"]["train.deterministic"] is True
 
 
 def test_due_by_steps_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,22 +1,26 @@
 """Every router family post-trains: identity at step 0, three steps, and what moves once per step moves."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
 from sharpmoe.config import RunConfig
+from sharpmoe.devices import deterministic_algorithms
 from sharpmoe.families import FAMILIES as RECORDS
 from sharpmoe.model.attach import attach
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
 from sharpmoe.model.embed import sincos_positions
 from sharpmoe.model.weights import load_model, save_weights
-from sharpmoe.moe.thresholds import update_biases, update_thresholds
+from sharpmoe.moe.thresholds import update_biases, update_routers, update_thresholds
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, rollout_step
 from sharpmoe.train.loop import train
@@ -27,7 +31,7 @@ from sharpmoe.train.trajectories import _draw
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
-from tests.train.setting import make_run, plan_for
+from tests.train.setting import identical, make_run, plan_for
 
 FAMILIES = {
     "dense": {"saliency_router": False},
@@ -122,6 +126,59 @@ def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
     assert (record.thresholds is not None) == (run.model.family.thresholds is not None)
     for part in ("saliency_router.out", "expert_threshold", "expert_bias", "gate.", "shared."):
         assert any(part in key for key in moved) == any(part in key for key in start), part
+
+
+# What torch refuses on CUDA under use_deterministic_algorithms (its documentation), of all that a network may call; on
+# the host it refuses less. cumsum is refused for floating point only.
+REFUSED = re.compile(
+    "(avg_pool|adaptive_|fractional_|max_unpool|upsample_.*backward|reflection_pad|nll_loss|ctc_loss|put_?$|histc|"
+    "bincount|median|grid_sampler|cumsum|logcumsumexp|scatter_reduce|resize_|embedding_bag)"
+)
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operations torch runs, in forward, backward and update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: set[str] = set()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        floating = args and torch.is_tensor(args[0]) and args[0].is_floating_point()
+        self.count += 1
+        if REFUSED.match(name) and (floating or "cumsum" not in name):
+            self.refused.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_trains_in_deterministic_mode(name: str, shards: ShardSet) -> None:
+    """Two steps: torch refuses nothing on the host, and nothing is called that it would refuse on CUDA."""
+    run, found = run_of(name, shards.location, "two_pass"), list[dict[str, Tensor]]()
+    for _ in range(2):
+        model, operations = base(run), Operations()
+        model = attach(model) if run.model.saliency_router else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=run.optim.lr)
+        with deterministic_algorithms(strict=True), operations:
+            for step in range(2):
+                record = gradients(run, model, shards, step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                update_routers(model.moe_layers(), record.thresholds, record.loads, run.optim)
+        assert operations.refused == set()
+        assert operations.count > 1000
+        found.append(model.state_dict())
+    assert identical(*found)
+
+
+def test_refused_operations_are_recognised() -> None:
+    with Operations() as operations:
+        torch.ones(3).cumsum(0)
+        torch.ones(3, dtype=torch.long).cumsum(0)
+        torch.ones(3).put_(torch.tensor([0]), torch.ones(1))
+    assert operations.refused == {"cumsum", "put_"}
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "dense"])
