@@ -97,7 +97,7 @@ class Plain:
 
     def save(self) -> None:
         """Write and flush."""
-        engine, ema, model, _ = self.contents
+        engine, ema, model = self.contents.engine, self.contents.ema, self.contents.model
         weights = {"live": engine.full_weights(model), "ema": ema.full_weights(model)}
         torch.save({"partitions": self._partitions(), "weights": weights}, self.path)
         flush(self.path)

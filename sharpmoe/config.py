@@ -26,6 +26,8 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy's and torch's generators take
 _Factor = Annotated[float, Field(ge=0, le=1e6)]
 _Time = Annotated[float, Field(ge=0, le=1)]
+# Of names of parameters: sharpmoe/model/trainable.py
+_Pattern = Annotated[str, Field(min_length=1)]
 
 
 class ShardSource(Section):
@@ -197,7 +199,7 @@ class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
     # Factors on the learning rate, pattern: factor, at every step of the schedule. A pattern is one or more consecutive
     # parts of a parameter's name, such as saliency_router, moe.gate or blocks.*.attn; the most specific one counts.
-    # 0 freezes: {"*": 0, saliency_router: 20} trains the saliency routers alone.
+    # 0 leaves values as they are, at the cost of training them: train.trainable freezes.
     lr_scale: dict[str, _Factor] = Field({})
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)  # adamw
     eps: float = Field(1e-8, gt=0)  # adamw
@@ -226,6 +228,16 @@ class TrainConfig(Section):
     # The same bits each time on the same devices, so that a resumed run equals one without a stop on CUDA too; slower.
     # Without it that holds on the host only (docs/reliability.md).
     deterministic: bool = False
+    # Which parameters are trained: patterns as in optim.lr_scale, such as [saliency_router], [saliency_router, gate] or
+    # [moe.experts]; empty: all. All others are frozen: without gradient, optimizer state, average (docs/trainable.md).
+    trainable: tuple[_Pattern, ...] = ()
+    frozen: tuple[_Pattern, ...] = ()  # patterns of parameters that are not trained; the most specific of both counts
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if both := sorted({*self.trainable} & {*self.frozen}):
+            raise ValueError(f"{both[0]!r} is in train.trainable and in train.frozen; remove it from one of them")
+        return self
 
 
 class ParallelConfig(Section):

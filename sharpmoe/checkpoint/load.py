@@ -20,9 +20,10 @@ from sharpmoe.checkpoint.manifest import (
 )
 from sharpmoe.checkpoint.rng import generators_file, restore_generators
 from sharpmoe.checkpoint.state import Contents, StateReader
-from sharpmoe.config import ModelConfig
+from sharpmoe.config import ModelConfig, TrainConfig
 from sharpmoe.errors import CheckpointDamageError, CheckpointError, first_line
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.trainable import trained_names
 from sharpmoe.model.weights import check_architecture, check_finite
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.parallel.zero.partitions import EMA, fill_pieces
@@ -106,6 +107,27 @@ def check_fits(saved: Manifest, model: ModelConfig, identity: RunIdentity) -> No
             raise CheckpointError(f"{saved.folder}: {field} is {there!r} there, {here!r} in the run; {_FIXES[field]}")
 
 
+def check_trains_same(saved: Manifest, model: Backbone, train: TrainConfig) -> None:
+    """Raise CheckpointError where a checkpoint was saved by a run that trained other parameters. No communication.
+
+    Their optimizer states and averages are in it, and those of no others.
+    """
+    keys = ("trainable", "frozen")
+    there = TrainConfig(**{key: tuple(saved.settings.get(f"train.{key}") or ()) for key in keys})
+    if all(getattr(there, key) == getattr(train, key) for key in keys):
+        return
+    names = [name for name, _ in model.named_parameters()]
+    before, now = (trained_names(names, each) for each in (there, train))
+    if before != now:
+        name, trains = (min(before - now), True) if before - now else (min(now - before), False)
+        raise CheckpointError(
+            f"{saved.folder}: {name} is {'trained' if trains else 'frozen'} there, "
+            f"{'frozen' if trains else 'trained'} in the run; set "
+            + " and ".join(f"train.{key} to {list(getattr(there, key))}" for key in keys)
+            + f", or {_START_NEW}"
+        )
+
+
 def first_sound(found: Found, root: Path, resume: str, world: World) -> ResumePoint:
     """Verify every file of the checkpoints found, each rank a share of the bytes, until one is undamaged.
 
@@ -175,7 +197,7 @@ def _read_all(saved: Manifest, model: Backbone) -> None:
     if not _is_small(saved):
         return
     for name, parameter in model.named_parameters():
-        for kind in sorted(reader.kinds):
+        for kind in sorted(reader.kinds) if parameter.requires_grad else ():
             reader.piece(kind, name, 0, parameter.numel())
     _load_buffers(model, saved.folder / "live.safetensors")
 
@@ -201,7 +223,7 @@ def load_checkpoint(saved: Manifest, contents: Contents) -> None:
     Every rank calls it; communicates. The checkpoint may be of another number of ranks, ep_size or ZeRO stage. Raises
     CheckpointError on every rank where a part is missing; nothing in a file is executed.
     """
-    engine, ema, model, _ = contents
+    engine, ema, model = contents.engine, contents.ema, contents.model
     with raise_on_all_ranks(engine.world):
         reader = StateReader(saved.folder)
         engine.state.restore(model, reader)

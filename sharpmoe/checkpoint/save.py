@@ -33,8 +33,9 @@ from sharpmoe.checkpoint.manifest import (
 from sharpmoe.checkpoint.rng import generator_states, generators_file, write_generators
 from sharpmoe.checkpoint.state import Contents, state_file, write_state
 from sharpmoe.checkpoint.weights import gather_table, whole_tensors
-from sharpmoe.config import CheckpointConfig, ModelConfig
+from sharpmoe.config import CheckpointConfig, ModelConfig, TrainConfig
 from sharpmoe.errors import CheckpointError
+from sharpmoe.model.trainable import trained_names
 from sharpmoe.model.weights import check_finite, weight_specs, weights_writer
 from sharpmoe.parallel.ranks.background import HostCopies, SideGroup
 from sharpmoe.parallel.zero.partitions import EMA, MASTER, Partitions, Piece
@@ -76,6 +77,7 @@ class Checkpoints:
 
     find = staticmethod(load.find_checkpoints)
     check_fits = staticmethod(load.check_fits)
+    check_trains_same = staticmethod(load.check_trains_same)
     first_sound = staticmethod(load.first_sound)
     rehearse_resume = staticmethod(load.rehearse_resume)
     check_room = staticmethod(retention.check_room)
@@ -98,14 +100,20 @@ class Checkpoints:
         self._identity, self._settings = identity, settings
         self._peers = SideGroup(contents.engine.world)
         self._specs = weight_specs(contents.model.config)
+        frozen = [name for name, each in contents.model.named_parameters() if not each.requires_grad]
+        self._frozen_bytes = sum(self._specs[name].num_bytes for name in frozen)
         self._copies = HostCopies()
         self._running: Future[Outcome] | None = None
 
     @staticmethod
-    def size(model: ModelConfig, states: int) -> int:
-        """Return the bytes of tensors of one checkpoint. states: tensors of the optimizer per parameter."""
-        elements = sum(spec.shape.numel() for spec in weight_specs(model).values())
-        return torch.float32.itemsize * elements * (2 + states + len(_WEIGHTS))  # masters and their average, and so on
+    def size(model: ModelConfig, states: int, train: TrainConfig = TrainConfig()) -> int:  # noqa: B008 (immutable)
+        """Return the bytes of tensors of one checkpoint. states: tensors of the optimizer per trained parameter."""
+        specs = weight_specs(model)
+        trained = trained_names(specs, train)
+        elements = sum(spec.shape.numel() for spec in specs.values())
+        own = sum(spec.shape.numel() for name, spec in specs.items() if name in trained)
+        state = own * (2 + states)  # masters, their average, states of the optimizer
+        return torch.float32.itemsize * (state + elements * len(_WEIGHTS))
 
     def load(self, saved: Manifest) -> None:
         """Load the state of a checkpoint that is intact and fits the run. Communicates; see `load_checkpoint`."""
@@ -179,7 +187,7 @@ class Checkpoints:
     def _write(self, taken: _Snapshot, draft: Path, final: Path) -> None:
         """Write everything to `draft` and publish it. Communicates; raises CheckpointError on every rank."""
         peers, is_main = self._peers, self._peers.world.is_main
-        need = sum(peers.gather(taken.num_bytes))
+        need = sum(peers.gather(taken.num_bytes)) + len(_WEIGHTS) * self._frozen_bytes
         with peers.raise_on_all_ranks():
             if is_main:
                 with retention.disk_errors(self._root):
@@ -208,7 +216,7 @@ class Checkpoints:
         for name, kind in _WEIGHTS.items():
             names.append(f"{name}.safetensors")
             parts = taken.partitions[kind]
-            tensors = whole_tensors(self._specs, table, parts, taken.buffers, self._peers)
+            tensors = whole_tensors(self._specs, table, parts, taken.buffers, self._contents.frozen, self._peers)
             self._write_whole(draft / names[-1], name, taken.progress, tensors)
         return names if self._peers.world.is_main else []
 
@@ -255,7 +263,7 @@ def _take_snapshot(progress: Progress, contents: Contents, copies: HostCopies) -
 
     Costs host memory: a second copy of the rank's masters, EMA and optimizer state.
     """
-    engine, ema, model, _ = contents
+    engine, ema, model = contents.engine, contents.ema, contents.model
     copies.start()
     own = {**engine.state.partitions(), EMA: ema.shards}
     partitions = {kind: [copies.tensor(part) for part in parts] for kind, parts in own.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from sharpmoe.errors import CheckpointError, first_line
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import SafetensorsWriter, TensorSpec, check_finite
+from sharpmoe.parallel.zero.build import Values
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.partitions import EMA, MASTER, Piece
@@ -30,6 +31,7 @@ class Contents(NamedTuple):
     ema: ShardEma
     model: Backbone  # the part of the engine's module that becomes live.safetensors and ema.safetensors
     origin: Mapping[str, str]  # identities of codec and text encoder, for the headers of both files
+    frozen: Values | None = None  # source of the parameters that are not trained, whole; None where all are
 
 
 class _Stored(NamedTuple):

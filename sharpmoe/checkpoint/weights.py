@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharpmoe.model.weights import TensorSpec
 from sharpmoe.parallel.ranks.background import SideGroup
+from sharpmoe.parallel.zero.build import Values
 from sharpmoe.parallel.zero.partitions import Piece
 
 _BATCH = 1 << 24  # bytes of parameters that are assembled at once
@@ -28,13 +29,16 @@ def whole_tensors(
     table: _Table,
     parts: Sequence[Tensor],
     buffers: Mapping[str, Tensor],
+    frozen: Values | None,
     peers: SideGroup,
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Yield each tensor of a weights file, whole, in the order of `specs`, on rank 0; None on other ranks.
 
-    parts: this rank's flat partitions (float32, on the host). buffers: of the model. Communicates at every step, so
-    every rank must iterate to the end. Raises CheckpointError where a rank is lost.
+    parts: this rank's flat partitions (float32, on the host). buffers: of the model. frozen: source of the parameters
+    of which no rank has a piece; rank 0 reads them, bit for bit as the run did when it started. Communicates at every
+    step, so every rank must iterate to the end. Raises CheckpointError where a rank is lost.
     """
+    trained = {name for owned in table for name in owned}
     for names in _batches({name: spec for name, spec in specs.items() if name not in buffers}):
         mine = _owned(names, table[peers.world.rank], parts)
         if not peers.world.is_main:
@@ -42,13 +46,18 @@ def whole_tensors(
                 peers.send(mine)
             yield from ((name, None) for name in names)
             continue
-        whole = {name: torch.empty(specs[name].shape.numel()) for name in names}
+        whole = {name: torch.empty(specs[name].shape.numel()) for name in names if name in trained}
         counts = [sum(piece.numel for name in names for piece in owned.get(name, ())) for owned in table]
         assert sum(counts) == sum(part.numel() for part in whole.values())
         for rank, (owned, count) in enumerate(zip(table, counts, strict=True)):
             if count:
                 _scatter(whole, names, owned, peers.receive(rank, count) if rank else mine)
-        yield from ((name, whole[name].view(specs[name].shape)) for name in names)
+        for name in names:
+            if name in trained:
+                yield name, whole[name].view(specs[name].shape)
+            else:
+                assert frozen is not None
+                yield name, frozen(name, specs[name].shape, None)
     yield from ((name, buffers[name] if peers.world.is_main else None) for name in specs if name in buffers)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -202,6 +202,7 @@ class StartingWeights:
         self.config, self.seed, self.path = config, seed, path
         self.meta: dict[str, str] = {}
         self._found: frozenset[str] = frozenset()
+        self._file: Any = None  # stays open: a checkpoint may be deleted while a run that started from it goes on
         if path is not None:
             found, self.meta = _read_header(path)
             check_architecture(found, config, str(path))
@@ -216,9 +217,10 @@ class StartingWeights:
         """Return one parameter or buffer, float32 on the host; of stacked experts (E, ...) only those in `experts`."""
         if name not in self._found:
             return initial_value(name, shape, self.config, self.seed, BACKBONES[self.config.backbone].initial, experts)
-        with safe_open(self.path, framework="pt") as file:
-            whole = file.get_slice(name)
-            value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
+        if self._file is None:
+            self._file = safe_open(self.path, framework="pt")
+        whole = self._file.get_slice(name)
+        value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
         return value.float()
 
     def check_finite(self, rank: int = 0, size: int = 1) -> None:

@@ -18,6 +18,7 @@ from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.model.build import build_model
+from sharpmoe.model.trainable import freeze
 from sharpmoe.moe.dispatch import Assignment, Dispatched, LocalDispatcher, RowCounts
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
@@ -130,7 +131,7 @@ def count_activations(run: RunConfig, micro_batch: int, tokens: SampleTokens) ->
     ends = model.dense_first + model.dense_last
     short = ends + model.moe_every + (model.depth - ends) % model.moe_every
     repeats = max(0, (model.depth - short) // model.moe_every)
-    if repeats < 2:
+    if repeats < 2 or _names_single_blocks(run):
         return _count(run, micro_batch, tokens)
     one, two = (_count(_with(run, depth=depth), micro_batch, tokens) for depth in (short, short + model.moe_every))
     return Activations(
@@ -147,6 +148,11 @@ def _with(run: RunConfig, **fields: Any) -> RunConfig:
 
 def _mean_and_most(model: ModelConfig) -> tuple[float, float]:
     return model.mean_capacity, max(layer.capacity for layer in model.moe_blocks)
+
+
+def _names_single_blocks(run: RunConfig) -> bool:
+    """Whether patterns train blocks of one kind differently, so that depth is no pattern that repeats."""
+    return any(character.isdecimal() for pattern in (*run.train.trainable, *run.train.frozen) for character in pattern)
 
 
 def _extend(one: _LinearBytes, two: _LinearBytes, repeats: int) -> _LinearBytes:
@@ -174,6 +180,7 @@ def _skeleton(run: RunConfig, micro_batch: int, tokens: int) -> Backbone:
     """The model without storage, in the dtypes of training. How experts are spread changes weights, not rows."""
     with torch.device("meta"):
         model = build_model(run.model)
+    freeze(model, run.train)
     for layer in model.moe_layers():
         layer.dispatcher = _EvenDispatcher(rows_of_call(layer.config, micro_batch, tokens))
     if run.train.precision == "bf16":

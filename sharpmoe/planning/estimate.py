@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning.activations import Activations, SampleTokens, count_activations
 from sharpmoe.planning.gathers import Gathers, count_gathers
-from sharpmoe.planning.layout import RankLayout, rank_parameters
+from sharpmoe.planning.layout import RankLayout, rank_parameters, trained_parts
 from sharpmoe.planning.memory import Memory, StepNeeds, rank_memory
 from sharpmoe.planning.traffic import Traffic, traffic
 from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
@@ -38,13 +39,15 @@ class Estimate(NamedTuple):
         return f"ZeRO-{self.layout.zero.stage}, ep {self.layout.ep_size}, {self.schedule.name}"
 
 
-class Budget(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Budget:
     """Estimates of a run, under its own schedule first and then under the others."""
 
     run: RunConfig
     tokens: int  # of an image
     parameters: int  # of the model
     expert_parameters: int
+    trained_parameters: int
     estimates: tuple[Estimate, ...]
 
     @property
@@ -90,7 +93,14 @@ class Planner:
         others = [schedule_of(run) for run in all_schedules(self.run)]
         schedules = (own, *(schedule for schedule in others if schedule.name != own.name))
         estimates = tuple(self.estimate(layout, schedule) for schedule in schedules)
-        return Budget(self.run, self._tokens.image, sum(part.numel for part in parts), experts, estimates)
+        return Budget(
+            run=self.run,
+            tokens=self._tokens.image,
+            parameters=sum(part.numel for part in parts),
+            expert_parameters=experts,
+            trained_parameters=sum(part.numel for part in trained_parts(parts)),
+            estimates=estimates,
+        )
 
     def estimate(self, layout: RankLayout, schedule: RolloutSchedule) -> Estimate:
         """Estimate one layout under one schedule."""

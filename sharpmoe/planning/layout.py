@@ -1,12 +1,14 @@
 """A layout, and the parameters of a run as one of its ranks sees them. Pure; nothing is allocated."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from sharpmoe.config import RunConfig
 from sharpmoe.model.build import build_model
+from sharpmoe.model.trainable import trained_names
 from sharpmoe.parallel.zero.settings import ZeroSettings
 
 
@@ -29,6 +31,7 @@ class RankParameter(NamedTuple):
     module: int  # index of the module that is gathered as a whole, in the order of use
     block: int | None  # index of the block that this module is; None for embedders and the final layer
     is_expert: bool
+    is_trained: bool = True  # False: frozen, without gradient, master, optimizer state and average
 
     @property
     def shard(self) -> int:
@@ -45,6 +48,7 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
     """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer."""
     with torch.device("meta"):
         model = build_model(run.model)
+    trained = trained_names([name for name, _ in model.named_parameters()], run.train)
     blocks = {block: index for index, block in enumerate(model.blocks)}
     owners = [(f"{name}.", blocks.get(part)) for name, part in model.gathered_units()]
     parts = []
@@ -60,6 +64,12 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
                 module=module,
                 block=owners[module][1],
                 is_expert=is_expert,
+                is_trained=name in trained,
             )
         )
     return parts
+
+
+def trained_parts(parts: Sequence[RankParameter]) -> list[RankParameter]:
+    """Return the parameters that are not frozen."""
+    return [part for part in parts if part.is_trained]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning.activations import GraphBytes
 from sharpmoe.planning.gathers import Gathers
-from sharpmoe.planning.layout import RankParameter
+from sharpmoe.planning.layout import RankParameter, trained_parts
 
 _MASTER = 4  # bytes of a float32 master weight, and of each optimizer state and the EMA
 _SUM = 4  # bytes of a gradient that is added up within a step (train/local_gradients.py)
@@ -38,7 +38,12 @@ class Memory:
     @property
     def state(self) -> int:
         """Bytes that stay from step to step."""
-        return self.weights + self.masters + self.gradients + self.optimizer + self.ema
+        return self.weights + self.training
+
+    @property
+    def training(self) -> int:
+        """Bytes that stay because parameters are trained: masters, gradients, optimizer states, average."""
+        return self.masters + self.gradients + self.optimizer + self.ema
 
     @property
     def peak(self) -> int:
@@ -47,20 +52,26 @@ class Memory:
 
 
 class _Sizes(NamedTuple):
-    """Elements on one rank."""
+    """Elements on one rank. Those of frozen parameters are weights and nothing else."""
 
-    whole: int  # all parameters, this rank's experts only
-    shard: int  # this rank's part
-    largest: int  # of one parameter
+    weights: int  # in the dtype of the forward: this rank's part (ZeRO-3) or all
+    whole: int  # all parameters that are trained, this rank's experts only
+    shard: int  # this rank's part of them
+    largest: int  # of one of them
 
 
 def _sizes(parts: Sequence[RankParameter], zero: ZeroSettings) -> _Sizes:
     """Add up parameters with the padding of the stage."""
-    largest = max(part.numel for part in parts)
+    trained = trained_parts(parts)
+    largest = max(part.numel for part in trained)
     if zero.stage == 3:
-        return _Sizes(sum(part.numel for part in parts), sum(part.shard for part in parts), largest)
-    groups = groups_of(parts)
-    return _Sizes(sum(groups.values()), sum(numel // ranks for (_, ranks), numel in groups.items()), largest)
+        shard = sum(part.shard for part in trained)
+        return _Sizes(sum(part.shard for part in parts), sum(part.numel for part in trained), shard, largest)
+    groups = groups_of(trained)
+    whole = sum(groups.values())
+    frozen = sum(part.numel for part in parts if not part.is_trained)
+    shard = sum(numel // ranks for (_, ranks), numel in groups.items())
+    return _Sizes(whole + frozen, whole, shard, largest)
 
 
 def groups_of(parts: Sequence[RankParameter]) -> dict[tuple[bool, int], int]:
@@ -89,13 +100,13 @@ class StepNeeds(NamedTuple):
 
 def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNeeds) -> Memory:
     """Add up the bytes of weights, gradients, optimizer, buffers and activations on one rank."""
-    size = _sizes(parts, zero)
-    weights = (size.shard if zero.stage == 3 else size.whole) * zero.compute_bytes
+    size, trained = _sizes(parts, zero), trained_parts(parts)
+    weights = size.weights * zero.compute_bytes
     masters = size.shard * _MASTER  # a copy even where the weights are float32
-    gradients = (size.shard if _is_flat(zero) else _straddled(parts)) * zero.gradient_bytes
+    gradients = (size.shard if _is_flat(zero) else _straddled(trained)) * zero.gradient_bytes
     optimizer = size.shard * _MASTER * step.states
     gathered, arriving = step.gathers.peak * zero.compute_bytes, step.gathers.arriving * zero.compute_bytes
-    waiting = _WaitingGradients(sum(part.numel for part in parts), size.largest, zero.compute_bytes)
+    waiting = _WaitingGradients(sum(part.numel for part in trained), size.largest, zero.compute_bytes)
     buckets = _buckets(size, zero)
     backward = gathered + arriving + buckets + waiting.with_graphs(step)
     if zero.stage == 2 and not zero.host_optimizer:

@@ -72,7 +72,7 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
             notes += _check_start(plan, initial, planned, target)
     estimate = _estimate(plan, planned)
     lines = [
-        *memory_lines(estimate, target.device_memory),
+        *memory_lines(run, estimate, target.device_memory),
         _check_disk(plan),
         f"  {'starts':<11}{_beginning(plan)}",
         *(f"  note: {note}" for note in notes),
@@ -146,7 +146,7 @@ def _check_memory(estimate: Estimate, target: Target) -> None:
 def _check_disk(plan: RunPlan) -> str:
     """Return what the checkpoints take; raise CheckpointError where the disk has no room for those still to come."""
     run, there = plan.run, len(plan.found.readable) + len(plan.found.damaged)
-    size = Checkpoints.size(run.model, optimizer_states(run))
+    size = Checkpoints.size(run.model, optimizer_states(run), run.train)
     wanted = _most_checkpoints(run, plan.start.step)
     more = max(0, wanted - (there if run.checkpoint.resume == "auto" else 0))
     if not _is_finished(plan):

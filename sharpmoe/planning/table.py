@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sharpmoe.config import RunConfig
+from sharpmoe.model.trainable import trained_title, what_is_trained
 from sharpmoe.planning.advice import RESERVE, Advice, usable
 from sharpmoe.planning.estimate import Budget, Estimate
 from sharpmoe.planning.memory import Memory
@@ -54,18 +56,24 @@ def as_text(budget: Budget, advice: Advice, device_memory: float, notes: Sequenc
     return "\n\n".join(blocks)
 
 
-def memory_lines(estimate: Estimate, device_memory: float | None) -> list[str]:
+def memory_lines(run: RunConfig, estimate: Estimate, device_memory: float | None) -> list[str]:
     """Return the memory plan of one layout and schedule in a few lines. device_memory: GiB, None where unknown."""
     memory, room = estimate.memory, ""
     if device_memory is not None:
         fits = "fits" if memory.peak <= usable(device_memory) else "may not fit"
         room = f" of {device_memory:.1f} GiB ({fits})"
     state = memory.state - memory.host
+    is_part = what_is_trained(run.train) != ""
     lines = [
         f"  {'memory':<11}{_size(memory.peak)} per rank at the peak as planned{room}",
         f"  {'':<11}{_size(state)} stay: weights, masters, gradients, optimizer, EMA; {_size(memory.backward)} in a "
         f"backward, {_size(memory.activations)} of it activations",
     ]
+    if is_part:
+        lines.append(
+            f"  {'':<11}{_size(memory.training)} for what is trained (masters, gradients, optimizer, EMA), "
+            f"{_size(memory.weights)} for weights, the frozen ones included"
+        )
     if memory.look:
         lines.append(f"  {'':<11}{_size(memory.look)} while it measures (log.*)")
     if memory.host:
@@ -75,11 +83,12 @@ def memory_lines(estimate: Estimate, device_memory: float | None) -> list[str]:
 
 def _head(budget: Budget) -> str:
     run, layout = budget.run, budget.own.layout
-    model = run.model
+    model, trained = run.model, trained_title(run.train, budget.trained_parameters)
     experts = f", {budget.expert_parameters / 1e6:.3f} M in experts" if budget.expert_parameters else ""
     rows = {
         "run": f"{run.name}: {run.stage}, {model.router} DiT {model.width}/{model.depth}/{model.num_heads}, "
         f"{budget.parameters / 1e6:.3f} M parameters{experts}",
+        **({"trained": trained} if trained else {}),
         "layout": f"{layout.world} rank(s), ep {layout.ep_size} (experts are partitioned over "
         f"{layout.world // layout.ep_size} rank(s)), ZeRO-{layout.zero.stage}, {run.train.precision}",
         "batch": f"{layout.micro_batch} image(s) per rank x {layout.accumulation} accumulation, "
@@ -148,6 +157,7 @@ def as_json(budget: Budget, advice: Advice, device_memory: float, notes: Sequenc
         "tokens": budget.tokens,
         "parameters": budget.parameters,
         "expert_parameters": budget.expert_parameters,
+        "trained_parameters": budget.trained_parameters,
         "layout": {**layout._asdict(), "zero": asdict(layout.zero)},
         "device_bytes": device_memory * 2**30,
         "usable_bytes": usable(device_memory),
@@ -165,7 +175,7 @@ def _estimate_json(estimate: Estimate, device_memory: float) -> dict[str, Any]:
     memory, traffic = estimate.memory, estimate.traffic
     return {
         "schedule": estimate.schedule.name,
-        "memory": {**asdict(memory), "state": memory.state, "peak": memory.peak},
+        "memory": {**asdict(memory), "state": memory.state, "training": memory.training, "peak": memory.peak},
         "traffic": {**traffic._asdict(), "total": traffic.total},
         "fits": memory.peak <= usable(device_memory),
     }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.planning.gathers import Gathers
-from sharpmoe.planning.layout import RankLayout, RankParameter
+from sharpmoe.planning.layout import RankLayout, RankParameter, trained_parts
 from sharpmoe.planning.memory import groups_of
 from sharpmoe.train.rollout_schedules import RolloutSchedule
 
@@ -58,14 +58,15 @@ def _gathers(parts: Sequence[RankParameter], layout: RankLayout, gathers: Gather
     if layout.zero.stage == 3:
         moved = sum(_sent(part.padded, part.ranks) * n for part, n in zip(parts, gathers.times, strict=True))
     else:
-        moved = sum(_sent(numel, ranks) for (_, ranks), numel in groups_of(parts).items())
+        moved = sum(_sent(numel, ranks) for (_, ranks), numel in groups_of(trained_parts(parts)).items())
     return moved * layout.zero.compute_bytes
 
 
 def _reductions(parts: Sequence[RankParameter], layout: RankLayout) -> int:
     """Gradients are reduced in the one backward of the engine, whatever the schedule."""
     zero = layout.zero
-    moved = sum(_sent(part.padded if zero.stage == 3 else part.numel, part.ranks) for part in parts)
+    trained = trained_parts(parts)
+    moved = sum(_sent(part.padded if zero.stage == 3 else part.numel, part.ranks) for part in trained)
     scattered = zero.reduce_scatter if zero.stage == 3 else zero.reduce_scatter and not zero.whole_buckets
     return moved * (1 if scattered else 2) * zero.wire_bytes
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
+from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.trainable import what_is_trained
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.rollout import Replay, StepOutput, TrajectoryBatch, first_x0_prev, replay, replay_steps, rollout_step
 from sharpmoe.train.local_gradients import LocalGradients
@@ -72,9 +74,19 @@ class Objective(nn.Module):
                 if loss is not None:
                     local.add(loss)
                 loss = trajectory.run(each)
+                self._check_trains(loss)
             records.append(trajectory.record())
         assert loss is not None, "an optimizer step has at least one micro-batch"
         return StepAnswer(local.join(loss) / len(records), tuple(records))
+
+    def _check_trains(self, loss: Tensor) -> None:
+        """Raise ConfigError where a loss depends on frozen parameters only; all ranks are alike."""
+        what = what_is_trained(self.run.train)
+        if what and torch.is_grad_enabled() and not loss.requires_grad:
+            raise ConfigError(
+                f"train.{what}: no loss of stage {self.run.stage} depends on these parameters, so nothing would be "
+                "trained; train others too, or set the weight of a loss on them (loss.*)"
+            )
 
 
 class _Trajectory:

@@ -14,6 +14,7 @@ from sharpmoe import __version__
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT, BatchLayout
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.trainable import trained_title
 from sharpmoe.parallel.ranks.launch import World
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core")
@@ -29,6 +30,7 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
     `zero`: `settings.zero_title`; `tokens` of an image, for every resolution of the data, the fewest first.
     """
     total, active = model.count_parameters()
+    trained = trained_title(run.train, sum(p.numel() for p in model.parameters() if p.requires_grad))
     config, parallel = run.model, run.parallel
     moe = "" if not config.family.has_experts else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
     experts = "" if parallel.ep_size == 1 else f", experts over {parallel.ep_size} ranks ({parallel.dispatcher})"
@@ -37,6 +39,7 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
         "run": f"{run.name}: {run.stage}, {run.train.steps} steps, seed {run.seed}",
         "model": f"{config.router} DiT {config.width}/{config.depth}/{config.num_heads}{moe}, {config.conditioning}",
         "parameters": f"{total / 1e6:.3f} M total, {active / 1e6:.3f} M active per token",
+        **({"trained": trained} if trained else {}),
         "world": f"{world.size} rank(s) on {world.device.type}, {zero}, {run.train.precision}{experts}",
         "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
         f"{layout.world} rank(s)",

@@ -51,7 +51,14 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
     objective = Objective(initial.model, plan.run)
     engine = Engine(objective, plan.run, plan.ds_config, world, objective.values(initial.weights))
     ema = ShardEma(engine, plan.run.optim.ema_decay)
-    contents = Contents(engine, ema, objective.model, plan.data.origin())
+    has_frozen = not all(parameter.requires_grad for parameter in objective.model.parameters())
+    contents = Contents(
+        engine=engine,
+        ema=ema,
+        model=objective.model,
+        origin=plan.data.origin(),
+        frozen=initial.weights if has_frozen else None,
+    )
     settings = provenance.settings(plan.run, plan.ds_config, world) if world.is_main else {}
     root, config = plan.checkpoints, plan.run.checkpoint
     checkpoints = Checkpoints(root, config, contents, identity=plan.identity, settings=settings)

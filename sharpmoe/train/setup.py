@@ -25,10 +25,10 @@ from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.log_file import LOG_FILE
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
+from sharpmoe.model.trainable import check_trained, freeze
 from sharpmoe.model.weights import StartingWeights
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
-from sharpmoe.parallel.zero.optimizers import check_lr_scale
 from sharpmoe.train.labels import check_labels
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.rollout_schedules import check_schedule
@@ -143,8 +143,7 @@ def choose_checkpoint(plan: RunPlan, world: World) -> RunPlan:
 
 def rehearse_checkpoint(plan: RunPlan) -> RunPlan:
     """Choose as `choose_checkpoint`, alone, and read it as the run would; see `load.rehearse_resume`."""
-    with torch.device("meta"):
-        model = build_model(plan.run.model)
+    model = _planned_model(plan.run)
     choice = Checkpoints.rehearse_resume(plan.found, plan.checkpoints, plan.run.checkpoint.resume, model)
     return _resume(choice.saved, replace(plan, notes=(*plan.notes, *choice.notes)))
 
@@ -154,6 +153,7 @@ def _resume(saved: Manifest | None, plan: RunPlan) -> RunPlan:
         return plan
     try:
         Checkpoints.check_fits(saved, plan.run.model, plan.identity)
+        Checkpoints.check_trains_same(saved, _planned_model(plan.run), plan.run.train)
         _check_base(saved, plan)
     except CheckpointError as error:
         if saved.folder.parent != plan.checkpoints:
@@ -216,17 +216,28 @@ def _check_held_out_split(run: RunConfig, source: ShardSet) -> None:
 def initial_model(plan: RunPlan) -> InitialModel:
     """Plan the model: seeded weights, or those of checkpoint.init unless the run resumes from a checkpoint.
 
-    Raises CheckpointError where checkpoint.init is of another architecture, DataError where it was trained on latents
-    or texts of another kind, ConfigError where a pattern of optim.lr_scale matches no parameter.
+    A resumed run takes its frozen parameters from the checkpoint's live.safetensors. Raises CheckpointError where
+    checkpoint.init is of another architecture, DataError where it was trained on latents or texts of another kind,
+    ConfigError where a pattern of train.trainable, train.frozen or optim.lr_scale matches no parameter.
     """
-    with torch.device("meta"):
-        model = build_model(plan.run.model)
-    check_lr_scale(dict(model.named_parameters()), plan.run.optim.lr_scale)
+    model = _planned_model(plan.run)
+    check_trained([name for name, _ in model.named_parameters()], plan.run)
+    if plan.saved is not None and not all(parameter.requires_grad for parameter in model.parameters()):
+        live = plan.saved.folder / "live.safetensors"
+        return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed, live), ())
     init = plan.run.checkpoint.init
     if init is None or plan.saved is not None:
         return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed), ())
     weights = StartingWeights(plan.run.model, plan.run.seed, init)
     return InitialModel(model, weights, _origin_notes(weights.meta, plan.data.train, plan.run))
+
+
+def _planned_model(run: RunConfig) -> Backbone:
+    """Return the model of a run on the meta device, with what is frozen."""
+    with torch.device("meta"):
+        model = build_model(run.model)
+    freeze(model, run.train)
+    return model
 
 
 def _origin_notes(meta: Mapping[str, str], data: Mixture, run: RunConfig) -> tuple[str, ...]:

@@ -75,7 +75,8 @@ def watched(engine: Engine, objective: Objective, taken: dict[str, Tensor]) -> E
         return engine
 
     def step(lr: float, admit: Admit) -> Update:
-        for name, parameter in objective.model.named_parameters():
+        trained = [(name, each) for name, each in objective.model.named_parameters() if each.requires_grad]
+        for name, parameter in trained:
             gradient = safe_get_full_grad(parameter).float()
             taken[name] = gather_experts(gradient, engine._experts) if is_expert(parameter) else gradient.clone()
         return Engine.step(engine, lr, admit)

@@ -129,7 +129,9 @@ class Watch:
 
     def result(self, ema: ShardEma, counter: CollectiveCounter, events: list[int | str]) -> Counted:
         optimizer, is_three = self.engine._zero, self.engine.stage == 3
+        frozen = [parameter for parameter in self.engine.module.parameters() if not parameter.requires_grad]
         weights = [optimizer.lp_param_buffer] if is_three else list(optimizer.bit16_groups_flat)
+        weights += [parameter.ds_tensor if is_three else parameter for parameter in frozen]
         states = [state for group in optimizer.optimizer.state.values() for state in group.values()]
         sent = {"all_gather": 0, "reduce": 0, "all_to_all": 0}
         for call in counter.calls:

@@ -238,6 +238,10 @@ REFUSALS: dict[str, tuple[Break, str]] = {
         "checkpoint.init is 'base.safetensors' there, 'other.safetensors' in the run",
     ),
     "other shards": (again("--data.shards", "others"), "shards is '"),
+    "other parameters are trained": (
+        again("--train.trainable", "[saliency_router]"),
+        "is trained there, frozen in the run; set train.trainable to [] and train.frozen to [], or start a new run",
+    ),
     "a manifest is damaged": (
         broken(lambda place: flip(checkpoint(place) / "manifest.json", 20), "--train.steps", "2"),
         "no checkpoint is sound",
@@ -280,6 +284,12 @@ REFUSALS: dict[str, tuple[Break, str]] = {
         "is missing (1 missing",
     ),
     "a pattern of nothing": (new("--optim.lr_scale", "{nothing: 2}"), "optim.lr_scale: 'nothing' matches no parameter"),
+    "a trained pattern of nothing": (new("--train.trainable", "[nothing]"), "train.trainable: 'nothing' matches no pa"),
+    "nothing is trained": (new("--train.frozen", "['*']"), "train.frozen: ['*'] leaves nothing to train"),
+    "a factor on what is frozen": (
+        new("--train.trainable", "[gate]", "--optim.lr_scale", "{attn: 2}"),
+        "optim.lr_scale: 'attn' matches frozen parameters only",
+    ),
     # the engine
     "another DeepSpeed": (patched(patches, "_WRITTEN_FOR", "0.0.1"), "DeepSpeed 0.19.8 is installed"),
     "no Megatron-core": (

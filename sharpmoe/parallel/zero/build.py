@@ -66,7 +66,7 @@ def _replace(
     if not isinstance(planned, nn.Parameter):
         setattr(owner, name, value.to(device))
         return
-    parameter = nn.Parameter(value.to(device, dtype, copy=True))
+    parameter = nn.Parameter(value.to(device, dtype, copy=True), requires_grad=planned.requires_grad)
     for mark, content in vars(planned).items():
         setattr(parameter, mark, content)
     setattr(owner, name, parameter)

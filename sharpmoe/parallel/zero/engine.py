@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
+from sharpmoe.model.trainable import freeze
 from sharpmoe.parallel.experts.dispatch import check_dispatcher, make_dispatcher
 from sharpmoe.parallel.experts.groups import ExpertGroups
 from sharpmoe.parallel.experts.pool import make_pool
@@ -28,6 +29,7 @@ from sharpmoe.parallel.zero.patches import (
     Update,
     check_version,
     float32_buffers,
+    frozen_experts_allowed,
     gather_parts_whole,
     patch_optimizer,
 )
@@ -59,11 +61,12 @@ class Engine:
         self.stage = int(ds_config["zero_optimization"]["stage"])
         self.module = module
         self.num_parameters = sum(p.numel() for p in module.parameters())
+        freeze(module, run.train)
         self._experts = ExpertGroups.of(run.parallel.ep_size, world)
         place_experts(module, self._experts, make_dispatcher(run, self._experts), make_pool(run, world))
         materialise(module, values, ds_config, world)
         parts_whole = self.stage == 3 and gather_parts_whole(module)
-        with float32_buffers(module):
+        with float32_buffers(module), frozen_experts_allowed():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 model_parameters=optimizer_groups(module, run.optim.lr_scale),
@@ -127,13 +130,14 @@ class Engine:
     def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
         """Return float32 masters and buffers of `module` (the wrapped one or a part of it), whole, on their device.
 
+        Of frozen parameters, which have no master, the weights of the forward (under bf16 rounded), as float32.
         Filled on rank 0 or, for evaluation, `everywhere` (4 bytes per parameter); empty on other ranks. Communicates
         one parameter at a time. Checkpoints do not use it: see sharpmoe.checkpoint.weights.
         """
         keep = everywhere or self.world.is_main
         state: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
+            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _whole_frozen(parameter)
             if is_expert(parameter):
                 whole = gather_experts(whole, self._experts)
             if keep:
@@ -141,6 +145,13 @@ class Engine:
         if keep:
             state.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
         return state
+
+
+def _whole_frozen(parameter: nn.Parameter) -> Tensor:
+    """Return a frozen parameter, whole, float32; of experts this rank's only. Communicates under ZeRO-3."""
+    partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        return parameter.detach().float().clone()
 
 
 def _update_device(ds_config: dict[str, Any], device: torch.device) -> torch.device:

@@ -8,7 +8,6 @@ parameter, so that a run may resume with other groups.
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch import Tensor, nn
 
 from sharpmoe.config import OptimConfig
-from sharpmoe.config_io import nearest
 from sharpmoe.errors import ConfigError
+from sharpmoe.model.trainable import check_patterns, matching_pattern
 from sharpmoe.parallel.zero.placement import is_expert
 
 _Factory = Callable[[Any], torch.optim.Optimizer]
@@ -68,32 +67,18 @@ def _deepspeed_adam(device: torch.device, settings: dict[str, Any]) -> _Factory:
     return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
 
 
-def check_lr_scale(names: Iterable[str], lr_scale: Mapping[str, float]) -> None:
-    """Raise ConfigError where a pattern of `optim.lr_scale` matches none of these names of parameters."""
-    names = list(names)
-    for pattern in lr_scale:
-        if any(_matches(pattern, name) for name in names):
-            continue
-        parts = sorted({part for name in names for part in name.split(".") if not part.isdecimal()})
-        hint = nearest(pattern, parts) or ""
-        raise ConfigError(
-            f"optim.lr_scale: {pattern!r} matches no parameter{hint}; names of parameters consist of "
-            f"{', '.join(parts)}; correct the pattern, or remove it"
-        )
-
-
 def optimizer_groups(module: nn.Module, lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return the parameter groups of the optimizer; each has the factor of its learning rate as "lr_scale".
+    """Return the parameter groups of the optimizer: what requires a gradient.
 
-    Raises ConfigError where a pattern matches nothing.
+    Each has the factor of its learning rate as "lr_scale". Raises ConfigError where a pattern matches nothing.
     """
-    named = dict(module.named_parameters())
-    check_lr_scale(named, lr_scale)
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    check_patterns("optim.lr_scale", named, lr_scale)
     members: dict[tuple[str | None, bool], list[nn.Parameter]] = {}
     for pattern in (None, *lr_scale):
         members |= {(pattern, moe): [] for moe in (False, True)}
     for name, parameter in named.items():
-        members[_pattern_of(name, lr_scale), is_expert(parameter)].append(parameter)
+        members[matching_pattern(name, lr_scale), is_expert(parameter)].append(parameter)
     groups = []
     for (pattern, moe), parameters in members.items():
         if parameters:
@@ -106,19 +91,6 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
     """Set the learning rate of every group: `lr` times its factor."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-
-
-def _pattern_of(name: str, lr_scale: Mapping[str, float]) -> str | None:
-    """Return the most specific pattern that matches a parameter's name: of most parts, then the longest."""
-    found = [pattern for pattern in lr_scale if _matches(pattern, name)]
-    return max(found, key=lambda pattern: (pattern.count("."), len(pattern), pattern), default=None)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether the parts of a pattern match consecutive parts of a name; * matches within a part."""
-    wanted, parts = pattern.split("."), name.split(".")
-    starts = range(len(parts) - len(wanted) + 1)
-    return any(all(map(fnmatchcase, parts[at:], wanted)) for at in starts)
 
 
 def make_states(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> None:

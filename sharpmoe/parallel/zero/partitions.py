@@ -81,11 +81,13 @@ class ShardedState:
         """Return where the parameters of `module` are in this rank's partitions. No communication.
 
         `module` is the wrapped module or a part of it, whose names are used. Over all ranks the pieces cover every
-        element of every parameter once; padding belongs to no piece.
+        element of every parameter that is trained once; padding belongs to no piece.
         """
         find = _piece_of_stage3 if self._stage == 3 else _piece_of_stage2
         pieces = []
         for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:  # frozen: no part of the training state
+                continue
             found = find(name, parameter, self._zero)
             if found is not None and found.numel > 0:
                 pieces.append(found._replace(place=found.place + _first_element(name, parameter, module)))

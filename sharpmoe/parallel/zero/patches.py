@@ -16,6 +16,7 @@ before there is an engine and is set in `ranks.launch.start`: the shared-memory 
 3. *Parts gathered whole* (`gather_parts_whole`, `_reduce_once_per_backward`). ZeRO-3's hooks cost the host about a
    quarter of a millisecond per module and call, and a rollout makes T calls.
 4. *Float32 buffers* (`float32_buffers`). Thresholds and positions keep their precision under bf16.
+5. *Frozen experts* (`frozen_experts_allowed`). ZeRO-2 asserts that a model with MoE layers trains some experts.
 """
 
 import logging
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
@@ -99,6 +101,24 @@ def float32_buffers(module: nn.Module) -> Iterator[None]:
     for name, buffer in module.named_buffers():
         if name in buffers and buffer.dtype != torch.float32:
             buffer.data = buffers[name].to(buffer.device)
+
+
+@contextmanager
+def frozen_experts_allowed() -> Iterator[None]:
+    """Within the context a ZeRO-2 optimizer of a model with MoE layers may have no expert among its parameters."""
+    original = DeepSpeedZeroOptimizer._configure_moe_settings
+
+    def configure(zero: Any) -> None:
+        if any(group.get("moe") for group in zero.optimizer.param_groups):
+            original(zero)
+        else:
+            zero.is_moe_param_group = [False] * len(zero.optimizer.param_groups)
+
+    DeepSpeedZeroOptimizer._configure_moe_settings = configure
+    try:
+        yield
+    finally:
+        DeepSpeedZeroOptimizer._configure_moe_settings = original
 
 
 class _NormGate:

@@ -79,7 +79,8 @@ def place_experts(module: nn.Module, groups: ExpertGroups, dispatcher: Dispatche
 def _keep_local(experts: Experts, layer: _PlacedMoELayer, groups: ExpertGroups) -> None:
     first = layer.ep_rank * layer.num_local_experts
     for name, whole in list(experts.named_parameters()):
-        local = nn.Parameter(whole.detach()[first : first + layer.num_local_experts].clone())
+        part = whole.detach()[first : first + layer.num_local_experts].clone()
+        local = nn.Parameter(part, requires_grad=whole.requires_grad)
         _mark_expert(local, whole.shape, layer, groups)
         setattr(experts, name, local)
     experts.num_experts = layer.num_local_experts
