@@ -9,6 +9,7 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, SEED
@@ -16,9 +17,12 @@ from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe.console import print_note
 from sharpmoe.durable import check_folder
+from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.allocation_table import allocation_table
+from sharpmoe.evaluation.benchmarks import BENCHMARKS, read_result, result_names
 from sharpmoe.evaluation.extractors import EXTRACTORS, ExtractorOptions
-from sharpmoe.evaluation.sample_metrics import METRICS, MetricSettings, figures_table, judge_sets
+from sharpmoe.evaluation.metrics import METRICS, MetricSettings
+from sharpmoe.evaluation.sample_metrics import SampleFigures, figures_table, judge_sets
 from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison
 from sharpmoe.report.runs import average_note, find_saved_model
 from sharpmoe.report.samples import slug
@@ -44,6 +48,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=SEED, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path("evaluation"), help="folder for the results")
     add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
+    add(
+        "--benchmark",
+        choices=tuple(BENCHMARKS),
+        help="print what its tool wrote: files instead of models",
+    )
     add = parser.add_argument_group("judge samples").add_argument
     add("--metrics", type=lambda text: tuple(text.split(",")), help=f"some of {', '.join(METRICS)}, with commas")
     add("--reference", help="real images: SET.npz, a folder or SHARDS:SPLIT; or statistics (.npz)")
@@ -56,15 +65,25 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--extractor-weights", type=Path, help="its weights, where they come in no package: a file or folder")
     add("--unverified", action="store_true", help="take Inception weights whose hash is not that of the published file")
     add("--bootstrap", type=NOT_NEGATIVE, default=0, help="draws for the error of a Frechet distance")
+    add("--captions", type=Path, help="captions of the samples, one per line in their order (default: those they have)")
+    add("--caption-prefix", default="A photo depicts", help="before every caption, for clipscore; '' for none")
     add("--batch-size", type=POSITIVE, default=64, help="images per call of the extractor")
 
 
 def _act(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out)
-    if arguments.metrics:
+    if arguments.benchmark:
+        _read_results(arguments)
+    elif arguments.metrics:
         _judge(arguments)
     else:
         _compare(arguments)
+
+
+def _read_results(arguments: argparse.Namespace) -> None:
+    paths = [Path(path) for path in arguments.models]
+    names = arguments.names or result_names(paths)
+    _write_figures([read_result(arguments.benchmark, path) for path in paths], names, arguments.out)
 
 
 def _judge(arguments: argparse.Namespace) -> None:
@@ -73,14 +92,25 @@ def _judge(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         images=arguments.images,
         bootstrap=arguments.bootstrap,
+        captions=arguments.captions,
+        caption_prefix=arguments.caption_prefix,
+        pairs=arguments.shards,
     )
     extractor = ExtractorOptions(
         arguments.extractor, arguments.extractor_weights, arguments.unverified, arguments.device
     )
     found = judge_sets(arguments.models, arguments.reference, extractor, settings, arguments.names)
+    _write_figures(found, [figures.samples for figures in found], arguments.out)
+
+
+def _write_figures(found: list[SampleFigures], names: list[str], folder: Path) -> None:
+    """Print a table of figures, a column each, and write each with its protocol."""
+    if len(set(names)) != len(found):
+        raise ConfigError(f"--names: {len(found)} files need as many different names, got {', '.join(names)}")
+    found = [replace(figures, samples=name) for figures, name in zip(found, names, strict=True)]
     print(figures_table(found))
     for figures in found:
-        print(f"written: {figures.save(arguments.out / f'{slug(figures.samples)}.figures.json')}")
+        print(f"written: {figures.save(folder / f'{slug(figures.samples)}.figures.json')}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -20,8 +20,11 @@ from sharpmoe.config import DataConfig, SampleConfig
 from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
+from sharpmoe.evaluation.captions import read_captions
+from sharpmoe.evaluation.prompt_sets import open_prompts
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
+from sharpmoe.report.prompt_folder import draw_prompt_folder, part_of_rank
 from sharpmoe.report.runs import SavedModel, average_note, find_saved_model
 from sharpmoe.report.samples import (
     DrawOptions,
@@ -32,7 +35,6 @@ from sharpmoe.report.samples import (
     override_sampling,
     parse_part,
     pixels_per_latent,
-    read_captions,
 )
 
 
@@ -55,12 +57,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--npz", type=Path, help="write a batch for the ADM evaluator, with balanced labels, and its protocol"
     )
+    prompts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE|FOLDER",
+        help="draw into --out for a benchmark: GenEval's .jsonl, DPG-bench's folder of .txt, or .txt with captions",
+    )
+    add("--per-prompt", type=POSITIVE, metavar="N", help="images of each of --prompts (default: the benchmark's, or 1)")
     add(
         "--part",
         type=parse_part,
-        default="1/1",
         metavar="I/N",
-        help="draw only the I-th of N parts, as a job array does",
+        help="draw only the I-th of N parts, as a job array does (default: all; with --prompts, the rank's)",
     )
     add("--join", type=POSITIVE, metavar="N", help="join the N parts of --npz that were drawn, and draw nothing")
     add("--num", type=POSITIVE, default=50_000, help="images of --npz")
@@ -95,7 +103,7 @@ def _act(arguments: argparse.Namespace) -> None:
     if arguments.compile:
         sampling.compile_blocks(model)
         print_note("note: the first model call compiles the blocks, which takes one to three minutes")
-    draw = _npz if arguments.npz else _files
+    draw = _npz if arguments.npz else _prompt_folder if arguments.prompts else _files
     drawn = draw(arguments, settings, model, shards, saved, weak)
     print_note(average_note(saved))
     print(drawn)
@@ -138,12 +146,27 @@ def _npz(
         image_size=model.config.latent_size * pixels_per_latent(codec),
         batch_size=arguments.batch_size,
         weights=saved.name,
-        part=arguments.part,
+        part=arguments.part or sampling.ImagePart(),
         weak_weights=weak and weak.name,
     )
     if arguments.join:
         return join_adm_batch(model.config, settings, batch, arguments.join)
     return draw_adm_batch(model, settings, codec.decode, batch, weak and weak.model)
+
+
+def _prompt_folder(
+    arguments: argparse.Namespace,
+    settings: SampleConfig,
+    model: Backbone,
+    shards: ShardSet,
+    saved: SavedModel,
+    weak: _Named | None,
+) -> Path:
+    if arguments.out is None:
+        raise ConfigError("--prompts needs --out FOLDER, into which a benchmark's pictures are drawn")
+    options = _draw_options(arguments, weak, arguments.part or part_of_rank())
+    prompts = open_prompts(arguments.prompts, arguments.per_prompt)
+    return draw_prompt_folder(model, shards, prompts, settings, arguments.out, options)
 
 
 def _files(
@@ -154,13 +177,17 @@ def _files(
     saved: SavedModel,
     weak: _Named | None,
 ) -> Path | str:
-    size, part = arguments.batch_size, arguments.part
-    pixels = Size(arguments.height, arguments.width)
-    options = DrawOptions(part, size, arguments.pool_per_image, pixels, weak and weak.model)
+    part = arguments.part or sampling.ImagePart()
+    options = _draw_options(arguments, weak, part)
     folder = arguments.out or saved.folder / "samples" / "drawn"
     prompts = _prompts(arguments, settings)
     grid = draw_to_files(model, shards, prompts, settings, folder, options, lambda note: print(note, file=sys.stderr))
-    return grid or f"part {part}: nothing to draw; a part is at least one batch (--batch-size {size})"
+    return grid or f"part {part}: nothing to draw; a part is at least one batch (--batch-size {arguments.batch_size})"
+
+
+def _draw_options(arguments: argparse.Namespace, weak: _Named | None, part: sampling.ImagePart) -> DrawOptions:
+    pixels = Size(arguments.height, arguments.width)
+    return DrawOptions(part, arguments.batch_size, arguments.pool_per_image, pixels, weak and weak.model)
 
 
 def _prompts(arguments: argparse.Namespace, settings: SampleConfig) -> Prompts:

@@ -103,7 +103,8 @@ def _lock(file: IO[bytes], target: Path) -> None:
         pass  # a file system without locks
 
 
-def _hash_of(model: Backbone) -> str:
+def weights_digest(model: Backbone) -> str:
+    """Return the sha256 of the names and values of a model's weights."""
     weights = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         weights.update(name.encode())
@@ -114,8 +115,8 @@ def _hash_of(model: Backbone) -> str:
 def _draws_of(model: Backbone, sample: SampleConfig, batch: AdmBatch, weak: Backbone | None) -> dict[str, Any]:
     """Return everything that decides the pixels of a batch, as JSON values."""
     return {
-        "weights": _hash_of(model),
-        **({} if weak is None else {"weak": _hash_of(weak)}),
+        "weights": weights_digest(model),
+        **({} if weak is None else {"weak": weights_digest(weak)}),
         "model": model.config.model_dump(mode="json"),
         "sample": sample.model_dump(mode="json"),
         "images": [batch.num_images, batch.image_size, batch.batch_size, *batch.part],

@@ -7,7 +7,8 @@ name: "FID" is that of Inception alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from sharpmoe.errors import ConfigError, DataError, first_line
 from sharpmoe.evaluation.classifier import load_classifier
 from sharpmoe.evaluation.inception import load_inception
 
+_TEXTS = 256  # captions per call of a text model
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -40,6 +42,8 @@ class Extractor:
     about: Mapping[str, str]  # for the protocol: weights and preprocessing
     is_inception: bool = False  # its Frechet distance is called FID
     num_classes: int | None = None  # of its logits, where these are the classes of the samples
+    # Captions (N) to embeddings (N, D) in the space of its `pool`; None: it knows no text.
+    embed_texts: Callable[[Sequence[str]], Tensor] | None = None
 
 
 class ExtractorOptions(NamedTuple):
@@ -108,8 +112,45 @@ def _clip(options: ExtractorOptions) -> Extractor:
         return Features(functional.normalize(model(pixel_values=x).image_embeds.float(), dim=1))
 
     return Extractor(
-        name=f"clip {folder}", compute=compute, about=_about(options, f"bicubic to {side}, CLIP mean and std")
+        name=f"clip {folder}",
+        compute=compute,
+        about=_about(options, f"bicubic to {side}, CLIP mean and std"),
+        embed_texts=_clip_texts(options),
     )
+
+
+def _clip_texts(options: ExtractorOptions) -> Callable[[Sequence[str]], Tensor]:
+    """Return what embeds captions with the text tower of the same folder, which is loaded when it is first asked."""
+    loaded: list[tuple[Any, Any]] = []
+
+    @torch.no_grad()
+    def embed(captions: Sequence[str]) -> Tensor:
+        if not loaded:
+            tower = _transformer(options, "CLIPTextModelWithProjection", "a CLIP model")[0]
+            loaded.append((_tokenizer(options), tower))
+        tokenizer, model = loaded[0]
+        longest, parts = int(model.config.max_position_embeddings), []
+        for start in range(0, len(captions), _TEXTS):
+            words = list(captions[start : start + _TEXTS])
+            tokens = tokenizer(words, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            tokens = {name: tokens[name].to(options.device) for name in ("input_ids", "attention_mask")}
+            parts.append(functional.normalize(model(**tokens).text_embeds.float(), dim=1).cpu())
+        return torch.cat(parts)
+
+    return embed
+
+
+def _tokenizer(options: ExtractorOptions) -> Any:
+    import transformers  # noqa: PLC0415  (slow to import)
+
+    folder = _needed(options, "the folder of a CLIP model")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise DataError(
+            f"{folder}: no tokenizer ({first_line(error)}); copy tokenizer.json, or vocab.json and merges.txt, and "
+            "tokenizer_config.json there"
+        ) from None
 
 
 def _dino(options: ExtractorOptions) -> Extractor:
@@ -160,13 +201,28 @@ def _transformer(options: ExtractorOptions, kind: str, what: str) -> tuple[Any, 
     import transformers  # noqa: PLC0415  (slow to import)
 
     folder = _needed(options, f"the folder of {what}")
+    transformers.logging.set_verbosity_error()  # else it lists every weight of the tower that is not loaded
+    transformers.logging.disable_progress_bar()
     try:
-        model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model, found = getattr(transformers, kind).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **_width_of(folder)
+        )
+        if lacking := sorted(found["missing_keys"]):  # they would be random numbers, and nobody would notice
+            raise ValueError(f"{len(lacking)} weights are missing, {lacking[0]} among them")
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{folder}: no {kind} in safetensors ({first_line(error)}); expected the folder of {what}"
         ) from None
     return model.eval().to(options.device), folder.resolve().name
+
+
+def _width_of(folder: Path) -> dict[str, int]:
+    """Return the width of a whole CLIP's embeddings, which the configurations of its towers need not repeat."""
+    try:
+        width = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("projection_dim")
+    except (OSError, ValueError, AttributeError):
+        return {}  # transformers says what is wrong
+    return {"projection_dim": width} if isinstance(width, int) else {}
 
 
 def _needed(options: ExtractorOptions, what: str) -> Path:

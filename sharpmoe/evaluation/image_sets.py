@@ -18,7 +18,9 @@ from torch import Tensor
 
 from data_pipeline.index import INDEX_FILE
 from data_pipeline.read.shards import ShardSet
+from sharpmoe.console import print_note
 from sharpmoe.errors import DataError, first_line
+from sharpmoe.evaluation.captions import captions_of_files
 from sharpmoe.evaluation.distances import Gaussian
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -33,6 +35,7 @@ class ImageSet(NamedTuple):
     num_images: int
     batches: Callable[[int], Iterator[Tensor]]  # of at most so many images: (B, 3, H, W) uint8
     about: dict[str, str]  # for the protocol: what the set is, and a digest where it is one file
+    captions: Callable[[], tuple[str, ...]] | None = None  # of all images; raises DataError. None: it has none
 
 
 class Statistics(NamedTuple):
@@ -54,6 +57,15 @@ def open_images(place: str) -> ImageSet:
     if path.is_dir():
         return _folder_images(path)
     raise DataError(f"{place}: no set of images; expected {_TAKEN}")
+
+
+def has_images(path: Path) -> bool:
+    """Whether an .npz holds images beside statistics, as the ADM evaluator's reference batches do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "arr_0.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def read_statistics(path: Path) -> Statistics | None:
@@ -137,7 +149,8 @@ def _folder_images(folder: Path) -> ImageSet:
                     )
             yield torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
-    return ImageSet(folder.name, len(files), batches, {"images": f"{len(files)} files of {folder.name}/"})
+    about = {"images": f"{len(files)} files of {folder.name}/"}
+    return ImageSet(folder.name, len(files), batches, about, lambda: captions_of_files(folder, files))
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -158,8 +171,14 @@ def _shard_images(folder: str, split: str) -> ImageSet:
             images = codec.decode(shards.batch(list(rows[start : start + size])).latent)
             yield (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
+    def captions() -> tuple[str, ...]:
+        return tuple(caption for index in rows for caption in shards.batch([index]).captions)
+
     about = {"images": f"split {split} of {Path(folder).name}, decoded", "index": shards.fingerprint}
-    return ImageSet(f"{Path(folder).name}:{split}", len(rows), batches, about)
+    if len(rows) < shards.num_samples:
+        about["bucket"] = f"{shards.main_bucket} alone, {len(rows)} of {shards.num_samples} images"
+        print_note(f"note: {folder}:{split}: images of {about['bucket']}: a set has images of one size")
+    return ImageSet(f"{Path(folder).name}:{split}", len(rows), batches, about, captions)
 
 
 def _digest(path: Path) -> str:

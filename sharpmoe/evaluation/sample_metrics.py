@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,52 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.durable import write_atomically
-from sharpmoe.errors import ConfigError
-from sharpmoe.evaluation import distances
-from sharpmoe.evaluation.distances import Gaussian
+from sharpmoe.errors import ConfigError, DataError
+from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.evaluation.extractors import Extractor, ExtractorOptions, Features, open_extractor
-from sharpmoe.evaluation.image_sets import ImageSet, Statistics, open_images, read_statistics
+from sharpmoe.evaluation.image_sets import ImageSet, Statistics, has_images, open_images, read_statistics
+from sharpmoe.evaluation.metrics import METRICS, Figure, JudgedSets, MetricSettings, TextSpace
+from sharpmoe.evaluation.text_metrics import CLIP_SCORE_SCALE, fit_caption_map
 
 _FULL = 50_000  # images of FID-50K
-
-
-class Figure(NamedTuple):
-    """One value; `error` is a standard deviation over subsets, splits or bootstrap draws, NaN where there is none."""
-
-    value: float
-    error: float = math.nan
-
-
-class _Sets(NamedTuple):
-    """Features of the reference and of the samples."""
-
-    reference: Any  # Features or Statistics; `check_metrics` has refused what a metric cannot read
-    samples: Features
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """A row of METRICS."""
-
-    compute: Callable[[_Sets, MetricSettings], Mapping[str, Figure]]
-    needs_images: bool = True  # of the reference; False: its statistics are enough, or it needs none
-    of_inception: bool = False  # defined with Inception's outputs only
-    of_classes: bool = False  # needs an extractor that knows the classes of the samples
-    fewest: int = 2  # images of each set: a covariance, or an unbiased mean over pairs, needs two
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricSettings:
-    """How figures are computed."""
-
-    metrics: tuple[str, ...] = ("fd", "kid", "pr")
-    batch_size: int = 64  # images per call of the extractor
-    images: int | None = None  # the first so many samples; None: all
-    bootstrap: int = 0  # draws of the samples for the error of a Frechet distance; 0: none
-    subset_size: int = 1000  # of KID
-    subsets: int = 100
-    seed: int = 2020  # of subsets and draws; torch-fidelity's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +36,7 @@ class SampleFigures:
     def save(self, path: Path) -> Path:
         """Write figures and protocol as JSON; undefined errors become null."""
         figures = {
-            name: {"value": figure.value, "error": None if math.isnan(figure.error) else figure.error}
+            name: {key: None if math.isnan(part) else part for key, part in figure._asdict().items()}
             for name, figure in self.figures.items()
         }
         content = {"samples": self.samples, "figures": figures, "protocol": self.protocol}
@@ -94,20 +58,76 @@ def judge_sets(
     Raises ConfigError where a metric does not apply or a set has too few images for it, DataError for a place that is
     no set of images; all places are opened before any image is read.
     """
-    if reference is None:
-        raise ConfigError("--metrics needs --reference: real images (SET.npz, a folder, SHARDS:SPLIT) or statistics")
     extractor = open_extractor(options)
-    _check_metrics(extractor, settings.metrics)
-    target = _open_reference(reference, extractor, settings.metrics)
+    _check_metrics(extractor, settings)
+    compared = [name for name in settings.metrics if METRICS[name].of_reference]
+    if reference is None and compared:
+        raise ConfigError(
+            f"--metrics {compared[0]} needs --reference: real images (SET.npz, a folder, SHARDS:SPLIT) or statistics"
+        )
+    target = _open_reference(reference, extractor, settings.metrics) if reference is not None and compared else None
     sets = [open_images(place) for place in places]
     sets = [each._replace(name=name) for each, name in zip(sets, _names(sets, places, names), strict=True)]
     _check_counts([*sets, target] if isinstance(target, ImageSet) else sets, settings)
+    captions = [_captions(each, settings) for each in sets]
+    space = _text_space(extractor, settings) if any(captions) else None
     if isinstance(target, ImageSet):
         about: dict[str, Any] = {**target.about, "count": target.num_images}
-        known: Features | Statistics = extract_features(target, extractor, settings.batch_size)
+        known: Features | Statistics | None = extract_features(target, extractor, settings.batch_size)
     else:
-        about, known = dict(target.about), target
-    return [_judge(samples, known, about, extractor, settings) for samples in sets]
+        about, known = {} if target is None else dict(target.about), target
+    shared = _Shared(extractor, known, about, space)
+    return [_judge(each, texts, shared, settings) for each, texts in zip(sets, captions, strict=True)]
+
+
+class _Shared(NamedTuple):
+    """What all sets of samples are judged with."""
+
+    extractor: Extractor
+    reference: Features | Statistics | None
+    about: dict[str, Any]  # of the reference
+    space: TextSpace | None
+
+
+def _captions(samples: ImageSet, settings: MetricSettings) -> tuple[str, ...]:
+    """Return the captions of the images that are judged; none where no metric is of captions."""
+    if not any(METRICS[name].of_captions for name in settings.metrics):
+        return ()
+    taken = min(settings.images or samples.num_images, samples.num_images)
+    if settings.captions is not None:
+        found = read_captions(settings.captions)
+        if len(found) != samples.num_images:
+            raise DataError(
+                f"{settings.captions}: {len(found)} captions for the {samples.num_images} images of {samples.name}; "
+                "expected one per line, in the order of the images"
+            )
+        return found[:taken]
+    if samples.captions is None:
+        raise ConfigError(f"{samples.name}: has no captions; give --captions FILE, one per line in the order of images")
+    return samples.captions()[:taken]
+
+
+def _text_space(extractor: Extractor, settings: MetricSettings) -> TextSpace:
+    """Return the space of an extractor that knows text, or learn one from pairs of prepared shards."""
+    if extractor.embed_texts is not None:
+        return TextSpace(lambda features: features, extractor.embed_texts)
+    if settings.pairs is None:
+        raise ConfigError(
+            f"--metrics retrieval: {extractor.name} knows no text; give --extractor clip, or --shards FOLDER with "
+            "training pairs, from which a linear map to the captions' embeddings is learned"
+        )
+    shards = ShardSet.open(settings.pairs, "train")
+    count = min(settings.most_pairs, len(shards.indices_of(shards.main_bucket)))
+    training = open_images(f"{settings.pairs}:train")
+    encoder = shards.text_encoder()
+
+    def embed(captions: Sequence[str]) -> Tensor:
+        return torch.cat([encoder.encode([caption]).pooled for caption in captions]).float()
+
+    assert training.captions is not None
+    features = extract_features(training, extractor, settings.batch_size, count).pool
+    learned = fit_caption_map(features, embed(training.captions()[:count]))
+    return TextSpace(learned.images, lambda captions: learned.texts(embed(captions)))
 
 
 def _names(sets: Sequence[ImageSet], places: Sequence[str], given: Sequence[str] | None) -> list[str]:
@@ -138,55 +158,82 @@ def _check_counts(sets: Sequence[ImageSet], settings: MetricSettings) -> None:
 
 
 def _open_reference(place: str, extractor: Extractor, metrics: Sequence[str]) -> ImageSet | Statistics:
-    statistics = read_statistics(Path(place)) if extractor.is_inception else None
-    if statistics is None or any(METRICS[name].needs_images for name in metrics):
+    statistics = read_statistics(Path(place))
+    wanting = [name for name in metrics if METRICS[name].needs_images]
+    if statistics is None or ((wanting or not extractor.is_inception) and has_images(Path(place))):
         return open_images(place)
+    if not extractor.is_inception:
+        raise ConfigError(
+            f"--reference {place}: holds statistics of Inception alone, which --extractor {extractor.name} cannot be "
+            "compared with; give real images, or --extractor inception"
+        )
+    if wanting:
+        raise ConfigError(
+            f"--reference {place}: holds statistics without images, and --metrics {wanting[0]} needs the images; give "
+            "real images, or leave it out"
+        )
     return statistics
 
 
-def _judge(
-    samples: ImageSet,
-    target: Features | Statistics,
-    about: Mapping[str, Any],
-    extractor: Extractor,
-    settings: MetricSettings,
-) -> SampleFigures:
+def _judge(samples: ImageSet, captions: tuple[str, ...], shared: _Shared, settings: MetricSettings) -> SampleFigures:
+    extractor = shared.extractor
     taken = min(settings.images or samples.num_images, samples.num_images)
-    sets = _Sets(target, extract_features(samples, extractor, settings.batch_size, taken))
+    features = extract_features(samples, extractor, settings.batch_size, taken)
+    sets = JudgedSets(shared.reference, features, captions, shared.space)
     figures: dict[str, Figure] = {}
     for name in settings.metrics:
         figures.update(METRICS[name].compute(sets, settings))
+    protocol: dict[str, Any] = {
+        "name": _figure_name(extractor, taken),
+        "samples": {**samples.about, "count": taken},
+        "reference": dict(shared.about),
+        "extractor": {"name": extractor.name, **extractor.about},
+        "kid": {"subsets": settings.subsets, "subset_size": settings.subset_size, "seed": settings.seed},
+        "bootstrap": settings.bootstrap,
+    }
+    if captions:
+        protocol["captions"] = _about_captions(captions, extractor, settings)
     return SampleFigures(
         samples=samples.name,
         figures={_full_name(name, extractor): figure for name, figure in figures.items()},
-        protocol={
-            "name": _figure_name(extractor, taken),
-            "samples": {**samples.about, "count": taken},
-            "reference": dict(about),
-            "extractor": {"name": extractor.name, **extractor.about},
-            "kid": {"subsets": settings.subsets, "subset_size": settings.subset_size, "seed": settings.seed},
-            "bootstrap": settings.bootstrap,
-        },
+        protocol=protocol,
     )
+
+
+def _about_captions(captions: Sequence[str], extractor: Extractor, settings: MetricSettings) -> dict[str, Any]:
+    about: dict[str, Any] = {"count": len(captions), "different": len(set(captions))}
+    if "clipscore" in settings.metrics:
+        about["clipscore"] = f"{CLIP_SCORE_SCALE} x max(cos, 0), {extractor.name}, prefix {settings.caption_prefix!r}"
+    if "retrieval" in settings.metrics:
+        space = "its text tower" if extractor.embed_texts else f"a linear map from {settings.most_pairs} pairs at most"
+        about["retrieval"] = f"among the different captions, {extractor.name} with {space}"
+    return about
 
 
 def figures_table(found: Sequence[SampleFigures]) -> str:
     """Return figures as a table, one line per figure and one column per set, and the protocol's name below."""
     width = max(14, *(len(each.samples) + 2 for each in found))
-    lines = [f"{'':12}" + "".join(f"{each.samples:>{width}}" for each in found)]
-    for name in found[0].figures:
-        values = [_shown(each.figures[name]) for each in found]
-        lines.append(f"{name:12}" + "".join(f"{value:>{width}}" for value in values))
-    return "\n".join([*lines, *dict.fromkeys(each.protocol["name"] for each in found)])
+    width = max(width, *(len(_shown(figure)) + 2 for each in found for figure in each.figures.values()))
+    head = max(12, *(len(name) + 2 for each in found for name in each.figures))
+    lines = [f"{'':{head}}" + "".join(f"{each.samples:>{width}}" for each in found)]
+    for name in dict.fromkeys(name for each in found for name in each.figures):
+        values = [_shown(each.figures[name]) if name in each.figures else "" for each in found]
+        lines.append(f"{name:{head}}" + "".join(f"{value:>{width}}" for value in values))
+    about = [found[0].protocol.get("captions", {}).get(kind) for kind in ("clipscore", "retrieval")]
+    names = dict.fromkeys(
+        each.protocol["name"] for each in found if "captions" not in each.protocol or each.protocol["reference"]
+    )
+    return "\n".join([*lines, *names, *(text for text in about if text)])
 
 
 def _shown(figure: Figure) -> str:
-    return f"{figure.value:.4g}" + ("" if math.isnan(figure.error) else f" ± {figure.error:.2g}")
+    error = "" if math.isnan(figure.error) else f" ± {figure.error:.2g}"
+    return f"{figure.value:.4g}{error}" + ("" if math.isnan(figure.chance) else f" (chance {figure.chance:.2g})")
 
 
-def _check_metrics(extractor: Extractor, metrics: Sequence[str]) -> None:
+def _check_metrics(extractor: Extractor, settings: MetricSettings) -> None:
     """Raise ConfigError for an unknown metric, and for one that this extractor does not have."""
-    for name in metrics:
+    for name in settings.metrics:
         if name not in METRICS:
             raise ConfigError(f"--metrics {name}: expected some of {', '.join(METRICS)}")
         if METRICS[name].of_inception and not extractor.is_inception:
@@ -195,6 +242,8 @@ def _check_metrics(extractor: Extractor, metrics: Sequence[str]) -> None:
             raise ConfigError(
                 f"--metrics {name} needs --extractor classifier, got {extractor.name}: it knows no classes"
             )
+        if METRICS[name].of_captions and extractor.embed_texts is None and not METRICS[name].maps_captions:
+            raise ConfigError(f"--metrics {name} needs --extractor clip, got {extractor.name}: it knows no text")
 
 
 def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, count: int | None = None) -> Features:
@@ -225,69 +274,6 @@ def _first(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
         count -= len(batch)
         if count <= 0:
             return
-
-
-def _frechet(part: str, name: str) -> Callable[[_Sets, MetricSettings], Mapping[str, Figure]]:
-    """Return the Frechet distance in one output of the extractor."""
-
-    def compute(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
-        reference, samples = getattr(sets.reference, part), getattr(sets.samples, part)
-        target = reference if isinstance(reference, Gaussian) else Gaussian.of(reference)
-        value = distances.frechet_distance(target, Gaussian.of(samples))
-        generator = torch.Generator().manual_seed(settings.seed)
-        drawn = [
-            distances.frechet_distance(
-                target, Gaussian.of(samples[torch.randint(len(samples), (len(samples),), generator=generator)])
-            )
-            for _ in range(settings.bootstrap)
-        ]
-        return {name: Figure(value, float(torch.tensor(drawn).std()) if len(drawn) > 1 else math.nan)}
-
-    return compute
-
-
-def _kernel(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
-    found = distances.kernel_distance(
-        sets.reference.pool,
-        sets.samples.pool,
-        subsets=settings.subsets,
-        subset_size=settings.subset_size,
-        seed=settings.seed,
-    )
-    return {"kid": Figure(found.mean, found.deviation / math.sqrt(settings.subsets))}
-
-
-def _coverage(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
-    found = distances.precision_recall(sets.reference.pool, sets.samples.pool)
-    return {"precision": Figure(found.precision), "recall": Figure(found.recall)}
-
-
-def _inception_score(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
-    assert sets.samples.logits is not None
-    return {"is": Figure(*distances.inception_score(sets.samples.logits))}
-
-
-def _gaussian_mmd(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
-    return {"cmmd": Figure(distances.gaussian_mmd(sets.reference.pool, sets.samples.pool))}
-
-
-def _accuracy(sets: _Sets, settings: MetricSettings) -> Mapping[str, Figure]:
-    """Share of class-conditional samples that have their class: image i has class i mod K, as `adm` draws them."""
-    assert sets.samples.logits is not None
-    asked = torch.arange(len(sets.samples.logits)) % sets.samples.logits.shape[1]
-    hits = (sets.samples.logits.argmax(1) == asked).double()
-    return {"accuracy": Figure(float(hits.mean()), float(hits.std() / math.sqrt(len(hits))))}
-
-
-METRICS: dict[str, Metric] = {
-    "fd": Metric(compute=_frechet("pool", "fd"), needs_images=False),
-    "sfid": Metric(compute=_frechet("spatial", "sfid"), needs_images=False, of_inception=True),
-    "is": Metric(compute=_inception_score, needs_images=False, of_inception=True, fewest=1),
-    "kid": Metric(compute=_kernel),
-    "pr": Metric(compute=_coverage, fewest=4),
-    "cmmd": Metric(compute=_gaussian_mmd, fewest=1),
-    "accuracy": Metric(compute=_accuracy, needs_images=False, of_classes=True, fewest=1),
-}
 
 
 def _full_name(name: str, extractor: Extractor) -> str:

@@ -9,7 +9,9 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -36,18 +38,6 @@ class Prompts(NamedTuple):
     def titles(self) -> tuple[str, ...]:
         """Return the text below each image."""
         return self.captions or tuple(f"class {label}" for label in self.labels)
-
-
-def read_captions(path: Path | str) -> tuple[str, ...]:
-    """Read the captions of a text file, one per line; skip blank lines. Raises DataError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a caption file ({error}); expected UTF-8 text") from None
-    captions = tuple(line.strip() for line in lines if line.strip())
-    if not captions:
-        raise DataError(f"{path}: holds no captions; expected one per line")
-    return captions
 
 
 def check_shards(model: Backbone, shards: ShardSet) -> None:
@@ -233,10 +223,36 @@ def draw_to_files(
         options.weak,
     )
     folder, titles = Path(folder), prompts.titles()[rows.start : rows.stop]
-    for i, pixels, title in zip(rows, figures.to_pixels(images), titles, strict=True):
-        figures.save_png(pixels, folder / f"{i:03}_{slug(title)}.png")
+    pictures = {
+        f"{i:03}_{slug(title)}": pixels
+        for i, pixels, title in zip(rows, figures.to_pixels(images), titles, strict=True)
+    }
     grid = "grid" if part.of == 1 else f"grid_part{part.number}of{part.of}"
-    return figures.save_png(figures.sample_grid(images, titles), folder / f"{grid}.png")
+    pictures[grid] = figures.sample_grid(images, titles)
+    again = _call_number(folder, pictures)
+    for name, pixels in pictures.items():
+        figures.save_png(pixels, folder / f"{name}{again}.png")
+    return folder / f"{grid}{again}.png"
+
+
+def _call_number(folder: Path, pictures: Mapping[str, figures.Pixels]) -> str:
+    """Return what names get so that no other picture of an earlier call is lost: nothing, or _2, _3, and so on."""
+    for number in itertools.count(1):
+        again = "" if number == 1 else f"_{number}"
+        if all(_is_free(folder / f"{name}{again}.png", pixels) for name, pixels in pictures.items()):
+            return again
+    raise AssertionError
+
+
+def _is_free(path: Path, pixels: figures.Pixels) -> bool:
+    """Whether a picture can be written without a loss: there is none, or it is the same."""
+    if not path.is_file():
+        return True
+    try:
+        with Image.open(path) as image:
+            return np.array_equal(np.asarray(image.convert("RGB")), pixels)
+    except OSError:
+        return False
 
 
 def parse_part(text: str) -> sampling.ImagePart:

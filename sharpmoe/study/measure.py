@@ -19,7 +19,8 @@ from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch
 from sharpmoe.evaluation.allocation import Allocation, measure_allocation
 from sharpmoe.evaluation.classifier import train_classifier
 from sharpmoe.evaluation.extractors import ExtractorOptions
-from sharpmoe.evaluation.sample_metrics import MetricSettings, judge_sets
+from sharpmoe.evaluation.metrics import MetricSettings
+from sharpmoe.evaluation.sample_metrics import judge_sets
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.runs import find_saved_model

@@ -61,6 +61,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/planning/traffic.py": "planning/test_counted.py",
     # seen in the pages and pictures of the launcher that writes them
     "sharpmoe/report/comparison.py": "launcher/test_evaluate.py",
+    "sharpmoe/evaluation/metrics.py": "evaluation/test_sample_metrics.py",
     "sharpmoe/report/page.py": "launcher/test_report.py",
     # stages of a run, seen from whole runs
     "sharpmoe/train/local_gradients.py": "train/test_rollout_schedules.py",

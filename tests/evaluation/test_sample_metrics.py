@@ -13,10 +13,11 @@ from torch import Tensor
 
 from launcher.evaluate import main
 from sharpmoe.errors import ConfigError
-from sharpmoe.evaluation import distances, sample_metrics
+from sharpmoe.evaluation import distances
 from sharpmoe.evaluation.distances import Gaussian
 from sharpmoe.evaluation.extractors import EXTRACTORS, Extractor, ExtractorOptions, Features, open_extractor
-from sharpmoe.evaluation.sample_metrics import MetricSettings, figures_table, judge_sets
+from sharpmoe.evaluation.metrics import METRICS, MetricSettings
+from sharpmoe.evaluation.sample_metrics import figures_table, judge_sets
 from tests.fixtures_data import ShapesSource, listing
 
 RANDOM = np.random.default_rng(0)
@@ -115,7 +116,7 @@ def test_statistics_replace_the_images_where_they_suffice(rows: ExtractorOptions
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--metrics", "fd"], "--metrics needs --reference"),
+        (["--metrics", "fd"], "--metrics fd needs --reference"),
         (
             ["--metrics", "fd,fid50k", "--reference", "SET"],
             "--metrics fid50k: expected some of fd, sfid, is, kid, pr, cmmd",
@@ -209,4 +210,4 @@ def test_the_command_writes_figures_with_their_protocol(
 def test_an_unknown_extractor_names_the_others() -> None:
     with pytest.raises(ConfigError, match="expected one of efficientnet-lite0, inception, clip, dinov2"):
         open_extractor(ExtractorOptions("vgg"))
-    assert set(sample_metrics.METRICS) == {"fd", "sfid", "is", "kid", "pr", "cmmd", "accuracy"}
+    assert set(METRICS) == {"fd", "sfid", "is", "kid", "pr", "cmmd", "accuracy", "clipscore", "retrieval"}

@@ -32,6 +32,17 @@ def test_captions_become_pictures(run_folder: Path, tmp_path: Path) -> None:
         assert image.size == (32, 32)
 
 
+def test_a_second_call_into_a_folder_loses_no_picture(run_folder: Path, tmp_path: Path) -> None:
+    def names(*more: str) -> set[str]:
+        assert main([str(run_folder), "--captions", "a", "--steps", "1", "--out", str(tmp_path), *more]) == 0
+        return {path.name for path in tmp_path.iterdir()}
+
+    assert names() == names() == {"000_a.png", "grid.png"}
+    first = (tmp_path / "grid.png").read_bytes()
+    assert names("--seed", "7") == {"000_a.png", "grid.png", "000_a_2.png", "grid_2.png"}
+    assert (tmp_path / "grid.png").read_bytes() == first
+
+
 def test_parts_draw_what_one_process_draws(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,8 +4,9 @@ import pytest
 
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.errors import ConfigError, DataError
+from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.report.runs import find_saved_model
-from sharpmoe.report.samples import Prompts, check_shards, encode_prompts, read_captions
+from sharpmoe.report.samples import Prompts, check_shards, encode_prompts
 from tests.report.run_folder import make_run_folder
 from tests.toys import toy_config, toy_model
 
