@@ -11,6 +11,7 @@ if not __package__:  # run as a script, which has this folder on its path
 import argparse
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from launcher.bounds import POSITIVE
@@ -18,10 +19,13 @@ from launcher.command import Command
 from launcher.published import add_reading_options, sizes_of
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
+from sharpmoe.model.build import build_model
+from sharpmoe.model.published.export import convert_folder, dtype_name, write_folder
+from sharpmoe.model.published.folder import PublishedFolder, local_folder
 from sharpmoe.model.published.load import describe, read_pretrained
-from sharpmoe.model.published.names import CHECKPOINT_FAMILIES, NAMES, to_published
+from sharpmoe.model.published.names import CHECKPOINT_FAMILIES, CONVENTIONS, ROUTERS, to_published
 from sharpmoe.model.published.run_file import check_free, write_run_file
-from sharpmoe.model.weights import load_model, save_weights
+from sharpmoe.model.weights import WeightsFile, load_model, save_weights
 from sharpmoe.report.runs import check_overwrites_no_weights, find_saved_model
 
 
@@ -35,7 +39,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("out", type=Path, help=".safetensors file to write")
     add("--family", choices=CHECKPOINT_FAMILIES, default="promoe", help="family of the source")
-    add("--router", choices=sorted(NAMES), default="dense", help="router of the source")
+    routers = sorted({router for known in ROUTERS.values() for router in known})
+    add("--router", choices=routers, help="router of the source (default: the only one of its family, else dense)")
     add("--to", choices=CHECKPOINT_FAMILIES, help="write weights of this project under the key names of this family")
     add("--text-width", type=POSITIVE, help="extend a class-conditional model to text states of this width")
     add("--config", type=Path, metavar="RUN.yaml", help="also write a run file that post-trains the weights")
@@ -54,16 +59,20 @@ def _from_published(arguments: argparse.Namespace) -> str:
         if arguments.text_width and arguments.shards is None:
             raise ConfigError("--config with --text-width needs --shards: prepared data with captions")
     width = {"text_width": arguments.text_width, "pooled_width": arguments.text_width} if arguments.text_width else {}
+    routers = ROUTERS[arguments.family]
+    router = arguments.router or (routers[0] if len(routers) == 1 else "dense")
+    if arguments.family not in CONVENTIONS:
+        return _from_folder(arguments, router)
     model, report = read_pretrained(
         arguments.source,
         arguments.family,
-        arguments.router,
+        router,
         conditioning="text" if arguments.text_width else "class",
         weights=arguments.weights,
         **sizes_of(arguments),
         **width,
     )
-    origin = f"{arguments.family}/{arguments.router}, {report.kind}"
+    origin = f"{arguments.family}/{router}, {report.kind}"
     save_weights(arguments.out, model.state_dict(), model.config, {"published": origin})
     lines = [*report.lines(), *describe(model)]
     if arguments.config is not None:
@@ -80,11 +89,37 @@ def _from_published(arguments: argparse.Namespace) -> str:
     return "\n".join([*lines, f"{arguments.out}: {size:.1f} MB; {report.line()}"])
 
 
+def _from_folder(arguments: argparse.Namespace, router: str) -> str:
+    """Convert a folder with a configuration, tensor by tensor."""
+    sizes = {name: value for name, value in sizes_of(arguments).items() if value is not None}
+    folder = PublishedFolder(local_folder(arguments.source), **sizes)
+    origin = f"{arguments.family}/{router}, plain"
+    convert_folder(folder, arguments.out, {"published": origin})
+    with torch.device("meta"):
+        lines = describe(build_model(folder.config))
+    if arguments.config is not None:
+        write_run_file(
+            arguments.config,
+            folder.config,
+            arguments.out,
+            source=arguments.source.name,
+            origin=f"{origin} weights",
+            shards=arguments.shards,
+        )
+    size, kind = arguments.out.stat().st_size / 1e6, dtype_name(folder.dtype)
+    return "\n".join([*lines, f"{arguments.out}: {size:.1f} MB, {len(folder.names)} tensors, {kind}"])
+
+
 def _to_published(arguments: argparse.Namespace) -> str:
     if arguments.config is not None:
         raise ConfigError("--config writes a run file for weights of this project; leave it out with --to")
     source = find_saved_model(arguments.source).weights
     check_overwrites_no_weights(arguments.out, source)
+    if arguments.to not in CONVENTIONS:
+        weights = WeightsFile(source)
+        dtype = getattr(torch, weights.meta.get("dtype", "float32"))
+        files = write_folder(arguments.out, weights.config, weights.tensor, dtype, weights.meta)
+        return f"{arguments.out}: {len(files)} files in the layout of {arguments.to}"
     model, _ = load_model(source)
     state = to_published(model.state_dict(), model.config, arguments.to)
     contiguous = {key: value.contiguous() for key, value in state.items()}

@@ -16,7 +16,7 @@ class Architecture:
 
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ModelConfig` in which its defaults differ
     takes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # field -> the values that it can have
-    reads_pooled: bool = True  # text conditions need a pooled state beside those of the tokens
+    ignores: tuple[str, ...] = ()  # fields that change nothing in the network
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -34,6 +34,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "prediction": ("velocity",),
             "time_shift": (0.0,),
         },
-        reads_pooled=False,
+        ignores=("latent_size", "pooled_width", "num_classes", "class_dropout"),
     ),
 }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import BACKBONES, build_model
 from sharpmoe.model.initial import initial_value
+from sharpmoe.model.published.folder import PublishedFolder, is_published_folder
 
 _FORMAT = "sharpmoe-1"
 _NEW_ALLOWED = "saliency_router"  # the part that a base checkpoint may lack: it starts as an identity
@@ -190,44 +191,83 @@ def _read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     return config, {key: value for key, value in meta.items() if key not in ("format", "model")}
 
 
+class _Source(Protocol):
+    """Weights that are read tensor by tensor."""
+
+    config: ModelConfig
+    names: frozenset[str]  # of the tensors that it has
+
+    @property
+    def meta(self) -> Mapping[str, str]:
+        """What is known of its origin."""
+        ...
+
+    def tensor(self, name: str, experts: range | None = None) -> Tensor:
+        """Return one tensor; of stacked experts (E, ...) only those in `experts`."""
+        ...
+
+
+class WeightsFile:
+    """A weights file of this project, read tensor by tensor."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the header of `path`. Raises CheckpointError as `read_weights`."""
+        self.path = path
+        self._file: Any = None  # stays open: a checkpoint may be deleted while a run that started from it goes on
+        self.config, self.meta = _read_header(path)
+        with safe_open(path, framework="pt") as file:
+            self.shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        self.names = frozenset(self.shapes)
+
+    def tensor(self, name: str, experts: range | None = None) -> Tensor:
+        """Return one tensor; of stacked experts (E, ...) only those in `experts`."""
+        if self._file is None:
+            self._file = safe_open(self.path, framework="pt")
+        whole = self._file.get_slice(name)
+        value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
+        return value
+
+
+def _open_weights(path: str | Path, expected: ModelConfig) -> _Source:
+    if not is_published_folder(path):
+        file = WeightsFile(path)
+        check_architecture(file.config, expected, str(path))
+        with torch.device("meta"):
+            own = {key: value.shape for key, value in build_model(expected).state_dict().items()}
+        _check_keys(own, file.shapes, str(path))
+        return file
+    free = {key: getattr(expected, key) for key in ("capacity_selection", *expected.architecture.ignores)}
+    folder = PublishedFolder(path, **free)
+    check_architecture(folder.config, expected, str(path))
+    return folder
+
+
 class StartingWeights:
     """The values of a model's tensors before the first step: those of a weights file, or drawn where it has none.
 
     Called once per tensor, so that the model is never complete on one host: the file is read tensor by tensor, and of
-    stacked experts only those that a rank holds.
+    stacked experts only those that a rank holds. A folder of Nucleus-Image is read so too.
     """
 
     def __init__(self, config: ModelConfig, seed: int, path: str | Path | None = None) -> None:
         """Read the header of `path`. Raises CheckpointError where its architecture differs."""
         self.config, self.seed, self.path = config, seed, path
-        self.meta: dict[str, str] = {}
-        self._found: frozenset[str] = frozenset()
-        self._file: Any = None  # stays open: a checkpoint may be deleted while a run that started from it goes on
-        if path is not None:
-            found, self.meta = _read_header(path)
-            check_architecture(found, config, str(path))
-            with torch.device("meta"):
-                own = {key: value.shape for key, value in build_model(config).state_dict().items()}
-            with safe_open(path, framework="pt") as file:
-                shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            _check_keys(own, shapes, str(path))
-            self._found = frozenset(shapes)
+        self._source = None if path is None else _open_weights(path, config)
+        self.meta = {} if self._source is None else dict(self._source.meta)
 
     def __call__(self, name: str, shape: Sequence[int], experts: range | None = None) -> Tensor:
         """Return one parameter or buffer, float32 on the host; of stacked experts (E, ...) only those in `experts`."""
-        if name not in self._found:
-            return initial_value(name, shape, self.config, self.seed, BACKBONES[self.config.backbone].initial, experts)
-        if self._file is None:
-            self._file = safe_open(self.path, framework="pt")
-        whole = self._file.get_slice(name)
-        value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
-        return value.float()
+        if self._source is None or name not in self._source.names:
+            rules = BACKBONES[self.config.backbone].initial
+            return initial_value(name, shape, self.config, self.seed, rules, experts)
+        return self._source.tensor(name, experts).float()
 
     def check_finite(self, rank: int = 0, size: int = 1) -> None:
         """Read this rank's share of the file; CheckpointError where a value is not finite. No communication."""
-        for name in sorted(self._found)[rank::size]:
-            with safe_open(self.path, framework="pt") as file:
-                check_finite(name, file.get_tensor(name), str(self.path), OTHER_WEIGHTS)
+        names = () if self._source is None else sorted(self._source.names)[rank::size]
+        for name in names:
+            assert self._source is not None
+            check_finite(name, self._source.tensor(name), str(self.path), OTHER_WEIGHTS)
 
 
 def load_model(path: str | Path) -> tuple[Backbone, dict[str, str]]:
@@ -244,7 +284,8 @@ def check_architecture(found: ModelConfig, expected: ModelConfig, where: str, ma
     may_attach: the run may add saliency routers that the weights lack, or leave theirs out; not on resuming a run,
     whose optimizer state covers every parameter.
     """
-    free = {"preset", "capacity_selection"} | ({"saliency_router"} if may_attach else set())
+    free = {"preset", "capacity_selection", *expected.architecture.ignores}
+    free |= {"saliency_router"} if may_attach else set()
     resolved = {  # None stands for a computed one
         "expert_hidden": "expert_width",
         "shared_hidden": "shared_width",

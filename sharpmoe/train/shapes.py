@@ -31,7 +31,7 @@ def shape_mismatch(data: ShapedData, model: ModelConfig, *, any_size: bool = Fal
     trained model takes images of `any_size`.
     """
     text = [("text_width", data.text_width, model.text_width)]
-    if model.architecture.reads_pooled:
+    if "pooled_width" not in model.architecture.ignores:
         text.append(("pooled_width", data.pooled_width, model.pooled_width))
     checks: list[tuple[str, object, object]] = [
         *(("latent_channels", bucket.latent[0], model.latent_channels) for bucket in data.buckets.values()),

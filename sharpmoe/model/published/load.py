@@ -19,6 +19,7 @@ from sharpmoe.model.attach import extend_to_text
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
 from sharpmoe.model.embed import sincos_positions
+from sharpmoe.model.published.folder import PublishedFolder, local_folder
 from sharpmoe.model.published.names import (
     CONVENTIONS,
     DEFAULTS,
@@ -32,7 +33,7 @@ from sharpmoe.model.published.names import (
 )
 from sharpmoe.model.published.read import WeightsKind, read_state
 from sharpmoe.model.published.sizes import check_router, read_sizes
-from sharpmoe.model.weights import OTHER_WEIGHTS, check_finite, copy_state
+from sharpmoe.model.weights import OTHER_WEIGHTS, StartingWeights, check_finite, copy_state
 
 _TABLE = "pos_embed"  # the buffer of fixed positions, in our names and in published ones
 _TABLE_ERROR = 2e-3  # a table saved in half precision differs so much from the sines and cosines that it holds
@@ -111,26 +112,31 @@ def describe(model: Backbone) -> list[str]:
 def load_pretrained(
     source: str | Path | Mapping[str, Any],
     family: CheckpointFamily,
-    router: str,
+    router: str | None = None,
     *,
     conditioning: Literal["class", "text"] = "class",
     weights: WeightsKind | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     **sizes: Any,
 ) -> Backbone:
     """Build the model of a published checkpoint in our convention: v = model(x_t, t, labels).v, t = 0 data, 1 noise.
 
-    source: .pth/.pt (read with weights_only), .safetensors, a folder of shards, or a state dict. family and router name
-    its publication, since key names coincide. weights: averaged ("ema") or live ("model") ones of a training
-    checkpoint; None takes averaged ones where there are any. sizes: any field of `ModelConfig` (depth, width,
-    num_heads, num_experts, capacity, num_classes, top_k, saliency_router, ...), also in published spelling; a size that
-    is not given is read from the tensors, or, where they do not determine it, assumed as published and logged.
-    capacity of a token-choice family is its top_k. Another latent_size than the file's positions have is a request for
-    positions of that size (docs/design/0005). conditioning "text" extends a class-conditional trunk: see
-    `sharpmoe.model.attach`.
-    Returns float32 in eval mode. Raises CheckpointError for a file that cannot be read, unknown names, a key without a
-    counterpart, or a size that is neither given nor known.
+    source: .pth/.pt (read with weights_only), .safetensors, a folder of shards, or a state dict; of family "nucleus"
+    the folder of the pipeline or of its transformer, or its name on the Hub, which is read tensor by tensor. family and
+    router name its publication, since key names coincide; the router may be left out where a family has one. weights:
+    averaged ("ema") or live ("model") ones of a training checkpoint; None takes averaged ones where there are any.
+    sizes: any field of `ModelConfig` (depth, width, num_heads, num_experts, capacity, num_classes, top_k,
+    saliency_router, ...), also in published spelling; a size that is not given is read from config.json or the tensors,
+    or, where they do not determine it, assumed as published and logged. capacity of a token-choice family is its top_k.
+    Another latent_size than the file's positions have is a request for positions of that size (docs/design/0005).
+    conditioning "text" extends a class-conditional trunk: see `sharpmoe.model.attach`.
+    Returns the model in eval mode, parameters in `dtype` on `device`. Raises CheckpointError for a file that cannot be
+    read, unknown names, a key without a counterpart, or a size that is neither given nor known.
     """
-    model, report = read_pretrained(source, family, router, conditioning=conditioning, weights=weights, **sizes)
+    model, report = read_pretrained(
+        source, family, router, conditioning=conditioning, weights=weights, device=device, dtype=dtype, **sizes
+    )
     logging.getLogger(__name__).info("%s: %s", _name(source), report.line())
     return model
 
@@ -138,16 +144,18 @@ def load_pretrained(
 def read_pretrained(
     source: str | Path | Mapping[str, Any],
     family: CheckpointFamily,
-    router: str,
+    router: str | None = None,
     *,
     conditioning: Literal["class", "text"] = "class",
     weights: WeightsKind | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     **sizes: Any,
 ) -> tuple[Backbone, PretrainedReport]:
     """Build the model as `load_pretrained` does; return it with a report of its keys."""
-    if family not in ROUTERS or router not in ROUTERS[family]:
-        known = "; ".join(f"{name}: {', '.join(routers)}" for name, routers in ROUTERS.items())
-        raise CheckpointError(f"family {family!r} has no router {router!r}; known are {known}")
+    router = _router_of(family, router)
+    if family not in CONVENTIONS:
+        return _read_folder(source, torch.device(device), dtype, sizes)
     found = read_state(source, weights)
     check_router(found.tensors, family, router, _name(source))
     model, report = build_published(
@@ -166,7 +174,53 @@ def read_pretrained(
             unused=report.unused + lost,
             counts=_counts(model),
         )
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model, report
+
+
+def _router_of(family: str, router: str | None) -> str:
+    """Return the router of a family. Raises CheckpointError where there is none of this name, or several to choose."""
+    routers = ROUTERS.get(family, ())
+    if router is None and len(routers) == 1:
+        return routers[0]
+    if router not in routers:
+        known = "; ".join(f"{name}: {', '.join(routers)}" for name, routers in ROUTERS.items())
+        given = f"{router!r}" if router is not None else "that could be left out: name one"
+        raise CheckpointError(f"family {family!r} has no router {given}; known are {known}")
+    return router
+
+
+def _read_folder(
+    source: str | Path | Mapping[str, Any], device: torch.device, dtype: torch.dtype, sizes: Mapping[str, Any]
+) -> tuple[Backbone, PretrainedReport]:
+    """Build the model of a folder with a configuration, tensor by tensor: the host never holds two of them."""
+    if isinstance(source, Mapping):
+        raise CheckpointError("state dict: this family is read from a folder with config.json; give the folder")
+    given = {SPELLINGS.get(key, key): value for key, value in sizes.items() if value is not None}
+    folder = PublishedFolder(local_folder(source), **given)
+    start = StartingWeights(folder.config, int(torch.randint(2**62, ())), folder.path)
+    with torch.device("meta"):
+        model = build_model(folder.config)
+    for name, planned in [*model.named_parameters(), *model.named_buffers()]:
+        value = folder.tensor(name) if name in folder.names else start(name, planned.shape)
+        check_finite(name, value, str(folder.path), OTHER_WEIGHTS)
+        owner, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if isinstance(planned, torch.nn.Parameter):
+            setattr(owner, last, torch.nn.Parameter(value.to(device, dtype)))
+        else:
+            setattr(owner, last, value.to(device, torch.float32))
+    report = PretrainedReport(
+        loaded=tuple(name for name in model.state_dict() if name in folder.names),
+        new=tuple(name for name, _ in model.named_parameters() if name not in folder.names),
+        computed=(),
+        unused=(),
+        assumed={},
+        notes=(f"{folder.path}: {folder.dtype}".replace("torch.", ""),),
+        counts=_counts(model),
+    )
+    return model.eval(), report
 
 
 def build_published(

@@ -14,7 +14,7 @@ from torch import Tensor
 from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
 
-CheckpointFamily = Literal["promoe", "kwai", "dsmoe", "dit_moe", "sit", "dit"]
+CheckpointFamily = Literal["promoe", "kwai", "dsmoe", "dit_moe", "sit", "dit", "nucleus"]
 CHECKPOINT_FAMILIES: tuple[str, ...] = get_args(CheckpointFamily)
 
 
@@ -61,6 +61,7 @@ ROUTERS: dict[str, tuple[str, ...]] = {
     "dit_moe": ("dit_moe",),
     "sit": ("dense",),
     "dit": ("dense", "dit_moe"),  # DiT-MoE S and B were trained as DDPMs, XL and G by rectified flow
+    "nucleus": ("nucleus",),  # a folder with a configuration: `published.folder`
 }
 SPELLINGS = {  # published names of fields that have another name here
     "hidden_size": "width",
