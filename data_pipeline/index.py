@@ -24,6 +24,7 @@ INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
 MAX_TOKENS = 1 << 18  # the most of one image, prepared or drawn
 Identity = dict[str, Any]
 _PLAIN_SALIENCY: Identity = {"kind": "laplacian"}
+_TEXT_DTYPE = "float16"
 Places = Mapping[str, Sequence[int]]  # member extension, as "latent.npy" -> (offset, size, crc32) inside the tar
 
 _T = TypeVar("_T")
@@ -69,6 +70,7 @@ class Index:
     files: dict[str, str]  # sha256 of the other files: codec, empty caption
     skipped: list[tuple[str, str]]  # (name, reason) of what the source has and the shards lack
     saliency: Identity = field(default_factory=lambda: dict(_PLAIN_SALIENCY))  # where the maps M come from
+    text_dtype: str = _TEXT_DTYPE  # of the token states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ def index_bytes(index: Index) -> bytes:
     tree["shards"] = [_fields(shard) for shard in index.shards]
     if index.saliency == _PLAIN_SALIENCY:
         del tree["saliency"]  # as in folders that were written before there was another
+    if index.text_dtype == _TEXT_DTYPE:
+        del tree["text_dtype"]
     return sealed({"schema": _SCHEMA_VERSION, **tree})
 
 
@@ -179,6 +183,7 @@ def _index(tree: dict[str, Any]) -> Index:
         files={check_name(name): _digest(digest) for name, digest in tree["files"].items()},
         skipped=[(str(name), str(reason)) for name, reason in tree["skipped"]],
         saliency=dict(tree.get("saliency", _PLAIN_SALIENCY)),
+        text_dtype=str(tree.get("text_dtype", _TEXT_DTYPE)),
     )
 
 

@@ -30,8 +30,13 @@ _DTYPES = frozenset({"<f2", "<f4", "<f8", "|u1", "|i1", "|b1", "<i2", "<i4", "<i
 _MAGIC = b"\x93NUMPY"
 _PREFIX = 10  # magic, version, length of the header (version 1)
 _HEADER = 4096  # maximal bytes of a header, many times what our arrays need
+BFLOAT16_BITS = np.dtype("<u2")  # NumPy has no bfloat16: where floats are expected, 16-bit integers hold its bits
 # By dtype: views of its bits with and without sign, and the smallest value of each that is an infinity or a NaN.
-_NOT_FINITE = {"<f2": (np.int16, 0x7C00, np.uint16, 0xFC00), "<f4": (np.int32, 0x7F800000, np.uint32, 0xFF800000)}
+_NOT_FINITE = {
+    "<f2": (np.int16, 0x7C00, np.uint16, 0xFC00),
+    BFLOAT16_BITS.str: (np.int16, 0x7F80, np.uint16, 0xFF80),
+    "<f4": (np.int32, 0x7F800000, np.uint32, 0xFF800000),
+}
 
 Buffer = bytes | memoryview
 
@@ -95,8 +100,15 @@ def _header(text: bytes) -> _Header:
     return _Header(np.dtype(dtype), shape, math.prod(shape) * np.dtype(dtype).itemsize)
 
 
+def as_float32(array: np.ndarray) -> np.ndarray:
+    """Return the values of floats, or of bfloat16 bits, as float32."""
+    if array.dtype == BFLOAT16_BITS:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
 def all_finite(array: np.ndarray) -> bool:
-    """Return whether every element is finite."""
+    """Return whether every element of floats, or of bfloat16 bits, is finite."""
     kind = _NOT_FINITE.get(array.dtype.str)
     if kind is None or not array.size or not array.flags.c_contiguous:
         return bool(np.isfinite(array).all())

@@ -13,9 +13,9 @@ class Batch(NamedTuple):
     """
 
     latent: Tensor  # (B, C, H, W) float32, scaled by the codec to about unit variance
-    text: Tensor  # (B, L, D_text) token states of the caption as they are stored (float16 or 32), zero where masked
+    text: Tensor  # (B, L, D_text) token states of the caption as they are stored (float16, bfloat16 or float32)
     text_mask: Tensor  # (B, L) bool, True where a text token is real
-    pooled: Tensor  # (B, D_pooled) float32
+    pooled: Tensor  # (B, D_pooled) float32; D_pooled is 0 where the encoder does not pool
     label: Tensor  # (B,) int64, -1 where the sample has no class
     saliency: Tensor  # (B, N) float32 in [0, 1]: the map M of the clean image on the token grid, row-major
     foreground: Tensor  # (B, N) float32 in [0, 1]: alpha on the token grid; NaN where the image has no alpha

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_pipeline.encode.build import CODEC_CHOICES, DEFAULT_AUTOENCODER
+from data_pipeline.encode.texts import TEXT_DTYPES
 from data_pipeline.encode.transformer_texts import MINILM
 from data_pipeline.prepare.destination import check_destination, open_destination
 from data_pipeline.prepare.estimate import dry_run
@@ -130,11 +132,15 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
         "or a tar) or the column `saliency` of a table",
     )
     add("--patch-size", type=POSITIVE, default=2, help="patch size of the model, for the token grid")
-    add("--codec", choices=("patch_pca", "autoencoder_kl", "pixel"), default="patch_pca", help="images to latents")
+    add("--codec", choices=CODEC_CHOICES, default="patch_pca", help="images to latents")
     add("--like", metavar="PLACE", help="codec and text encoder exactly as there: weights (.safetensors) or shards")
     add("--codec-from", metavar="PLACE", help="the fitted codec of weights or shards, instead of a new fit")
-    add("--codec-name", default="stabilityai/sd-vae-ft-ema", help="autoencoder_kl: local folder or hub id")
-    add("--posterior", choices=POSTERIORS, default="mean", help="autoencoder_kl: what is stored of its posterior")
+    add(
+        "--codec-name",
+        help="autoencoder_*: local folder of it or of a whole pipeline, or hub id (default of autoencoder_kl: "
+        f"{DEFAULT_AUTOENCODER})",
+    )
+    add("--posterior", choices=POSTERIORS, default="mean", help="autoencoder_*: what is stored of its posterior")
     add("--flip-pair", action="store_true", help="store the latent of the mirror image beside each latent")
     add("--pca-patch", type=POSITIVE, default=4, help="patch_pca: pixels per patch, each way")
     add("--pca-channels", type=POSITIVE, default=16, help="patch_pca: components kept")
@@ -142,12 +148,14 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--encoder",
         action="append",
-        help="text encoder: the packaged MiniLM, a transformers folder or hub id, or hash; options after commas as "
-        "NAME,layer=-2,pooled=model,max_length=77; also dtype=bfloat16; repeat for several, joined along --join "
-        f"(default: {MINILM})",
+        help="text encoder: the packaged MiniLM, a transformers folder (also of a diffusers pipeline) or hub id, or "
+        "hash; options after commas as NAME,layer=-2,pooled=model,max_length=77; also dtype=bfloat16, pooled=none, and "
+        "chat=plain, nucleus or @FILE for a chat template without system prompt, with that of Nucleus-Image or with "
+        f"that in a file; repeat for several, joined along --join (default: {MINILM})",
     )
     add("--join", choices=("tokens", "features"), default="tokens", help="several encoders: what is concatenated")
     add("--max-length", type=Whole(2), default=32, help="longest caption in tokens; the rest is cut")
+    add("--text-dtype", choices=tuple(TEXT_DTYPES), default=Recipe.text_dtype, help="of stored token states")
     add("--shard-samples", type=POSITIVE, default=512, help="images per shard")
 
 

@@ -43,6 +43,22 @@ def tiny_autoencoder(folder: Path, levels: int = 2) -> Path:
     return folder
 
 
+def tiny_qwen_autoencoder(folder: Path, channels: int = 3, levels: int = 2) -> Path:
+    """Save an AutoencoderKLQwenImage with random weights and factor 2^levels, as diffusers saves it."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=channels,
+        dim_mult=[1] * (levels + 1),
+        num_res_blocks=1,
+        temperal_downsample=[False] * (levels - 1) + [True],
+        latents_mean=[0.1 * number - 0.2 for number in range(channels)],
+        latents_std=[0.5 + 0.25 * number for number in range(channels)],
+    ).save_pretrained(folder)
+    return folder
+
+
 def make_unequal_shards(folder: Path, num_images: int = 36) -> Path:
     """Write pictures in three sizes of unequal token counts, without a codec.
 

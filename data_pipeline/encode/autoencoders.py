@@ -1,7 +1,9 @@
 """Latents of pretrained autoencoders: encoded here, or cached by another project."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from data_pipeline.members import decode_npz
 from sharpmoe.errors import DamageError, DataError, first_line
 
 _SD_VAE_SCALE = 0.18215
+_PIXELS = 1 << 22  # of the images of one call: 96 channels of them are 1.6 GB in float32
 
 
 class KLAutoencoder:
@@ -19,25 +22,8 @@ class KLAutoencoder:
 
     def __init__(self, name: str, device: str = "cpu") -> None:
         """Raises DataError where diffusers or the weights are missing."""
-        try:
-            from diffusers import AutoencoderKL  # noqa: PLC0415  (optional)
-        except ImportError:
-            raise DataError(
-                "codec autoencoder_kl needs diffusers; pip install diffusers, or use --codec patch_pca"
-            ) from None
         self._name, self._device = name, device
-        try:
-            self._model = (
-                AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
-                .to(device)
-                .eval()
-                .requires_grad_(False)
-            )
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"codec autoencoder_kl: {name} cannot be loaded ({first_line(error)}); expected a "
-                "diffusers folder or hub id with an AutoencoderKL"
-            ) from None
+        self._model = _load("autoencoder_kl", "AutoencoderKL", name, device)
         self._scale = float(self._model.config.scaling_factor)
         self._shift = float(self._model.config.get("shift_factor") or 0.0)
 
@@ -78,6 +64,106 @@ class KLAutoencoder:
     def tensors(self) -> dict[str, Tensor]:
         """Return nothing: the weights are not copied into the shards, and the identity holds their hash."""
         return {}
+
+
+class QwenAutoencoder:
+    """The pretrained `AutoencoderKLQwenImage` of Qwen-Image and Nucleus-Image; latents are posterior means.
+
+    It encodes videos: an image is one of a single frame. Each channel has a mean and a standard deviation of its own,
+    which its configuration names.
+    """
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        """`name`: local folder of the autoencoder or of a whole pipeline, or a hub id. Raises DataError."""
+        self._name, self._device = name, device
+        self._model = _load("autoencoder_qwen", "AutoencoderKLQwenImage", name, device)
+        config = self._model.config
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+            for values in (config.latents_mean, config.latents_std)
+        )
+        if not len(self._mean) == len(self._std) == config.z_dim:
+            raise DataError(
+                f"codec autoencoder_qwen: {name} has {len(self._mean)} means and {len(self._std)} standard deviations "
+                f"for {config.z_dim} channels; correct latents_mean and latents_std in its config.json"
+            )
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Name, mean and standard deviation of the channels, and a hash of the weights."""
+        return {
+            "kind": "autoencoder_qwen",
+            "name": self._name,
+            "mean": self._mean.flatten().tolist(),
+            "std": self._std.flatten().tolist(),
+            "sha256": hash_state(self._model.state_dict()),
+        }
+
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, int, int]:
+        """Return (latent channels, H / f, W / f) with f = 2 ** (levels - 1)."""
+        config = self._model.config
+        return config.z_dim, *divided(image_size, 2 ** len(config.temperal_downsample), "autoencoder_qwen")
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return (mean - mean of the channel) / standard deviation of the channel."""
+        return self.posterior(images).mean
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor, cached: Sequence[CachedLatent] = ()) -> Posterior:
+        """Return the normalised mean and standard deviation, a few images at a time."""
+        parts = []
+        for some in images.split(_images_at_a_time(images)):
+            found = self._model.encode(some[:, :, None].to(self._device)).latent_dist
+            mean, std = (found.mean[:, :, 0] - self._mean) / self._std, found.std[:, :, 0] / self._std
+            parts.append((mean.to(images.device), std.to(images.device)))
+        return Posterior(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Undo the normalisation, then decode, a few images at a time."""
+        factor = 2 ** len(self._model.config.temperal_downsample)
+        parts = []
+        for some in latents.split(_images_at_a_time(latents, factor**2)):
+            frames = (some.float().to(self._device) * self._std + self._mean)[:, :, None]
+            parts.append(self._model.decode(frames).sample[:, :, 0].clamp(-1, 1).to(latents.device))
+        return torch.cat(parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return nothing: the weights are not copied into the shards, and the identity holds their hash."""
+        return {}
+
+
+def _images_at_a_time(images: Tensor, pixels: int = 1) -> int:
+    """Return how many images (B, C, H, W), of so many pixels per element, an autoencoder takes in one call."""
+    return max(1, _PIXELS // (images.shape[-2] * images.shape[-1] * pixels))
+
+
+def _load(kind: str, class_name: str, name: str, device: str) -> Any:
+    """Load an autoencoder of diffusers: a hub id, its folder, or the folder of a pipeline that has it as vae/.
+
+    Raises DataError, which names the codec `kind`, where diffusers or the weights are missing.
+    """
+    try:
+        import diffusers  # noqa: PLC0415  (optional)
+    except ImportError:
+        raise DataError(f"codec {kind} needs diffusers; pip install diffusers, or use --codec patch_pca") from None
+    inside = Path(name) / "vae"
+    try:
+        model, found = getattr(diffusers, class_name).from_pretrained(
+            str(inside if inside.is_dir() else name),
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+        lacking = sorted(found.get("missing_keys", ()))
+        if lacking:  # they would be random numbers, and nobody would notice
+            raise ValueError(f"{len(lacking)} weights are missing, {lacking[0]} among them")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes
+        raise DataError(
+            f"codec {kind}: {name} cannot be loaded ({first_line(error)}); expected a diffusers folder or hub id with "
+            f"an {class_name}"
+        ) from None
+    return model.to(device).eval().requires_grad_(False)
 
 
 class CachedMoments:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data_pipeline.encode.autoencoders import CachedMoments, KLAutoencoder
+from data_pipeline.encode.autoencoders import CachedMoments, KLAutoencoder, QwenAutoencoder
 from data_pipeline.encode.codecs import Codec, Pixel
 from data_pipeline.encode.patch_pca import PatchPCA
 from data_pipeline.encode.texts import HashTextEncoder, JoinedTextEncoder, TextEncoder
@@ -22,8 +22,8 @@ from data_pipeline.identity import Identity, check_identity
 from sharpmoe.errors import DataError, first_line
 
 CODEC_FILE = "codec.safetensors"
-_ENCODER_OPTIONS: dict[str, Callable[[str], Any]] = {"layer": int, "pooled": str, "max_length": int, "dtype": str}
-_TRANSFORMER_SETTINGS = ("max_length", "layer", "pooled", "dtype")
+DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of codecs in the latents of Stable Diffusion
+_TRANSFORMER_SETTINGS = ("max_length", "layer", "pooled", "dtype", "chat")
 
 Options = Mapping[str, Any]  # command-line options of launcher/prepare.py by name
 Tensors = Mapping[str, Tensor]
@@ -47,6 +47,16 @@ class EncoderKind(NamedTuple):
     create: Callable[[Identity, str], TextEncoder]  # from a recipe or an identity, and a device
 
 
+def _sd_name(options: Options) -> Identity:
+    return {"name": options["codec_name"] or DEFAULT_AUTOENCODER}
+
+
+def _qwen_name(options: Options) -> Identity:
+    if not options["codec_name"]:
+        raise DataError("--codec autoencoder_qwen: no autoencoder is named; give its folder with --codec-name")
+    return {"name": options["codec_name"]}
+
+
 CODECS: dict[str, CodecKind] = {
     "patch_pca": CodecKind(
         settings=lambda options: {
@@ -61,13 +71,19 @@ CODECS: dict[str, CodecKind] = {
         is_fitted=True,
     ),
     "autoencoder_kl": CodecKind(
-        settings=lambda options: {"name": options["codec_name"]},
+        settings=_sd_name,
         create=lambda spec, _, device: KLAutoencoder(spec["name"], device),
         restore=lambda spec, _, device: KLAutoencoder(spec["name"], device),
         has_std=True,
     ),
+    "autoencoder_qwen": CodecKind(
+        settings=_qwen_name,
+        create=lambda spec, _, device: QwenAutoencoder(spec["name"], device),
+        restore=lambda spec, _, device: QwenAutoencoder(spec["name"], device),
+        has_std=True,
+    ),
     "cached_moments": CodecKind(
-        settings=lambda options: {"name": options["codec_name"]},
+        settings=_sd_name,
         create=lambda spec, _, device: CachedMoments(spec["name"], device),
         restore=lambda spec, _, device: CachedMoments(spec["name"], device),
         is_cached=True,
@@ -78,6 +94,42 @@ CODECS: dict[str, CodecKind] = {
         create=lambda _spec, _images, _device: Pixel(),
         restore=lambda _spec, _tensors, _device: Pixel(),
     ),
+}
+CODEC_CHOICES = tuple(kind for kind, codec in CODECS.items() if not codec.is_cached)  # of --codec
+
+
+def _nucleus_prompt() -> str:
+    try:
+        from diffusers.pipelines.nucleusmoe_image.pipeline_nucleusmoe_image import (  # noqa: PLC0415  (optional)
+            DEFAULT_SYSTEM_PROMPT,
+        )
+    except ImportError:
+        raise DataError(
+            "--encoder chat=nucleus: takes the system prompt from diffusers; pip install diffusers"
+        ) from None
+    prompt: str = DEFAULT_SYSTEM_PROMPT
+    return prompt
+
+
+_PROMPTS: dict[str, Callable[[], str | None]] = {"plain": lambda: None, "nucleus": _nucleus_prompt}
+
+
+def _chat_option(text: str) -> dict[str, str | None]:
+    """Parse `chat=plain` (no system prompt), `chat=nucleus` (that of Nucleus-Image) or `chat=@FILE`."""
+    if not text.startswith("@"):
+        return {"system": _PROMPTS[text]()}
+    try:
+        return {"system": Path(text[1:]).read_text(encoding="utf-8").strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--encoder chat={text}: cannot be read as a text file ({first_line(error)})") from None
+
+
+_ENCODER_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {  # how a value is read, and what it is
+    "layer": (int, "N"),
+    "pooled": (str, "mean|last|model|none"),
+    "max_length": (int, "N"),
+    "dtype": (str, "float32|bfloat16|float16"),
+    "chat": (_chat_option, "|".join([*_PROMPTS, "@FILE"])),
 }
 
 
@@ -193,9 +245,9 @@ def _one_encoder(text: str, max_length: int) -> Identity:
     for option in options:
         key, _, value = option.partition("=")
         try:
-            found[key] = _ENCODER_OPTIONS[key](value)
+            found[key] = _ENCODER_OPTIONS[key][0](value)
         except (KeyError, ValueError):
-            known = ", ".join(f"{key}=..." for key in _ENCODER_OPTIONS)
+            known = ", ".join(f"{key}={what}" for key, (_, what) in _ENCODER_OPTIONS.items())
             raise DataError(f"--encoder {text}: option {option!r}; expected NAME and any of {known}") from None
     kind = name if name in _CHOSEN_BY_KIND else "transformers"
     settings = ENCODERS[kind].settings

@@ -13,13 +13,15 @@ from torch.nn import functional
 from data_pipeline.identity import Identity
 from sharpmoe.errors import DataError
 
+TEXT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # of token states in shards
+
 
 class TextStates(NamedTuple):
     """Encoded captions."""
 
     states: Tensor  # (B, L, D) float32, zero where masked
     mask: Tensor  # (B, L) bool, True where a token is real
-    pooled: Tensor  # (B, D_pooled) float32
+    pooled: Tensor  # (B, D_pooled) float32; D_pooled is 0 where the encoder does not pool
 
 
 class CaptionLength(NamedTuple):

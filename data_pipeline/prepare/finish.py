@@ -26,7 +26,7 @@ from data_pipeline.index import (
 from data_pipeline.members import encode_json
 from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, write_counts
-from data_pipeline.prepare.encoding import Worker, text_arrays
+from data_pipeline.prepare.encoding import Worker, stored_array, text_arrays
 from data_pipeline.prepare.plan import ShardPlan
 from data_pipeline.prepare.recipe import RECIPE_FILE
 from data_pipeline.prepare.survey import Catalog
@@ -124,7 +124,8 @@ def write_index(
     resolutions: list[Resolution],
 ) -> Index:
     """Write the index of a folder whose shards are all complete, and remove the working files."""
-    empty = {name: tensor.numpy() for name, tensor in text_arrays(worker.encoder.encode([""]), 0).items()}
+    arrays = text_arrays(worker.encoder.encode([""]), 0, worker.recipe.text_dtype)
+    empty = {name: stored_array(tensor) for name, tensor in arrays.items()}
     write_atomically(folder / EMPTY_FILE, _npz(empty))
     shards, longest, skipped = _collect(folder, every, catalog)
     bad = [entry for entry in skipped if not entry.beside]
@@ -137,7 +138,7 @@ def write_index(
         patch_size=worker.recipe.patch_size,
         text_length=max(len(empty["text"]), longest),
         text_width=empty["text"].shape[1],
-        pooled_width=empty["pooled"].shape[0],
+        pooled_width=empty["pooled"].shape[0] if "pooled" in empty else 0,
         codec=worker.codec.identity,
         encoder=worker.encoder.identity,
         splits={
@@ -147,6 +148,7 @@ def write_index(
         files={name: sha256_of(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
         skipped=[(entry.name, entry.reason) for entry in skipped[:_LISTED]],
         saliency={"kind": worker.recipe.saliency},
+        text_dtype=worker.recipe.text_dtype,
     )
     write_counts(folder / _COUNTS_FILE, sum((read_counts(counts_file(work, plan.name)) for plan in every), Counts()))
     write_atomically(folder / INDEX_FILE, index_bytes(index))

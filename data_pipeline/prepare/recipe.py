@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.encode.build import CODECS, codec_settings, encoder_settings
 from data_pipeline.encode.like import read_origin
+from data_pipeline.encode.texts import TEXT_DTYPES
 from data_pipeline.identity import Identity
 from data_pipeline.prepare.buckets import check_buckets, listed_sizes
 from data_pipeline.prepare.saliency_kinds import SALIENCIES
@@ -20,7 +21,7 @@ _VERSION = 1
 # They decide whether there are shards, not what these hold; the identity of a given codec holds a hash of it.
 _NOT_CONTENT = ("max_bad_share", "allow_missing", "given_codec")
 # Newer than the first folders; left out at their default.
-_ADDED = ("buckets", "posterior", "flip_pair", "fit", "bucket_step", "saliency")
+_ADDED = ("buckets", "posterior", "flip_pair", "fit", "bucket_step", "saliency", "text_dtype")
 
 
 def _default_codec() -> Identity:
@@ -50,6 +51,7 @@ class Recipe:
     fit: str = "crop"  # images of another shape: crop, or pad with white
     bucket_step: int | None = None  # buckets: all of about the area of a square, with sides that are multiples of it
     saliency: str = "laplacian"  # of images: a row of SALIENCIES
+    text_dtype: str = "float16"  # of stored token states; large decoders leave the range of float16
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
@@ -74,6 +76,7 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
                 "fit",
                 "bucket_step",
                 "saliency",
+                "text_dtype",
             )
         },
     )
@@ -129,6 +132,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise DataError(f"fit {recipe.fit!r}: expected {', '.join(FITS)}")
     if recipe.saliency not in SALIENCIES:
         raise DataError(f"saliency {recipe.saliency!r}: expected {', '.join(SALIENCIES)}")
+    if recipe.text_dtype not in TEXT_DTYPES:
+        raise DataError(f"text_dtype {recipe.text_dtype!r}: expected {', '.join(TEXT_DTYPES)}")
     kind = recipe.codec["kind"]
     if recipe.fit != "crop" and kind in CODECS and CODECS[kind].is_cached:
         raise DataError(f"fit {recipe.fit}: cached latents are those of cropped images; use --fit crop")

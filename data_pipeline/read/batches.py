@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.members import BFLOAT16_BITS, as_float32
 from data_pipeline.read.samples import Sample
 from data_pipeline.schema import Batch
+
+_HALVES = (np.dtype(np.float16), BFLOAT16_BITS)
 
 
 def collate(samples: Iterable[Sample], positions: Sequence[int], text_length: int) -> Batch:
@@ -54,12 +57,11 @@ class _Stack:
     def _put_text(self, row: int, text: np.ndarray) -> None:
         """Copy a text, in half precision where it is stored so: casting costs more than reading."""
         if row == 0:
-            half = text.dtype == np.float16
             shape = (self._count, self._text_length, text.shape[1])
-            self._text = np.empty(shape, np.float16 if half else np.float32)
-        elif text.dtype != np.float16 and self._text.dtype == np.float16:
-            self._text = self._text.astype(np.float32)
-        self._text[row, : len(text)] = text
+            self._text = np.empty(shape, text.dtype if text.dtype in _HALVES else np.float32)
+        elif text.dtype != self._text.dtype and self._text.dtype in _HALVES:
+            self._text = as_float32(self._text)
+        self._text[row, : len(text)] = text if text.dtype == self._text.dtype else as_float32(text)
         self._text[row, len(text) :] = 0
         self._mask[row, : len(text)] = True
 
@@ -71,10 +73,14 @@ class _Stack:
         tensors: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
         return Batch(
             **tensors,
-            text=torch.from_numpy(self._text),
+            text=torch.from_numpy(self._text) if self._text.dtype != BFLOAT16_BITS else _bfloat16(self._text),
             text_mask=torch.from_numpy(self._mask),
             label=torch.tensor(labels, dtype=torch.int64),
             position=torch.tensor(list(positions), dtype=torch.int64),
             keys=keys,
             captions=captions,
         )
+
+
+def _bfloat16(bits: np.ndarray) -> Tensor:
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)

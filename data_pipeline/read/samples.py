@@ -13,7 +13,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from data_pipeline.index import Places
-from data_pipeline.members import Buffer, all_finite, checksum, decode_json, decode_npy, decode_text, suffix_of
+from data_pipeline.members import (
+    BFLOAT16_BITS,
+    Buffer,
+    all_finite,
+    checksum,
+    decode_json,
+    decode_npy,
+    decode_text,
+    suffix_of,
+)
 from data_pipeline.read.order import DataPurpose, data_generator, uniform
 from data_pipeline.safety import CAPS, check_key
 from sharpmoe.errors import DamageError
@@ -23,6 +32,7 @@ _CHECKSUM, _TYPE = slice(148, 156), slice(156, 157)  # fields of a tar header
 _ADLER = 65521
 _PLACE = [int, int, int]  # offset, size, crc32
 _T = TypeVar("_T")
+_NO_POOLED = np.zeros(0, np.float32)
 
 
 class Spec(NamedTuple):
@@ -50,8 +60,8 @@ class Sample:
     caption: str
     label: int  # -1 where the sample has no class
     latent: np.ndarray  # (C, h, w)
-    text: np.ndarray  # (L_i, D)
-    pooled: np.ndarray  # (D_pooled,)
+    text: np.ndarray  # (L_i, D), floats or the bits of bfloat16 (`members.BFLOAT16_BITS`)
+    pooled: np.ndarray  # (D_pooled,); D_pooled is 0 where the encoder does not pool
     saliency: np.ndarray  # (N,)
     foreground: np.ndarray | None  # (N,)
 
@@ -85,7 +95,7 @@ def load_sample(read: Callable[[int, int], bytes], span: Span, spec: Spec, draw:
         label=_label(meta),
         latent=_latent(records, spec, flipped, draw),
         text=_text(records, f"text{text}.npy", spec),
-        pooled=records.array(f"pooled{text}.npy", (spec.pooled_width,)),
+        pooled=records.array(f"pooled{text}.npy", (spec.pooled_width,)) if spec.pooled_width else _NO_POOLED,
         saliency=_map(records, "saliency", spec, flipped),
         foreground=foreground,
     )
@@ -113,7 +123,8 @@ def check_sample(read: Callable[[int, int], bytes], span: Span, spec: Spec) -> N
     if captions is not None:
         for number in range(1, len(_weighted(captions))):
             _text(records, f"text{number}.npy", spec)
-            records.array(f"pooled{number}.npy", shapes["pooled"])
+            if spec.pooled_width:
+                records.array(f"pooled{number}.npy", shapes["pooled"])
 
 
 class _Records:
@@ -153,9 +164,9 @@ class _Records:
         except DamageError as error:
             raise DamageError(f"{name}: {error}") from None
 
-    def array(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    def array(self, name: str, shape: tuple[int | None, ...], may_be_bfloat16: bool = False) -> np.ndarray:
         """Return a .npy member of a shape (None: any length); every value is finite."""
-        return self.decoded(name, lambda content: _array(content, shape))
+        return self.decoded(name, lambda content: _array(content, shape, may_be_bfloat16))
 
     def has(self, name: str) -> bool:
         return name in self._span.places
@@ -195,10 +206,10 @@ def _framed(record: memoryview, name: str, size: int) -> bool:
     return sound and named and not bytes(record[TAR_BLOCK + size :]).strip(b"\0")
 
 
-def _array(content: Buffer, shape: tuple[int | None, ...]) -> np.ndarray:
+def _array(content: Buffer, shape: tuple[int | None, ...], may_be_bfloat16: bool) -> np.ndarray:
     array = decode_npy(content)
     fits = array.shape == shape or (array.ndim == len(shape) == 2 and (None, array.shape[1]) == shape)
-    if not fits or array.dtype.kind != "f":
+    if not fits or not (array.dtype.kind == "f" or (may_be_bfloat16 and array.dtype == BFLOAT16_BITS)):
         raise DamageError(f"{array.dtype} of shape {array.shape}, expected floats of shape {shape}")
     if not all_finite(array):
         raise DamageError("holds NaN or infinity")
@@ -252,7 +263,7 @@ def _latent(records: _Records, spec: Spec, flipped: bool, draw: Draw | None) -> 
 
 
 def _text(records: _Records, name: str, spec: Spec) -> np.ndarray:
-    text = records.array(name, (None, spec.text_width))
+    text = records.array(name, (None, spec.text_width), may_be_bfloat16=True)
     if len(text) > spec.text_length:
         raise DamageError(f"{name}: {len(text)} tokens, at most {spec.text_length} expected")
     return text

@@ -16,7 +16,7 @@ from data_pipeline.encode.codecs import Codec
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.identity import check_identity
 from data_pipeline.index import EMPTY_FILE, Bucket, Identity, Index, Places, Shard
-from data_pipeline.members import decode_npz
+from data_pipeline.members import as_float32, decode_npz
 from data_pipeline.read.batches import collate
 from data_pipeline.read.damage import Damage
 from data_pipeline.read.folder import REWRITE, check_size, checked_file, ends_in_zeros, read_index, read_table
@@ -135,7 +135,7 @@ class ShardSet:
         return restore_text_encoder(self.encoder, device)
 
     def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the empty caption: text (L, D) float32, mask (L,) bool, pooled (D_pooled,) float32."""
+        """Return the empty caption: text (L, D) float32, mask (L,) bool, pooled (D_pooled,) float32, which may be 0."""
         content = checked_file(self._store, EMPTY_FILE, self._files.get(EMPTY_FILE, ""))
         if content is None:
             raise DataError(f"{self.location}/{EMPTY_FILE}: missing or damaged; delete it and {REWRITE}")
@@ -144,9 +144,10 @@ class ShardSet:
         except DamageError as error:
             raise DataError(f"{self.location}/{EMPTY_FILE}: {error}; {REWRITE}") from None
         text = np.zeros((self.text_length, self.text_width), dtype=np.float32)
-        text[: len(arrays["text"])] = arrays["text"]
+        text[: len(arrays["text"])] = as_float32(arrays["text"])
         mask = torch.arange(self.text_length) < len(arrays["text"])
-        return torch.from_numpy(text), mask, torch.from_numpy(arrays["pooled"].astype(np.float32))
+        pooled = arrays["pooled"] if self.pooled_width else np.zeros(0)
+        return torch.from_numpy(text), mask, torch.from_numpy(pooled.astype(np.float32))
 
     def batch(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> Batch:
         """Read the samples of these indices, all of one bucket, without random choices: first caption, mean latent.

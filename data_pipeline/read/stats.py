@@ -70,7 +70,8 @@ def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -
         f"  samples    {count} in {len(index.shards)} shards, {size / 2**20:.1f} MiB",
         f"  splits     {', '.join(f'{name} {number}' for name, number in index.splits.items())}",
         f"  left out   {len(index.skipped)} pictures",
-        f"  text       {index.text_length} tokens x {index.text_width} at most, pooled {index.pooled_width}",
+        f"  text       {index.text_length} tokens x {index.text_width} at most in {index.text_dtype}, pooled "
+        f"{index.pooled_width or 'none'}",
         f"  codec      {_identity(index.codec)}",
         f"  encoder    {_identity(index.encoder)}",
         f"  saliency   {_identity(index.saliency)}",

@@ -63,7 +63,7 @@ def test_skipped_pictures_are_named(pictures: Path, tmp_path: Path, capsys: pyte
         (["--size", "33"], "multiple of 4"),
         (["--limit", "0"], "--limit: got '0'"),
         (["--max-length", "1"], "--max-length: got '1'"),
-        (["--encoder", "hash,layers=2"], "option 'layers=2'; expected NAME and any of layer=..., pooled=..."),
+        (["--encoder", "hash,layers=2"], "option 'layers=2'; expected NAME and any of layer=N, pooled=mean"),
         (["--buckets", "32x32,32x36"], "32x36: patch size 2 does not divide the 8x9 latent"),
         (["--buckets", "32", "--bucket-step", "12"], "a step must be a whole number of tokens"),
         (["--bucket-step", "64"], "needs the side of a square in pixels, as --buckets 512 --bucket-step 64"),

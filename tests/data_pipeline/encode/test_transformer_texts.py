@@ -7,10 +7,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import data_pipeline.encode.transformer_texts as transformer_texts
-from data_pipeline.encode.build import restore_text_encoder
+from data_pipeline.encode.build import build_text_encoder, encoder_settings, restore_text_encoder
+from data_pipeline.encode.texts import CaptionLength
 from data_pipeline.encode.transformer_texts import MINILM, TransformerTextEncoder
 from sharpmoe.errors import DataError
-from tests.data_pipeline.encode.text_models import clip, words
+from tests.data_pipeline.encode.text_models import clip, conversations, words
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,95 @@ def test_settings_that_cannot_be(models_folder: Path) -> None:
         TransformerTextEncoder(str(models_folder / "t5"), pooled="max")
     with pytest.raises(DataError, match="layer 7, expected -3 to 2"):
         TransformerTextEncoder(str(models_folder / "t5"), layer=7).encode(CAPTIONS)
+
+
+REQUESTS = ["", "a red fox", "a blue house in the snow, on the left of a red fox"]
+
+
+@pytest.mark.parametrize(("name", "system"), [("pipeline", "Follow the prompt."), ("pipeline", None), ("llama", None)])
+def test_states_of_a_chat_are_those_of_the_model_itself(name: str, system: str | None, chat_models: Path) -> None:
+    encoder = TransformerTextEncoder(
+        str(chat_models / name), max_length=256, layer=-8, pooled="none", chat={"system": system}
+    )
+    found = encoder.encode(REQUESTS)
+    inside = chat_models / name / "text_encoder"
+    model = transformers.AutoModelForImageTextToText if inside.is_dir() else transformers.AutoModelForCausalLM
+    whole = model.from_pretrained(inside if inside.is_dir() else chat_models / name)
+    tokenizer = conversations()
+    first = [] if system is None else [{"role": "system", "content": system}]
+    longest = 0
+    for row, caption in enumerate(REQUESTS):
+        messages = [*first, {"role": "user", "content": [{"type": "text", "text": caption}]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text.endswith("<|im_start|>assistant\n")
+        tokens = tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            expected = whole(**tokens, output_hidden_states=True).hidden_states[-8][0]
+        assert found.mask[row].tolist() == [True] * len(expected) + [False] * (found.mask.shape[1] - len(expected))
+        torch.testing.assert_close(found.states[row, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+        assert not found.states[row, len(expected) :].any()
+        assert encoder.lengths([caption]) == [CaptionLength(len(expected), 256)]
+        longest = max(longest, len(expected))
+    assert found.states.shape[1] == longest
+    assert found.pooled.shape == (3, 0)
+
+
+def test_a_long_chat_is_cut_on_the_right(chat_models: Path) -> None:
+    long, short = (
+        TransformerTextEncoder(str(chat_models / "llama"), max_length=length, chat={"system": None})
+        for length in (256, 60)
+    )
+    whole, cut = (encoder.encode([REQUESTS[2]]) for encoder in (long, short))
+    assert cut.states.shape[1] == 60 < whole.states.shape[1]
+    torch.testing.assert_close(cut.states, whole.states[:, :60], rtol=1e-5, atol=1e-5)
+    assert short.lengths([REQUESTS[2]])[0].tokens == whole.states.shape[1]
+
+
+def test_a_chat_travels_with_the_identity(chat_models: Path) -> None:
+    spec = encoder_settings(
+        {"encoder": [f"{chat_models / 'pipeline'},layer=-8,pooled=none,chat=plain"], "max_length": 99}
+    )
+    encoder = build_text_encoder(spec)
+    assert encoder.identity["chat"]["system"] is None
+    assert torch.equal(restore_text_encoder(encoder.identity).encode(REQUESTS).states, encoder.encode(REQUESTS).states)
+    other = {**encoder.identity, "chat": {**encoder.identity["chat"], "system": "Follow."}}
+    assert not torch.equal(build_text_encoder(other).encode(REQUESTS).states, encoder.encode(REQUESTS).states)
+    changed = {**encoder.identity, "chat": {**encoder.identity["chat"], "template_sha256": "0"}}
+    with pytest.raises(DataError, match="chat is"):
+        restore_text_encoder(changed)
+
+
+def test_system_prompts_by_name_and_from_files(tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Follow the prompt, always.\n")
+    spec = encoder_settings({"encoder": [f"some,chat=@{tmp_path / 'system.txt'}"], "max_length": 9})
+    assert spec["chat"] == {"system": "Follow the prompt, always."}
+    with pytest.raises(DataError, match=r"option 'chat=loud'; expected .* chat=plain\|nucleus\|@FILE"):
+        encoder_settings({"encoder": ["some,chat=loud"], "max_length": 9})
+    with pytest.raises(DataError, match="chat=@nowhere: cannot be read"):
+        encoder_settings({"encoder": ["some,chat=@nowhere"], "max_length": 9})
+
+
+def test_chats_that_cannot_be(chat_models: Path, models_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"max_length 16, but the chat template of an empty caption has \d+ tokens"):
+        TransformerTextEncoder(str(chat_models / "llama"), max_length=16, chat={"system": None})
+    with pytest.raises(DataError, match="no chat template"):
+        TransformerTextEncoder(str(models_folder / "qwen"), chat={"system": None})
+
+
+@pytest.mark.slow  # the import of the pipeline takes ten seconds and more
+def test_states_are_those_of_the_published_pipeline(chat_models: Path) -> None:
+    published = pytest.importorskip("diffusers.pipelines.nucleusmoe_image.pipeline_nucleusmoe_image")
+    folder = chat_models / "pipeline"
+    model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder / "text_encoder").eval()
+    parts = dict.fromkeys(("transformer", "scheduler", "vae"))
+    pipeline = published.NucleusMoEImagePipeline(**parts, text_encoder=model, processor=conversations())
+    spec = {"encoder": [f"{folder},layer=-8,pooled=none,max_length=1024,chat=nucleus"], "max_length": 32}
+    encoder = build_text_encoder(encoder_settings(spec))
+    assert encoder.identity["chat"]["system"] == published.DEFAULT_SYSTEM_PROMPT
+    found = encoder.encode(REQUESTS)
+    with torch.no_grad():
+        states, mask = pipeline.encode_prompt(REQUESTS, max_sequence_length=1024)
+    length = found.mask.shape[1]
+    assert torch.equal(mask[:, :length].bool(), found.mask)
+    assert not mask[:, length:].any()
+    torch.testing.assert_close(found.states, states[:, :length] * found.mask[..., None], rtol=1e-5, atol=1e-5)

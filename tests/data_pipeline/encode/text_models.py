@@ -25,6 +25,72 @@ def letters() -> transformers.PreTrainedTokenizerBase:
     )
 
 
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def conversations() -> transformers.PreTrainedTokenizerBase:
+    """Qwen's own kind of tokenizer, with a token per letter and a chat template."""
+    letters = "ĠĊabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,'"
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate([*letters, *marks])},
+        merges=[],
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def qwen3_vl() -> transformers.PreTrainedModel:
+    """The text encoder of Nucleus-Image in small: a model that sees, whose text half has ten layers."""
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    return transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+def llama() -> transformers.PreTrainedModel:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=9,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+        )
+    )
+
+
 def t5() -> transformers.PreTrainedModel:
     return transformers.T5EncoderModel(
         transformers.T5Config(
