@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.initial import InitialRules
@@ -111,3 +112,12 @@ class Backbone(nn.Module, ABC):
             per_token = moe.config.top_k if moe.config.family.competition == "token" else moe.config.capacity
             idle += expert_parameters * (1 - per_token / moe.config.total_experts)
         return total, round(total - idle)
+
+
+def recomputed(block: nn.Module, *inputs: Any) -> Any:
+    """Call a block so that only its inputs are kept for the backward, where it runs again.
+
+    Non-reentrant: the reentrant form gives wrong gradients under ZeRO-3. States of the random generators are not kept,
+    as no block draws random numbers.
+    """
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)

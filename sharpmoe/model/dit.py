@@ -9,18 +9,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.flow import ddpm_input, ddpm_velocity
 from sharpmoe.latent_patches import unpatchify
-from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, Prepared, TextCondition
+from sharpmoe.model.backbone import (
+    Backbone,
+    ClassCondition,
+    Condition,
+    ModelOutput,
+    Prepared,
+    TextCondition,
+    recomputed,
+)
 from sharpmoe.model.embed import (
     CrossAttention,
     LabelEmbed,
     PatchEmbed,
     TextEmbed,
     TimeEmbed,
+    attention_bias,
     rotary_positions,
     rotate,
     sincos_positions,
@@ -127,8 +135,7 @@ class DiT(Backbone):
         for index, block in enumerate(self.blocks):
             own_mode = mode.for_layer(len(records)) if block.moe is not None else mode._replace(routing_maps=None)
             inputs = (tokens, _of_block(context, index), x0_prev_tokens, own_mode)
-            # Non-reentrant: the reentrant form gives wrong gradients under ZeRO-3.
-            tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if mode.recompute else block(*inputs)
+            tokens, routing = recomputed(block, *inputs) if mode.recompute else block(*inputs)
             if routing is not None:
                 records.append(routing)
         return self._latent(self.final_layer(tokens, c), grid), tuple(records)
@@ -160,7 +167,7 @@ class DiT(Backbone):
             if not isinstance(condition, TextCondition):
                 raise TypeError(f"a text-conditional model takes a TextCondition, got {type(condition).__name__}")
             tokens, pooled = self.text_embedder(condition)
-            return _Prepared(pooled, _Text(tokens, condition.mask), None)
+            return _Prepared(pooled, _Text(tokens, attention_bias(condition.mask, tokens.dtype)), None)
         assert self.y_embedder is not None
         if not isinstance(condition, ClassCondition):
             raise TypeError(f"a class-conditional model takes a ClassCondition, got {type(condition).__name__}")
@@ -206,8 +213,8 @@ class Block(nn.Module):
         h = _modulate(_normalise(x, self.norm1), shift_a, scale_a)
         x = x + gate_a.unsqueeze(1) * self.attn(h, context.rope)
         if self.cross_attn is not None and context.text is not None:
-            tokens, mask, keys_values = context.text
-            x = x + self.cross_attn(_layer_norm(x), tokens, mask, keys_values[0] if keys_values else None)
+            tokens, bias, keys_values = context.text
+            x = x + self.cross_attn(_layer_norm(x), tokens, bias, keys_values[0] if keys_values else None)
         normed = _normalise(x, self.norm2)
         state = None if context.time is None else BlockState(context.time, normed)
         h = _modulate(normed, shift_m, scale_m)
@@ -285,7 +292,7 @@ class _Text(NamedTuple):
     """Embedded caption tokens that every block attends to."""
 
     tokens: Tensor  # (B, L, D)
-    mask: Tensor  # (B, L) bool
+    bias: Tensor  # (B, 1, 1, L) `attention_bias` of its mask
     keys_values: tuple[Tensor, ...] = ()  # (B, L, 2 D) of every block, or of the one, where they were prepared
 
 

@@ -119,6 +119,17 @@ class TextEmbed(nn.Module):
         return self.tokens(condition.tokens.to(dtype)), self.pooled(condition.pooled.to(dtype))
 
 
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask (B, L) bool into what attention adds to its scores, (B, 1, 1, L): 0 or, where masked, -inf.
+
+    At least one True per row. Attention would do the same to a mask, to the same bits, in every block; and fused
+    attention on CUDA would copy rows that do not begin at multiples of 16 numbers.
+    """
+    images, length = mask.shape
+    rows = mask.new_full((images, -(-length // 16) * 16), -torch.inf, dtype=dtype)[:, :length]
+    return rows.masked_fill_(mask, 0)[:, None, None, :]
+
+
 class CrossAttention(nn.Module):
     """Image tokens attend to text tokens; the output layer starts at zero, so a class trunk can be extended to text."""
 
@@ -134,8 +145,8 @@ class CrossAttention(nn.Module):
         projected: Tensor = self.kv(text)
         return projected
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor, keys_values: Tensor | None = None) -> Tensor:
-        """Map x (B, N, D) to (B, N, D), given text (B, L, D) and its mask (B, L) bool, one True per row at least.
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor, keys_values: Tensor | None = None) -> Tensor:
+        """Map x (B, N, D) to (B, N, D), given text (B, L, D) and the `attention_bias` (B, 1, 1, L) of its mask.
 
         keys_values: what `keys_values` rerotated for this text; computed here where it is not given.
         """
@@ -143,6 +154,6 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(b, n, self.num_heads, -1).transpose(1, 2)
         keys_values = self.keys_values(text) if keys_values is None else keys_values
         k, v = keys_values.view(b, text.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(b, n, d))
         return mixed

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.latent_patches import unpatchify
-from sharpmoe.model.backbone import Backbone, Condition, ModelOutput, Prepared, TextCondition
-from sharpmoe.model.embed import PatchEmbed
+from sharpmoe.model.backbone import Backbone, Condition, ModelOutput, Prepared, TextCondition, recomputed
+from sharpmoe.model.embed import PatchEmbed, attention_bias
 from sharpmoe.model.initial import InitialRules, fill_parameters
 from sharpmoe.moe.experts import feed_forward
 from sharpmoe.moe.layer import BlockState, MoELayer
@@ -42,7 +41,7 @@ class _Context(NamedTuple):
     c: Tensor  # (B, D) time, after SiLU
     time: Tensor  # (B, D) embedded time
     rope: Tensor  # (2, N + L, D / heads / 2) cosines and sines of image tokens, then text tokens
-    mask: Tensor  # (B, 1, 1, N + L) bool: what image tokens attend to
+    bias: Tensor  # (B, 1, 1, N + L) `attention_bias` of what image tokens attend to
     states: Tensor | None  # (B, L, D_text)
     keys_values: Tensor | None  # of this block, where they were prepared
 
@@ -75,16 +74,15 @@ class Nucleus(Backbone):
         tokens = self._embed(x_t)
         x0_prev_tokens = None if x0_prev is None else self._embed(x0_prev.detach())
         time = self.t_embedder(t)
-        mask = functional.pad(prepared.mask, (grid[0] * grid[1], 0), value=True)[:, None, None, :]
+        bias = attention_bias(functional.pad(prepared.mask, (grid[0] * grid[1], 0), value=True), tokens.dtype)
         rope = _rotary(self.config.head_axes, grid, prepared.mask.shape[1], t.device)
-        context = _Context(functional.silu(time), time, rope, mask, prepared.states, None)
+        context = _Context(functional.silu(time), time, rope, bias, prepared.states, None)
         records: list[Routing] = []
         for index, block in enumerate(self.blocks):
             own = context._replace(keys_values=prepared.keys_values[index]) if prepared.keys_values else context
             own_mode = mode.for_layer(len(records)) if block.moe is not None else mode._replace(routing_maps=None)
             inputs = (tokens, own, x0_prev_tokens, own_mode)
-            # Non-reentrant: the reentrant form gives wrong gradients under ZeRO-3.
-            tokens, routing = checkpoint(block, *inputs, use_reentrant=False) if mode.recompute else block(*inputs)
+            tokens, routing = recomputed(block, *inputs) if mode.recompute else block(*inputs)
             if routing is not None:
                 records.append(routing)
         patches = self.final_layer(tokens, context.c)
@@ -145,7 +143,7 @@ class _Block(nn.Module):
         scale_a, gate_a, scale_m, gate_m = self.modulation(context.c).unsqueeze(1).chunk(4, dim=-1)
         keys_values = self.keys_values(context.states) if context.keys_values is None else context.keys_values
         h = _layer_norm(x) * (1 + scale_a)
-        x = x + _squash(gate_a) * self.attn(h, keys_values, context.rope, context.mask)
+        x = x + _squash(gate_a) * self.attn(h, keys_values, context.rope, context.bias)
         normed = _layer_norm(x)
         h = normed * (1 + scale_m)
         if self.moe is None:
@@ -190,8 +188,8 @@ class _JointAttention(nn.Module):
         k, v = (layer(text).unflatten(-1, (self.kv_heads, -1)) for layer in (self.text_k, self.text_v))
         return torch.stack([self.text_k_norm(k), v], dim=2)
 
-    def forward(self, x: Tensor, text: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
-        """Map x (B, N, D) to (B, N, D), with `keys_values` of the text, positions (2, N + L, ...) and the mask."""
+    def forward(self, x: Tensor, text: Tensor, rope: Tensor, bias: Tensor) -> Tensor:
+        """Map x (B, N, D) to (B, N, D), with `keys_values` of the text, positions (2, N + L, ...) and the bias."""
         tokens = x.shape[1]
         q = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
         k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, -1)))
@@ -203,7 +201,7 @@ class _JointAttention(nn.Module):
         if shared > 1:
             k, v = k.repeat_interleave(shared, dim=2), v.repeat_interleave(shared, dim=2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return mixed
 

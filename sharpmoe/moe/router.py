@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sharpmoe.config import ModelConfig
+from sharpmoe.moe.half_products import half_product, takes_halves
 from sharpmoe.moe.pool import CallPool, Pool
 from sharpmoe.moe.routing import CallMode, Routing, score_logits
 from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
@@ -51,7 +52,8 @@ class Router(nn.Module):
         layer's own prediction stay None in training.
         """
         config = self.config
-        read = at_least_float32(features)  # one copy; in half precision each reader would keep its own for backward
+        # One copy in float32, where any is made: each reader would keep its own for backward.
+        read = features if takes_halves(features) and config.gate != "prototypes" else at_least_float32(features)
         gate_logits = self.gate(read)
         logits = gate_logits
         if x0_prev_tokens is not None and self.saliency_router is not None:
@@ -134,13 +136,24 @@ def at_least_float32(x: Tensor) -> Tensor:
 class _Linear32(nn.Linear):
     """A linear layer that computes in float32 or better, whatever the dtype of input and parameters.
 
-    Routing flips on half-precision ties.
+    Routing flips on half-precision ties. Operands in bf16 on CUDA are multiplied without float32 copies of them.
     """
+
+    rounds_gradient = False  # whether such products round the gradient of their result: see `half_product`
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out) float32 (float64 in, float64 out)."""
+        if takes_halves(input) and self.weight.dtype == input.dtype:
+            out = half_product(input, self.weight, rounds_gradient=self.rounds_gradient)
+            return out if self.bias is None else out + self.bias
         bias = None if self.bias is None else at_least_float32(self.bias)
         return functional.linear(at_least_float32(input), at_least_float32(self.weight), bias)
+
+
+class _HiddenLinear32(_Linear32):
+    """The hidden layer of a router, D -> D: large enough that its gradient is that of the rest of the network."""
+
+    rounds_gradient = True
 
 
 class _PrototypeGate(_Linear32):
@@ -163,7 +176,7 @@ class _MlpGate(nn.Module):
 
     def __init__(self, features: int, width: int, num_experts: int, prediction_width: int) -> None:
         super().__init__()
-        self.hidden = _Linear32(features, width)
+        self.hidden = _HiddenLinear32(features, width)
         self.out = _Linear32(width, num_experts)
         self.head = _Linear32(width, prediction_width) if prediction_width else None
 
@@ -185,7 +198,7 @@ class SaliencyRouter(nn.Module):
 
     def __init__(self, width: int, num_experts: int) -> None:
         super().__init__()
-        self.hidden = _Linear32(width, width)
+        self.hidden = _HiddenLinear32(width, width)
         self.out = _Linear32(width, num_experts)
 
     def forward(self, x0_prev_tokens: Tensor) -> Tensor:
@@ -202,7 +215,7 @@ class _CapacityPredictor(nn.Module):
 
     def __init__(self, features: int, width: int, num_experts: int) -> None:
         super().__init__()
-        self.hidden = _Linear32(features, width)
+        self.hidden = _HiddenLinear32(features, width)
         self.out = _Linear32(width, num_experts)
 
     def forward(self, h: Tensor) -> Tensor:

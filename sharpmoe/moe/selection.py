@@ -2,7 +2,7 @@
 
 Rules are pure. B images, N tokens per image, E experts; a rule maps scores (B, N, E) to choices (B, N, E) bool. The
 batch that a rule gets is its pool: a pool of several ranks (`moe.pool`) gathers their scores and applies the rule to
-all of them.
+all of them. A choice is a set, so no top-k is asked for its order, which is a sort of its own on CUDA.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ def _group_limited(given: RuleInput, config: ModelConfig) -> Tensor:
     if config.top_groups == config.num_groups:
         return _token_choice(given, config)
     groups = given.scores.unflatten(-1, (config.num_groups, -1))
-    worth = groups.topk(2, dim=-1).values.sum(-1)
-    best = worth.topk(config.top_groups, dim=-1).indices
+    worth = groups.topk(2, dim=-1, sorted=False).values.sum(-1)
+    best = worth.topk(config.top_groups, dim=-1, sorted=False).indices
     inside = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
     return _top_experts(groups.masked_fill(~inside.unsqueeze(-1), 0).flatten(-2), config.top_k)
 
@@ -87,7 +87,7 @@ def _race(given: RuleInput, config: ModelConfig) -> Tensor:
     """All pairs of token and expert compete, the best B N * capacity win (Expert Race training, arXiv 2503.16057)."""
     scores = given.scores
     count = pairs_of_pool(scores.shape[0] * scores.shape[1], scores.shape[2], config.capacity)
-    chosen = scores.flatten().topk(count).indices
+    chosen = scores.flatten().topk(count, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).flatten().scatter_(0, chosen, True).view(scores.shape)
 
 
@@ -125,10 +125,11 @@ def lowest_accepted(scores: Tensor, routing_map: Tensor, config: ModelConfig) ->
 
 
 def _top_experts(scores: Tensor, top_k: int) -> Tensor:
-    chosen = scores.topk(top_k, dim=-1).indices
+    chosen = scores.topk(top_k, dim=-1, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def _top_tokens(scores: Tensor, capacity: float, rounding: Rounding = "down") -> Tensor:
-    chosen = scores.topk(tokens_per_expert(scores.shape[1], scores.shape[2], capacity, rounding), dim=1).indices
+    count = tokens_per_expert(scores.shape[1], scores.shape[2], capacity, rounding)
+    chosen = scores.topk(count, dim=1, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)

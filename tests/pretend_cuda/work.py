@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, RunConfig, SampleConfig
 from sharpmoe.families import FAMILIES
-from sharpmoe.model.backbone import ClassCondition, Condition, TextCondition
+from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.model.build import build_model
-from sharpmoe.model.dit import Block, Context, _Text
 from sharpmoe.moe import router as routers
 from sharpmoe.moe.routing import Routing
 from sharpmoe.parallel.ranks.launch import World
@@ -40,10 +40,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 Outcome = dict[str, Any]
 
 
-def model_config(router: str, conditioning: str = "class", **fields: Any) -> ModelConfig:
+def model_config(router: str, conditioning: str | None = None, **fields: Any) -> ModelConfig:
     """A dense block and an MoE layer, or two MoE layers where the family has no dense blocks."""
     sizes = {"width": 64, "depth": 2, "num_heads": 4, "latent_size": 8, "num_experts": 8, "text_width": 16}
-    return ModelConfig(router=router, conditioning=conditioning, pooled_width=16, **(sizes | fields))
+    if router == "nucleus":
+        sizes |= {"dense_first": 1}
+    kind = conditioning or _conditionings(router)[0]
+    return ModelConfig(router=router, conditioning=kind, pooled_width=16, **(sizes | fields))
 
 
 def run_config(model: ModelConfig, schedule: str = "plain", steps: int = 2) -> RunConfig:
@@ -156,20 +159,37 @@ class _Undriven:
         return 1.0, admit(1.0)
 
 
-def block(model: ModelConfig, guided: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, Outcome]:
-    """The last block of a model: forward and backward in training, and a forward in inference."""
+def block(model: ModelConfig, guided: bool) -> dict[str, Outcome]:
+    """The last block of a model in bf16: forward and backward in training, and a forward in inference."""
     outcomes: dict[str, Outcome] = {}
     for mode in ("inference", "forward"):
-        part = on_meta(lambda: Block(model, model.depth - 1))
+        network = on_meta(lambda: build_model(model))
         with pretended_device(rows_of(model)) as watch:
-            on_device(part, dtype).train(mode == "forward")
-            inputs = _block_inputs(model, guided, dtype)
-            with watch, torch.set_grad_enabled(mode == "forward"):
-                y, record = part(*inputs)
+            on_device(network, torch.bfloat16).train(mode == "forward")
+            part = network.blocks[-1]
+            with watch:  # it answers reads
+                inputs = _inputs_of(network, part, guided)
+                watch.clear()
+                with torch.set_grad_enabled(mode == "forward"):
+                    y, record = part(*inputs)
                 outcomes[mode] = outcome(watch)
             if mode == "forward":
                 outcomes["backward"] = _backward(watch, y, record)
     return outcomes
+
+
+def _inputs_of(network: Backbone, part: nn.Module, guided: bool) -> Any:
+    """What a call of the model gives to a block, as leaves that want a gradient where the model would send one on."""
+    given: list[Any] = []
+    hook = part.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
+    item = trajectories(network.config)
+    network(item.x0, item.times[0], item.condition, item.x0 if guided else None)
+    hook.remove()
+
+    def leaf(x: Any) -> Any:
+        return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    return tree_map(leaf, given[0])
 
 
 def _backward(watch: Watch, y: Tensor, record: Routing | None) -> Outcome:
@@ -184,37 +204,24 @@ def _backward(watch: Watch, y: Tensor, record: Routing | None) -> Outcome:
     return outcome(watch)
 
 
-def _block_inputs(model: ModelConfig, guided: bool, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What a block of a whole model is given, each with a gradient as there."""
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.empty(*shape, device="cuda", dtype=dtype, requires_grad=True)
-
-    images, tokens, head = IMAGES, model.num_tokens, model.width // model.num_heads
-    text = None
-    if model.conditioning == "text":
-        text = _Text(numbers(images, TEXT, model.width), torch.empty(images, TEXT, device="cuda", dtype=torch.bool))
-    rope = None if model.positions == "sincos" else torch.empty(2, tokens, head, device="cuda")
-    without_class = torch.empty(images, device="cuda", dtype=torch.bool) if model.unconditional_expert else None
-    context = Context(numbers(images, model.width), text, rope, without_class)
-    return numbers(images, tokens, model.width), context, numbers(images, tokens, model.width) if guided else None
-
-
 def _conditionings(router: str) -> tuple[str, ...]:
-    return ("class",) if router.startswith("promoe") else ("class", "text")
+    """Those that a family has been published with, or takes."""
+    if FAMILIES[router].published.get("unconditional_expert"):
+        return ("class",)
+    return ("text",) if router == "nucleus" else ("class", "text")
 
 
 def _every_training() -> Iterator[tuple[str, str, str, str]]:
     """Router, conditioning, dtype and schedule: all families with all of each, not all with all."""
     for router, schedule in itertools.product(FAMILIES, SCHEDULES):
-        yield router, "class", "bf16", schedule
+        yield router, _conditionings(router)[0], "bf16", schedule
     for router, dtype in itertools.product(FAMILIES, DTYPES):
         yield from ((router, conditioning, dtype, "plain") for conditioning in _conditionings(router))
 
 
 def _is_usual(router: str, conditioning: str, dtype: str, schedule: str) -> bool:
     """Whether a case is not left to the sweep: all families once, DiffMoE with all schedules, dtypes and conditions."""
-    return router == "diffmoe" or (conditioning, dtype, schedule) == ("class", "bf16", "plain")
+    return router == "diffmoe" or (conditioning == _conditionings(router)[0] and (dtype, schedule) == ("bf16", "plain"))
 
 
 def _trained(usual: bool) -> Iterator[tuple[str, Outcome]]:
@@ -247,7 +254,8 @@ def _steps() -> Iterator[tuple[str, Outcome]]:
 
 def _blocks() -> Iterator[tuple[str, Outcome]]:
     for router in FAMILIES:
-        conditionings = ("class", "text") if router in ("dense", "diffmoe") else ("class",)
+        several = _conditionings(router)
+        conditionings = several if router in ("dense", "diffmoe") else several[:1]
         for conditioning, guided in itertools.product(conditionings, (False, True)):
             if guided and router == "dense":
                 continue

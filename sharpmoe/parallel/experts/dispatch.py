@@ -99,7 +99,7 @@ class _NativeDispatcher:
         return Dispatched(rows.index_select(0, order.by_expert), by_rank.sum(0), ticket)
 
     def _equal(self, x: Tensor, assignment: Assignment, per_expert: int) -> Dispatched:
-        check_equal_counts(assignment.routing_map, per_expert)
+        check_equal_counts(assignment)
         pairs = Pairs.find(assignment.routing_map, per_expert * self._num_experts)
         rows = exchange(pairs.take(x), self._group, None)
         by_rank = rows.view(self._ranks, self._num_experts // self._ranks, per_expert, x.shape[1])

@@ -37,7 +37,7 @@ class MegatronDispatcher:
         """Send tokens x (R, D) and gates to the ranks of their experts. Communicates on the group, in backward too."""
         call, per_expert = copy.copy(self._template), assignment.counts.per_expert
         if per_expert is not None:
-            check_equal_counts(assignment.routing_map, per_expert)
+            check_equal_counts(assignment)
             _fix_counts(call, len(x), per_expert)
         rows, gates = call.dispatch_preprocess(x, assignment.routing_map, assignment.gates)
         rows, gates = call.token_dispatch(rows, gates)
