@@ -13,6 +13,7 @@ from torch.nn import functional
 from sharpmoe.config import ModelConfig
 from sharpmoe.flow import ddpm_input, ddpm_velocity
 from sharpmoe.latent_patches import unpatchify
+from sharpmoe.model.adaln import add_gated, modulate
 from sharpmoe.model.backbone import (
     Backbone,
     ClassCondition,
@@ -210,16 +211,16 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """Map tokens x (B, N, D) to (B, N, D); also returns the routing record of an MoE block."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(context.c).chunk(6, dim=-1)
-        h = _modulate(_normalise(x, self.norm1), shift_a, scale_a)
-        x = x + gate_a.unsqueeze(1) * self.attn(h, context.rope)
+        h = modulate(_normalise(x, self.norm1), shift_a, scale_a)
+        x = add_gated(x, gate_a, self.attn(h, context.rope))
         if self.cross_attn is not None and context.text is not None:
             tokens, bias, keys_values = context.text
             x = x + self.cross_attn(_layer_norm(x), tokens, bias, keys_values[0] if keys_values else None)
         normed = _normalise(x, self.norm2)
         state = None if context.time is None else BlockState(context.time, normed)
-        h = _modulate(normed, shift_m, scale_m)
+        h = modulate(normed, shift_m, scale_m)
         y, routing = self._feed_forward(h, context, x0_prev_tokens, mode, state)
-        return x + gate_m.unsqueeze(1) * y, routing
+        return add_gated(x, gate_m, y), routing
 
     def _feed_forward(
         self,
@@ -272,7 +273,7 @@ class _FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Map x (B, N, D), with c (B, D) after SiLU, to patches (B, N, p p C)."""
         shift, scale = self.modulation(c).chunk(2, dim=-1)
-        out: Tensor = self.linear(_modulate(_layer_norm(x), shift, scale))
+        out: Tensor = self.linear(modulate(_layer_norm(x), shift, scale))
         return out
 
 
@@ -310,11 +311,6 @@ def _of_block(context: Context, index: int) -> Context:
     if text is None or not text.keys_values:
         return context
     return context._replace(text=text._replace(keys_values=(text.keys_values[index],)))
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN: x (B, N, D) * (1 + scale) + shift, with shift and scale (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def _normalise(x: Tensor, norm: nn.Module | None) -> Tensor:
