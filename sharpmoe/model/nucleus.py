@@ -262,7 +262,7 @@ def _rotary(axes: tuple[int, int, int], grid: tuple[int, int], text: int, device
     diagonal = max(h // 2, w // 2) + torch.arange(text, device=device)
     places = torch.cat([image.flatten(0, 1), diagonal[:, None].expand(-1, 3).float()])  # (h w + text, 3)
     frequencies = [1 / _THETA ** (torch.arange(0, width, 2, device=device).float() / width) for width in axes]
-    angle = torch.cat([places[:, [axis]] * frequency for axis, frequency in enumerate(frequencies)], dim=-1)
+    angle = torch.cat([places[:, axis : axis + 1] * frequency for axis, frequency in enumerate(frequencies)], dim=-1)
     return torch.stack([angle.cos(), angle.sin()])
 
 

@@ -61,6 +61,18 @@ NO_KERNEL = frozenset(
 READS = frozenset({"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero"})
 COPIES = ("_to_copy", "copy_")
 
+# Operators of one kernel that a CPU build would take apart, having no kernel of theirs for CUDA.
+_ONE_KERNEL = ("silu_backward", "silu_backward.grad_input")
+_LIBRARY = torch.library.Library("aten", "IMPL", "CUDA")
+
+
+def _never_called(*args: Any) -> None:
+    raise AssertionError("a pretended tensor reached a kernel")
+
+
+for _name in _ONE_KERNEL:
+    _LIBRARY.impl(_name, _never_called)
+
 
 class Watch(TorchDispatchMode):
     """Record what operators on pretended CUDA tensors would cost; every entry is the place in the code -> how often.
