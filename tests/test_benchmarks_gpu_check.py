@@ -38,6 +38,7 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conducting, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(conducting, "_CPU_FACTOR", 1.0)
     parts = {"a": part("a", ("raise SystemExit(3)", 30), (CHILD, 1.0)), "b": part("b", ("print('done')", 30))}
     monkeypatch.setattr(conducting, "PARTS", parts)
     said: list[str] = []

@@ -21,7 +21,7 @@ from benchmarks.gpu_check.environment import part_parser
 from benchmarks.gpu_check.facts import Facts
 from benchmarks.models import drawn_model
 from benchmarks.shapes import make_shards
-from sharpmoe.config import ModelConfig, TrainConfig
+from sharpmoe.config import ModelConfig
 from sharpmoe.config_io import PROJECT_ROOT
 from sharpmoe.durable import write_atomically
 from sharpmoe.log_file import read_log
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = _base(size, folder)
     facts.tell(fact="data", seconds=time.monotonic() - began, images=size["shards"]["num_images"])
     fine = True
-    for strict in (False, True) if "deterministic" in TrainConfig.model_fields else (False,):
+    for strict in (False, True):
         name = "deterministic" if strict else "default"
         settings = run_settings(size, shards, base, given.device, strict)
         first = _train(facts, settings, folder, name)
-        fork(first, folder / f"{name}-again")
+        fork(first, folder / f"{name}-again", RESUMED)
         second = _train(facts, settings, folder, f"{name}-again")
         found = compare(first, second)
         facts.tell(fact="resume", run=name, **found)
@@ -85,9 +85,7 @@ def _base(size: dict[str, Any], folder: Path) -> Path:
 def run_settings(size: dict[str, Any], shards: Path, base: Path, device: str, strict: bool) -> dict[str, Any]:
     """Return the run file."""
     train: dict[str, Any] = {"steps": STEPS, "global_batch": size["batch"], "micro_batch": size["batch"]}
-    train["precision"] = "bf16" if device == "cuda" else "fp32"
-    if strict:
-        train["deterministic"] = True
+    train |= {"precision": "bf16" if device == "cuda" else "fp32", "deterministic": strict}
     return {
         "output": str(base.parent),
         "model": _model(size),
@@ -118,10 +116,10 @@ def _last(values: dict[int, float]) -> float | None:
     return values[max(values)] if values else None
 
 
-def fork(run: Path, again: Path) -> None:
-    """Make a run folder that can only go on from the earlier checkpoint of a run."""
+def fork(run: Path, again: Path, step: int) -> None:
+    """Make a run folder that can only go on from the checkpoint of a step of another run."""
     saved = run / "checkpoints"
-    (early,) = (folder for folder in saved.glob("step*") if int(folder.name.removeprefix("step")) == RESUMED)
+    (early,) = (folder for folder in saved.glob("step*") if int(folder.name.removeprefix("step")) == step)
     shutil.copytree(early, again / "checkpoints" / early.name)
     write_atomically(again / "checkpoints" / "latest", early.name)
 
