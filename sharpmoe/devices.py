@@ -52,6 +52,12 @@ def device_identity(device: torch.device) -> str:
     return f"{properties.name}, {properties.uuid}"
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has computed all that it was given; nothing to wait for on the host."""
+    if device.type == _CUDA:
+        torch.cuda.synchronize(device)
+
+
 def why_no_cuda(environment: Mapping[str, str] = os.environ) -> str:
     """Return how to let this process use CUDA where a variable keeps it from that, as the end of an error message."""
     given = environment.get(ACCELERATOR, _CUDA)

@@ -18,7 +18,13 @@ from sharpmoe.moe.routing import Routing
 
 def flow_matching(v: Tensor, v_target: Tensor) -> Tensor:
     """Return the mean squared error of the velocity, 0-d; both (B, C, H, W). SharpMoE section 3, L_FM."""
-    return functional.mse_loss(v, v_target)
+    return _mean_squared_error(v, v_target)
+
+
+def _mean_squared_error(value: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error, 0-d, in the wider of the two dtypes: torch 2.11 has no backward for a mixture."""
+    dtype = torch.promote_types(value.dtype, target.dtype)
+    return functional.mse_loss(value.to(dtype), target.to(dtype))
 
 
 def routing_mass(records: Sequence[Routing], config: LossConfig) -> Tensor:
@@ -132,7 +138,7 @@ def _layer_predictions(records: Sequence[Routing], v_target: Tensor, patch_size:
     """
     predictions = [record.prediction for record in records if record.prediction is not None]
     target = patchify(v_target, patch_size)
-    return torch.stack([functional.mse_loss(prediction, target) for prediction in predictions]).mean()
+    return torch.stack([_mean_squared_error(prediction, target) for prediction in predictions]).mean()
 
 
 def _capacity(records: Sequence[Routing], v_target: Tensor, patch_size: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from sharpmoe.config import LossConfig, ModelConfig
-from sharpmoe.losses import ROUTER_LOSSES, routing_mass, trajectory_routing
+from sharpmoe.losses import HEAD_LOSSES, ROUTER_LOSSES, flow_matching, routing_mass, trajectory_routing
 from sharpmoe.moe.routing import Routing
 from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
 
@@ -95,3 +96,30 @@ def test_contrast_of_centres_that_fit_their_tokens_is_small() -> None:
     idle[:, :, 2] = torch.nan  # an expert without tokens takes no part
     found = router_loss("contrastive", fits._replace(similarity=idle), contrastive_temperature=1.0)
     assert found.item() == pytest.approx(-torch.tensor([1.0, 0.0]).log_softmax(0)[0].item())
+
+
+@pytest.mark.parametrize(
+    ("value", "target"), [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32,) * 2]
+)
+def test_targets_of_another_dtype_train(
+    value: torch.dtype, target: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torch 2.11 too, whose mean squared error of a mixture has no backward ("Found dtype Double ...")."""
+    mean_squared_error = functional.mse_loss
+
+    def of_one_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert a.dtype == b.dtype
+        return mean_squared_error(a, b)
+
+    v, v_target = torch.randn(2, 4, 4, 4, dtype=value), torch.randn(2, 4, 4, 4, dtype=target)
+    expected = mean_squared_error(v, v_target)
+    monkeypatch.setattr(functional, "mse_loss", of_one_dtype)
+    v.requires_grad_()
+    loss = flow_matching(v, v_target)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert v.grad is not None
+    tokens = torch.randn(2, 4, 16, dtype=value, requires_grad=True)
+    heads = record(torch.rand(2, 4, 3), torch.ones(2, 4, 3, dtype=torch.bool))._replace(prediction=tokens)
+    HEAD_LOSSES["layers"].function([heads], v_target, 2).backward()
+    assert tokens.grad is not None

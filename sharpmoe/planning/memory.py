@@ -32,7 +32,7 @@ class Memory:
     activations: int
     backward: int  # what a backward adds to the state at the most: all of these, as far as they are there together
     update: int  # flat gradients of the optimizer call, when activations and whole gradients are gone
-    look: int  # of the monitor: a whole averaged model, and a second set of masters while it is made; nothing else then
+    look: int  # of the monitor: a whole averaged model; nothing else is held then
     host: int  # what of the above is in host memory because it is offloaded
 
     @property
@@ -126,7 +126,7 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
         activations=max(graph.most for graph in step.graphs),
         backward=backward,
         update=_update(size, zero),
-        look=(step.monitored + size.shard * (not zero.host_optimizer)) * _MASTER if step.monitored else 0,
+        look=step.monitored * _MASTER,
         host=_offloaded(zero, weights, masters + gradients + optimizer + size.shard * _MASTER),
     )
 

@@ -16,7 +16,7 @@ from data_pipeline.read.stream import Loaded, stream
 from sharpmoe import durable
 from sharpmoe.checkpoint.manifest import Progress
 from sharpmoe.config import CheckpointConfig, RunConfig
-from sharpmoe.devices import deterministic_algorithms
+from sharpmoe.devices import deterministic_algorithms, wait_for
 from sharpmoe.errors import SharpMoEError
 from sharpmoe.parallel.ranks import watchdog
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
@@ -126,20 +126,23 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
     progress, damaged = plan.start, faults.DamagedSamples(plan, world, session.log)
     with closing(_batches(session)) as batches:
         for step in range(plan.start.step, run.train.steps):
-            began, done = time.monotonic(), step + 1
+            done = step + 1
             watchdog.mark(f"step {done}")
-            with raise_on_all_ranks(world, stop_on_signal=True):
+            logged = done in (plan.start.step + 1, run.train.steps) or due(done, run.log.every)
+            if logged:  # or what a device has left of the step before would count as waiting for data
+                wait_for(world.device)
+            began = time.monotonic()
+            with raise_on_all_ranks(world, stop_on_signal=True) as data_wait:
                 loaded = next(batches)
-                arrived = time.monotonic()
+                data_wait.seconds = time.monotonic() - began
                 items = draw_trajectories(loaded.batches, plan.data.empty_text, run, world.device)
-                drawing = time.monotonic() - arrived
-            waited = time.monotonic() - began - drawing  # until the slowest rank had its samples
             damaged.agree(loaded.damage, done)
-            with_routing = done in (plan.start.step + 1, run.train.steps) or due(done, run.log.every)
             watch = Watch(*progress.watch)
-            result = train_step(session.engine, session.objective, session.ema, items, step, with_routing, watch)
+            result = train_step(session.engine, session.objective, session.ema, items, step, logged, watch)
             tokens = items[0].saliency.shape[1]  # of an image: a step is of one resolution
-            _log_step(session, done, result, tokens, time.monotonic() - began, waited)
+            if logged:  # the update is part of this step
+                wait_for(world.device)
+            _log_step(session, done, result, tokens, time.monotonic() - began, data_wait.seconds)
             _check(session, done, result, faults.Suspects(loaded.batches, items))
             progress = Progress(done, *loaded.consumed, result.watch)
             yield progress

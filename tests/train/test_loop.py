@@ -1,7 +1,9 @@
 """Errors inside a run: the same one-line error on every rank, and nothing saved from a broken step."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 import torch
 
 from data_pipeline.read.damage import Damage
+from data_pipeline.read.schedule import Start
 from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import Loaded
 from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.log_file import read_log, read_log_lines
@@ -197,6 +201,63 @@ def test_a_deterministic_run_is_strict_and_says_so(
     assert "repeatable bit for bit on the same kind of host" in said
     started = read_log_lines(tmp_path / "True" / "log.jsonl")[0]
     assert started["settings"]["train.deterministic"] is True
+
+
+class Device:
+    """A clock, and a device that computes on while the host goes on; the host waits for it where it reads from it."""
+
+    def __init__(self) -> None:
+        self.now, self.free, self.waits = 0.0, 0.0, 0
+
+    def wait(self, *_: object) -> None:
+        self.waits += 1
+        self.now = max(self.now, self.free)
+
+    def read_numbers(self, numbers: list[int], world: World) -> list[int]:
+        """The exchange between ranks, of which another one waited 0.3 s for its data."""
+        self.now = max(self.now, self.free)
+        return [*numbers[:2], max(numbers[2], 300_000)]
+
+    def data(self, *_: object) -> Iterator[Any]:
+        while True:
+            self.now += 0.1
+            yield Loaded((), (), Start(0, ()))
+
+    def compute(self, *_: object) -> Any:
+        """A step: the host gives the device its work in 1 s, of which the update, 5 s, is left when it returns."""
+        self.now = max(self.now, self.free) + 1
+        self.free = self.now + 5
+        return SimpleNamespace(watch=())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_device_has_left_of_a_step_is_charged_to_that_step(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, logged = Device(), list[tuple[int, float, float]]()
+    monkeypatch.setattr("time.monotonic", lambda: device.now)
+    monkeypatch.setattr(loop, "wait_for", device.wait)
+    monkeypatch.setattr(loop, "_batches", lambda _: device.data())
+    monkeypatch.setattr(loop, "train_step", device.compute)
+    monkeypatch.setattr(loop, "draw_trajectories", lambda *_: [SimpleNamespace(saliency=torch.zeros(1, 4))])
+    monkeypatch.setattr(loop.faults, "DamagedSamples", lambda *_: SimpleNamespace(agree=lambda *_: None))
+    monkeypatch.setattr(loop, "_check", lambda *_: None)
+    monkeypatch.setattr(loop, "_log_step", lambda _, step, result, tokens, *times: logged.append((step, *times)))
+    monkeypatch.setattr(loop, "Progress", lambda *given: SimpleNamespace(watch=()))
+    monkeypatch.setattr(loop, "Watch", lambda *given: None)
+    if ranks > 1:
+        monkeypatch.setattr(launch, "_maxima", device.read_numbers)
+    run = RunConfig.model_validate({"train": {"steps": 7, "global_batch": 8}, "log": {"every": 3}})
+    start = SimpleNamespace(step=0, watch=())
+    plan = SimpleNamespace(run=run, start=start, data=SimpleNamespace(empty_text=None))
+    session: Any = SimpleNamespace(
+        plan=plan, world=ALONE._replace(size=ranks), log=None, engine=None, objective=None, ema=None
+    )
+    for _ in loop._steps(session):
+        device.now += 2  # a save or a look, in which the device works on
+    waited = 0.1 if ranks == 1 else 0.3
+    assert [wait for _, _, wait in logged] == pytest.approx([waited] * 7)
+    at = {step: seconds for step, seconds, _ in logged}
+    assert [at[step] for step in (1, 3, 6, 7)] == pytest.approx([6.1] * 4)
+    assert device.waits == 2 * 4  # of steps that are logged, before and after; none in the others
 
 
 def test_due_by_steps_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharpmoe.devices import wait_for
 from sharpmoe.errors import CheckpointError, SharpMoEError, first_line
 from sharpmoe.parallel.ranks.launch import World, common_error
 
@@ -96,8 +97,8 @@ class HostCopies:
 
     def finish(self) -> int:
         """Wait until all copies of this set are complete; return their bytes."""
-        for device in {copied.source.device for copied in self._copied.values() if copied.source.is_cuda}:
-            torch.cuda.synchronize(device)
+        for device in {copied.source.device for copied in self._copied.values()}:
+            wait_for(device)
         self._copied.clear()
         return sum(buffer.nbytes for buffer in self._buffers[: self._used])
 

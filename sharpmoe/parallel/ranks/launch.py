@@ -38,6 +38,7 @@ import deepspeed  # reads ACCELERATOR
 from deepspeed.utils import logger
 
 GIB = 2**30
+_MICRO = 1_000_000
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start with deepspeed or torchrun"
 _TIMEOUT = timedelta(seconds=COLLECTIVE_SECONDS)
@@ -233,19 +234,26 @@ def gather_objects(value: object, world: World) -> list[Any]:
     return values
 
 
+class Slowest:
+    """Seconds that a rank took in `raise_on_all_ranks`: its own, and after the context those of the slowest rank."""
+
+    seconds = 0.0
+
+
 @contextmanager
-def raise_on_all_ranks(world: World, stop_on_signal: bool = False) -> Iterator[None]:
+def raise_on_all_ranks(world: World, stop_on_signal: bool = False) -> Iterator[Slowest]:
     """Turn an error of one rank into an error on all, so that none is left waiting in a later collective.
 
     That is a SharpMoEError, or one of the system or torch (see `outside_error`). The body must not communicate, except
     through contexts like this one: their error is passed on as it is, and a rank that fails between two of them meets
-    the others in the next. Costs one all-reduce of two numbers when no rank fails. Every rank raises the first failing
-    rank's error, with the rank's number unless all ranks failed alike; otherwise, with `stop_on_signal`, every rank
-    raises StopAskedError where a signal has asked any of them to stop (see `signals`).
+    the others in the next. Costs one all-reduce of three numbers when no rank fails. Every rank raises the first
+    failing rank's error, with the rank's number unless all ranks failed alike; otherwise, with `stop_on_signal`, every
+    rank raises StopAskedError where a signal has asked any of them to stop (see `signals`).
     """
     error: SharpMoEError | None = None
+    slowest = Slowest()
     try:
-        yield
+        yield slowest
     except SharpMoEError as caught:
         if caught.agreed:
             raise
@@ -256,7 +264,9 @@ def raise_on_all_ranks(world: World, stop_on_signal: bool = False) -> Iterator[N
             raise
         error.__cause__ = caught
     watchdog.mark()
-    failed, signal = _maxima([int(error is not None), signals.asked() if stop_on_signal else 0], world)
+    numbers = [int(error is not None), signals.asked() if stop_on_signal else 0, round(slowest.seconds * _MICRO)]
+    failed, signal, microseconds = _maxima(numbers, world)
+    slowest.seconds = microseconds / _MICRO
     if failed:
         common = common_error(gather_objects(error, world))
         common.agreed = True

@@ -37,6 +37,8 @@ from sharpmoe.parallel.zero.placement import gather_experts, is_expert, place_ex
 from sharpmoe.parallel.zero.replicas import check_replicas
 from sharpmoe.parallel.zero.settings import ZeroSettings
 
+_CHUNK = 1 << 22  # elements that are exchanged at a time
+
 
 class Engine:
     """A module under ZeRO-2 or ZeRO-3. Call it like the module; `backward` and `step` once per optimizer step."""
@@ -115,17 +117,17 @@ class Engine:
 
     @contextmanager
     def masters_replaced(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Within the context the masters hold `values`, afterwards their own again, bit for bit. No communication.
+        """Within the context the masters and `values` hold each other's numbers, afterwards their own, bit for bit.
 
-        The weights of the forward do not change: this is for `full_weights`, not for running the module.
+        No communication, and no second set of masters: they are exchanged a few megabytes at a time. The weights of the
+        forward do not change: this is for `full_weights`, not for running the module.
         """
         masters = [part.data for part in self.state.masters()]
-        own = [part.clone() for part in masters]
-        _copy_all(masters, values)
+        _exchange(masters, values)
         try:
             yield
         finally:
-            _copy_all(masters, own)
+            _exchange(masters, values)
 
     def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
         """Return float32 masters and buffers of `module` (the wrapped one or a part of it), whole, on their device.
@@ -167,6 +169,13 @@ def _with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+def _exchange(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Exchange the numbers of flat tensors in place. All memory is taken before any number moves, so none is lost."""
+    size = min(_CHUNK, max((len(part) for part in first), default=0))
+    spares = [part.new_empty(size) for part in first[:1]]
+    for one, other in zip(first, second, strict=True):
+        for ours, theirs in zip(one.split(_CHUNK), other.split(_CHUNK), strict=True):
+            spare = spares[0][: len(ours)]
+            spare.copy_(ours)
+            ours.copy_(theirs)
+            theirs.copy_(spare)

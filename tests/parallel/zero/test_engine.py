@@ -1,13 +1,18 @@
 """ZeRO-3 and ZeRO-2 on two ranks against plain torch on one process: the same global batch, the same numbers."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ranks.launch import World
+from sharpmoe.parallel.zero import engine as module
 from sharpmoe.parallel.zero.engine import Engine
 from tests.distributed import run_ranks
 from tests.parallel.reference import Case, Trace, assert_same, with_engine, with_plain_torch
@@ -109,3 +114,46 @@ def test_a_refused_step_moves_nothing_and_leaves_no_gradient(
         assert first == pytest.approx(expected)
         assert second == pytest.approx(norm)
         assert (applied, moved) == (False, False)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the elements of the largest tensor that is allocated."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if any(word in func.overloadpacket.__name__ for word in ("empty", "clone", "zeros")):
+            self.largest = max(self.largest, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_masters_and_average_change_places_without_a_second_set(
+    error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 8)
+    masters = [torch.randn(30), torch.tensor([float("nan"), -0.0, 1e-45])]
+    average = [torch.randn(30), torch.tensor([float("inf"), 0.0, -1.0])]
+    before = [[part.clone().view(torch.int32) for part in parts] for parts in (masters, average)]
+    engine: Any = SimpleNamespace(state=SimpleNamespace(masters=lambda: masters))
+    inside = []
+
+    def look() -> None:
+        with Engine.masters_replaced(engine, average):
+            inside.extend(part.clone() for part in masters)
+            if error is not None:
+                raise error
+
+    with nullcontext() if error is None else pytest.raises(error):
+        look()
+    assert all(torch.equal(part.view(torch.int32), own) for part, own in zip(inside, before[1], strict=True))
+    for parts, own in zip((masters, average), before, strict=True):
+        assert all(torch.equal(part.view(torch.int32), bits) for part, bits in zip(parts, own, strict=True))
+
+
+def test_what_is_exchanged_goes_through_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 8)
+    with Sizes() as sizes:
+        module._exchange([torch.arange(30.0)], [torch.arange(30.0, 60.0)])
+    assert sizes.largest == 8
