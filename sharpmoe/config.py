@@ -63,7 +63,9 @@ class DataConfig(Section):
 
     shards: str | tuple[ShardSource, ...] = "data/fluent64"  # folder, URL, or a mixture of them
     train_split: str = "train"  # split that is trained on
-    validation_split: str = "unseen"  # of a mixture: that of its first source
+    # SPLIT, or SPLIT:I/N for every N-th sample from the I-th on: choose on unseen:1/2, report on unseen:2/2. Of a
+    # mixture: that of its first source.
+    validation_split: str = "unseen"
     num_workers: int = Field(0, ge=0)  # processes that read ahead; 0: one thread in the process of the run
     max_bad_fraction: float = Field(0.0, ge=0, lt=1)  # share of samples that may be damaged; they are replaced
     remote: RemoteConfig = RemoteConfig()

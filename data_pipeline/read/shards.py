@@ -1,6 +1,7 @@
 """Read prepared shards by index: any sample of any shard in one read, checked before it is used."""
 
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from data_pipeline.store.remote import RemoteOptions
 from data_pipeline.store.store import LocalStore, Store, open_store
 from sharpmoe.errors import DamageError, DataError
 
+_SPLIT = re.compile(r"([^:/\s]+)(?::([1-9][0-9]*)/([1-9][0-9]*))?")
 _TABLES = 16  # kept in memory: samples are mixed within blocks of fewer shards
 
 
@@ -36,13 +38,30 @@ class _Opened(NamedTuple):
     size: int  # actual bytes of the tar
 
 
+class SplitPart(NamedTuple):
+    """A split of the shards, or every `of`-th sample of it from the `number`-th on (1-based)."""
+
+    split: str
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def read(cls, text: str) -> "SplitPart":
+        """Read SPLIT or SPLIT:I/N. Raises ValueError."""
+        found = _SPLIT.fullmatch(text)
+        part = cls(found[1], int(found[2] or 1), int(found[3] or 1)) if found else None
+        if part is None or part.number > part.of:
+            raise ValueError(f"split {text!r}: expected SPLIT or SPLIT:I/N with I up to N, such as unseen:1/2")
+        return part
+
+
 class ShardSet:
-    """One split of a prepared folder, local or remote. Safe in threads and in DataLoader workers.
+    """One split of a prepared folder, or a part of it, local or remote. Safe in threads and in DataLoader workers.
 
     Sample indices count through the buckets, one after the other, and in each through its shards.
     """
 
-    split: str
+    split: str  # as it was asked for: unseen, or unseen:1/2
     location: str  # folder or URL, without credentials
     num_samples: int
     buckets: dict[str, Bucket]  # those of which the split has samples, in the order of the indices
@@ -75,15 +94,20 @@ class ShardSet:
 
     def _arrange(self, index: Index) -> None:
         """Put the shards of this split in order, bucket by bucket."""
-        mine = [shard for shard in index.shards if shard.split == self.split and shard.num_samples]
+        part = SplitPart.read(self.split)
+        mine = [shard for shard in index.shards if shard.split == part.split and shard.num_samples]
         self._shards = [shard for name in index.buckets for shard in mine if shard.bucket == name]
+        first = np.cumsum([0, *(shard.num_samples for shard in self._shards)])
+        self._rows = range(part.number - 1, int(first[-1]), part.of)  # of the split, one per sample of the part
+        ends = [-(-max(int(end) - self._rows.start, 0) // part.of) for end in first]  # samples of the part before them
         sizes: dict[str, list[int]] = {}
-        for shard in self._shards:
-            sizes.setdefault(shard.bucket, []).append(shard.num_samples)
+        for shard, start, end in zip(self._shards, ends, ends[1:], strict=False):
+            sizes.setdefault(shard.bucket, []).append(end - start)
+        sizes = {name: kept for name, counts in sizes.items() if (kept := [count for count in counts if count])}
         self.bucket_shards = {name: tuple(counts) for name, counts in sizes.items()}
         self.buckets = {name: index.buckets[name] for name in sizes}
-        self._first = np.cumsum([0, *(shard.num_samples for shard in self._shards)])
-        self.num_samples = int(self._first[-1])
+        self._first, self._ends = first, ends
+        self.num_samples = len(self._rows)
         square = [name for name, bucket in self.buckets.items() if bucket.image[0] == bucket.image[1]]
         self.main_bucket = max(square or sizes, key=lambda name: sum(sizes[name]))
         main = self.buckets[self.main_bucket]
@@ -98,12 +122,18 @@ class ShardSet:
     ) -> "ShardSet":
         """Read the index, and check that every shard of the split in a local folder exists in full size.
 
-        With `accept_damage` the shards are checked only when they are read. Raises DataError where the folder was
-        never prepared, the split does not exist or is empty, or a shard is missing or cut short.
+        `split`: SPLIT, or SPLIT:I/N for every N-th sample from the I-th on, so that settings can be chosen on one part
+        and reported on another. With `accept_damage` the shards are checked only when they are read. Raises DataError
+        where the folder was never prepared, the split or the part does not exist or is empty, or a shard is missing or
+        cut short.
         """
         store = open_store(location, remote)
         index, fingerprint = read_index(store)
-        if not index.splits.get(split):
+        try:
+            part = SplitPart.read(split)
+        except ValueError as error:
+            raise DataError(f"{store.location}: {error}") from None
+        if index.splits.get(part.split, 0) < part.number:
             raise DataError(f"{store.location}: no samples in split {split!r}; it has {_counts(index.splits)}")
         shards = cls(store, split, index, fingerprint)
         if isinstance(store, LocalStore) and not accept_damage:
@@ -171,13 +201,13 @@ class ShardSet:
     def indices_of(self, bucket: str) -> range:
         """Return the sample indices of a bucket."""
         inside = [number for number, shard in enumerate(self._shards) if shard.bucket == bucket]
-        return range(int(self._first[inside[0]]), int(self._first[inside[-1] + 1]))
+        return range(self._ends[inside[0]], self._ends[inside[-1] + 1])
 
     def load(self, index: int, draw: Draw | None = None) -> Sample | Damage:
         """Read one sample, or return what is wrong with it. Raises DataError where the store cannot be read."""
         number = self._number(index)
         shard, opened = self._shards[number], self._open(number)
-        row = index - int(self._first[number])
+        row = self._rows[index] - int(self._first[number])
         if isinstance(opened, Damage):
             return opened._replace(key=f"number {row}")
         key, places = opened.samples[row]
@@ -195,7 +225,7 @@ class ShardSet:
         shard, opened = self._shards[number], self._open(number)
         if isinstance(opened, Damage):
             return opened
-        key, places = opened.samples[index - int(self._first[number])]
+        key, places = opened.samples[self._rows[index] - int(self._first[number])]
         try:
             return key, load_label(partial(self._store.read, f"{shard.name}.tar"), Span(key, places, opened.size))
         except DamageError as error:
@@ -209,7 +239,7 @@ class ShardSet:
     def _number(self, index: int) -> int:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
-        return int(np.searchsorted(self._first, index, side="right")) - 1
+        return int(np.searchsorted(self._first, self._rows[index], side="right")) - 1
 
     def _attempt(self, shard: Shard, span: Span, draw: Draw | None, fresh: bool) -> Sample | Damage:
         read = partial(self._store.read, f"{shard.name}.tar", fresh=fresh)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class Allocation:
     per_image: dict[str, dict[str, tuple[float, ...]]]  # values of saliency, ..., flow, and "flow, <part>"
     images: int
     times: tuple[float, ...]
+    split: str = ""  # that the images are of, such as "unseen:2/2"; "" where it is not known
 
     def save(self, path: Path | str) -> Path:
         """Write the result as JSON, creating its folder; undefined figures become null."""
@@ -103,6 +104,7 @@ class Allocation:
                 },
                 images=content["images"],
                 times=tuple(content["times"]),
+                split=content.get("split", ""),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: not an allocation result ({error}); run launcher/evaluate.py again") from None
@@ -134,6 +136,7 @@ def measure_allocation(
     indices, times = spread(samples.num_samples, images), ALLOCATION_TIMES
     observed = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share)
     found = _summarise(observed, times, num_layers=len(model.moe_layers()), steered=model.config.saliency_router)
+    found = replace(found, split=getattr(samples, "split", ""))
     if not with_markov_noise:
         return found
     markov = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share, noise="markov")
@@ -162,7 +165,9 @@ def _summarise(observed: Observed, times: Sequence[float], num_layers: int, stee
         what: {name: joined[what, name] for name in ALLOCATION_RANGES} for what in ("saliency", "foreground", "experts")
     }
     values["flow"] = _by_range(observed.flow, times)
-    means = {what: {name: _image_mean(value) for name, value in ranges.items()} for what, ranges in values.items()}
+    means: dict[str, Any] = {
+        what: {name: _image_mean(value) for name, value in ranges.items()} for what, ranges in values.items()
+    }
     of_parts = {
         part: {name: joined["flow", name][:, k] for name in ALLOCATION_RANGES} for k, part in enumerate(IMAGE_PARTS)
     }

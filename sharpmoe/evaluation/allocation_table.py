@@ -72,8 +72,10 @@ def _are_paired(results: Mapping[str, Allocation]) -> bool:
 
 def _head(results: Mapping[str, Allocation]) -> list[str]:
     first = next(iter(results.values()))
+    splits = list(dict.fromkeys(result.split for result in results.values() if result.split))
+    of = f" of {' and '.join(splits)}" if splits else ""
     return [
-        f"Allocation on {first.images} held-out images, {len(first.times)} times (mean ± standard error)",
+        f"Allocation on {first.images} held-out images{of}, {len(first.times)} times (mean ± standard error)",
         _line("", [*results, "change (paired)"] if _are_paired(results) else list(results)),
     ]
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.index import Bucket
-from data_pipeline.read.shards import ShardSet
-from data_pipeline.schema import Batch
+from data_pipeline.read.shards import ShardSet, SplitPart
+from sharpmoe.config import SampleConfig
 from sharpmoe.durable import fresh_folder, sha256_of, write_atomically
-from sharpmoe.errors import CheckpointError, ConfigError
+from sharpmoe.errors import CheckpointError
 from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch
 from sharpmoe.evaluation.allocation import Allocation, measure_allocation
 from sharpmoe.evaluation.classifier import train_classifier
@@ -25,36 +24,10 @@ from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.runs import find_saved_model
 from sharpmoe.report.samples import check_shards, pixels_per_latent
-from sharpmoe.study.plan import Part, SplitPart, Study
+from sharpmoe.study.plan import EvaluateConfig, Part, Study
 
 _ALLOCATION, _FIGURES, _BEGUN = "allocation.json", "figures.json", "settings.json"
 _OWN = "classifier"  # the extractor that a study trains itself
-
-
-class _EverySample:
-    """Every `of`-th sample of a split, as `evaluation.held_out.Samples`."""
-
-    def __init__(self, shards: ShardSet, part: SplitPart) -> None:
-        self._shards, self._rows = shards, range(part.number - 1, shards.num_samples, part.of)
-        if not self._rows:
-            raise ConfigError(
-                f"{shards.location}: split {part.split} has {shards.num_samples} samples, none in part "
-                f"{part.number}/{part.of}; change the splits of the study"
-            )
-
-    @property
-    def num_samples(self) -> int:
-        return len(self._rows)
-
-    @property
-    def buckets(self) -> Mapping[str, Bucket]:
-        return self._shards.buckets
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        return self._shards.batch([self._rows[index] for index in indices])
-
-    def bucket_of(self, index: int) -> str:
-        return self._shards.bucket_of(self._rows[index])
 
 
 def measures_samples(study: Study) -> bool:
@@ -71,12 +44,14 @@ def judging_files(study: Study, split: str) -> tuple[Path, ...]:
 def prepare_judging(study: Study, split: str, device: str) -> None:
     """Write the real images of a split as a batch, and train the study's classifier where it needs one."""
     data = study.parts[0].run.data
-    part = SplitPart.read(getattr(study.evaluate, split))
-    shards = ShardSet.open(data.first_place, part.split, data.remote.options())
-    _write_reference(study.folder / f"reference-{split}.npz", shards, part)
+    place = getattr(study.evaluate, split)
+    _write_reference(
+        study.folder / f"reference-{split}.npz", ShardSet.open(data.first_place, place, data.remote.options())
+    )
     if _trains_classifier(study) and not _classifier_file(study).is_file():
         training = ShardSet.open(data.first_place, data.train_split, data.remote.options())
-        card = train_classifier(_classifier_file(study), training, shards, study.classifier, device)
+        whole = ShardSet.open(data.first_place, SplitPart.read(place).split, data.remote.options())
+        card = train_classifier(_classifier_file(study), training, whole, study.classifier, device)
         print(f"classifier: accuracy {card['accuracy']:.4f} on {card['held_out']}", flush=True)
 
 
@@ -86,15 +61,14 @@ def measure_part(study: Study, part: Part, split: str, device: str) -> Path:
     Held-out noise is that of `evaluate.seed` for all parts; images are drawn with the seed of the part.
     """
     folder, settings = part.folder / f"seed{part.seed}-{split}", study.evaluate
-    place = SplitPart.read(getattr(settings, split))
     wanted = _settings(study, part, split)
     _begin(folder, wanted)
-    shards = ShardSet.open(part.run.data.first_place, place.split, part.run.data.remote.options())
+    shards = ShardSet.open(part.run.data.first_place, getattr(settings, split), part.run.data.remote.options())
     model = load_model(weights_of(study, part))[0].to(device)
     check_shards(model, shards)
     measure_allocation(
         model,
-        _EverySample(shards, place),
+        shards,
         images=settings.images,
         seed=settings.seed,
         chunk=settings.chunk,
@@ -108,10 +82,18 @@ def measure_part(study: Study, part: Part, split: str, device: str) -> Path:
     return folder / _FIGURES
 
 
+def _same(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether figures were measured as wanted: keys that came later have their defaults in what was stored before."""
+    evaluate, sample = EvaluateConfig().model_dump(mode="json"), SampleConfig().model_dump(mode="json")
+    filled = {key: evaluate.get(key) for key in wanted} | dict(stored)
+    filled["sample"] = {key: sample.get(key) for key in wanted["sample"]} | dict(filled["sample"] or {})
+    return filled == dict(wanted)
+
+
 def _begin(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Empty the folder of a part's figures, unless a killed process began them with the same settings."""
     path = folder / _BEGUN
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != wanted:
+    if not path.is_file() or not _same(json.loads(path.read_text(encoding="utf-8")), wanted):
         fresh_folder(folder)
         write_atomically(path, json.dumps(wanted) + "\n")
 
@@ -127,7 +109,7 @@ def read_measured(study: Study, part: Part, split: str) -> tuple[Allocation, dic
     if not (folder / _FIGURES).is_file() or not is_trained(part):
         return None
     content = json.loads((folder / _FIGURES).read_text(encoding="utf-8"))
-    if content["settings"] != _settings(study, part, split):
+    if not _same(content["settings"], _settings(study, part, split)):
         return None
     return Allocation.load(folder / _ALLOCATION), content["figures"]
 
@@ -194,10 +176,9 @@ def _classifier_file(study: Study) -> Path:
     return study.folder / "classifier.safetensors"
 
 
-def _write_reference(path: Path, shards: ShardSet, part: SplitPart) -> None:
+def _write_reference(path: Path, shards: ShardSet) -> None:
     """Write the images of a part of a split, of its main bucket, as arr_0 (N, H, W, 3) uint8."""
-    main, codec, found = set(shards.indices_of(shards.main_bucket)), shards.codec_object(), []
-    rows = [row for row in range(part.number - 1, shards.num_samples, part.of) if row in main]
+    rows, codec, found = shards.indices_of(shards.main_bucket), shards.codec_object(), []
     for start in range(0, len(rows), 256):
         images = codec.decode(shards.batch(rows[start : start + 256]).latent)
         found.append((127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())

@@ -6,15 +6,15 @@ steps follow. A part is one arm with one seed: a run of its own below the folder
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_pipeline.read.shards import SplitPart
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config, merge_settings, nearest
 from sharpmoe.errors import ConfigError
@@ -22,7 +22,6 @@ from sharpmoe.evaluation.classifier import ClassifierSettings
 from sharpmoe.overrides import StrictLoader, parse_overrides, yaml_problem
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
-_SPLIT = re.compile(r"([^:/\s]+)(?::([1-9][0-9]*)/([1-9][0-9]*))?")
 _FOLLOWS = ("name", "output", "seed", "train.steps", "checkpoint.resume")  # keys of a run that the study sets
 
 
@@ -86,23 +85,6 @@ class _StudyFile(_Strict):
         for split in (self.evaluate.tuning, self.evaluate.final):
             SplitPart.read(split)
         return self
-
-
-class SplitPart(NamedTuple):
-    """A split of the shards, or every `of`-th sample of it from the `number`-th on (1-based)."""
-
-    split: str
-    number: int = 1
-    of: int = 1
-
-    @classmethod
-    def read(cls, text: str) -> SplitPart:
-        """Read SPLIT or SPLIT:I/N. Raises ValueError."""
-        found = _SPLIT.fullmatch(text)
-        part = cls(found[1], int(found[2] or 1), int(found[3] or 1)) if found else None
-        if part is None or part.number > part.of:
-            raise ValueError(f"split {text!r}: expected SPLIT or SPLIT:I/N with I up to N, such as unseen:1/2")
-        return part
 
 
 @dataclass(frozen=True, kw_only=True)

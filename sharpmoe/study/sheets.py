@@ -12,7 +12,7 @@ from sharpmoe.report.figures import save_png
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet, observe_routing
 from sharpmoe.report.samples import check_shards
 from sharpmoe.study.measure import is_trained, weights_of
-from sharpmoe.study.plan import Part, SplitPart, Study
+from sharpmoe.study.plan import Part, Study
 
 
 def draw_sheets(study: Study, split: str, images: int, say: Callable[[str], object]) -> list[Path]:
@@ -20,7 +20,7 @@ def draw_sheets(study: Study, split: str, images: int, say: Callable[[str], obje
 
     sheets-SPLIT/arms.png: experts per token over all t, relative to an even spread, all arms side by side;
     routing-ARM.png: every denoising step, all arms on one scale; difference-ARM.png: the arm minus the control, all on
-    one scale. The images are spread over the whole split.
+    one scale. The images are spread over the split's part.
     """
     sheets = {part.arm.name: _observe(study, part, split, images) for part in _shown(study)}
     if not sheets:
@@ -53,8 +53,7 @@ def _shown(study: Study) -> list[Part]:
 
 def _observe(study: Study, part: Part, split: str, images: int) -> RoutingSheet:
     data = part.run.data
-    place = SplitPart.read(getattr(study.evaluate, split))
-    shards = ShardSet.open(data.first_place, place.split, data.remote.options())
+    shards = ShardSet.open(data.first_place, getattr(study.evaluate, split), data.remote.options())
     model = load_model(weights_of(study, part))[0]
     check_shards(model, shards)
     return observe_routing(model, shards, shards.codec_object(), images, study.evaluate.seed)

@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.encode.like import is_fitted, origin_header, same_fit
 from data_pipeline.read.mixture import Mixture, open_mixture
-from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.shards import ShardSet, SplitPart
 from sharpmoe.checkpoint.load import Found
 from sharpmoe.checkpoint.manifest import Manifest, Progress, RunIdentity
 from sharpmoe.checkpoint.save import Checkpoints
@@ -204,7 +204,11 @@ def _open_data(run: RunConfig) -> RunData:
 
 def _check_held_out_split(run: RunConfig, source: ShardSet) -> None:
     split = run.data.validation_split
-    if not source.splits.get(split):
+    try:
+        part = SplitPart.read(split)
+    except ValueError as error:
+        raise DataError(f"data.validation_split: {error}") from None
+    if source.splits.get(part.split, 0) < part.number:
         there = ", ".join(f"{name} ({count})" for name, count in source.splits.items() if count)
         raise DataError(
             f"{source.location}: no samples in split {split!r} (data.validation_split) to measure on; it has {there}; "

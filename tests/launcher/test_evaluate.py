@@ -17,8 +17,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     live = run_folder / "checkpoints" / "step00000002" / "live.safetensors"
     argv = [str(run_folder), str(live), "--images", "3", "--sheet-images", "2", "--out", str(tmp_path)]
-    assert main(argv) == 0
+    assert main([*argv, "--split", "unseen:2/2"]) == 0
     said = capsys.readouterr()
+    assert "Allocation on 2 held-out images of unseen:2/2, 10 times" in said.out
     assert "change (paired)" in said.out
     measured = [line for line in said.err.splitlines() if line.startswith("measuring ")]
     assert [line.split(": ")[0] for line in measured] == ["measuring before", "measuring after"]
@@ -30,6 +31,7 @@ def test_evaluate_compares_two_models(run_folder: Path, tmp_path: Path, capsys: 
         "compute.png",
         "routing_after.png",
         "routing_before.png",
+        "routing_difference.png",
     ]
     assert Allocation.load(tmp_path / "after.json").flow != Allocation.load(tmp_path / "before.json").flow
 

@@ -8,7 +8,6 @@ import pytest
 
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.study.measure import (
-    _EverySample,
     is_measured,
     is_trained,
     judging_files,
@@ -16,7 +15,7 @@ from sharpmoe.study.measure import (
     prepare_judging,
     read_measured,
 )
-from sharpmoe.study.plan import SplitPart, Study, load_study
+from sharpmoe.study.plan import Study, load_study
 from tests.study.toy import make_study, pretend_trained
 
 
@@ -37,13 +36,6 @@ def test_judging_has_the_images_of_its_part_of_the_split(study: Study) -> None:
     reference = np.load(study.folder / "reference-tuning.npz")["arr_0"]
     images = shards.codec_object().decode(shards.batch([0, 2]).latent)
     assert np.array_equal(reference, (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).byte().numpy())
-
-
-def test_both_parts_of_a_split_are_all_of_it_once(study: Study) -> None:
-    shards = ShardSet.open(study.parts[0].run.data.first_place, "unseen")
-    parts = [_EverySample(shards, SplitPart("unseen", number, 2)) for number in (1, 2)]
-    keys = [key for part in parts for key in part.batch(range(part.num_samples)).keys]
-    assert sorted(keys) == sorted(shards.batch(range(shards.num_samples)).keys)
 
 
 def test_figures_are_of_held_out_images_and_of_samples(study: Study) -> None:
@@ -69,6 +61,20 @@ def test_other_settings_splits_and_weights_are_measured_again(study: Study) -> N
     assert not is_measured(study, part, "tuning")
     weights.write_bytes(before)
     assert is_measured(study, part, "tuning")
+
+
+def test_figures_of_before_a_key_was_added_count(study: Study) -> None:
+    path = study.parts[0].folder / "seed0-tuning" / "figures.json"
+    before = path.read_text()
+    content = json.loads(before)
+    del content["settings"]["sample"]["cfg_norm"], content["settings"]["sample_batch"]
+    content["settings"]["sample_batch"] = 4
+    path.write_text(json.dumps(content))
+    assert is_measured(study, study.parts[0], "tuning")
+    del content["settings"]["sample_batch"]  # the study's is not the default
+    path.write_text(json.dumps(content))
+    assert not is_measured(study, study.parts[0], "tuning")
+    path.write_text(before)
 
 
 def test_a_part_without_its_last_checkpoint_is_not_trained(study: Study) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from sharpmoe.config_io import PROJECT_ROOT
 from sharpmoe.errors import ConfigError
-from sharpmoe.study.plan import SplitPart, load_study, noisy_images_per_step
+from sharpmoe.study.plan import load_study, noisy_images_per_step
 from tests.study.toy import make_study
 
 STUDIES = sorted((PROJECT_ROOT / "configs" / "studies").glob("*.yaml"))
@@ -73,11 +73,6 @@ def test_what_follows_from_the_study_cannot_be_overridden(tmp_path: Path) -> Non
 def test_an_unknown_arm_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--only steerd: no such arm; did you mean steered"):
         load_study(make_study(tmp_path)).only(["steerd"])
-
-
-def test_split_parts() -> None:
-    assert SplitPart.read("unseen") == ("unseen", 1, 1)
-    assert SplitPart.read("unseen:2/3") == ("unseen", 2, 3)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

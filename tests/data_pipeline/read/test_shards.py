@@ -15,12 +15,12 @@ import torch
 from data_pipeline.index import sealed
 from data_pipeline.prepare.write import prepare_shards
 from data_pipeline.read.samples import Draw, Sample
-from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.shards import ShardSet, SplitPart
 from data_pipeline.sources.images import load_picture
 from data_pipeline.sources.items import Item
 from sharpmoe.errors import DamageError, DataError
 from sharpmoe.saliency import saliency_map, token_mask
-from tests.fixtures_data import QUIET, ShapesSource, make_shards, shapes_recipe
+from tests.fixtures_data import QUIET, ShapesSource, make_shards, make_unequal_shards, shapes_recipe
 from tests.memory_shards import Options, open_files, write
 
 
@@ -348,3 +348,36 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path, folder: Path) -> No
     first = ShardSet.open(folder, "train").fingerprint
     assert ShardSet.open(same, "train").fingerprint == first
     assert ShardSet.open(other, "train").fingerprint != first
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_parts_of_a_split_are_all_of_it_once(tmp_path: Path, of: int) -> None:
+    """In the order of the split, over shards and buckets."""
+    folder = make_unequal_shards(tmp_path)
+    whole = ShardSet.open(folder, "train")
+    keys = [whole.batch([index]).keys[0] for index in range(whole.num_samples)]
+    assert len(whole.buckets) == 3
+    for number in range(1, of + 1):
+        part = ShardSet.open(folder, f"train:{number}/{of}")
+        rows = range(number - 1, whole.num_samples, of)
+        assert [part.batch([index]).keys[0] for index in range(part.num_samples)] == [keys[row] for row in rows]
+        assert [part.label(index) for index in range(part.num_samples)] == [whole.label(row) for row in rows]
+        assert [part.bucket_of(index) for index in range(part.num_samples)] == [whole.bucket_of(row) for row in rows]
+        found = [index for name in part.buckets for index in part.indices_of(name)]
+        assert found == list(range(part.num_samples))
+        assert {name: sum(counts) for name, counts in part.bucket_shards.items()} == {
+            name: len(part.indices_of(name)) for name in part.buckets
+        }
+
+
+def test_a_part_that_is_none_is_one_line(folder: Path) -> None:
+    assert SplitPart.read("unseen") == ("unseen", 1, 1)
+    assert SplitPart.read("unseen:2/3") == ("unseen", 2, 3)
+    for split, message in (
+        ("unseen:3/2", "split 'unseen:3/2': expected SPLIT or SPLIT:I/N with I up to N"),
+        ("unseen:a", "expected SPLIT or SPLIT:I/N"),
+        ("unseen:9/9", "no samples in split 'unseen:9/9'"),
+    ):
+        with pytest.raises(DataError, match=message) as raised:
+            ShardSet.open(folder, split)
+        assert str(folder) in one_line(raised)
