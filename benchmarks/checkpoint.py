@@ -68,7 +68,7 @@ def make_contents(fields: dict[str, object], options: Options) -> Contents:
     for parts in engine.state.partitions().values():
         for part in parts:
             part.detach().normal_()
-    return Contents(engine, ShardEma(engine, 0.9), model, {})
+    return Contents(engine=engine, ema=ShardEma(engine, 0.9), model=model, origin={})
 
 
 class Ours:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from launcher.command import Command
+from sharpmoe.checkpoint.adapters import export_adapters
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.export import write_folder
 from sharpmoe.model.weights import WeightsFile, read_weights, save_weights, stored_as
@@ -30,10 +31,21 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the parameters (default: float32; with --to that of converted weights)",
     )
+    add(
+        "--adapters",
+        action="store_true",
+        help="write the adapters of a LoRA run alone: OUT is a folder in peft's format; without it they are merged",
+    )
     add("--to", choices=("diffusers",), help="write a folder in the layout of diffusers (backbone nucleus)")
 
 
 def _act(arguments: argparse.Namespace) -> None:
+    if arguments.adapters:
+        count = export_adapters(
+            find_saved_model(arguments.run, arguments.weights).weights.parent, arguments.out, arguments.weights
+        )
+        print(f"{arguments.out}: {count} adapted layers in peft's format, from {arguments.run} ({arguments.weights})")
+        return
     source = find_saved_model(arguments.run, arguments.weights).weights
     check_overwrites_no_weights(arguments.out, source)
     if arguments.to is not None:

@@ -242,6 +242,16 @@ class TrainConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on linear layers, by the package peft (docs/trainable.md)."""
+
+    rank: int = Field(0, ge=0, le=2**20)  # rows of A and columns of B in y = W x + alpha / rank B A x; 0: no adapters
+    alpha: float | None = Field(None, gt=0)  # null: rank
+    # Which linear layers are adapted: patterns of their names, as in optim.lr_scale, such as [attn.qkv, moe.shared];
+    # empty: those of attention and of shared experts.
+    targets: tuple[_Pattern, ...] = ()
+
+
 class ParallelConfig(Section):
     """How experts are distributed over ranks (docs/design/0006). Everything else is data parallel under ZeRO."""
 
@@ -335,6 +345,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
     peers: PeersConfig = PeersConfig()

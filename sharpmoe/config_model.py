@@ -183,6 +183,10 @@ class ModelConfig(Section):
         """The record of the backbone."""
         return ARCHITECTURES[self.backbone]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields: peft and other libraries ask the configuration of a model for them by this name."""
+        return self.model_dump()
+
     @property
     def family(self) -> Family:
         """The record of the router family."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-_NO_ADAPTERS = "no adapters here: all parameters are trained; optim.lr says how far they move"
-
 # Name elsewhere (lower case, _ for -) -> our key, or a sentence that says what there is instead (it holds a space).
 _ELSEWHERE: dict[str, str] = {
     # how much, how long
@@ -158,10 +156,24 @@ _ELSEWHERE: dict[str, str] = {
     "aux_loss_weight": "loss.balance_weight",
     "aux_loss_coef": "loss.balance_weight",
     "model_type": "model.preset (tiny | s | b | l | xl)",
-    "lora": _NO_ADAPTERS,
-    "lora_rank": _NO_ADAPTERS,
-    "rank": _NO_ADAPTERS,
-    "lora_alpha": _NO_ADAPTERS,
+    # adapters
+    "use_lora": "lora.rank (0: no adapters)",
+    "use_peft": "lora.rank (0: no adapters)",
+    "lora_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_dim": "lora.rank",
+    "network_dim": "lora.rank",
+    "rank": "lora.rank",
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "network_alpha": "lora.alpha",
+    "lora_target_modules": "lora.targets",
+    "lora_targets": "lora.targets",
+    "target_modules": "lora.targets",
+    "lora_layers": "lora.targets",
+    "lora_modules": "lora.targets",
+    "lora_dropout": "not offered: adapters have no dropout",
+    "adapter": "lora.rank, lora.alpha and lora.targets",
     # what is trained
     "freeze": "train.frozen",
     "freeze_layers": "train.frozen",

@@ -20,7 +20,7 @@ from sharpmoe.checkpoint.manifest import (
 )
 from sharpmoe.checkpoint.rng import generators_file, restore_generators
 from sharpmoe.checkpoint.state import Contents, StateReader
-from sharpmoe.config import ModelConfig, TrainConfig
+from sharpmoe.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from sharpmoe.errors import CheckpointDamageError, CheckpointError, first_line
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.trainable import trained_names
@@ -107,17 +107,18 @@ def check_fits(saved: Manifest, model: ModelConfig, identity: RunIdentity) -> No
             raise CheckpointError(f"{saved.folder}: {field} is {there!r} there, {here!r} in the run; {_FIXES[field]}")
 
 
-def check_trains_same(saved: Manifest, model: Backbone, train: TrainConfig) -> None:
+def check_trains_same(saved: Manifest, model: Backbone, run: RunConfig) -> None:
     """Raise CheckpointError where a checkpoint was saved by a run that trained other parameters. No communication.
 
     Their optimizer states and averages are in it, and those of no others.
     """
+    _check_adapters(saved, run.lora)
     keys = ("trainable", "frozen")
     there = TrainConfig(**{key: tuple(saved.settings.get(f"train.{key}") or ()) for key in keys})
-    if all(getattr(there, key) == getattr(train, key) for key in keys):
+    if all(getattr(there, key) == getattr(run.train, key) for key in keys):
         return
     names = [name for name, _ in model.named_parameters()]
-    before, now = (trained_names(names, each) for each in (there, train))
+    before, now = (trained_names(names, each) for each in (run.model_copy(update={"train": there}), run))
     if before != now:
         name, trains = (min(before - now), True) if before - now else (min(now - before), False)
         raise CheckpointError(
@@ -126,6 +127,16 @@ def check_trains_same(saved: Manifest, model: Backbone, train: TrainConfig) -> N
             + " and ".join(f"train.{key} to {list(getattr(there, key))}" for key in keys)
             + f", or {_START_NEW}"
         )
+
+
+def _check_adapters(saved: Manifest, lora: LoraConfig) -> None:
+    for key, now in lora.model_dump(mode="json").items():
+        before = saved.settings.get(f"lora.{key}", LoraConfig().model_dump(mode="json")[key])
+        if before != now:
+            raise CheckpointError(
+                f"{saved.folder}: lora.{key} is {before!r} there, {now!r} in the run; set lora.{key} to the former, or "
+                f"{_START_NEW}"
+            )
 
 
 def first_sound(found: Found, root: Path, resume: str, world: World) -> ResumePoint:

@@ -33,9 +33,9 @@ from sharpmoe.checkpoint.manifest import (
 from sharpmoe.checkpoint.rng import generator_states, generators_file, write_generators
 from sharpmoe.checkpoint.state import Contents, state_file, write_state
 from sharpmoe.checkpoint.weights import gather_table, whole_tensors
-from sharpmoe.config import CheckpointConfig, ModelConfig, TrainConfig
+from sharpmoe.config import CheckpointConfig, ModelConfig
 from sharpmoe.errors import CheckpointError
-from sharpmoe.model.trainable import trained_names
+from sharpmoe.model.adapters import plain_name
 from sharpmoe.model.weights import check_finite, weight_specs, weights_writer
 from sharpmoe.parallel.ranks.background import HostCopies, SideGroup
 from sharpmoe.parallel.zero.partitions import EMA, MASTER, Partitions, Piece
@@ -100,19 +100,19 @@ class Checkpoints:
         self._identity, self._settings = identity, settings
         self._peers = SideGroup(contents.engine.world)
         self._specs = weight_specs(contents.model.config)
-        frozen = [name for name, each in contents.model.named_parameters() if not each.requires_grad]
+        frozen = [plain_name(name) for name, each in contents.model.named_parameters() if not each.requires_grad]
         self._frozen_bytes = sum(self._specs[name].num_bytes for name in frozen)
         self._copies = HostCopies()
         self._running: Future[Outcome] | None = None
 
     @staticmethod
-    def size(model: ModelConfig, states: int, train: TrainConfig = TrainConfig()) -> int:  # noqa: B008 (immutable)
-        """Return the bytes of tensors of one checkpoint. states: tensors of the optimizer per trained parameter."""
-        specs = weight_specs(model)
-        trained = trained_names(specs, train)
-        elements = sum(spec.shape.numel() for spec in specs.values())
-        own = sum(spec.shape.numel() for name, spec in specs.items() if name in trained)
-        state = own * (2 + states)  # masters, their average, states of the optimizer
+    def size(model: ModelConfig, states: int, trained: int | None = None) -> int:
+        """Return the bytes of tensors of one checkpoint. states: tensors of the optimizer per parameter.
+
+        trained: elements that are trained; None: all.
+        """
+        elements = sum(spec.shape.numel() for spec in weight_specs(model).values())
+        state = (elements if trained is None else trained) * (2 + states)  # masters, average, states
         return torch.float32.itemsize * (state + elements * len(_WEIGHTS))
 
     def load(self, saved: Manifest) -> None:
@@ -216,7 +216,7 @@ class Checkpoints:
         for name, kind in _WEIGHTS.items():
             names.append(f"{name}.safetensors")
             parts = taken.partitions[kind]
-            tensors = whole_tensors(self._specs, table, parts, taken.buffers, self._contents.frozen, self._peers)
+            tensors = whole_tensors(self._specs, table, parts, taken.buffers, self._contents, self._peers)
             self._write_whole(draft / names[-1], name, taken.progress, tensors)
         return names if self._peers.world.is_main else []
 

@@ -7,6 +7,7 @@ reads the elements that it owns from whichever files hold them, and no others.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError, first_line
+from sharpmoe.model.adapters import Adapters
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import SafetensorsWriter, TensorSpec, check_finite
 from sharpmoe.parallel.zero.build import Values
@@ -24,7 +26,8 @@ from sharpmoe.parallel.zero.partitions import EMA, MASTER, Piece
 _FIX = "resume from another checkpoint"
 
 
-class Contents(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Contents:
     """What a checkpoint saves and restores."""
 
     engine: Engine
@@ -32,6 +35,7 @@ class Contents(NamedTuple):
     model: Backbone  # the part of the engine's module that becomes live.safetensors and ema.safetensors
     origin: Mapping[str, str]  # identities of codec and text encoder, for the headers of both files
     frozen: Values | None = None  # source of the parameters that are not trained, whole; None where all are
+    adapters: Adapters | None = None  # those of `model`, which weights files hold merged
 
 
 class _Stored(NamedTuple):

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sharpmoe.checkpoint.state import Contents
 from sharpmoe.model.weights import TensorSpec
 from sharpmoe.parallel.ranks.background import SideGroup
-from sharpmoe.parallel.zero.build import Values
 from sharpmoe.parallel.zero.partitions import Piece
 
 _BATCH = 1 << 24  # bytes of parameters that are assembled at once
@@ -29,35 +29,44 @@ def whole_tensors(
     table: _Table,
     parts: Sequence[Tensor],
     buffers: Mapping[str, Tensor],
-    frozen: Values | None,
+    contents: Contents,
     peers: SideGroup,
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Yield each tensor of a weights file, whole, in the order of `specs`, on rank 0; None on other ranks.
 
-    parts: this rank's flat partitions (float32, on the host). buffers: of the model. frozen: source of the parameters
-    of which no rank has a piece; rank 0 reads them, bit for bit as the run did when it started. Communicates at every
-    step, so every rank must iterate to the end. Raises CheckpointError where a rank is lost.
+    parts: this rank's flat partitions (float32, on the host). buffers: of the model. Frozen parameters, of which no
+    rank has a piece, are read by rank 0 from `contents.frozen`, bit for bit as the run did when it started; to those
+    with adapters the product of these is added. Communicates at every step, so every rank must iterate to the end.
+    Raises CheckpointError where a rank is lost.
     """
+    adapters = contents.adapters
+    pairs = adapters.pairs if adapters is not None else {}
+    shapes = {name: spec.shape for name, spec in specs.items()} | (dict(adapters.shapes) if adapters else {})
     trained = {name for owned in table for name in owned}
     for names in _batches({name: spec for name, spec in specs.items() if name not in buffers}):
-        mine = _owned(names, table[peers.world.rank], parts)
+        own = [one for name in names for one in pairs.get(name, (name,)) if one in trained]
+        mine = _owned(own, table[peers.world.rank], parts)
         if not peers.world.is_main:
             if mine.numel():
                 peers.send(mine)
             yield from ((name, None) for name in names)
             continue
-        whole = {name: torch.empty(specs[name].shape.numel()) for name in names if name in trained}
-        counts = [sum(piece.numel for name in names for piece in owned.get(name, ())) for owned in table]
+        whole = {name: torch.empty(shapes[name].numel()) for name in own}
+        counts = [sum(piece.numel for name in own for piece in owned.get(name, ())) for owned in table]
         assert sum(counts) == sum(part.numel() for part in whole.values())
         for rank, (owned, count) in enumerate(zip(table, counts, strict=True)):
             if count:
-                _scatter(whole, names, owned, peers.receive(rank, count) if rank else mine)
+                _scatter(whole, own, owned, peers.receive(rank, count) if rank else mine)
         for name in names:
             if name in trained:
-                yield name, whole[name].view(specs[name].shape)
-            else:
-                assert frozen is not None
-                yield name, frozen(name, specs[name].shape, None)
+                yield name, whole[name].view(shapes[name])
+                continue
+            assert contents.frozen is not None
+            value = contents.frozen(name, shapes[name], None)
+            if name in pairs:
+                assert adapters is not None
+                value = adapters.merged(value, *(whole[one].view(shapes[one]) for one in pairs[name]))
+            yield name, value
     yield from ((name, buffers[name] if peers.world.is_main else None) for name in specs if name in buffers)
 
 

@@ -58,7 +58,7 @@ def initial_value(
         return torch.zeros(*shape)
     if len(shape) == 1:  # weight of a norm
         return torch.ones(*shape)
-    generator = _generator(seed, name)
+    generator = keyed_generator(seed, name)
     is_prototype = config.gate == "prototypes" and name.endswith("moe.gate.weight")
     if name.startswith(rules.normal) or is_prototype:
         return _NORMAL_STD * torch.randn(*shape, generator=generator)
@@ -68,7 +68,7 @@ def initial_value(
 def _expert_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int, experts: Iterable[int]) -> Tensor:
     if name.endswith(".w3") and config.expert == "gelu":  # both biases
         return torch.zeros(*shape)
-    return torch.stack([_xavier(shape[1:], _generator(seed, f"{name}/{expert}")) for expert in experts])
+    return torch.stack([_xavier(shape[1:], keyed_generator(seed, f"{name}/{expert}")) for expert in experts])
 
 
 def _xavier(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -77,6 +77,7 @@ def _xavier(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return (2 * torch.rand(*shape, generator=generator) - 1) * bound
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def keyed_generator(seed: int, name: str) -> torch.Generator:
+    """Return a generator of its own for the draw of one parameter."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

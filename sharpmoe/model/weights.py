@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sharpmoe.config import ModelConfig
 from sharpmoe.durable import atomic_draft
 from sharpmoe.errors import CheckpointError
+from sharpmoe.model.adapters import adapter_value, is_adapter, plain_name
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import BACKBONES, build_model
 from sharpmoe.model.initial import initial_value
@@ -256,7 +257,13 @@ class StartingWeights:
         self.meta = {} if self._source is None else dict(self._source.meta)
 
     def __call__(self, name: str, shape: Sequence[int], experts: range | None = None) -> Tensor:
-        """Return one parameter or buffer, float32 on the host; of stacked experts (E, ...) only those in `experts`."""
+        """Return one parameter or buffer, float32 on the host; of stacked experts (E, ...) only those in `experts`.
+
+        The names are those of the model, with adapters, which no file holds and which are drawn, or without.
+        """
+        if is_adapter(name):
+            return adapter_value(name, shape, self.seed)
+        name = plain_name(name)
         if self._source is None or name not in self._source.names:
             rules = BACKBONES[self.config.backbone].initial
             return initial_value(name, shape, self.config, self.seed, rules, experts)

@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.families import rows_of_call
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
-from sharpmoe.model.build import build_model
-from sharpmoe.model.trainable import freeze
+from sharpmoe.model.trainable import planned_model
 from sharpmoe.moe.dispatch import Assignment, Dispatched, LocalDispatcher, RowCounts
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
@@ -152,7 +151,8 @@ def _mean_and_most(model: ModelConfig) -> tuple[float, float]:
 
 def _names_single_blocks(run: RunConfig) -> bool:
     """Whether patterns train blocks of one kind differently, so that depth is no pattern that repeats."""
-    return any(character.isdecimal() for pattern in (*run.train.trainable, *run.train.frozen) for character in pattern)
+    patterns = (*run.train.trainable, *run.train.frozen, *run.lora.targets)
+    return any(character.isdecimal() for pattern in patterns for character in pattern)
 
 
 def _extend(one: _LinearBytes, two: _LinearBytes, repeats: int) -> _LinearBytes:
@@ -178,9 +178,7 @@ def _line(counted: list[tuple[int, int]]) -> tuple[_LinearBytes, int]:
 
 def _skeleton(run: RunConfig, micro_batch: int, tokens: int) -> Backbone:
     """The model without storage, in the dtypes of training. How experts are spread changes weights, not rows."""
-    with torch.device("meta"):
-        model = build_model(run.model)
-    freeze(model, run.train)
+    model = planned_model(run)
     for layer in model.moe_layers():
         layer.dispatcher = _EvenDispatcher(rows_of_call(layer.config, micro_batch, tokens))
     if run.train.precision == "bf16":

@@ -4,11 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from sharpmoe.config import RunConfig
-from sharpmoe.model.build import build_model
-from sharpmoe.model.trainable import trained_names
+from sharpmoe.model.trainable import planned_model
 from sharpmoe.parallel.zero.settings import ZeroSettings
 
 
@@ -46,9 +43,7 @@ class RankParameter(NamedTuple):
 
 def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParameter]:
     """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer."""
-    with torch.device("meta"):
-        model = build_model(run.model)
-    trained = trained_names([name for name, _ in model.named_parameters()], run.train)
+    model = planned_model(run)
     blocks = {block: index for index, block in enumerate(model.blocks)}
     owners = [(f"{name}.", blocks.get(part)) for name, part in model.gathered_units()]
     parts = []
@@ -64,7 +59,7 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
                 module=module,
                 block=owners[module][1],
                 is_expert=is_expert,
-                is_trained=name in trained,
+                is_trained=parameter.requires_grad,
             )
         )
     return parts

@@ -19,6 +19,7 @@ from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import Share
+from sharpmoe.model.trainable import planned_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
@@ -145,8 +146,9 @@ def _check_memory(estimate: Estimate, target: Target) -> None:
 
 def _check_disk(plan: RunPlan) -> str:
     """Return what the checkpoints take; raise CheckpointError where the disk has no room for those still to come."""
+    trained = sum(parameter.numel() for parameter in planned_model(plan.run).parameters() if parameter.requires_grad)
     run, there = plan.run, len(plan.found.readable) + len(plan.found.damaged)
-    size = Checkpoints.size(run.model, optimizer_states(run), run.train)
+    size = Checkpoints.size(run.model, optimizer_states(run), trained)
     wanted = _most_checkpoints(run, plan.start.step)
     more = max(0, wanted - (there if run.checkpoint.resume == "auto" else 0))
     if not _is_finished(plan):

@@ -63,7 +63,7 @@ def memory_lines(run: RunConfig, estimate: Estimate, device_memory: float | None
         fits = "fits" if memory.peak <= usable(device_memory) else "may not fit"
         room = f" of {device_memory:.1f} GiB ({fits})"
     state = memory.state - memory.host
-    is_part = what_is_trained(run.train) != ""
+    is_part = what_is_trained(run) != ""
     lines = [
         f"  {'memory':<11}{_size(memory.peak)} per rank at the peak as planned{room}",
         f"  {'':<11}{_size(state)} stay: weights, masters, gradients, optimizer, EMA; {_size(memory.backward)} in a "
@@ -83,7 +83,7 @@ def memory_lines(run: RunConfig, estimate: Estimate, device_memory: float | None
 
 def _head(budget: Budget) -> str:
     run, layout = budget.run, budget.own.layout
-    model, trained = run.model, trained_title(run.train, budget.trained_parameters)
+    model, trained = run.model, trained_title(run, budget.trained_parameters)
     experts = f", {budget.expert_parameters / 1e6:.3f} M in experts" if budget.expert_parameters else ""
     rows = {
         "run": f"{run.name}: {run.stage}, {model.router} DiT {model.width}/{model.depth}/{model.num_heads}, "

@@ -81,10 +81,10 @@ class Objective(nn.Module):
 
     def _check_trains(self, loss: Tensor) -> None:
         """Raise ConfigError where a loss depends on frozen parameters only; all ranks are alike."""
-        what = what_is_trained(self.run.train)
+        what = what_is_trained(self.run)
         if what and torch.is_grad_enabled() and not loss.requires_grad:
             raise ConfigError(
-                f"train.{what}: no loss of stage {self.run.stage} depends on these parameters, so nothing would be "
+                f"{what}: no loss of stage {self.run.stage} depends on these parameters, so nothing would be "
                 "trained; train others too, or set the weight of a loss on them (loss.*)"
             )
 

@@ -30,7 +30,7 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
     `zero`: `settings.zero_title`; `tokens` of an image, for every resolution of the data, the fewest first.
     """
     total, active = model.count_parameters()
-    trained = trained_title(run.train, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    trained = trained_title(run, sum(p.numel() for p in model.parameters() if p.requires_grad))
     config, parallel = run.model, run.parallel
     moe = "" if not config.family.has_experts else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
     experts = "" if parallel.ep_size == 1 else f", experts over {parallel.ep_size} ranks ({parallel.dispatcher})"

@@ -14,6 +14,7 @@ from sharpmoe.checkpoint.save import Checkpoints, Outcome
 from sharpmoe.checkpoint.state import Contents
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.evaluation.held_out import Share
+from sharpmoe.model.adapters import Adapters
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
@@ -39,6 +40,7 @@ class Session:
     ema: ShardEma
     monitor: Monitor
     checkpoints: Checkpoints
+    adapters: Adapters | None  # of the model, where it has any
 
     @property
     def log(self) -> RunLog | None:
@@ -58,6 +60,7 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
         model=objective.model,
         origin=plan.data.origin(),
         frozen=initial.weights if has_frozen else None,
+        adapters=initial.adapters,
     )
     settings = provenance.settings(plan.run, plan.ds_config, world) if world.is_main else {}
     root, config = plan.checkpoints, plan.run.checkpoint
@@ -79,6 +82,7 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
         ema=ema,
         monitor=monitor,
         checkpoints=checkpoints,
+        adapters=initial.adapters,
     )
 
 
@@ -113,7 +117,8 @@ def live_model(session: Session) -> Backbone:
 def _plain_model(session: Session, state: dict[str, Tensor]) -> Backbone:
     with torch.device("meta"):
         twin = build_model(session.plan.run.model)
-    twin.load_state_dict(state, assign=True)
+    adapters = session.adapters
+    twin.load_state_dict(adapters.merge_state(state) if adapters is not None else state, assign=True)
     twin.register_forward_pre_hook(partial(_stop_on_signal, session.world))
     return twin.eval()
 

@@ -23,9 +23,9 @@ from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.durable import sha256_of
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.log_file import LOG_FILE
+from sharpmoe.model.adapters import Adapters, plain_name
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.model.build import build_model
-from sharpmoe.model.trainable import check_trained, freeze
+from sharpmoe.model.trainable import check_trained, planned_model
 from sharpmoe.model.weights import StartingWeights
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
@@ -37,6 +37,7 @@ from sharpmoe.train.trajectories import EmptyText
 
 # What a run needs to write in its folder, beside pictures and tables, which may fail.
 _FILES = (LOG_FILE, "config.yaml", "zero.json")
+_COMPARED = 2**16  # elements of tensors that are compared to recognise a base
 _FOLDERS = ("checkpoints", "tensorboard")
 
 
@@ -90,6 +91,7 @@ class InitialModel(NamedTuple):
     model: Backbone  # on the meta device: it may be too large for one rank
     weights: StartingWeights  # its values
     notes: tuple[str, ...]  # what the user should know
+    adapters: Adapters | None = None  # of the model, where it has any
 
 
 def make_plan(
@@ -143,7 +145,7 @@ def choose_checkpoint(plan: RunPlan, world: World) -> RunPlan:
 
 def rehearse_checkpoint(plan: RunPlan) -> RunPlan:
     """Choose as `choose_checkpoint`, alone, and read it as the run would; see `load.rehearse_resume`."""
-    model = _planned_model(plan.run)
+    model = planned_model(plan.run)
     choice = Checkpoints.rehearse_resume(plan.found, plan.checkpoints, plan.run.checkpoint.resume, model)
     return _resume(choice.saved, replace(plan, notes=(*plan.notes, *choice.notes)))
 
@@ -153,7 +155,7 @@ def _resume(saved: Manifest | None, plan: RunPlan) -> RunPlan:
         return plan
     try:
         Checkpoints.check_fits(saved, plan.run.model, plan.identity)
-        Checkpoints.check_trains_same(saved, _planned_model(plan.run), plan.run.train)
+        Checkpoints.check_trains_same(saved, planned_model(plan.run), plan.run)
         _check_base(saved, plan)
     except CheckpointError as error:
         if saved.folder.parent != plan.checkpoints:
@@ -220,28 +222,39 @@ def _check_held_out_split(run: RunConfig, source: ShardSet) -> None:
 def initial_model(plan: RunPlan) -> InitialModel:
     """Plan the model: seeded weights, or those of checkpoint.init unless the run resumes from a checkpoint.
 
-    A resumed run takes its frozen parameters from the checkpoint's live.safetensors. Raises CheckpointError where
+    A resumed run takes its frozen parameters from the checkpoint's live.safetensors; with adapters, which are merged
+    there, from its base. Raises CheckpointError where
     checkpoint.init is of another architecture, DataError where it was trained on latents or texts of another kind,
     ConfigError where a pattern of train.trainable, train.frozen or optim.lr_scale matches no parameter.
     """
-    model = _planned_model(plan.run)
+    model = planned_model(plan.run)
     check_trained([name for name, _ in model.named_parameters()], plan.run)
-    if plan.saved is not None and not all(parameter.requires_grad for parameter in model.parameters()):
-        live = plan.saved.folder / "live.safetensors"
-        return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed, live), ())
-    init = plan.run.checkpoint.init
-    if init is None or plan.saved is not None:
-        return InitialModel(model, StartingWeights(plan.run.model, plan.run.seed), ())
+    adapters = Adapters.of(model, plan.run.lora)
+    init: str | Path | None = plan.run.checkpoint.init
+    if plan.saved is not None and adapters is None:
+        has_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+        init = plan.saved.folder / "live.safetensors" if has_frozen else None
     weights = StartingWeights(plan.run.model, plan.run.seed, init)
-    return InitialModel(model, weights, _origin_notes(weights.meta, plan.data.train, plan.run))
+    if plan.saved is not None and adapters is not None:
+        _check_same_base(plan.saved, weights, model, plan.run)
+    is_base = init is not None and plan.saved is None
+    notes = _origin_notes(weights.meta, plan.data.train, plan.run) if is_base else ()
+    return InitialModel(model=model, weights=weights, notes=notes, adapters=adapters)
 
 
-def _planned_model(run: RunConfig) -> Backbone:
-    """Return the model of a run on the meta device, with what is frozen."""
-    with torch.device("meta"):
-        model = build_model(run.model)
-    freeze(model, run.train)
-    return model
+def _check_same_base(saved: Manifest, weights: StartingWeights, model: Backbone, run: RunConfig) -> None:
+    """Raise CheckpointError where the base of an adapted run has changed: its small frozen tensors are compared."""
+    live = StartingWeights(run.model, run.seed, saved.folder / "live.safetensors")
+    for name, parameter in model.named_parameters():
+        is_compared = not parameter.requires_grad and not name.endswith(".base_layer.weight")
+        if not is_compared or parameter.numel() > _COMPARED or ".experts." in name:
+            continue
+        if not torch.equal(weights(name, parameter.shape), live(name, parameter.shape)):
+            raise CheckpointError(
+                f"{saved.folder}: its adapters were trained on another base than checkpoint.init "
+                f"{run.checkpoint.init!r} ({plain_name(name)} differs); set checkpoint.init to the former, or start a "
+                "new run from its live.safetensors, in which they are merged"
+            )
 
 
 def _origin_notes(meta: Mapping[str, str], data: Mixture, run: RunConfig) -> tuple[str, ...]:

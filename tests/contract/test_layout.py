@@ -18,6 +18,7 @@ MODULES = sorted(
 ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     # what a checkpoint is made of, seen from saving and loading one
     "sharpmoe/checkpoint/manifest.py": "checkpoint/test_load.py",
+    "sharpmoe/checkpoint/adapters.py": "train/test_trainable.py",
     "sharpmoe/checkpoint/retention.py": "checkpoint/test_save.py",
     "sharpmoe/checkpoint/rng.py": "checkpoint/test_save.py",
     "sharpmoe/checkpoint/state.py": "checkpoint/test_load.py",

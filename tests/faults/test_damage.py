@@ -192,7 +192,7 @@ def load_forged(world: World, run: RunConfig, stage: int, target: Path) -> list[
     """Load a checkpoint whose manifest vouches for malicious files; what became of each."""
     plan = plan_for(run, world, stage)
     session = loop.open_session(plan, world, initial_model(plan))
-    contents = Contents(session.engine, session.ema, session.objective.model, {})
+    contents = Contents(engine=session.engine, ema=session.ema, model=session.objective.model, origin={})
     folder = plan.checkpoints / NEWER
     told = []
     for path, content in malicious(target, [folder / name for name in manifest.read_manifest(folder).files]):

@@ -7,14 +7,7 @@ import torch
 
 from sharpmoe.config import RunConfig, TrainConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.trainable import (
-    check_patterns,
-    check_trained,
-    freeze,
-    matching_pattern,
-    trained_names,
-    trained_title,
-)
+from sharpmoe.model.trainable import check_trained, freeze, trained_names, trained_title
 
 NAMES = (
     "blocks.0.attn.qkv.weight",
@@ -23,31 +16,6 @@ NAMES = (
     "blocks.1.moe.saliency_router.out.weight",
     "blocks.1.moe.experts.w1",
 )
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("blocks.1.mlp.router.saliency_router.out.weight", "router.saliency_router"),  # of two parts
-        ("blocks.1.mlp.router.gate.weight", "router"),
-        ("blocks.1.attn.qkv.weight", "blocks.*.attn"),
-        ("blocks.2.attn.qkv.weight", "blocks.2.attn"),  # as many parts; the longer text... and no wildcard
-        ("final.saliency_routers.weight", None),  # a whole part, not a piece of one
-        ("t_embedder.0.weight", "t_*"),
-    ],
-)
-def test_the_most_specific_pattern_counts_in_any_order(name: str, expected: str | None) -> None:
-    patterns = ["router", "saliency_router", "router.saliency_router", "blocks.*.attn", "blocks.2.attn", "t_*"]
-    for given in (patterns, patterns[::-1]):
-        assert matching_pattern(name, given) == expected
-
-
-def test_a_pattern_without_parameters_names_what_there_is() -> None:
-    names = ["blocks.0.attn.qkv.weight", "blocks.0.router.saliency_router.out.weight"]
-    check_patterns("optim.lr_scale", names, {"saliency_router": 2.0})
-    known = "attn, blocks, out, qkv, router, saliency_router, weight"
-    with pytest.raises(ConfigError, match=f"'saliency_route' matches no .*did you mean saliency_router.*{known}"):
-        check_patterns("optim.lr_scale", names, ["saliency_route"])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +34,7 @@ def test_a_pattern_without_parameters_names_what_there_is() -> None:
     ],
 )
 def test_what_is_trained(train: dict[str, Any], expected: tuple[int, ...]) -> None:
-    config = TrainConfig.model_validate(train)
+    config = RunConfig.model_validate({"train": train})
     assert trained_names(NAMES, config) == {NAMES[index] for index in expected}
     module = torch.nn.ParameterDict({name.replace(".", "_"): torch.nn.Parameter(torch.zeros(1)) for name in NAMES})
     named = torch.nn.Module()
@@ -78,7 +46,7 @@ def test_what_is_trained(train: dict[str, Any], expected: tuple[int, ...]) -> No
 def test_a_model_with_frozen_parameters_of_its_own_keeps_them() -> None:
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    freeze(model, TrainConfig())
+    freeze(model, RunConfig())
     assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
 
 
@@ -109,8 +77,8 @@ def test_a_pattern_in_both_lists_is_refused() -> None:
 
 
 def test_a_title_only_where_something_is_frozen() -> None:
-    assert trained_title(TrainConfig(), 5) == ""
-    config = TrainConfig(trainable=("moe",), frozen=("gate",))
+    assert trained_title(RunConfig(), 5) == ""
+    config = RunConfig.model_validate({"train": {"trainable": ["moe"], "frozen": ["gate"]}})
     assert (
         trained_title(config, 1_500_000) == "1.500 M parameters (trainable: moe; frozen: gate); all others are frozen"
     )

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launcher.export import main as export
-from sharpmoe.config import RunConfig, TrainConfig
+from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError, ConfigError
 from sharpmoe.log_file import read_log
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.trainable import freeze, trained_names
-from sharpmoe.model.weights import save_weights
+from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.train import loop
-from sharpmoe.train.setup import make_plan
+from sharpmoe.train.setup import initial_model, make_plan
 from tests.distributed import run_ranks
 from tests.parallel.reference import Case, assert_same, with_engine, with_plain_torch
 from tests.selection import selected, sweep
@@ -107,7 +107,7 @@ def test_only_what_is_trained_moves_and_has_a_state(name: str, trained: dict[str
     """Float32 values of the base, under bf16 too: no rounding of what is not trained."""
     run = trained[name]
     base = load_file(run.checkpoint.init)
-    expected = trained_names([key for key in base if key not in buffers(base)], run.train)
+    expected = trained_names([key for key in base if key not in buffers(base)], run)
     assert expected < base.keys() - buffers(base)
     for kind in ("live", "ema"):
         weights = load_file(last(run) / f"{kind}.safetensors")
@@ -138,7 +138,7 @@ def test_a_run_resumes_bit_for_bit_without_its_base(
         checkpoint = {"checkpoint": {"every": 1, "keep": 1}}  # what it resumes is deleted while it goes on
         return named(name, shards, tmp_path, parallel={"ep_size": 2}, **sections, **checkpoint), zero
 
-    run_ranks(train_each, 2, [part("whole", 4), part("halves", 2)])
+    run_ranks(train_each, 2, [part("whole", 4), part("halves", 2)], timeout=280)
     (tmp_path / "base.safetensors").rename(tmp_path / "moved.safetensors")
     (tmp_path / "base.safetensors").mkdir()
     run_ranks(train_each, 2, [part("halves", 4)])
@@ -169,7 +169,7 @@ def test_other_patterns_resume_where_they_train_the_same(shards: Path, tmp_path:
 
 
 def _freeze(model: Backbone) -> Backbone:
-    freeze(model, TrainConfig.model_validate(OTHERS))
+    freeze(model, RunConfig.model_validate({"train": OTHERS}))
     return model
 
 
@@ -193,3 +193,59 @@ def test_parameters_that_no_loss_depends_on_are_one_line(shards: Path, tmp_path:
     ) as e:
         run_ranks(train_each, 1, [(run, {"stage": 3})])
     assert ConfigError.__name__ in str(e.value)
+
+
+LORA = {"rank": 2, "alpha": 8.0, "targets": ["attn", "cross_attn"]}
+ADAPTED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "zero3, recomputed": (CHECKPOINT, {"stage": 3}, {}, "fp32"),
+    "zero3, bf16": (TWO_PASS, {"stage": 3}, SALIENCY, "bf16"),
+    "zero2": (CHECKPOINT, {"stage": 2}, SALIENCY, "fp32"),
+    "zero3, offloaded": (CHECKPOINT, {"stage": 3, **OFFLOADED}, {}, "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", sweep(ADAPTED, ["zero3, bf16"]))
+def test_adapters_train_resume_and_are_merged(name: str, shards: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="the extra lora is not installed")
+    rollout, zero, train, precision = ADAPTED[name]
+
+    def part(run: str, steps: int, **lora: Any) -> tuple[RunConfig, dict[str, Any]]:
+        sections = {"train": train | {"precision": precision, "steps": steps}, "rollout": rollout}
+        log = {"log": {"validate_every": 3}}  # of the merged model
+        return named(run, shards, tmp_path, parallel={"ep_size": 2}, lora=LORA | lora, **sections, **log), zero
+
+    run_ranks(train_each, 2, [part("whole", 3), part("halves", 2)])
+    run_ranks(train_each, 2, [part("halves", 3)])
+    whole, halves = part("whole", 3)[0], part("halves", 3)[0]
+    live, base = load_file(last(whole) / "live.safetensors"), load_file(whole.checkpoint.init)
+    for kind in ("live", "ema"):
+        assert identical(*(load_file(last(run) / f"{kind}.safetensors") for run in (whole, halves)))
+    assert identical(state(whole), state(halves))
+    moved = {key for key in base if not torch.equal(live[key], base[key])} - buffers(base)
+    assert {key for key in moved if "saliency_router" not in key} == {
+        key for key in base if "attn" in key and key.endswith(".weight") and "norm" not in key
+    }
+    assert any("saliency_router" in key for key in moved) == bool(train)
+    out = tmp_path / "adapters"
+    assert export([str(tmp_path / "whole"), str(out), "--adapters", "--weights", "live"]) == 0
+    model, _ = load_model(whole.checkpoint.init)
+    merged = peft.PeftModel.from_pretrained(model, str(out)).merge_and_unload().state_dict()
+    assert all(torch.equal(merged[key], live[key]) for key in moved if "saliency_router" not in key)
+    with pytest.raises(
+        CheckpointError, match="lora.rank is 2 there, 3 in the run; set lora.rank to the former, or start"
+    ):
+        plan_for(part("halves", 5, rank=3)[0], ALONE)
+    save_weights(whole.checkpoint.init, {k: v + 0.1 for k, v in base.items()}, whole.model)
+    with pytest.raises(CheckpointError, match="its adapters were trained on another base than checkpoint.init"):
+        initial_model(plan_for(part("halves", 5)[0], ALONE))
+
+
+def test_a_run_without_adapters_has_none_to_export(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = named("run", shards, tmp_path, train={"steps": 1}, stage="pretrain")
+    run_ranks(train_each, 1, [(run, {"stage": 3})])
+    assert export([str(tmp_path / "run"), str(tmp_path / "out"), "--adapters"]) == 2
+    assert (
+        "its run has no adapters (lora.rank 0); export the whole weights, without --adapters" in capsys.readouterr().err
+    )

@@ -63,7 +63,7 @@ class Engine:
         self.stage = int(ds_config["zero_optimization"]["stage"])
         self.module = module
         self.num_parameters = sum(p.numel() for p in module.parameters())
-        freeze(module, run.train)
+        freeze(module, run)
         self._experts = ExpertGroups.of(run.parallel.ep_size, world)
         place_experts(module, self._experts, make_dispatcher(run, self._experts), make_pool(run, world))
         materialise(module, values, ds_config, world)

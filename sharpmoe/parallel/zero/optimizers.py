@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharpmoe.config import OptimConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.trainable import check_patterns, matching_pattern
+from sharpmoe.model.patterns import check_patterns, matching_pattern
 from sharpmoe.parallel.zero.placement import is_expert
 
 _Factory = Callable[[Any], torch.optim.Optimizer]
