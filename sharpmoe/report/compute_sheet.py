@@ -18,6 +18,7 @@ from sharpmoe.report.routing_sheet import RoutingSheet, to_grid, write_caption
 
 _RANGES = ("t > 0.65", "t 0.35-0.65", "t < 0.35", "all t")
 _SPREAD = 0.5  # the colour scale ends at 1 - _SPREAD and 1 + _SPREAD: most maps of a converged model lie within
+_LETTERS = 130  # points x letters of a title that has room above a map
 _HEAT = "RdBu_r"  # blue: fewer experts than an even spread, red: more
 
 
@@ -85,6 +86,7 @@ def _relative(sheet: RoutingSheet, row: int, shown: str) -> Tensor:
 def _set_titles(axes: np.ndarray, sheets: Mapping[str, RoutingSheet], ranges: Sequence[str]) -> None:
     """Name the columns, and above them the range of t that a group of columns shares."""
     block = len(sheets) + 1
+    size = min(8.5, _LETTERS / max(map(len, sheets)))
     for axis in axes[:, 2::block].flat:
         axis.axis("off")
     axes[0, 0].set_title("image", fontsize=8.5)
@@ -92,5 +94,5 @@ def _set_titles(axes: np.ndarray, sheets: Mapping[str, RoutingSheet], ranges: Se
     for number, shown in enumerate(ranges):
         group = axes[0, 3 + number * block :][: len(sheets)]
         for axis, name in zip(group, sheets, strict=True):
-            axis.set_title(drawable(name), fontsize=8.5, parse_math=False)
+            axis.set_title(drawable(name), fontsize=size, parse_math=False)
         group[0].text(len(sheets) / 2, 1.24, shown, ha="center", fontsize=9.5, transform=group[0].transAxes)

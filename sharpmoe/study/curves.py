@@ -85,7 +85,8 @@ def _planes(table: StudyTable) -> list[str]:
 
 def _styles(study: Study) -> dict[str, dict[str, Any]]:
     """Return colour and marker of every arm, the same whatever is measured; the control is a black diamond."""
-    colours = cycle(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    pairs = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = cycle([*pairs[::2], *pairs[1::2]])  # ten colours, then their lighter twins
     found = {
         arm.name: {"color": colour, "marker": marker, "markersize": 6}
         for arm, colour, marker in zip(study.arms, colours, cycle(_MARKERS), strict=False)

@@ -39,7 +39,8 @@ def _sentence(study: Study, table: StudyTable, name: str) -> str:
     counted = f"arms compared: {len(told)}, seeds: {' to '.join(dict.fromkeys([str(seeds[0]), str(seeds[-1])]))}"
     gain = f"{_listed(better)} improve{'s' * (len(better) == 1)}" if better else "no arm improves"
     parts = [f"{gain} {name} over `{study.control}` ({counted})"]
-    parts.append(f"worse: {_listed(worse)}" if worse else "none is measurably worse")
+    widest = max((value.high - value.low) / 2 for value in told.values())
+    parts.append(f"worse: {_listed(worse)}" if worse else f"none is measurably worse (intervals up to ±{widest:.2g})")
     same = [arm for arm in told if arm not in better and arm not in worse]
     if same and (better or worse):
         parts.append(f"not told apart from it: {', '.join(f'`{arm}`' for arm in same)}")

@@ -19,7 +19,8 @@ def test_no_arm_improves(tmp_path: Path, figures: dict[str, Figures]) -> None:
         "On the final split (unseen:2/2), after 48 noisy images, no arm improves fd, cfg 1 over `plain` (arms "
         "compared: 1, seeds: 2); worse: `steered` (+0.95 [+0.315, +1.59])."
     )
-    assert flow == "No arm improves flow over `plain` (arms compared: 1, seeds: 2); none is measurably worse."
+    assert flow.startswith("No arm improves flow over `plain` (arms compared: 1, seeds: 2); none is measurably worse")
+    assert flow.endswith("(intervals up to ±0.69).")  # as wide as the table's
 
 
 def test_an_arm_that_improves_is_named_with_its_interval(tmp_path: Path, figures: dict[str, Figures]) -> None:
