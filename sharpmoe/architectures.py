@@ -14,6 +14,7 @@ from typing import Any
 class Architecture:
     """A backbone, as the configuration sees it."""
 
+    title: str = "model"  # in banners and tables
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ModelConfig` in which its defaults differ
     takes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # field -> the values that it can have
     ignores: tuple[str, ...] = ()  # fields that change nothing in the network
@@ -21,9 +22,11 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "dit": Architecture(
+        title="DiT",
         takes={"positions": ("sincos", "rope_2d", "rope_1d"), "num_kv_heads": (None,), "rope_axes": (None,)},
     ),
     "nucleus": Architecture(
+        title="transformer",
         fields={"conditioning": "text", "positions": "rope_3d", "mlp": "swiglu"},
         takes={
             "conditioning": ("text",),

@@ -179,6 +179,11 @@ class ModelConfig(Section):
             raise ValueError(f"rope_axes {list(axes)} must be even numbers that sum to the head width ({head})")
 
     @property
+    def title(self) -> str:
+        """Router, backbone, width, depth and heads, for people."""
+        return f"{self.router} {self.architecture.title} {self.width}/{self.depth}/{self.num_heads}"
+
+    @property
     def architecture(self) -> Architecture:
         """The record of the backbone."""
         return ARCHITECTURES[self.backbone]

@@ -252,7 +252,7 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
         "weak_model": batch.weak_weights or "none",
         "seed": sample.seed,
         "weights": batch.weights,
-        "model": f"{model.router} DiT {model.width}/{model.depth}/{model.num_heads}",
+        "model": model.title,
         "pixels": "truncated 127.5 x + 128, uint8",
         "extractor": "none here: evaluate with guided-diffusion's evaluator.py (TensorFlow Inception-v3) and its "
         "reference batch",

@@ -86,8 +86,7 @@ def _head(budget: Budget) -> str:
     model, trained = run.model, trained_title(run, budget.trained_parameters)
     experts = f", {budget.expert_parameters / 1e6:.3f} M in experts" if budget.expert_parameters else ""
     rows = {
-        "run": f"{run.name}: {run.stage}, {model.router} DiT {model.width}/{model.depth}/{model.num_heads}, "
-        f"{budget.parameters / 1e6:.3f} M parameters{experts}",
+        "run": f"{run.name}: {run.stage}, {model.title}, {budget.parameters / 1e6:.3f} M parameters{experts}",
         **({"trained": trained} if trained else {}),
         "layout": f"{layout.world} rank(s), ep {layout.ep_size} (experts are partitioned over "
         f"{layout.world // layout.ep_size} rank(s)), ZeRO-{layout.zero.stage}, {run.train.precision}",

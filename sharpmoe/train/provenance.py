@@ -37,7 +37,7 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
     rollout = "1 time" if run.stage == "pretrain" else f"T = {run.rollout.num_steps}, {run.rollout.schedule}"
     rows = {
         "run": f"{run.name}: {run.stage}, {run.train.steps} steps, seed {run.seed}",
-        "model": f"{config.router} DiT {config.width}/{config.depth}/{config.num_heads}{moe}, {config.conditioning}",
+        "model": f"{config.title}{moe}, {config.conditioning}",
         "parameters": f"{total / 1e6:.3f} M total, {active / 1e6:.3f} M active per token",
         **({"trained": trained} if trained else {}),
         "world": f"{world.size} rank(s) on {world.device.type}, {zero}, {run.train.precision}{experts}",

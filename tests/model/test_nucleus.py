@@ -7,12 +7,15 @@ import torch
 from diffusers import NucleusMoEImageTransformer2DModel
 from torch import Tensor
 
-from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.config import ModelConfig, RunConfig, SampleConfig
 from sharpmoe.model.attach import attach
 from sharpmoe.model.backbone import Backbone, ClassCondition, TextCondition
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.nucleus import read_config
+from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.sampling import Request, generate
+from sharpmoe.train.objective import Objective, StepRequest
+from sharpmoe.train.rollout_schedules import with_schedule
 from tests.model.nucleus_reference import ours, published_gradients, reference, reference_velocity
 
 VARIED: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, ...]]] = {  # changes, grid, lengths of texts
@@ -195,3 +198,32 @@ def test_the_published_sizes_without_storage() -> None:
     assert total + kept == sum(parameter.numel() for parameter in network.parameters())
     assert (total, kept) == (16_922_675_200, 32 * 128)
     assert active == 2_075_625_472
+
+
+def test_every_schedule_has_the_gradient_of_plain() -> None:
+    sizes = {"num_experts": 4, "capacities": [2, 1.3, 3.1], "latent_channels": 4, "latent_size": 8, "text_width": 24}
+    model_section = {"router": "nucleus", "width": 24, "depth": 3, "num_heads": 2, "num_kv_heads": 1} | sizes
+    run = RunConfig.model_validate({"model": model_section | {"dense_first": 1}, "rollout": {"num_steps": 3}})
+    torch.manual_seed(0)
+    model = build_model(run.model).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x0, x1 = torch.randn(2, 2, 4, 6, 8).double()
+    times = torch.rand(3, 2).double().sort(0, descending=True).values
+    _, _, (tokens, mask, _) = inputs((3, 4), (5, 3))
+    condition = TextCondition(tokens.double(), mask)
+    batch = TrajectoryBatch(x0=x0, x1=x1, times=times, condition=condition, saliency=torch.rand(2, 12).double())
+
+    def gradients(**schedule: Any) -> list[Tensor]:
+        answer = Objective(model, with_schedule(run, **schedule))(StepRequest((batch,)))
+        answer.loss.backward()
+        found = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    plain = gradients(schedule="plain")
+    assert sum(bool(gradient.any()) for gradient in plain) == len(plain)
+    for schedule in ({"schedule": "checkpoint"}, {"schedule": "two_pass"}, {"schedule": "hybrid", "kept_steps": 1}):
+        for found, expected in zip(gradients(**schedule), plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
