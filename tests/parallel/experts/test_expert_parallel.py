@@ -173,6 +173,23 @@ def test_a_pool_of_all_ranks_equals_one_process_with_one_pool(router: str, make:
             assert float((trace.weights[name] - value).abs().max()) < 1e-5, name
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nucleus_trains_in_every_layout_as_in_one_process(make: Callable[..., RunConfig]) -> None:
+    small = {"depth": 3, "dense_first": 1, "latent_channels": 4, "num_kv_heads": 1, "capacities": [1.0, 1.3, 2.0]}
+    more = {"model": small, "loss": {"routing_weight": 0.5}}
+    cases = {
+        f"ep {ep_size}, ZeRO-{stage}": Case(make("nucleus", 2, ep_size, **more), stage, FEW)
+        for ep_size in (1, 2)
+        for stage in (2, 3)
+    }
+    traces = run_ranks(with_engine, 2, cases, timeout=500)[0]
+    expected = with_plain_torch(make("nucleus", 2, **more), FEW)
+    for trace in traces.values():
+        assert_same(trace, expected)
+
+
 def test_sizes_that_do_not_fit_are_named(make: Callable[..., RunConfig]) -> None:
     check_ep_size(make("ec", 4, 2), 4)
     with pytest.raises(ConfigError, match=r"parallel\.ep_size is 3, allowed: 1 \| 2 \| 4 "):
