@@ -93,7 +93,7 @@ def freeze(module: nn.Module, run: RunConfig) -> None:
 def what_is_trained(run: RunConfig) -> str:
     """Return the settings that say what is trained in a few words, empty where everything is."""
     named = [(key, getattr(run.train, key)) for key in ("trainable", "frozen")]
-    parts = [f"{key}: {', '.join(patterns)}" for key, patterns in named if patterns]
+    parts = [f"train.{key}: {', '.join(patterns)}" for key, patterns in named if patterns]
     return "; ".join([*([adapters_title(run.lora)] if run.lora.rank else []), *parts])
 
 

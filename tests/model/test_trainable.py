@@ -80,5 +80,6 @@ def test_a_title_only_where_something_is_frozen() -> None:
     assert trained_title(RunConfig(), 5) == ""
     config = RunConfig.model_validate({"train": {"trainable": ["moe"], "frozen": ["gate"]}})
     assert (
-        trained_title(config, 1_500_000) == "1.500 M parameters (trainable: moe; frozen: gate); all others are frozen"
+        trained_title(config, 1_500_000)
+        == "1.500 M parameters (train.trainable: moe; train.frozen: gate); all others are frozen"
     )

@@ -57,6 +57,9 @@ USUAL = ("saliency, recomputed", "saliency, zero2", "experts, recomputed", "expe
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
+TWO = World(0, 2, 0, torch.device("cpu"))  # a plan for two ranks, of which none is started
+
+
 def named(name: str, shards: Path, output: Path, **sections: Any) -> RunConfig:
     """A run of two steps that starts from weights of which every value matters."""
     model = {"model": sections.get("model", {})}
@@ -128,6 +131,8 @@ def buffers(weights: dict[str, Tensor]) -> set[str]:
         (ROUTERS, CHECKPOINT, {"stage": 3}, "bf16"),
         pytest.param(EXPERTS, TWO_PASS, {"stage": 2}, "fp32", marks=pytest.mark.sweep),
         pytest.param(SALIENCY, CHECKPOINT, {"stage": 3, **OFFLOADED}, "bf16", marks=pytest.mark.sweep),
+        pytest.param({}, {}, {"stage": 3, **OFFLOADED}, "fp32", marks=pytest.mark.sweep),
+        pytest.param({}, {}, {"stage": 2, "offload_optimizer": CPU}, "bf16", marks=pytest.mark.sweep),
     ],
 )
 def test_a_run_resumes_bit_for_bit_without_its_base(
@@ -204,10 +209,10 @@ ADAPTED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
 }
 
 
-@pytest.mark.parametrize("name", sweep(ADAPTED, ["zero3, bf16"]))
-def test_adapters_train_resume_and_are_merged(name: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapted", sweep(ADAPTED, ["zero3, bf16"]))
+def test_adapters_train_resume_and_are_merged(adapted: str, shards: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="the extra lora is not installed")
-    rollout, zero, train, precision = ADAPTED[name]
+    rollout, zero, train, precision = ADAPTED[adapted]
 
     def part(run: str, steps: int, **lora: Any) -> tuple[RunConfig, dict[str, Any]]:
         sections = {"train": train | {"precision": precision, "steps": steps}, "rollout": rollout}
@@ -234,10 +239,10 @@ def test_adapters_train_resume_and_are_merged(name: str, shards: Path, tmp_path:
     with pytest.raises(
         CheckpointError, match="lora.rank is 2 there, 3 in the run; set lora.rank to the former, or start"
     ):
-        plan_for(part("halves", 5, rank=3)[0], ALONE)
+        plan_for(part("halves", 5, rank=3)[0], TWO)
     save_weights(whole.checkpoint.init, {k: v + 0.1 for k, v in base.items()}, whole.model)
     with pytest.raises(CheckpointError, match="its adapters were trained on another base than checkpoint.init"):
-        initial_model(plan_for(part("halves", 5)[0], ALONE))
+        initial_model(plan_for(part("halves", 5)[0], TWO))
 
 
 def test_a_run_without_adapters_has_none_to_export(

@@ -95,7 +95,7 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
 
 def make_states(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> None:
     """Have an optimizer create the states that it creates at its first step, by a step with learning rate zero."""
-    groups = optimizer.param_groups
+    groups, gradients = optimizer.param_groups, [master.grad for master in masters]
     for master in masters:
         master.grad = torch.zeros_like(master)
     optimizer.param_groups = [{**groups[0], "params": list(masters), "lr": 0.0}]
@@ -103,5 +103,5 @@ def make_states(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> 
         optimizer.step()
     finally:
         optimizer.param_groups = groups
-        for master in masters:
-            master.grad = None
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient  # with offload DeepSpeed keeps the buffer of gradients here
