@@ -74,6 +74,7 @@ def deterministic_algorithms(strict: bool) -> Iterator[None]:
     if not strict:
         yield
         return
+    was_set = _CUBLAS in os.environ
     given = os.environ.setdefault(_CUBLAS, _WORKSPACES[0])
     if given not in _WORKSPACES:
         raise ConfigError(
@@ -91,3 +92,5 @@ def deterministic_algorithms(strict: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = kept
+        if not was_set:
+            del os.environ[_CUBLAS]

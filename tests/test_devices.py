@@ -104,6 +104,7 @@ def test_strict_mode_lasts_as_long_as_its_context(monkeypatch: pytest.MonkeyPatc
         fail()
     assert inside == [((True, True, False, False), ":4096:8")]
     assert flags() == before
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ  # nor in the processes that are started afterwards
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     with (
         pytest.raises(ConfigError, match="but train.deterministic needs :4096:8 or :16:8; unset it"),

@@ -7,9 +7,11 @@ no rank has to hold the whole model.
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sharpmoe.checkpoint.state import Contents
+from sharpmoe.errors import CheckpointError, first_line
 from sharpmoe.model.weights import TensorSpec
 from sharpmoe.parallel.ranks.background import SideGroup
 from sharpmoe.parallel.zero.partitions import Piece
@@ -36,13 +38,15 @@ def whole_tensors(
 
     parts: this rank's flat partitions (float32, on the host). buffers: of the model. Frozen parameters, of which no
     rank has a piece, are read by rank 0 from `contents.frozen`, bit for bit as the run did when it started; to those
-    with adapters the product of these is added. Communicates at every step, so every rank must iterate to the end.
+    with adapters the product of these is added. Communicates at every step, so every rank must iterate to the end;
+    where a frozen parameter cannot be read, rank 0 yields None from there on, and CheckpointError is raised at the end.
     Raises CheckpointError where a rank is lost.
     """
     adapters = contents.adapters
     pairs = adapters.pairs if adapters is not None else {}
     shapes = {name: spec.shape for name, spec in specs.items()} | (dict(adapters.shapes) if adapters else {})
     trained = {name for owned in table for name in owned}
+    failure: CheckpointError | None = None
     for names in _batches({name: spec for name, spec in specs.items() if name not in buffers}):
         own = [one for name in names for one in pairs.get(name, (name,)) if one in trained]
         mine = _owned(own, table[peers.world.rank], parts)
@@ -58,16 +62,33 @@ def whole_tensors(
             if count:
                 _scatter(whole, own, owned, peers.receive(rank, count) if rank else mine)
         for name in names:
+            value: Tensor | None = None
             if name in trained:
-                yield name, whole[name].view(shapes[name])
-                continue
-            assert contents.frozen is not None
-            value = contents.frozen(name, shapes[name], None)
-            if name in pairs:
+                value = whole[name].view(shapes[name])
+            elif failure is None:
+                try:
+                    value = _frozen(name, shapes[name], contents)
+                except CheckpointError as error:  # not raised yet: the other ranks still send
+                    failure = error
+            if name in pairs and value is not None:
                 assert adapters is not None
                 value = adapters.merged(value, *(whole[one].view(shapes[one]) for one in pairs[name]))
-            yield name, value
+            yield name, value if failure is None else None
+    if failure is not None:
+        raise failure
     yield from ((name, buffers[name] if peers.world.is_main else None) for name in specs if name in buffers)
+
+
+def _frozen(name: str, shape: torch.Size, contents: Contents) -> Tensor:
+    """Read a frozen parameter again. Raises CheckpointError where that fails: its file may have been moved since."""
+    assert contents.frozen is not None
+    try:
+        return contents.frozen(name, shape, None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{name}: a frozen parameter cannot be read again from the weights that the run started from "
+            f"({first_line(error)}); leave them in place while it runs"
+        ) from error
 
 
 def _by_name(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:

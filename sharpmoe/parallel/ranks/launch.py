@@ -120,7 +120,7 @@ def _start_group(backend: str, rank: int, size: int) -> None:
 
 def _check_devices_differ(own: str, rank: int, size: int) -> None:
     """Raise ConfigError, on every rank, where two ranks of one machine have one device. Communicates by the store."""
-    store = watchdog.connect("devices")
+    store = watchdog.connect("devices", COLLECTIVE_SECONDS)  # a node may start minutes after the others
     store.set(str(rank), f"{socket.gethostname()}: {own}")
     holders: dict[str, int] = {}
     for number, name in enumerate(store.multi_get([str(other) for other in range(size)])):

@@ -244,10 +244,13 @@ def _is_loss(error: BaseException | None) -> bool:
     return _is_loss(error.__cause__)
 
 
-def connect(purpose: str) -> dist.Store:
-    """Connect to the store of the process group again, as the first connection may be waiting. New keys each time."""
+def connect(purpose: str, patience: float = 60.0) -> dist.Store:
+    """Connect to the store of the process group again, as the first connection may be waiting. New keys each time.
+
+    patience: seconds that a read waits for its keys.
+    """
     global _attempts
     _attempts += 1
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
     return dist.PrefixStore(f"{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_attempts}", store)
