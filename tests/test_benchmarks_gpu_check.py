@@ -180,9 +180,9 @@ def test_kernels_of_two_streams_count_once() -> None:
 def test_operators_of_operators_are_left_out() -> None:
     x = torch.randn(8, 8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        torch.nn.functional.linear(x, x)
+        torch.matmul(x, x)  # linear is DeepSpeed's own once an engine was made in this process
     names = [span.name for span in spans_of(profiler.events() or [], torch.device("cpu"))]
-    assert "aten::linear" in names
+    assert "aten::matmul" in names
     assert "aten::mm" not in names
 
 

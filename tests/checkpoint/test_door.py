@@ -1,4 +1,4 @@
-"""The rest of the code uses one class of the checkpoint package, and records."""
+"""The rest of the code uses one class of the checkpoint package, records, and the export of adapters."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASS, RECORDS = "Checkpoints", {"Contents", "Found", "Manifest", "Outcome", "Progress", "RunIdentity", "Watch"}
+CLASS, RECORDS = (
+    "Checkpoints",
+    {"export_adapters", "Contents", "Found", "Manifest", "Outcome", "Progress", "RunIdentity", "Watch"},
+)
 SOURCES = [
     path
     for package in ("sharpmoe", "launcher", "data_pipeline")

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_check.step_profile import float32_products
 from sharpmoe.model.dit import _Attention
-from sharpmoe.model.embed import CrossAttention
+from sharpmoe.model.embed import CrossAttention, attention_bias
 from sharpmoe.moe import products
 from tests.gpu.place import DEVICES
 from tests.moe.test_counters import Run, layer_of
@@ -35,7 +35,7 @@ def attention_of(kind: str) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Te
 
     def call(module: nn.Module, x: Tensor) -> Tensor:
         like = next(module.parameters())
-        return module(x, text.to(like), mask.to(like.device))
+        return module(x, text.to(like), attention_bias(mask.to(like.device), like.dtype))
 
     return module, call
 

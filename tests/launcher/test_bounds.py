@@ -20,7 +20,7 @@ from sharpmoe.errors import ConfigError
 
 def parsers(name: str) -> Iterator[tuple[list[str], argparse.ArgumentParser]]:
     """(words before the options, parser) of a command and its subcommands."""
-    parser = importlib.import_module(f"launcher.{name}").main.parser()
+    parser = importlib.import_module(f"launcher.{name.replace('-', '_')}").main.parser()
     yield [name], parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

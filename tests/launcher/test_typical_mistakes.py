@@ -46,7 +46,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("train --epochs 10", "here it is: train.steps (optimizer steps; an epoch is images / train.global_batch"),
     ("train --dryrun", "here it is: --dry-run (an option without a value)"),
     ("train --fp16", "here it is: train.precision bf16 (fp16 is not offered)"),
-    ("train --lora_rank 8", "no adapters here: all parameters are trained"),
+    ("train --lora_rank 8", "here it is: lora.rank"),
     ("train --output_dir out", "here it is: output (the folder of all runs) and name (the folder of this one)"),
     ("train --gradient_accumulation_steps 2", "here it is: train.micro_batch"),
     # keys and values

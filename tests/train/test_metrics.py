@@ -110,7 +110,7 @@ def test_loads_and_dead_experts_by_hand() -> None:
     scores = torch.tensor([[[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1]]])
     chosen = torch.tensor([[[1, 0, 0], [1, 0, 0], [0, 1, 0]]], dtype=torch.bool)
     record = Routing(scores.log(), scores.log(), scores, scores * chosen, chosen, scores[:, :1], None)
-    config = toy_config("tc", num_experts=3)
+    config = toy_config("tc", num_experts=3, depth=2)  # one MoE layer
     named = routing_scalars(routing_sums([(record,)], config, torch.tensor([[0.5]]), torch.rand(1, 3)))
     assert named["routing_load_max/layer0"] == pytest.approx(2.0)
     assert named["routing_load_min/layer0"] == 0

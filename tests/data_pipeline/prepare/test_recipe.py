@@ -82,8 +82,8 @@ def test_a_codec_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch) -> No
         has_std=True,
     )
     monkeypatch.setitem(build.CODECS, "toy", kind)
-    recipe = recipe_of({**options("--posterior", "std"), "codec": "toy"})
+    recipe = recipe_of({**options("--posterior", "std", "--codec-name", "place"), "codec": "toy"})
     check_recipe(recipe)
-    assert recipe.codec == {"kind": "toy", "name": "stabilityai/sd-vae-ft-ema"}
+    assert recipe.codec == {"kind": "toy", "name": "place"}
     images = torch.zeros(1, 3, 4, 4)
     assert torch.equal(build_codec(recipe.codec, ()).encode(images), images)

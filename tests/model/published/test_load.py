@@ -281,7 +281,10 @@ def test_a_router_that_a_file_cannot_be_is_refused(name: str) -> None:
     for other in ROUTERS:
         for wrong in ROUTERS[other]:
             if (other, wrong) not in fitting:
-                with pytest.raises(CheckpointError, match=f"cannot be of family {other} with router {wrong}: its key"):
+                with pytest.raises(
+                    CheckpointError,
+                    match=f"cannot be of family {other} with router {wrong}: its key|is read from a folder with config.json",
+                ):
                     read_pretrained(weights, other, wrong)
 
 
@@ -320,7 +323,7 @@ def test_weights_are_not_written_under_a_foreign_time() -> None:
 
 
 def test_every_family_has_a_convention() -> None:
-    assert CONVENTIONS.keys() == ROUTERS.keys()
+    assert CONVENTIONS.keys() == ROUTERS.keys() - {"nucleus"}  # read from a folder, whose config says it
 
 
 def test_a_noise_predictor_that_knows_the_data_gives_the_velocity() -> None:
