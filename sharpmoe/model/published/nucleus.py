@@ -131,7 +131,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         resolved = {"mlp_hidden": "mlp_width", "num_kv_heads": "kv_heads", "rope_axes": "head_axes"}.get(field, field)
         resolved = {"expert_hidden": "expert_width", "shared_hidden": "shared_width"}.get(field, resolved)
         have, can = getattr(config, resolved), getattr(again, resolved)
-        is_free = field in ("preset", "saliency_router", "latent_size", "pooled_width", "capacity_selection")
+        is_free = field in ("preset", "saliency_router", "capacity_selection", *config.architecture.ignores)
         is_free = is_free or (not config.num_moe_layers and field in ("dense_first", "dense_last"))
         if not is_free and have != can:
             raise CheckpointError(f"export: {TRANSFORMER_CLASS} of diffusers cannot compute model.{field} {have!r}")

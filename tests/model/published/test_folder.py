@@ -217,3 +217,11 @@ def test_what_diffusers_cannot_compute_is_not_exported(tmp_path: Path, published
     with pytest.raises(CheckpointError, match="cannot compute model.gate_input 'modulated'"):
         write_folder(tmp_path / "out", config, source.tensor, torch.float32, {})
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_the_network_does_not_read_do_not_hinder_an_export(tmp_path: Path, published: Path) -> None:
+    source = PublishedFolder(published)
+    unread = {"latent_size": 64, "pooled_width": 7, "num_classes": 10, "class_dropout": False}
+    config = source.config.model_copy(update=unread)
+    write_folder(tmp_path / "out", config, source.tensor, torch.float32, {})
+    assert PublishedFolder(tmp_path / "out").names == source.names
