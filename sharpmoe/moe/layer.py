@@ -9,7 +9,7 @@ from sharpmoe import families
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.dispatch import Assignment, Dispatcher, LocalDispatcher, RowCounts
 from sharpmoe.moe.experts import Experts, feed_forward
-from sharpmoe.moe.router import Router, at_least_float32
+from sharpmoe.moe.router import Router
 from sharpmoe.moe.routing import CallMode, Routing
 
 
@@ -20,9 +20,8 @@ class BlockState(NamedTuple):
     tokens: Tensor  # (B, N, D) normalised, before modulation
 
     def features(self) -> Tensor:
-        """Join time and tokens, (B, N, 2 D) float32 or better."""
-        time, tokens = at_least_float32(self.time), at_least_float32(self.tokens)
-        return torch.cat([time.unsqueeze(1).expand(-1, tokens.shape[1], -1), tokens], dim=-1)
+        """Join time and tokens, (B, N, 2 D), in their dtype: the gate says which precision it needs."""
+        return torch.cat([self.time.unsqueeze(1).expand(-1, self.tokens.shape[1], -1), self.tokens], dim=-1)
 
 
 class MoELayer(Router):

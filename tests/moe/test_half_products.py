@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe import half_products, router
-from sharpmoe.moe.layer import MoELayer
+from sharpmoe.moe.layer import BlockState, MoELayer
 from sharpmoe.moe.routing import Routing
 from tests.toys import toy_config
 
@@ -88,3 +88,21 @@ def test_the_order_of_sums_flips_no_more_choices_than_float32_itself() -> None:
     rounded = (x @ weight.t()).argmax(-1)
     assert max(int((way != exact).sum()) for way in (one_way, other_way)) <= 1
     assert int((rounded != exact).sum()) > 20  # a result in bf16 is what flips choices
+
+
+def test_a_gate_of_time_and_state_takes_halves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(toy_config("ec", gate_input="time_and_state")).bfloat16()
+    time, h = torch.randn(2, 24).bfloat16(), torch.randn(2, 16, 24).bfloat16()
+    _, copied = layer(h, state=BlockState(time, h))
+    as_on_cuda(monkeypatch)
+    made = list[torch.dtype]()
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        made.append(x.dtype)
+        return x.float() @ weight.float().t()
+
+    monkeypatch.setattr(half_products, "_product", product)
+    _, halves = layer(h, state=BlockState(time, h))
+    assert made == [torch.bfloat16]
+    torch.testing.assert_close(halves.logits, copied.logits)

@@ -33,8 +33,8 @@ BOUNDS = {  # block in bf16: forward, backward, forward of inference
     "dit_moe class guided": (60, 82, 60),
     "race class base": (57, 62, 50),
     "race class guided": (64, 73, 57),
-    "nucleus text base": (110, 174, 110),
-    "nucleus text guided": (117, 185, 117),
+    "nucleus text base": (107, 175, 107),
+    "nucleus text guided": (114, 186, 114),
 }
 PARTS = ("forward", "backward", "inference")
 
