@@ -22,7 +22,6 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/checkpoint/retention.py": "checkpoint/test_save.py",
     "sharpmoe/checkpoint/rng.py": "checkpoint/test_save.py",
     "sharpmoe/checkpoint/state.py": "checkpoint/test_load.py",
-    "sharpmoe/checkpoint/weights.py": "checkpoint/test_load.py",
     # read with the schema they fill
     "sharpmoe/config_io.py": "test_config.py",
     "sharpmoe/config_model.py": "test_config.py",
