@@ -8,6 +8,7 @@ if not __package__:  # run as a script, which has this folder on its path
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from sharpmoe.report.samples import (
     Prompts,
     Size,
     check_shards,
+    check_weak_origin,
     draw_to_files,
     override_sampling,
     parse_part,
@@ -97,9 +99,10 @@ def _act(arguments: argparse.Namespace) -> None:
     settings = override_sampling(saved.run.sample if saved.run else SampleConfig(), _overrides(arguments))
     data = saved.run.data if saved.run else DataConfig()
     shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
-    model = load_model(saved.weights)[0].to(arguments.device)
+    model, header = load_model(saved.weights)
+    model = model.to(arguments.device)
     check_shards(model, shards)
-    weak = _weak_model(arguments)
+    weak = _weak_model(arguments, header)
     if arguments.compile:
         sampling.compile_blocks(model)
         print_note("note: the first model call compiles the blocks, which takes one to three minutes")
@@ -121,12 +124,14 @@ def _shift(text: str) -> dict[str, object]:
     return {"factor": text if text == "tokens" else POSITIVE_REAL(text)}
 
 
-def _weak_model(arguments: argparse.Namespace) -> _Named | None:
-    """Load the model to guide away from."""
+def _weak_model(arguments: argparse.Namespace, header: Mapping[str, str]) -> _Named | None:
+    """Load the model to guide away from; `header`: of the weights of the model that it guides."""
     if arguments.weak_model is None:
         return None
     saved = find_saved_model(arguments.weak_model, arguments.weights)
-    return _Named(load_model(saved.weights)[0].to(arguments.device), saved.name)
+    weak, weak_header = load_model(saved.weights)
+    check_weak_origin(weak_header, header)
+    return _Named(weak.to(arguments.device), saved.name)
 
 
 def _npz(

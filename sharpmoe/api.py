@@ -28,7 +28,15 @@ from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_routers
 from sharpmoe.report.figures import to_pixels
 from sharpmoe.report.runs import SavedModel, find_saved_model
-from sharpmoe.report.samples import Prompts, Size, check_shards, draw_images, encode_prompts, override_sampling
+from sharpmoe.report.samples import (
+    Prompts,
+    Size,
+    check_shards,
+    check_weak_origin,
+    draw_images,
+    encode_prompts,
+    override_sampling,
+)
 from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments, with_schedule
@@ -216,7 +224,10 @@ def sample(
     request = encode_prompts(model.config, coders, _prompts(prompts, model.config), _device(model))
     codec = coders.codec_object()
     latents = Size(height, width).of_latents(model.config, codec)
-    weak = None if weak_model is None else weak_model.to(_device(model))
+    weak = None
+    if weak_model is not None:
+        check_weak_origin(weak_model.origin, model.origin)
+        weak = weak_model.to(_device(model))
     images = draw_images(model, request, settings, codec.decode, batch_size, size=latents, weak=weak)
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 

@@ -215,7 +215,16 @@ def _describe(item: dict[str, Any], path: str, given: Mapping[str, Any]) -> str:
         return f"{place}: {item['ctx']['error']}"
     allowed = _allowed(field) or item["msg"]
     near = nearest(item["input"], allowed.split(" | ")) if isinstance(item["input"], str) else ""
-    return f"{place}: got {item['input']!r}, allowed: {allowed}{near}; change {field}"
+    to = f" to {_as_list(item['input'])}" if item["type"] == "tuple_type" and isinstance(item["input"], str) else ""
+    return f"{place}: got {item['input']!r}, allowed: {allowed}{near}; change {field}{to}"
+
+
+def _as_list(text: str) -> str:
+    """Return words with commas as the YAML list that was meant, quoted for a shell where * would expand."""
+    parts = [part.strip() for part in text.split(",")]
+    if any("*" in part for part in parts):  # at the start of a word of YAML it is an alias
+        return '"[' + ", ".join(f"'{part}'" for part in parts) + ']"'
+    return f"'[{', '.join(parts)}]'"
 
 
 def _field_path(loc: Sequence[int | str]) -> str:

@@ -111,6 +111,8 @@ def test_a_bad_file_is_one_line_that_names_the_mend(run_file, text, words):
         (["optim.lr", "1"], ["'optim.lr' is not an override", "--section.key value"]),
         (["--train.steps", "["], ["--train.steps", "got '['", "a whole number >= 1"]),
         (["--optim.betas", "[0.9"], ["--optim.betas", "not valid YAML", "quote it"]),
+        (["--train.trainable", "blocks, moe.gate"], ["a list of text", "to '[blocks, moe.gate]'"]),
+        (["--train.frozen", "'*.attn'"], ["change train.frozen to \"['*.attn']\""]),
         (["--train.steps.x", "1"], ["--train.steps.x: unknown key", "did you mean train.steps?"]),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sharpmoe.checkpoint.manifest import read_manifest
+from sharpmoe.checkpoint.manifest import MANIFEST, read_manifest
 from sharpmoe.config import LoraConfig
 from sharpmoe.errors import CheckpointError, first_line
 from sharpmoe.model.adapters import is_adapter, save_adapters
@@ -22,6 +22,11 @@ def export_adapters(checkpoint: Path, out: Path, weights: Literal["ema", "live"]
 
     Raises CheckpointError where the run has none or a file cannot be read, OSError, and ConfigError without peft.
     """
+    if not (checkpoint / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: no checkpoint, and --adapters reads those of a run (a weights file holds them merged); "
+            "name the run folder"
+        )
     saved = read_manifest(checkpoint)
     fields = {key: saved.settings[f"lora.{key}"] for key in LoraConfig.model_fields if f"lora.{key}" in saved.settings}
     lora = LoraConfig.model_validate(fields)

@@ -47,7 +47,9 @@ def _geneval(path: Path, text: str) -> SampleFigures:
         for line in text.splitlines():
             if line.strip():
                 entry = json.loads(line)
-                by_task.setdefault(str(entry["tag"]), []).append(float(bool(entry["correct"])))
+                if not isinstance(entry["correct"], bool):
+                    raise TypeError(f"correct is {entry['correct']!r}, expected true or false")
+                by_task.setdefault(str(entry["tag"]), []).append(float(entry["correct"]))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no result of GenEval's evaluate_images.py ({first_line(error)})") from None
     if not by_task:
@@ -74,20 +76,21 @@ def _dpg(path: Path, text: str) -> SampleFigures:
     if found is None:
         raise DataError(f"{path}: no 'DPG-Bench score'; expected the results.txt of a finished compute_dpg_bench.py")
     broad = text.partition("L1 category scores:")[2].partition("L2 category scores:")[0]
-    figures = {name.strip(): Figure(float(score)) for name, score in _CATEGORY.findall(broad)}
     try:
+        score = float(found[1])
+        figures = {name.strip(): Figure(float(mean)) for name, mean in _CATEGORY.findall(broad)}
         lines = [line for line in text.partition("Model:")[0].splitlines() if ", " in line]
         scores = [float(line.rsplit(", ", 1)[1]) for line in lines]  # of each prompt, in [0, 1]
     except ValueError as problem:
         raise DataError(f"{path}: no result of DPG-bench's compute_dpg_bench.py ({first_line(problem)})") from None
     mean = sum(scores) / max(len(scores), 1)
-    if scores and abs(100 * mean - float(found[1])) > _ROUNDING:
+    if scores and abs(100 * mean - score) > _ROUNDING:
         raise DataError(
             f"{path}: the mean of its {len(scores)} prompts is {100 * mean:.2f}, its score {found[1]}; score them again"
         )
     error = 100 * statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
     protocol = {"name": f"DPG-bench, {len(scores)} prompts", "reference": {}, "result": path.name}
-    total = Figure(float(found[1]), error)
+    total = Figure(score, error)
     return SampleFigures(samples=path.stem, figures={**figures, "overall": total}, protocol=protocol)
 
 

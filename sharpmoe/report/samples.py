@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.encode.codecs import Codec
+from data_pipeline.encode.like import OriginCoders, is_fitted, keeps_codec, same_fit
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.index import MAX_TOKENS
 from data_pipeline.read.shards import ShardSet
@@ -48,6 +50,26 @@ def check_shards(model: Backbone, shards: ShardSet) -> None:
             f"{shards.location}: made for model.{wrong.key} {wrong.data}, the model has {wrong.model}; name the shards "
             "the model was trained on (--shards)"
         )
+
+
+def check_weak_origin(weak: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raise ConfigError where a weak model was trained on latents of another codec, or texts of another encoder.
+
+    weak, own: headers of the weights of the weak model and of the model. What a header does not say is not compared,
+    and two fits that differ by rounding are one codec.
+    """
+    for what, keys in (("codec", None), ("encoder", ("kind", "sha256"))):
+        if what not in weak or what not in own:
+            continue
+        there, here = json.loads(weak[what]), json.loads(own[what])
+        differ = [key for key in keys or sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        if what == "codec" and differ == ["sha256"] and is_fitted(here) and keeps_codec(own):
+            differ = [] if same_fit(weak, OriginCoders(own).codec_object()) else differ
+        if differ:
+            raise ConfigError(
+                f"weak model: trained with {what} {differ[0]} {there.get(differ[0])!r}, the model with "
+                f"{here.get(differ[0])!r}; take weights of the same data, such as the base of the model"
+            )
 
 
 class Size(NamedTuple):

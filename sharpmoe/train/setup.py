@@ -153,9 +153,11 @@ def rehearse_checkpoint(plan: RunPlan) -> RunPlan:
 def _resume(saved: Manifest | None, plan: RunPlan) -> RunPlan:
     if saved is None:
         return plan
+    model = planned_model(plan.run)
+    check_trained([name for name, _ in model.named_parameters()], plan.run)  # a misspelt pattern is no other run
     try:
         Checkpoints.check_fits(saved, plan.run.model, plan.identity)
-        Checkpoints.check_trains_same(saved, planned_model(plan.run), plan.run)
+        Checkpoints.check_trains_same(saved, model, plan.run)
         _check_base(saved, plan)
     except CheckpointError as error:
         if saved.folder.parent != plan.checkpoints:

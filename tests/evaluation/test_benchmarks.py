@@ -55,6 +55,8 @@ def test_dpg_has_its_categories_and_the_spread_of_its_prompts(tmp_path: Path) ->
         ("geneval", "", "holds no results"),
         ("geneval", '{"tag": "a"}', "no result of GenEval's"),
         ("geneval", "no json", "no result of GenEval's"),
+        ("geneval", '{"tag": "a", "correct": "False"}', "correct is 'False', expected true or false"),
+        ("dpg", DPG.replace("score: 50", "score: 5.5.5"), "no result of DPG-bench's"),
         ("dpg", DPG.partition("Model")[0], "expected the results.txt of a finished"),
         ("dpg", DPG.replace("score: 50", "score: 60"), "the mean of its 2 prompts is 50.00, its score 60.0"),
     ],

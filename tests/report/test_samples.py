@@ -6,7 +6,7 @@ from data_pipeline.read.shards import ShardSet
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.report.runs import find_saved_model
-from sharpmoe.report.samples import Prompts, check_shards, encode_prompts
+from sharpmoe.report.samples import Prompts, check_shards, check_weak_origin, encode_prompts
 from tests.report.run_folder import make_run_folder
 from tests.toys import toy_config, toy_model
 
@@ -26,3 +26,13 @@ def test_models_of_other_shards_and_prompts_of_another_kind(run_folder: Path, tm
     empty.write_text("\n\n")
     with pytest.raises(DataError, match="holds no captions"):
         read_captions(empty)
+
+
+def test_a_weak_model_of_another_codec_or_encoder_is_refused() -> None:
+    own = {"codec": '{"kind": "pixel"}', "encoder": '{"kind": "hash", "max_length": 32}'}
+    check_weak_origin({}, own)
+    check_weak_origin(own | {"encoder": '{"kind": "hash", "max_length": 8}'}, own)  # the texts are those of the model
+    with pytest.raises(ConfigError, match="weak model: trained with codec kind 'patch_pca', the model with 'pixel'"):
+        check_weak_origin({"codec": '{"kind": "patch_pca"}'}, own)
+    with pytest.raises(ConfigError, match="weak model: trained with encoder kind 'transformers'"):
+        check_weak_origin({"encoder": '{"kind": "transformers"}'}, own)

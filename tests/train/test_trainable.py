@@ -171,6 +171,8 @@ def test_other_patterns_resume_where_they_train_the_same(shards: Path, tmp_path:
     ):
         with pytest.raises(CheckpointError, match=f"{verbs}.*train.trainable to .*moe.saliency_router.*or start a new"):
             plan_for(run(3, other), ALONE)
+    with pytest.raises(ConfigError, match="train.trainable: 'nothing' matches no parameter"):  # not: another run
+        plan_for(run(3, {"trainable": ["nothing"]}), ALONE)
 
 
 def _freeze(model: Backbone) -> Backbone:
@@ -254,3 +256,6 @@ def test_a_run_without_adapters_has_none_to_export(
     assert (
         "its run has no adapters (lora.rank 0); export the whole weights, without --adapters" in capsys.readouterr().err
     )
+    (tmp_path / "w.safetensors").touch()
+    assert export([str(tmp_path / "w.safetensors"), str(tmp_path / "out"), "--adapters"]) == 2
+    assert "no checkpoint, and --adapters reads those of a run" in capsys.readouterr().err
