@@ -11,7 +11,7 @@ from torch import Tensor
 from sharpmoe.checkpoint.manifest import MANIFEST, read_manifest
 from sharpmoe.config import LoraConfig
 from sharpmoe.errors import CheckpointError, first_line
-from sharpmoe.model.adapters import is_adapter, save_adapters
+from sharpmoe.model.adapters import Adapters, is_adapter, save_adapters
 from sharpmoe.model.trainable import planned_adapters
 
 _KINDS = {"live": "master", "ema": "ema"}  # weights -> kind of the ranks' pieces
@@ -35,9 +35,14 @@ def export_adapters(checkpoint: Path, out: Path, weights: Literal["ema", "live"]
             f"{checkpoint}: its run has no adapters (lora.rank 0); export the whole weights, without --adapters"
         )
     adapters = planned_adapters(saved.model, lora)
-    flat = _pieces(checkpoint, _KINDS[weights])
-    save_adapters(out, lora, {name: flat[name].view(shape) for name, shape in adapters.shapes.items()})
+    save_adapters(out, lora, read_adapters(checkpoint, adapters, weights))
     return len(adapters.pairs)
+
+
+def read_adapters(checkpoint: Path, adapters: Adapters, weights: Literal["ema", "live"]) -> dict[str, Tensor]:
+    """Return A and B of every adapter of a checkpoint, float32. Raises CheckpointError."""
+    flat = _pieces(checkpoint, _KINDS[weights])
+    return {name: flat[name].view(shape) for name, shape in adapters.shapes.items()}
 
 
 def _pieces(checkpoint: Path, kind: str) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sharpmoe import durable
 from sharpmoe.checkpoint import load, retention
+from sharpmoe.checkpoint.adapters import read_adapters
 from sharpmoe.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -78,6 +79,7 @@ class Checkpoints:
     find = staticmethod(load.find_checkpoints)
     check_fits = staticmethod(load.check_fits)
     check_trains_same = staticmethod(load.check_trains_same)
+    read_adapters = staticmethod(read_adapters)
     first_sound = staticmethod(load.first_sound)
     rehearse_resume = staticmethod(load.rehearse_resume)
     check_room = staticmethod(retention.check_room)

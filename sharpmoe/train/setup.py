@@ -5,12 +5,10 @@ Only `choose_checkpoint` communicates.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from data_pipeline.encode.like import is_fitted, origin_header, same_fit
 from data_pipeline.read.mixture import Mixture, open_mixture
@@ -37,7 +35,8 @@ from sharpmoe.train.trajectories import EmptyText
 
 # What a run needs to write in its folder, beside pictures and tables, which may fail.
 _FILES = (LOG_FILE, "config.yaml", "zero.json")
-_COMPARED = 2**16  # elements of tensors that are compared to recognise a base
+_COMPARED, _FEW = 2**16, 8  # elements of tensors that are all compared to recognise a base; of larger ones, how many
+_ROUNDING = 1e-5  # relative: another processor may merge with another rounding
 _FOLDERS = ("checkpoints", "tensorboard")
 
 
@@ -238,25 +237,41 @@ def initial_model(plan: RunPlan) -> InitialModel:
         init = plan.saved.folder / "live.safetensors" if has_frozen else None
     weights = StartingWeights(plan.run.model, plan.run.seed, init)
     if plan.saved is not None and adapters is not None:
-        _check_same_base(plan.saved, weights, model, plan.run)
+        _check_same_base(plan.saved, weights, model, adapters, plan.run)
     is_base = init is not None and plan.saved is None
     notes = _origin_notes(weights.meta, plan.data.train, plan.run) if is_base else ()
     return InitialModel(model=model, weights=weights, notes=notes, adapters=adapters)
 
 
-def _check_same_base(saved: Manifest, weights: StartingWeights, model: Backbone, run: RunConfig) -> None:
-    """Raise CheckpointError where the base of an adapted run has changed: its small frozen tensors are compared."""
+def _check_same_base(
+    saved: Manifest, weights: StartingWeights, model: Backbone, adapters: Adapters, run: RunConfig
+) -> None:
+    """Raise CheckpointError where the base of an adapted run has changed, by what its checkpoint holds of it.
+
+    Compared are all small frozen tensors and some of the large ones, of experts the first, and of some adapted layers
+    the merged weights: those that a run started from another base would have saved.
+    """
     live = StartingWeights(run.model, run.seed, saved.folder / "live.safetensors")
-    for name, parameter in model.named_parameters():
-        is_compared = not parameter.requires_grad and not name.endswith(".base_layer.weight")
-        if not is_compared or parameter.numel() > _COMPARED or ".experts." in name:
-            continue
-        if not torch.equal(weights(name, parameter.shape), live(name, parameter.shape)):
+    factors = Checkpoints.read_adapters(saved.folder, adapters, "live")
+    shapes = {plain_name(name): each.shape for name, each in model.named_parameters() if not each.requires_grad}
+    small = [name for name in shapes if name not in adapters.pairs and shapes[name].numel() <= _COMPARED]
+    large = [name for name in shapes if name not in adapters.pairs and shapes[name].numel() > _COMPARED]
+    for name in (*small, *_spread(large), *_spread(sorted(adapters.pairs))):
+        first = range(1) if ".experts." in name else None
+        base, found = (values(name, shapes[name], first) for values in (weights, live))
+        if name in adapters.pairs:
+            base = adapters.merged(base, *(factors[one] for one in adapters.pairs[name]))
+        if (base - found).abs().max() > _ROUNDING * found.abs().max():
             raise CheckpointError(
                 f"{saved.folder}: its adapters were trained on another base than checkpoint.init "
-                f"{run.checkpoint.init!r} ({plain_name(name)} differs); set checkpoint.init to the former, or start a "
-                "new run from its live.safetensors, in which they are merged"
+                f"{run.checkpoint.init!r} ({name} differs); set checkpoint.init to the former, or start a new run from "
+                "its live.safetensors, in which they are merged"
             )
+
+
+def _spread(names: Sequence[str]) -> list[str]:
+    """Return a few names, evenly spread."""
+    return [*names[:: max(1, len(names) // _FEW)]]
 
 
 def _origin_notes(meta: Mapping[str, str], data: Mixture, run: RunConfig) -> tuple[str, ...]:

@@ -242,9 +242,14 @@ def test_adapters_train_resume_and_are_merged(adapted: str, shards: Path, tmp_pa
         CheckpointError, match="lora.rank is 2 there, 3 in the run; set lora.rank to the former, or start"
     ):
         plan_for(part("halves", 5, rank=3)[0], TWO)
-    save_weights(whole.checkpoint.init, {k: v + 0.1 for k, v in base.items()}, whole.model)
-    with pytest.raises(CheckpointError, match="its adapters were trained on another base than checkpoint.init"):
-        initial_model(plan_for(part("halves", 5)[0], TWO))
+    for changed in (set(base), {key for key in base if key.endswith("attn.qkv.weight")}, {"blocks.1.moe.experts.w1"}):
+        other = {key: value * 1.01 + 0.001 if key in changed else value for key, value in base.items()}
+        assert any(not torch.equal(other[key], base[key]) for key in base)
+        save_weights(whole.checkpoint.init, other, whole.model)
+        with pytest.raises(CheckpointError, match="its adapters were trained on another base than checkpoint.init"):
+            initial_model(plan_for(part("halves", 5)[0], TWO))
+    save_weights(whole.checkpoint.init, base, whole.model)
+    initial_model(plan_for(part("halves", 5)[0], TWO))  # the base itself
 
 
 def test_a_run_without_adapters_has_none_to_export(
