@@ -152,7 +152,7 @@ def _mean_and_most(model: ModelConfig) -> tuple[float, float]:
 def _names_single_blocks(run: RunConfig) -> bool:
     """Whether patterns train blocks of one kind differently, so that depth is no pattern that repeats."""
     patterns = (*run.train.trainable, *run.train.frozen, *run.lora.targets)
-    return any(character.isdecimal() for pattern in patterns for character in pattern)
+    return any(character in "0123456789?[" for pattern in patterns for character in pattern)
 
 
 def _extend(one: _LinearBytes, two: _LinearBytes, repeats: int) -> _LinearBytes:

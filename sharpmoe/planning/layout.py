@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.trainable import planned_model
+from sharpmoe.model.trainable import check_trained, planned_model
 from sharpmoe.parallel.zero.settings import ZeroSettings
 
 
@@ -42,8 +42,12 @@ class RankParameter(NamedTuple):
 
 
 def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParameter]:
-    """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer."""
+    """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer.
+
+    Raises ConfigError where a pattern of train.trainable, train.frozen or optim.lr_scale matches no parameter.
+    """
     model = planned_model(run)
+    check_trained([name for name, _ in model.named_parameters()], run)
     blocks = {block: index for index, block in enumerate(model.blocks)}
     owners = [(f"{name}.", blocks.get(part)) for name, part in model.gathered_units()]
     parts = []

@@ -146,6 +146,8 @@ def test_a_model_above_the_limits_of_zero3_is_reported(plan: Any, tmp_path: Path
         (("--world", "4", "--ep", "3"), "parallel.ep_size is 3, allowed: 1 | 2 | 4"),
         (("--config", "nowhere.yaml"), "run file nowhere.yaml does not exist"),
         (("--rollout.shedule", "plain"), "did you mean rollout.schedule?"),
+        (("--train.frozen", "[moe.expert]"), "train.frozen: 'moe.expert' matches no parameter"),
+        (("--train.frozen", "['*']"), "leaves nothing to train"),
     ],
 )
 def test_bad_input_is_one_line(words: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]) -> None:
