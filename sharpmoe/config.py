@@ -17,6 +17,7 @@ from sharpmoe.config_model import SIZES as SIZES
 from sharpmoe.config_model import ModelConfig as ModelConfig
 from sharpmoe.config_model import OneOf as OneOf
 from sharpmoe.config_model import Section
+from sharpmoe.errors import ConfigError
 
 # Seconds after which a collective gives up by itself, without naming a rank: of every process group of the training
 # (sharpmoe/parallel/ranks/launch.py). The watchdog of `peers` must have spoken before.
@@ -91,6 +92,9 @@ class DataConfig(Section):
         return self.places[0][0]
 
 
+_LARGEST_MU = 30.0  # e^30 is a sound float32; beyond it a shift leaves no time but the first in any case
+
+
 class ShiftConfig(Section):
     """Shift of times towards noise, t' = s t / (1 + (s - 1) t), which images of more tokens need (arXiv 2403.03206)."""
 
@@ -107,6 +111,17 @@ class ShiftConfig(Section):
         if self.max_tokens <= self.base_tokens:
             raise ValueError(f"max_tokens ({self.max_tokens}) must be above base_tokens ({self.base_tokens})")
         return self
+
+    def mu(self, tokens: int) -> float:
+        """Return mu for images of so many tokens. Raises ConfigError where exp(mu) is no use as a factor."""
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        mu = self.base_shift + slope * (tokens - self.base_tokens)
+        if abs(mu) > _LARGEST_MU:
+            raise ConfigError(
+                f"shift: {tokens} tokens have mu {mu:.3g}, allowed: -{_LARGEST_MU:g} to {_LARGEST_MU:g}; correct "
+                "base_tokens, max_tokens, base_shift, max_shift"
+            )
+        return mu
 
 
 SCHEDULE_SETTINGS: dict[str, tuple[str, ...]] = {  # settings of rollout schedules, with the schedules that have them

@@ -43,11 +43,8 @@ def clean_prediction(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 
 def shift_factor(shift: ShiftConfig, tokens: int) -> float:
-    """Return the factor s of `shift_times` for images of so many tokens; 1 is no shift."""
-    if shift.factor != "tokens":
-        return shift.factor
-    slope = (shift.max_shift - shift.base_shift) / (shift.max_tokens - shift.base_tokens)
-    return math.exp(shift.base_shift + slope * (tokens - shift.base_tokens))
+    """Return the factor s of `shift_times` for images of so many tokens; 1 is no shift. Raises ConfigError."""
+    return math.exp(shift.mu(tokens)) if shift.factor == "tokens" else shift.factor
 
 
 def shift_times(t: Tensor, factor: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributions import Normal
 
 from sharpmoe import flow
 from sharpmoe.config import ShiftConfig
+from sharpmoe.errors import ConfigError
 from sharpmoe.flow import descending_times, interpolate, markov_noise
 
 PUBLISHED = ShiftConfig(factor="tokens")  # of Nucleus-Image, FLUX and Qwen-Image
@@ -41,6 +42,14 @@ def test_the_line_of_mu_has_the_given_points() -> None:
     shift = ShiftConfig(factor="tokens", base_tokens=16, max_tokens=64, base_shift=0.0, max_shift=1.0)
     logarithms = [math.log(flow.shift_factor(shift, tokens)) for tokens in (16, 40, 64, 112)]
     assert logarithms == pytest.approx([0, 0.5, 1, 2])
+
+
+def test_keys_that_shift_beyond_all_times_are_one_line() -> None:
+    shift = ShiftConfig(factor="tokens", base_tokens=1, max_tokens=2, base_shift=-10.0, max_shift=10.0)
+    assert flow.shift_factor(shift, 3) == pytest.approx(math.exp(30))
+    with pytest.raises(ConfigError, match="4096 tokens have mu 8.19e\\+04, allowed: -30 to 30; correct base_tokens"):
+        flow.shift_factor(shift, 4096)
+    assert flow.shift_factor(ShiftConfig(factor="tokens"), 2**16) > 1e4  # 4096 pixels a side
 
 
 def test_no_shift_changes_no_bit() -> None:
