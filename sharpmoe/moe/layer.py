@@ -82,5 +82,5 @@ class MoELayer(Router):
             total=families.total_rows(
                 self.config, images, tokens, training=training, pool_is_call=pool_is_call, is_replay=is_replay
             ),
-            by_construction=not is_replay and h.is_cuda,  # a wrong rule is found on a CPU
+            by_construction=not is_replay,
         )
