@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from launcher.bounds import POSITIVE
 from launcher.command import Command
 from launcher.published import add_reading_options, sizes_of
+from sharpmoe.config import ModelConfig
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.build import build_model
@@ -75,37 +76,37 @@ def _from_published(arguments: argparse.Namespace) -> str:
     origin = f"{arguments.family}/{router}, {report.kind}"
     save_weights(arguments.out, model.state_dict(), model.config, {"published": origin})
     lines = [*report.lines(), *describe(model)]
-    if arguments.config is not None:
-        write_run_file(
-            arguments.config,
-            model.config,
-            arguments.out,
-            source=arguments.source.name,
-            origin=f"{origin} weights",
-            shards=arguments.shards,
-        )
-        lines.append(f"run file    {arguments.config}; check it with launcher/train.py --config FILE --dry-run")
+    lines += _run_file(arguments, model.config, origin)
     size = arguments.out.stat().st_size / 1e6
     return "\n".join([*lines, f"{arguments.out}: {size:.1f} MB; {report.line()}"])
 
 
+def _run_file(arguments: argparse.Namespace, config: ModelConfig, origin: str) -> list[str]:
+    """Write the run file that --config asks for; return the line that says so."""
+    if arguments.config is None:
+        return []
+    write_run_file(
+        arguments.config,
+        config,
+        arguments.out,
+        source=arguments.source.name,
+        origin=f"{origin} weights",
+        shards=arguments.shards,
+    )
+    return [f"run file    {arguments.config}; check it with launcher/train.py --config FILE --dry-run"]
+
+
 def _from_folder(arguments: argparse.Namespace, router: str) -> str:
     """Convert a folder with a configuration, tensor by tensor."""
+    if arguments.text_width:
+        raise ConfigError(f"--text-width: a model of --family {arguments.family} reads text already; leave it out")
     sizes = {name: value for name, value in sizes_of(arguments).items() if value is not None}
     folder = PublishedFolder(local_folder(arguments.source), **sizes)
     origin = f"{arguments.family}/{router}, plain"
     convert_folder(folder, arguments.out, {"published": origin})
     with torch.device("meta"):
         lines = describe(build_model(folder.config))
-    if arguments.config is not None:
-        write_run_file(
-            arguments.config,
-            folder.config,
-            arguments.out,
-            source=arguments.source.name,
-            origin=f"{origin} weights",
-            shards=arguments.shards,
-        )
+    lines += _run_file(arguments, folder.config, origin)
     size, kind = arguments.out.stat().st_size / 1e6, dtype_name(folder.dtype)
     return "\n".join([*lines, f"{arguments.out}: {size:.1f} MB, {len(folder.names)} tensors, {kind}"])
 

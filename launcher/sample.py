@@ -9,6 +9,7 @@ if not __package__:  # run as a script, which has this folder on its path
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,24 @@ class _Named(NamedTuple):
 
     model: Backbone
     name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What is drawn, by what."""
+
+    arguments: argparse.Namespace
+    settings: SampleConfig
+    model: Backbone
+    shards: ShardSet
+    saved: SavedModel
+    weak: _Named | None
+
+    def options(self, part: sampling.ImagePart) -> DrawOptions:
+        """Return the options of drawing a part of the images."""
+        given = self.arguments
+        pixels = Size(given.height, given.width)
+        return DrawOptions(part, given.batch_size, given.pool_per_image, pixels, self.weak and self.weak.model)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +126,7 @@ def _act(arguments: argparse.Namespace) -> None:
         sampling.compile_blocks(model)
         print_note("note: the first model call compiles the blocks, which takes one to three minutes")
     draw = _npz if arguments.npz else _prompt_folder if arguments.prompts else _files
-    drawn = draw(arguments, settings, model, shards, saved, weak)
+    drawn = draw(_Call(arguments=arguments, settings=settings, model=model, shards=shards, saved=saved, weak=weak))
     print_note(average_note(saved))
     print(drawn)
 
@@ -134,65 +153,45 @@ def _weak_model(arguments: argparse.Namespace, header: Mapping[str, str]) -> _Na
     return _Named(weak.to(arguments.device), saved.name)
 
 
-def _npz(
-    arguments: argparse.Namespace,
-    settings: SampleConfig,
-    model: Backbone,
-    shards: ShardSet,
-    saved: SavedModel,
-    weak: _Named | None,
-) -> Path:
-    if arguments.width or arguments.height:
+def _npz(call: _Call) -> Path:
+    given, weak = call.arguments, call.weak
+    if given.width or given.height:
         raise ConfigError("--npz draws the square of the model, as published figures are: leave out --width, --height")
-    codec = shards.codec_object(arguments.device)
+    codec = call.shards.codec_object(given.device)
     batch = AdmBatch(
-        path=arguments.npz,
-        num_images=arguments.num,
-        image_size=model.config.latent_size * pixels_per_latent(codec),
-        batch_size=arguments.batch_size,
-        weights=saved.name,
-        part=arguments.part or sampling.ImagePart(),
+        path=given.npz,
+        num_images=given.num,
+        image_size=call.model.config.latent_size * pixels_per_latent(codec),
+        batch_size=given.batch_size,
+        weights=call.saved.name,
+        part=given.part or sampling.ImagePart(),
         weak_weights=weak and weak.name,
     )
-    if arguments.join:
-        return join_adm_batch(model.config, settings, batch, arguments.join)
-    return draw_adm_batch(model, settings, codec.decode, batch, weak and weak.model)
+    if given.join:
+        return join_adm_batch(call.model.config, call.settings, batch, given.join)
+    return draw_adm_batch(call.model, call.settings, codec.decode, batch, weak and weak.model)
 
 
-def _prompt_folder(
-    arguments: argparse.Namespace,
-    settings: SampleConfig,
-    model: Backbone,
-    shards: ShardSet,
-    saved: SavedModel,
-    weak: _Named | None,
-) -> Path:
-    if arguments.out is None:
+def _prompt_folder(call: _Call) -> Path:
+    given = call.arguments
+    if given.out is None:
         raise ConfigError("--prompts needs --out FOLDER, into which a benchmark's pictures are drawn")
-    options = _draw_options(arguments, weak, arguments.part or part_of_rank())
-    prompts = open_prompts(arguments.prompts, arguments.per_prompt)
-    return draw_prompt_folder(model, shards, prompts, settings, arguments.out, options)
+    prompts = open_prompts(given.prompts, given.per_prompt)
+    options = call.options(given.part or part_of_rank())
+    return draw_prompt_folder(call.model, call.shards, prompts, call.settings, given.out, options)
 
 
-def _files(
-    arguments: argparse.Namespace,
-    settings: SampleConfig,
-    model: Backbone,
-    shards: ShardSet,
-    saved: SavedModel,
-    weak: _Named | None,
-) -> Path | str:
-    part = arguments.part or sampling.ImagePart()
-    options = _draw_options(arguments, weak, part)
-    folder = arguments.out or saved.folder / "samples" / "drawn"
-    prompts = _prompts(arguments, settings)
-    grid = draw_to_files(model, shards, prompts, settings, folder, options, lambda note: print(note, file=sys.stderr))
-    return grid or f"part {part}: nothing to draw; a part is at least one batch (--batch-size {arguments.batch_size})"
+def _files(call: _Call) -> Path | str:
+    given = call.arguments
+    part = given.part or sampling.ImagePart()
+    folder = given.out or call.saved.folder / "samples" / "drawn"
+    prompts = _prompts(given, call.settings)
 
+    def say(note: str) -> None:
+        print(note, file=sys.stderr)
 
-def _draw_options(arguments: argparse.Namespace, weak: _Named | None, part: sampling.ImagePart) -> DrawOptions:
-    pixels = Size(arguments.height, arguments.width)
-    return DrawOptions(part, arguments.batch_size, arguments.pool_per_image, pixels, weak and weak.model)
+    grid = draw_to_files(call.model, call.shards, prompts, call.settings, folder, call.options(part), say)
+    return grid or f"part {part}: nothing to draw; a part is at least one batch (--batch-size {given.batch_size})"
 
 
 def _prompts(arguments: argparse.Namespace, settings: SampleConfig) -> Prompts:
