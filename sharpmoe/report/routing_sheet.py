@@ -87,22 +87,24 @@ class _Scale(NamedTuple):
 
 
 def _draw_steps(sheet: RoutingSheet, values: Tensor, title: str, scale: _Scale) -> Pixels:
-    """Draw image, M and mask of every row, then the values (I, T, N) of every denoising step on one scale."""
+    """Draw image, M and mask (where there are any) of every row, then the values (I, T, N) of every denoising step."""
     num_images, num_steps, _ = values.shape
-    columns = 3 + num_steps
+    has_masks = not bool(sheet.foreground.isnan().all())
+    first = 3 if has_masks else 2  # column of the first step
+    columns = first + num_steps
     height, width = sheet.images.shape[2:]
     row_height = 0.25 + 0.95 * min(max(height / width, 0.4), 1.6)  # a picture is one inch wide, or narrower
     figure = Figure(figsize=(1.02 * columns + 0.9, row_height * num_images + 0.55 + 0.3 * bool(title)), dpi=110)
     axes = figure.subplots(num_images, columns, squeeze=False)
-    heads = ["image", "saliency M", "mask", *(f"t = {t:.3g}" for t in sheet.times)]
+    heads = ["image", "saliency M", *(["mask"] if has_masks else []), *(f"t = {t:.3g}" for t in sheet.times)]
     for row, pixels in zip(range(num_images), to_pixels(sheet.images), strict=True):
         grids = [to_grid(each, sheet) for each in (sheet.saliency[row], sheet.foreground[row], *values[row])]
         axes[row, 0].imshow(pixels)
-        for axis, grid, top in zip(axes[row, 1:3], grids, (float(grids[0].max()), 1.0), strict=False):
+        for axis, grid, top in zip(axes[row, 1:first], grids, (float(grids[0].max()), 1.0), strict=False):
             axis.imshow(grid, interpolation="nearest", cmap="gray", vmin=0, vmax=top)
-        for axis, grid in zip(axes[row, 3:], grids[2:], strict=True):
+        for axis, grid in zip(axes[row, first:], grids[2:], strict=True):
             drawn = axis.imshow(grid, interpolation="nearest", cmap=scale.heat, vmin=scale.low, vmax=scale.high)
-        if np.isnan(grids[1]).any():
+        if has_masks and np.isnan(grids[1]).any():
             axes[row, 2].text(0.5, 0.5, "none", ha="center", va="center", transform=axes[row, 2].transAxes, fontsize=8)
         write_caption(axes[row, 0], sheet.captions[row])
     for axis in axes.flat:

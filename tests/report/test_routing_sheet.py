@@ -21,10 +21,16 @@ def sheet(images: int = 2, most: int = 5) -> RoutingSheet:
 
 
 def test_a_sheet_has_one_row_per_image_and_ignores_missing_masks() -> None:
-    one, two = (draw_routing_sheet(sheet(n)) for n in (1, 2))
-    assert one.dtype == np.uint8
-    assert one.shape[1] == two.shape[1]
-    assert two.shape[0] > 1.4 * one.shape[0]
+    two, four = (draw_routing_sheet(sheet(n)) for n in (2, 4))  # the first image has no mask
+    assert two.dtype == np.uint8
+    assert two.shape[1] == four.shape[1]
+    assert four.shape[0] > 1.4 * two.shape[0]
+
+
+def test_without_any_mask_there_is_no_column_for_them() -> None:
+    some = sheet()
+    none = replace(some, foreground=torch.full_like(some.foreground, torch.nan))
+    assert draw_routing_sheet(none).shape[1] < draw_routing_sheet(some).shape[1]
 
 
 def test_sheets_on_one_scale_can_be_compared() -> None:
