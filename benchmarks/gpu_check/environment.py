@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from benchmarks.gpu_check.facts import Facts
 from sharpmoe.config_io import PROJECT_ROOT
-from sharpmoe.devices import device_count
+from sharpmoe.devices import device_count, wait_for
 from sharpmoe.parallel.ranks import launch
 
 _PACKAGES = ("deepspeed", "megatron-core", "numpy", "pydantic", "safetensors", "transformers", "triton")
@@ -82,18 +82,12 @@ def small_operation(device: torch.device, count: int = _SMALL_OPS) -> float:
     x = torch.zeros(4, device=device)
     for _ in range(100):
         x + 1
-    synchronise(device)
+    wait_for(device)
     began = time.perf_counter()
     for _ in range(count):
         x + 1
-    synchronise(device)
+    wait_for(device)
     return 1e6 * (time.perf_counter() - began) / count
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _version(package: str) -> str | None:

@@ -19,10 +19,11 @@ from torch.cuda import CUDAGraph
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gemms import Gemm, bare
-from benchmarks.gpu_check.environment import part_parser, synchronise
+from benchmarks.gpu_check.environment import part_parser
 from benchmarks.gpu_check.facts import Facts
 from benchmarks.harness import Options, SizeTable, sizes_for
 from benchmarks.rollout import Rollout, Size, make_model, make_rollout
+from sharpmoe.devices import wait_for
 from sharpmoe.families import FAMILIES, rows_of_call
 from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 
@@ -93,10 +94,10 @@ def median_seconds(work: Callable[[], object], device: torch.device, count: int 
     work()
     times = []
     for _ in range(count):
-        synchronise(device)
+        wait_for(device)
         began = time.perf_counter()
         work()
-        synchronise(device)
+        wait_for(device)
         times.append(time.perf_counter() - began)
     return sorted(times)[count // 2]
 
@@ -107,13 +108,13 @@ def _profiled(size: Size, options: Options, rate: float) -> dict[str, Any]:
     began = time.perf_counter()
     rollout()
     issued = time.perf_counter() - began
-    synchronise(device)
+    wait_for(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as profiler:
         rollout()
-        synchronise(device)
+        wait_for(device)
     spans = spans_of(profiler.events() or [], device)
     busy, flops = busy_seconds(spans), _flops(rollout)
     tflops = flops / seconds / 1e12
@@ -201,7 +202,7 @@ def _waits(router: str, options: Options) -> dict[str, Any]:
     rollout()
     if options.device.type != "cuda":
         return {"count": None, "skipped": "waits are reported by CUDA"}
-    synchronise(options.device)
+    wait_for(options.device)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:

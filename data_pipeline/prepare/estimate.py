@@ -135,7 +135,14 @@ def _try(worker: Worker, catalog: Catalog, chosen: np.ndarray, resolutions: list
     begin, before = marks[1 if len(marks) > 2 else 0]  # the first batch warms up
     seconds = (marks[-1][0] - begin) / (len(samples) - before)
     done = sum((sample.counts for sample in samples), Counts())
-    return _Trial(seconds, size, longest, _bytes_by_content(samples, size), skipped, done)
+    return _Trial(
+        seconds=seconds,
+        size=size,
+        text_length=longest,
+        parts=_bytes_by_content(samples, size),
+        skipped=skipped,
+        counts=done,
+    )
 
 
 def _bytes_by_content(samples: list[Encoded], size: float) -> dict[str, float]:

@@ -76,7 +76,9 @@ class Nucleus(Backbone):
         time = self.t_embedder(t)
         bias = attention_bias(functional.pad(prepared.mask, (grid[0] * grid[1], 0), value=True), tokens.dtype)
         rope = _rotary(self.config.head_axes, grid, prepared.mask.shape[1], t.device)
-        context = _Context(functional.silu(time), time, rope, bias, prepared.states, None)
+        context = _Context(
+            c=functional.silu(time), time=time, rope=rope, bias=bias, states=prepared.states, keys_values=None
+        )
         records: list[Routing] = []
         for index, block in enumerate(self.blocks):
             own = context._replace(keys_values=prepared.keys_values[index]) if prepared.keys_values else context

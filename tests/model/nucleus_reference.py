@@ -9,7 +9,7 @@ from torch import Tensor
 from sharpmoe.latent_patches import patchify
 from sharpmoe.model.backbone import Backbone, TextCondition
 from sharpmoe.model.build import build_model
-from sharpmoe.model.published.nucleus import join_parts, place_of, published_parts, read_config, read_place
+from sharpmoe.model.published.nucleus import join_parts, place_of, published_parts, read_config, read_published
 
 TINY: dict[str, Any] = {
     "patch_size": 2,
@@ -52,7 +52,7 @@ def ours(network: NucleusMoEImageTransformer2DModel, **changes: Any) -> Backbone
         for name, value in model.state_dict().items():
             place = place_of(name)
             if place is not None:
-                value.copy_(read_place(place, published[place.key], config))
+                value.copy_(read_published(place, published[place.key], config))
     assert {*published_parts(model.state_dict())} == {*published}
     return model.train()
 

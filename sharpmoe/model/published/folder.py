@@ -23,7 +23,7 @@ from sharpmoe.model.published.nucleus import (
     place_of,
     published_parts,
     read_config,
-    read_place,
+    read_published,
 )
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -63,7 +63,7 @@ class PublishedFolder:
             if place is None:
                 found: Tensor = opened.get_tensor(name)
                 return found
-            return read_place(place, opened.get_slice(place.key), self.config, experts).contiguous()
+            return read_published(place, opened.get_slice(place.key), self.config, experts).contiguous()
 
     def _check(self) -> torch.dtype:
         """Compare keys and shapes with those of the architecture; return the dtype, float32 where there are several."""

@@ -144,7 +144,7 @@ class Slices(Protocol):
     def __getitem__(self, place: Any, /) -> Tensor: ...
 
 
-class Place(NamedTuple):
+class PublishedPlace(NamedTuple):
     """Where a tensor of ours is in a published checkpoint, and in which form."""
 
     key: str
@@ -193,18 +193,18 @@ _FORMED = (  # pattern, key, form, half
 )
 
 
-def place_of(name: str) -> Place | None:
+def place_of(name: str) -> PublishedPlace | None:
     """Return where a parameter or buffer of ours is; None for saliency routers, which no published checkpoint has."""
     for pattern, key in _KEYS:
         if found := re.fullmatch(pattern, name):
-            return Place(found.expand(key))
+            return PublishedPlace(found.expand(key))
     for pattern, key, form, half in _FORMED:
         if found := re.fullmatch(pattern, name):
-            return Place(found.expand(key), form, half)
+            return PublishedPlace(found.expand(key), form, half)
     return None
 
 
-def read_place(place: Place, source: Slices, config: ModelConfig, experts: range | None = None) -> Tensor:
+def read_published(place: PublishedPlace, source: Slices, config: ModelConfig, experts: range | None = None) -> Tensor:
     """Return our tensor from the published one that holds it; of stacked experts only those in `experts`."""
     hidden = config.expert_width
     rows = slice(None) if experts is None else slice(experts.start, experts.stop)

@@ -19,7 +19,7 @@ from sharpmoe.model.build import build_model
 from sharpmoe.model.published import folder as folder_module
 from sharpmoe.model.published.export import write_folder
 from sharpmoe.model.published.folder import ROUTERS_FILE, WEIGHTS_NAME, PublishedFolder, local_folder
-from sharpmoe.model.published.nucleus import Place, Slices
+from sharpmoe.model.published.nucleus import PublishedPlace, Slices
 from sharpmoe.model.weights import StartingWeights, load_model, save_weights
 from tests.model.nucleus_reference import reference, reference_velocity
 from tests.model.test_nucleus import inputs
@@ -119,12 +119,12 @@ class Counting:
 
 def test_a_rank_reads_its_experts_only(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read_place = folder_module.read_place
+    read_published = folder_module.read_published
 
-    def counted(place: Place, source: Slices, *rest: Any) -> Tensor:
-        return read_place(place, Counting(source, reads), *rest)
+    def counted(place: PublishedPlace, source: Slices, *rest: Any) -> Tensor:
+        return read_published(place, Counting(source, reads), *rest)
 
-    monkeypatch.setattr(folder_module, "read_place", counted)
+    monkeypatch.setattr(folder_module, "read_published", counted)
     whole = sharpmoe.load_pretrained(published, family="nucleus")
     all_bytes, largest = sum(reads), max(reads)
     experts = {name for name, _ in whole.named_parameters() if ".experts." in name}
