@@ -59,6 +59,17 @@ def test_a_folder_loads_and_computes_what_diffusers_computes(published: Path) ->
     assert sum("saliency_router" in name for name, _ in half.named_parameters()) == 2 * 4
 
 
+def test_what_a_folder_says_itself_is_no_option(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(published), str(tmp_path / "ours.safetensors"), "--family", "nucleus", "--text-width", "8"]
+    assert convert(words) == 2
+    assert (
+        capsys.readouterr().err == "error: --text-width: a model of --family nucleus reads text already; leave it out\n"
+    )
+    assert not (tmp_path / "ours.safetensors").exists()
+
+
 def test_convert_and_export_give_the_same_bits(published: Path, tmp_path: Path, capsys: Any) -> None:
     ours, out = tmp_path / "ours.safetensors", tmp_path / "out"
     assert convert([str(published), str(ours), "--family", "nucleus"]) == 0
