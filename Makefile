@@ -2,6 +2,7 @@
 # make test         the test suite          make check   ruff, mypy, import-linter
 # make test-fast    what needs no second process           make test-all   make test, then the sweeps (make test-sweep)
 # make test-gpu     the tests that need a CUDA device; all others run on the host, on a machine with GPUs too
+# make extras       the packages of the optional features (trackers, demo, documentation, ONNX); their tests are skipped without
 # make clean        remove what the tools leave behind; make clean-all also the environment, data and runs
 #
 # Every target first brings .venv up to date; that costs nothing when the pinned requirements have not changed.
@@ -10,6 +11,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+EXTRAS := $(VENV)/.extras
 SHELL  := /bin/bash
 
 RUN    := runs/quickstart
@@ -23,7 +25,7 @@ QUIET  := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: setup quickstart test test-fast test-sweep test-gpu test-all check format clean clean-all
+.PHONY: setup extras quickstart test test-fast test-sweep test-gpu test-all check format clean clean-all
 
 setup: $(READY)
 
@@ -35,6 +37,14 @@ $(READY): requirements.txt requirements-nodeps.txt pyproject.toml
 	@$(BIN)/python -m pip install -qq "$$(grep '^torch==' requirements.txt)"
 	@$(BIN)/python -m pip install -qq -r requirements.txt
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+# One call with requirements.txt, so that its pins hold: torch stays the build that is installed.
+extras: $(EXTRAS)
+
+$(EXTRAS): requirements-extras.txt $(READY)
+	@echo "installing requirements-extras.txt into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq -r requirements.txt -r requirements-extras.txt
 	@touch $@
 
 # Data and training know by themselves what is done already; the grid is drawn again after training went on.
