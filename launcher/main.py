@@ -33,6 +33,7 @@ _TASKS = {
         "identify": "report family, sizes and time convention of a published checkpoint",
         "convert": "convert published weights to a weights file of this project, or back",
         "export": "copy the weights of a checkpoint to one file",
+        "diff": "compare two weights: parts, layers, experts that changed places",
     },
     "machine": {
         "gpu-check": "check everything on a GPU and measure it",

@@ -62,6 +62,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/planning/traffic.py": "planning/test_counted.py",
     # seen in the pages and pictures of the launcher that writes them
     "sharpmoe/report/comparison.py": "launcher/test_evaluate.py",
+    "sharpmoe/report/weights_difference_table.py": "launcher/test_diff.py",
     "sharpmoe/evaluation/metrics.py": "evaluation/test_sample_metrics.py",
     "sharpmoe/report/page.py": "launcher/test_report.py",
     # stages of a run, seen from whole runs
