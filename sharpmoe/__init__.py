@@ -12,6 +12,7 @@ __version__ = "0.1.0"  # the only place; pyproject.toml reads it
 
 _HOMES = {
     "RolloutLoss": "sharpmoe.api",
+    "SamplingStep": "sharpmoe.sampling",
     "SharpMoEError": "sharpmoe.errors",
     "attach": "sharpmoe.model.attach",
     "batches": "sharpmoe.api",
@@ -26,6 +27,7 @@ _HOMES = {
 
 __all__ = [
     "RolloutLoss",
+    "SamplingStep",
     "SharpMoEError",
     "__version__",
     "attach",

@@ -9,5 +9,6 @@ from sharpmoe.api import save as save
 from sharpmoe.errors import SharpMoEError as SharpMoEError
 from sharpmoe.model.attach import attach as attach
 from sharpmoe.model.published.load import load_pretrained as load_pretrained
+from sharpmoe.sampling import SamplingStep as SamplingStep
 
 __version__: str

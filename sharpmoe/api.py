@@ -38,6 +38,7 @@ from sharpmoe.report.samples import (
     override_sampling,
 )
 from sharpmoe.rollout import TrajectoryBatch
+from sharpmoe.sampling import SamplingCallback
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments, with_schedule
 from sharpmoe.train.terms import LossTerms, routing_weight, steers_alone
@@ -200,6 +201,7 @@ def sample(
     shift: float | Literal["tokens"] | None = None,
     weak_model: Backbone | None = None,
     seed: int | None = None,
+    callback: SamplingCallback | None = None,
 ) -> list[Image.Image]:
     """Draw one image per caption, or per label of a class-conditional model, on the model's device.
 
@@ -208,7 +210,8 @@ def sample(
     defaults of the `sample` section (docs/configuration.md); `shift` is sample.shift.factor. `weak_model`: guidance
     away from a worse model of the same latents, such as the base of a post-trained one, in place of the empty caption
     (autoguidance, arXiv 2406.02070); it is moved to the device of the model. The noise of image i is keyed by (seed,
-    i). The mode of the models is restored. Raises ConfigError and DataError. No communication.
+    i). `callback` is called with a `SamplingStep` once per step and batch; what it raises ends the sampling. The mode
+    of the models is restored. Raises ConfigError and DataError. No communication.
     """
     given: dict[str, object] = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
     given |= {"guidance_source": guidance_source, "cfg_norm": cfg_norm, "cfg_interval": cfg_interval}
@@ -228,7 +231,7 @@ def sample(
     if weak_model is not None:
         check_weak_origin(weak_model.origin, model.origin)
         weak = weak_model.to(_device(model))
-    images = draw_images(model, request, settings, codec.decode, batch_size, size=latents, weak=weak)
+    images = draw_images(model, request, settings, codec.decode, batch_size, size=latents, weak=weak, callback=callback)
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
 

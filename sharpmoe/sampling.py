@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
@@ -30,7 +31,7 @@ from sharpmoe.model.backbone import (
     TextCondition,
     map_condition,
 )
-from sharpmoe.moe.routing import CallMode
+from sharpmoe.moe.routing import CallMode, Routing
 
 
 class Denoiser(Protocol):
@@ -53,7 +54,24 @@ class _Evaluation(NamedTuple):
 
     velocity: Tensor  # (B, C, H, W) float32, after classifier-free guidance
     x0_prev: tuple[Tensor, ...]  # x0_hat of each branch, (B, C, H, W) float32, for the next evaluation
+    routing: tuple[Routing, ...] = ()  # of the first branch, one per MoE layer; empty where it is not kept
 
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingStep:
+    """What a sampler knows in one step, for a callback. The tensors are the sampler's own: read them, or copy."""
+
+    step: int  # from 0
+    steps: int  # how many there are
+    t: float  # time of x_t: 1 is noise, 0 is data
+    images: tuple[int, ...]  # (B,) numbers of the images that are drawn together, in the order of the prompts
+    x_t: Tensor  # (B, C, H, W) float32, the latents before the step
+    x0_hat: Tensor  # (B, C, H, W) float32, the clean latents that the guided velocity at x_t predicts
+    x0_prev: Tensor | None  # (B, C, H, W) float32, what the saliency routers read; None: the model has none
+    routing: tuple[Routing, ...]  # of the conditional branch, one per MoE layer, with B rows; empty for a dense model
+
+
+SamplingCallback = Callable[[SamplingStep], object]
 
 Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], _Evaluation]  # (x_t, t 0-d, x0_prev) -> _Evaluation
 
@@ -115,47 +133,68 @@ class WeakModel(NamedTuple):
     saliency_router: bool  # whether it reads an x0_prev, which is its own
 
 
-_Velocities = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]  # of each branch, float32
+class _Called(NamedTuple):
+    """What a call of the model gave."""
+
+    velocities: tuple[Tensor, ...]  # of each branch, float32
+    routing: tuple[Routing, ...]  # of all branches
+
+
+_Calls = Callable[[Tensor, Tensor, tuple[Tensor, ...]], _Called]
 
 
 def make_field(
-    model: Denoiser, branches: tuple[Condition, ...], settings: CfgSettings, weak: WeakModel | None = None
+    model: Denoiser,
+    branches: tuple[Condition, ...],
+    settings: CfgSettings,
+    weak: WeakModel | None = None,
+    *,
+    keep_routing: bool = False,
 ) -> Field:
     """Turn a model and one condition per branch, (cond,) or (cond, empty), into a velocity field.
 
     x0_prev of each branch is the x0_hat of its own unguided velocity, as in training (`source="own"`), or of the guided
     velocity (`source="guided"`). All branches are one call, in which pools stay apart. A `Backbone` prepares the
     conditions here, once for all steps. `weak`: it is the second branch, with the condition of the only one of
-    `branches`, in a call of its own.
+    `branches`, in a call of its own. `keep_routing`: return the routing of the first branch too.
     """
-    velocities = _calls(model, branches, settings.pool, settings.saliency_router)
-    others = None if weak is None else _calls(weak.model, branches, settings.pool, weak.saliency_router)
+    call = _calls(model, branches, settings.pool, settings.saliency_router)
+    call_weak = None if weak is None else _calls(weak.model, branches, settings.pool, weak.saliency_router)
 
     def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Evaluation:
-        own = velocities(x, t, x0_prev[: len(branches)])
-        own += () if others is None else others(x, t, x0_prev[len(branches) :])
+        called = call(x, t, x0_prev[: len(branches)])
+        own = called.velocities
+        own += () if call_weak is None else call_weak(x, t, x0_prev[len(branches) :]).velocities
         v = own[0] if len(own) == 1 else _guided(own[0], own[1], t, settings)
         sources = own if settings.source == "own" else (v,) * len(own)
         times = t.to(x).expand(len(x))
-        return _Evaluation(v, tuple(flow.clean_prediction(x, u, times) for u in sources))
+        routing = tuple(_first_rows(each, len(x)) for each in called.routing) if keep_routing else ()
+        return _Evaluation(v, tuple(flow.clean_prediction(x, u, times) for u in sources), routing)
 
     return field
 
 
-def _calls(model: Denoiser, branches: tuple[Condition, ...], pool: str, saliency_router: bool) -> _Velocities:
+def _calls(model: Denoiser, branches: tuple[Condition, ...], pool: str, saliency_router: bool) -> _Calls:
     """Return a function that computes the velocity of every branch in one call of the model."""
     condition = _join(branches)
     fixed = model.prepare(condition) if isinstance(model, Backbone) else condition
 
-    def velocities(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def call(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Called:
         rows = len(branches) * len(x)
         x0_prev_all = torch.cat(x0_prev) if saliency_router else None
         pools = {"all": 1, "call": len(branches), "image": rows}[pool]
         x_t = x.repeat(len(branches), 1, 1, 1)
         output = model(x_t, t.to(x).expand(rows), fixed, x0_prev_all, CallMode(pools=pools))
-        return output.v.float().chunk(len(branches))
+        return _Called(output.v.float().chunk(len(branches)), output.routing)
 
-    return velocities
+    return call
+
+
+def _first_rows(routing: Routing, rows: int) -> Routing:
+    """Return the record of the first `rows` images of a call, as views."""
+    shared = {"similarity", "bias"} | ({"cutoff"} if len(routing.cutoff) == 1 else set())  # have no row per image
+    fields = routing._asdict().items()
+    return Routing(**{name: each if each is None or name in shared else each[:rows] for name, each in fields})
 
 
 def _guided(cond: Tensor, other: Tensor, t: Tensor, settings: CfgSettings) -> Tensor:
@@ -175,31 +214,52 @@ def _with_norm_of(cond: Tensor, v: Tensor, patch: int) -> Tensor:
     return v * scale.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
 
 
-def _euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
+# (step from 0, x_t, x0_prev that was read, what it gave) after the evaluation at x_t
+_Observe = Callable[[int, Tensor, tuple[Tensor, ...], _Evaluation], object]
+
+
+def _unseen(*_: object) -> None:
+    pass
+
+
+def _euler(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...], observe: _Observe = _unseen) -> Tensor:
     """Integrate dx/dt = v by Euler steps along times (S + 1,) from 1 to 0; x (B, C, H, W) float32."""
-    for t, t_next in pairwise(times):
-        v, x0_prev = field(x, t, x0_prev)
-        x = flow.advance(x, v, t, t_next)
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        found = field(x, t, x0_prev)
+        observe(step, x, x0_prev, found)
+        x, x0_prev = flow.advance(x, found.velocity, t, t_next), found.x0_prev
     return x
 
 
-def _heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...]) -> Tensor:
+def _heun(field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...], observe: _Observe = _unseen) -> Tensor:
     """Integrate dx/dt = v by Heun's trapezoid rule (2 S - 1 evaluations); the last step, into t = 0, is an Euler step.
 
-    x0_prev of every evaluation is the x0_hat of the evaluation before it, for predictor and corrector alike.
+    x0_prev of every evaluation is the x0_hat of the evaluation before it, for predictor and corrector alike. Observed
+    is the predictor.
     """
     last = len(times) - 2
     for step, (t, t_next) in enumerate(pairwise(times)):
-        v, x0_prev = field(x, t, x0_prev)
+        found = field(x, t, x0_prev)
+        observe(step, x, x0_prev, found)
+        v, x0_prev = found.velocity, found.x0_prev
         if step < last:
-            corrector, x0_prev = field(flow.advance(x, v, t, t_next), t_next, x0_prev)
-            v = (v + corrector) / 2
+            corrector = field(flow.advance(x, v, t, t_next), t_next, x0_prev)
+            v, x0_prev = (v + corrector.velocity) / 2, corrector.x0_prev
         x = flow.advance(x, v, t, t_next)
     return x
 
 
-SAMPLERS: dict[str, Callable[[Field, Tensor, Tensor, tuple[Tensor, ...]], Tensor]] = {"euler": _euler, "heun": _heun}
-_EVALUATIONS: dict[str, Callable[[int], int]] = {"euler": lambda steps: steps, "heun": lambda steps: 2 * steps - 1}
+class Sampler(Protocol):
+    """A rule that integrates a field from noise to data."""
+
+    def __call__(
+        self, field: Field, x: Tensor, times: Tensor, x0_prev: tuple[Tensor, ...], observe: _Observe = ...
+    ) -> Tensor:
+        """Integrate x (B, C, H, W) along times (S + 1,); calls `observe` once per step."""
+        ...
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": _euler, "heun": _heun}
 
 
 class Request(NamedTuple):
@@ -258,6 +318,7 @@ def generate(
     pool_per_image: bool = False,
     size: tuple[int, int] | None = None,
     weak: Backbone | None = None,
+    callback: SamplingCallback | None = None,
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
@@ -266,8 +327,9 @@ def generate(
     pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
     a pool of its own. The times of the steps are shifted by `sample.shift` for the tokens of `size`.
     `weak`: guidance away from this model (autoguidance) in place of the empty condition; it takes the same latents and
-    conditions. Models must be whole and in eval mode. Nothing is communicated, and the loop reads nothing
-    back from the device.
+    conditions. Models must be whole and in eval mode. `callback` is called once per step and batch of images, after the
+    model call at x_t; what it raises ends the sampling. Nothing is communicated, and the loop reads nothing back from
+    the device.
     """
     settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image, has_weak=weak is not None)
     height, width = size or (config.latent_size, config.latent_size)
@@ -276,15 +338,20 @@ def generate(
     times = flow.sampling_times(sample.num_steps, flow.shift_factor(sample.shift, tokens))
     is_guided = settings.cfg_scale != 1
     other = _weak_model(weak, config) if weak is not None and is_guided else None
-    parts, starts = [], range(0, len(request.indices), batch_size)
-    with progress_bar("sampling", len(starts) * _EVALUATIONS[sample.method](sample.num_steps), "model call") as advance:
+    starts, watched = range(0, len(request.indices), batch_size), callback is not None
+    parts = []
+    with progress_bar("sampling", len(starts) * sample.num_steps, "step") as advance:
         for start in starts:
             cond, empty, indices = request.select(range(start, start + batch_size))
             branches = (cond,) if empty is None or not is_guided or other is not None else (cond, empty)
             noise = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
-            field = _counted(make_field(model, branches, settings, other), advance)
+            field = make_field(model, branches, settings, other, keep_routing=watched)
             x0_prev = (noise,) * (len(branches) + (other is not None))
-            parts.append(SAMPLERS[sample.method](field, noise, times.to(noise), x0_prev))
+            reader = None
+            if callback is not None:
+                reader = _Reader(callback, times.tolist(), indices, settings.saliency_router)
+            observe = partial(_observed, advance, reader)
+            parts.append(SAMPLERS[sample.method](field, noise, times.to(noise), x0_prev, observe))
     return torch.cat(parts)
 
 
@@ -301,15 +368,42 @@ def _weak_model(weak: Backbone, config: ModelConfig) -> WeakModel:
     return WeakModel(weak, weak.config.saliency_router)
 
 
-def _counted(field: Field, advance: Callable[[int], object]) -> Field:
-    """Return the same field, which adds one to what is shown as done for each evaluation."""
+class _Reader(NamedTuple):
+    """A callback, and what a step of one batch does not tell."""
 
-    def counted(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Evaluation:
-        found = field(x, t, x0_prev)
-        advance(1)
-        return found
+    callback: SamplingCallback
+    times: Sequence[float]
+    images: tuple[int, ...]
+    saliency_router: bool
 
-    return counted
+    def read(self, step: int, x_t: Tensor, x0_prev: tuple[Tensor, ...], found: _Evaluation) -> None:
+        """Call the callback with the record of a step."""
+        t = x_t.new_full((len(x_t),), self.times[step])
+        record = SamplingStep(
+            step=step,
+            steps=len(self.times) - 1,
+            t=self.times[step],
+            images=self.images,
+            x_t=x_t,
+            x0_hat=flow.clean_prediction(x_t, found.velocity, t),
+            x0_prev=x0_prev[0] if self.saliency_router else None,
+            routing=found.routing,
+        )
+        self.callback(record)
+
+
+def _observed(
+    advance: Callable[[int], object],
+    reader: _Reader | None,
+    step: int,
+    x_t: Tensor,
+    x0_prev: tuple[Tensor, ...],
+    found: _Evaluation,
+) -> None:
+    """Show that a step is done, and let the callback read it where there is one."""
+    if reader is not None:
+        reader.read(step, x_t, x0_prev, found)
+    advance(1)
 
 
 def _rows_of(cond: Condition, rows: slice) -> Condition:

@@ -11,7 +11,7 @@ from sharpmoe.flow import sampling_times, shift_factor
 from sharpmoe.model.backbone import ClassCondition, Condition, ModelOutput, TextCondition
 from sharpmoe.model.embed import patchify
 from sharpmoe.moe.routing import CallMode
-from sharpmoe.sampling import CfgSettings, Request, _euler, _heun, generate, make_field
+from sharpmoe.sampling import CfgSettings, Request, SamplingStep, _euler, _heun, generate, make_field
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model
 
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
@@ -297,3 +297,70 @@ def test_a_weak_model_of_other_latents_is_refused_and_one_guides_without_a_null_
         generate(model, model.config, settings, one, weak=toy_model("ec", conditioning="class", num_classes=4))
     weak = toy_model("tc", conditioning="class", num_classes=3)
     assert generate(model, model.config, settings, one, weak=weak).isfinite().all()
+
+
+@pytest.mark.parametrize(("method", "cfg_scale"), [("euler", 2.0), ("heun", 2.0), ("euler", 1.0)])
+def test_a_callback_is_told_every_step_and_changes_nothing(method: str, cfg_scale: float) -> None:
+    model, told = toy_model("diffmoe").eval(), list[SamplingStep]()
+    settings = SampleConfig(num_steps=3, method=method, cfg_scale=cfg_scale)
+    drawn = generate(model, model.config, settings, request(3), batch_size=2, callback=told.append)
+    assert torch.equal(drawn, generate(model, model.config, settings, request(3), batch_size=2))
+    assert [(record.step, record.steps, record.images) for record in told] == [
+        (step, 3, images) for images in ((0, 1), (2,)) for step in range(3)
+    ]
+    assert [record.t for record in told] == sampling_times(3)[:3].tolist() * 2
+    for first, rows in ((told[0], [0, 1]), (told[3], [2])):
+        assert torch.equal(first.x_t, first.x0_prev)  # the noise
+        assert len(first.x_t) == len(rows)
+    last = told[2]
+    torch.testing.assert_close(drawn[:2], last.x0_hat)  # the last step goes to t = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", ["tc", "race", "diffmoe"])
+def test_the_routing_of_a_callback_is_that_of_the_conditional_branch(router: str) -> None:
+    model, told = toy_model(router).eval(), list[SamplingStep]()
+    wanted = request(2)
+    generate(model, model.config, SampleConfig(num_steps=2, cfg_scale=3.0), wanted, callback=told.append)
+    for record in told:
+        times = torch.full((2,), record.t)
+        alone = model(record.x_t, times, wanted.cond, record.x0_prev).routing
+        assert len(record.routing) == len(alone) == len(model.moe_layers())
+        for given, expected in zip(record.routing, alone, strict=True):
+            for name, value in expected._asdict().items():
+                assert (value is None) == (getattr(given, name) is None), name
+                if value is not None and name != "cutoff":
+                    torch.testing.assert_close(getattr(given, name), value, msg=name)
+
+
+def test_the_x0_hat_of_a_callback_is_guided_and_its_x0_prev_is_what_the_router_reads() -> None:
+    model, told = toy_model("tc").eval(), list[SamplingStep]()
+    generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=3.0), request(2), callback=told.append)
+    first, second, _ = told
+    velocity = (first.x_t - first.x0_hat) / first.t
+    torch.testing.assert_close(second.x_t, first.x_t + (second.t - first.t) * velocity)
+    assert not torch.allclose(second.x0_prev, first.x0_hat)  # that of its own branch
+    told.clear()
+    settings = SampleConfig(num_steps=2, cfg_scale=3.0, guidance_source="guided")
+    generate(model, model.config, settings, request(2), callback=told.append)
+    assert torch.equal(told[1].x0_prev, told[0].x0_hat)
+
+
+def test_a_model_without_a_saliency_router_has_no_x0_prev_to_tell() -> None:
+    model, told = toy_model("dense").eval(), list[SamplingStep]()
+    generate(model, model.config, SampleConfig(num_steps=1, cfg_scale=1.0), request(1), callback=told.append)
+    assert (told[0].x0_prev is None) == (not model.config.saliency_router)
+    assert told[0].routing == ()
+
+
+def test_a_callback_that_raises_ends_the_sampling_with_its_own_error() -> None:
+    model, seen = toy_model("tc").eval(), list[int]()
+
+    def refuse(record: SamplingStep) -> None:
+        seen.append(record.step)
+        if record.step == 1:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="^enough$"):
+        generate(model, model.config, SampleConfig(num_steps=4), request(1), callback=refuse)
+    assert seen == [0, 1]

@@ -159,6 +159,19 @@ def test_the_loop_reads_nothing_back(method: str) -> None:
     assert operators.reads == 0
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_callback_costs_one_multiplication_a_step_and_none_is_free(name: str) -> None:
+    model, settings = family(name), SampleConfig(num_steps=3, cfg_scale=2.0)
+    counts = []
+    for callback in (None, lambda record: None):
+        with Operators() as operators:
+            generate(model, model.config, settings, request(2), callback=callback)
+        counts.append((operators.reads, operators.count.total()))
+    (reads, total), (reads_told, total_told) = counts
+    assert reads_told == reads
+    assert 0 < total_told - total <= 3 * (10 + 10 * len(model.moe_layers()))  # x0_hat, and views of the records
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:

@@ -180,10 +180,12 @@ def draw_images(
     pool_per_image: bool = False,
     size: tuple[int, int] | None = None,
     weak: Backbone | None = None,
+    callback: sampling.SamplingCallback | None = None,
 ) -> Tensor:
     """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the mode of the models.
 
-    `size` is (h, w) of the latents, by default the model's square. `weak`: a model to guide away from.
+    `size` is (h, w) of the latents, by default the model's square. `weak`: a model to guide away from. `callback` is
+    called once per step and batch (`sampling.SamplingStep`).
     """
     with evaluating(model), nullcontext() if weak is None else evaluating(weak):
         latents = sampling.generate(
@@ -195,6 +197,7 @@ def draw_images(
             pool_per_image=pool_per_image,
             size=size,
             weak=weak,
+            callback=callback,
         )
     return decode(latents.cpu())
 
