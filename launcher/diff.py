@@ -1,8 +1,8 @@
 """Compare two weights tensor by tensor: `python launcher/diff.py A B [--experts] [--json]`.
 
 A and B are run folders, checkpoint folders, .safetensors files of this project, or folders of Nucleus-Image in the
-layout of diffusers. Prints how far every part and every MoE layer moved, which experts of B continue which of A, also where
-they have changed places, and which tensors only one of the two has.
+layout of diffusers. Prints how far every part and every MoE layer moved, which experts of B continue which of A, also
+where they have changed places, and which tensors only one of the two has.
 """
 
 if not __package__:  # run as a script, which has this folder on its path

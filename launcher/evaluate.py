@@ -3,6 +3,9 @@
 With --metrics it judges sets of samples instead: `python launcher/evaluate.py SAMPLES.npz --metrics fd,kid,pr
 --reference data/mine:unseen`. Both are .npz batches (sample.py --npz), folders of pictures, or splits of prepared
 shards; the reference may also be an .npz of published statistics (mu, sigma).
+
+With --record-routing it only writes how many tokens of each image every expert takes; `python launcher/plan.py
+--replay FILE` computes what that costs ranks that share the experts.
 """
 
 if not __package__:  # run as a script, which has this folder on its path
@@ -22,10 +25,12 @@ from sharpmoe.evaluation.allocation_table import allocation_table
 from sharpmoe.evaluation.benchmarks import BENCHMARKS, read_result, result_names
 from sharpmoe.evaluation.extractors import EXTRACTORS, ExtractorOptions
 from sharpmoe.evaluation.metrics import METRICS, MetricSettings
+from sharpmoe.evaluation.routing_record import record_routing
 from sharpmoe.evaluation.sample_metrics import SampleFigures, figures_table, judge_sets
+from sharpmoe.model.weights import load_model
 from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison
 from sharpmoe.report.runs import average_note, find_saved_model
-from sharpmoe.report.samples import slug
+from sharpmoe.report.samples import check_shards, slug
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +58,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(BENCHMARKS),
         help="print what its tool wrote: files instead of models",
     )
+    add(
+        "--record-routing",
+        type=Path,
+        metavar="FILE",
+        help="write the tokens per image, step, MoE layer and expert of one model as JSON, and measure nothing else",
+    )
     add = parser.add_argument_group("judge samples").add_argument
     add("--metrics", type=lambda text: tuple(text.split(",")), help=f"some of {', '.join(METRICS)}, with commas")
     add("--reference", help="real images: SET.npz, a folder or SHARDS:SPLIT; or statistics (.npz)")
@@ -76,6 +87,8 @@ def _act(arguments: argparse.Namespace) -> None:
         _read_results(arguments)
     elif arguments.metrics:
         _judge(arguments)
+    elif arguments.record_routing:
+        _record(arguments)
     else:
         _compare(arguments)
 
@@ -111,6 +124,24 @@ def _write_figures(found: list[SampleFigures], names: list[str], folder: Path) -
     print(figures_table(found))
     for figures in found:
         print(f"written: {figures.save(folder / f'{slug(figures.samples)}.figures.json')}")
+
+
+def _record(arguments: argparse.Namespace) -> None:
+    if len(arguments.models) != 1:
+        raise ConfigError(f"--record-routing records one model, got {len(arguments.models)}; call it once for each")
+    saved = find_saved_model(Path(arguments.models[0]), arguments.weights)
+    shards = held_out_shards([saved], arguments.shards, arguments.split)
+    model, _ = load_model(saved.weights)
+    check_shards(model, shards)
+    record = record_routing(
+        model.to(arguments.device),
+        shards,
+        name=saved.name,
+        images=arguments.images or 128,
+        chunk=arguments.chunk,
+        seed=arguments.seed,
+    )
+    print(f"written: {record.save(arguments.record_routing)} ({record.title})")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,10 @@
 
 Prints bytes per rank and bytes sent per optimizer step for every rollout schedule (docs/planning.md). Nothing is
 allocated; exit code 1 if the run as configured does not fit the device.
+
+With --replay it reads the routing that `python launcher/evaluate.py RUN --record-routing FILE` recorded, and prints
+how unevenly it loads the ranks that share the experts, and the bytes that they exchange, for --ep or every possible
+ep_size.
 """
 
 if not __package__:  # run as a script, which has this folder on its path
@@ -14,10 +18,12 @@ from pathlib import Path
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, Whole
 from launcher.command import OVERRIDES_HELP, Command
 from sharpmoe.config_io import PROJECT_ROOT, load_run_config
+from sharpmoe.evaluation.routing_record import RoutingRecord
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import advise, usable
 from sharpmoe.planning.auto import resolve_planner
 from sharpmoe.planning.estimate import Planner
+from sharpmoe.planning.replay import replay_json, replay_routing, replay_text
 from sharpmoe.planning.table import as_json, as_text
 from sharpmoe.train.rollout_schedules import SCHEDULES, schedule_overrides
 
@@ -49,10 +55,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--kept-steps", type=NOT_NEGATIVE, help="rollout.kept_steps, for --schedule hybrid and segments")
     add("--segment-steps", type=POSITIVE, help="rollout.segment_steps, for --schedule segments")
     add("--device-memory", type=POSITIVE_REAL, default=80.0, metavar="GIB", help="memory of a device in GiB")
+    add("--replay", type=Path, metavar="FILE", help="recorded routing: print its load on ranks in place of the plan")
     add("--json", action="store_true", help="print JSON")
 
 
 def _act(arguments: argparse.Namespace) -> int:
+    if arguments.replay is not None:
+        return _replay(arguments)
     run = load_run_config(arguments.config, [*_shorthands(arguments), *arguments.overrides])
     file = arguments.deepspeed or PROJECT_ROOT / "configs" / f"zero{arguments.zero or 3}.json"
     ds_config = resolve_ds_config(file, run, arguments.world)
@@ -67,6 +76,15 @@ def _act(arguments: argparse.Namespace) -> int:
     else:
         print(as_text(budget, advice, arguments.device_memory, notes))
     return 0 if budget.own.memory.peak <= usable(arguments.device_memory) else 1
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    record, run = RoutingRecord.load(arguments.replay), load_run_config(arguments.config, arguments.overrides)
+    sizes = [arguments.ep] if arguments.ep else record.ep_sizes
+    micro_batch = arguments.micro_batch or run.train.micro_batch or 1
+    found = [replay_routing(record, ep_size, micro_batch, run.train.precision) for ep_size in sizes]
+    print(json.dumps(replay_json(record, found), indent=1) if arguments.json else replay_text(record, found))
+    return 0
 
 
 def _shorthands(arguments: argparse.Namespace) -> list[str]:

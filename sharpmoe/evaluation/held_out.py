@@ -84,6 +84,7 @@ class Observed(NamedTuple):
 
     flow: Tensor  # (I, T) float32: flow-matching loss
     influence: Tensor  # (I, T, L, 6) float32: the sums of `moe.influence.influence`
+    loads: Tensor  # (I, T, L, E) float32: tokens of the image that each expert took, an unconditional expert last
     tokens: tuple[TokenTables, ...]  # one per run of images of one resolution, in the order of the images
 
 
@@ -113,6 +114,7 @@ def observe(
     tables = [_zeros(run, samples.buckets[names[run.start]], len(times)) for run in runs]
     flow = torch.zeros(len(indices), len(times))
     routers = torch.zeros(len(indices), len(times), len(model.moe_layers()), INFLUENCE_COLUMNS)
+    loads = torch.zeros(*routers.shape[:3], model.config.total_experts)
     chunks = _chunks_of_rank(runs, chunk, share)
     what = "measuring held-out images" + (f", {noise} noise" if noise != "fixed" else "")
     with evaluating(model), progress_bar(what, len(chunks), "chunk") as advance:
@@ -124,13 +126,15 @@ def observe(
             if counted:
                 flow[rows.start : rows.stop] = _flow_losses(item, steps)
                 routers[rows.start : rows.stop] = _influences(model, item, steps)
+                if steps[0].routing:
+                    loads[rows.start : rows.stop] = _loads(steps)
                 first, parts = runs[number].start, _of_tokens(batch, item, steps, model.config.patch_size)
                 for table, part in zip(tables[number], parts, strict=True):
                     table[rows.start - first : rows.stop - first] = part
             advance(1)
     columns = [_reduced(column, share, device) for column in zip(*tables, strict=True)]
-    flow, routers = _reduced([flow, routers], share, device)
-    return Observed(flow, routers, tuple(TokenTables(*run) for run in zip(*columns, strict=True)))
+    flow, routers, loads = _reduced([flow, routers, loads], share, device)
+    return Observed(flow, routers, loads, tuple(TokenTables(*run) for run in zip(*columns, strict=True)))
 
 
 def spread(num_samples: int, count: int) -> list[int]:
@@ -217,6 +221,13 @@ def _flow_losses(item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Tensor:
 def _experts_per_token(routing: Sequence[Routing]) -> Tensor:
     """Count the experts that took each token in one model call, summed over its MoE layers: (B, N) float32."""
     return torch.stack([layer.routing_map.sum(-1) for layer in routing]).sum(0).float()
+
+
+def _loads(steps: Sequence[StepOutput]) -> Tensor:
+    """Count the tokens of each image that every expert took, (B, T, L, E) float32."""
+    return torch.stack(
+        [torch.stack([layer.routing_map.sum(1) for layer in step.routing], 1) for step in steps], 1
+    ).float()
 
 
 def _flow_of_tokens(item: TrajectoryBatch, steps: Sequence[StepOutput], patch_size: int) -> Tensor:

@@ -64,6 +64,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/report/comparison.py": "launcher/test_evaluate.py",
     "sharpmoe/report/weights_difference_table.py": "launcher/test_diff.py",
     "sharpmoe/evaluation/metrics.py": "evaluation/test_sample_metrics.py",
+    "sharpmoe/evaluation/routing_record.py": "planning/test_replay.py",
     "sharpmoe/report/page.py": "launcher/test_report.py",
     # stages of a run, seen from whole runs
     "sharpmoe/train/local_gradients.py": "train/test_rollout_schedules.py",

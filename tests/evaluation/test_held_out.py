@@ -55,7 +55,7 @@ def test_images_of_unequal_token_counts_are_shared_between_ranks(world: int) -> 
     for column in zip(*alone.tokens, strict=True):
         whole = torch.cat([table.flatten() for table in column])
         torch.testing.assert_close(whole, next(sums), rtol=0, atol=0, equal_nan=True)
-    of_images = torch.cat([alone.flow.flatten(), alone.influence.flatten()])
+    of_images = torch.cat([alone.flow.flatten(), alone.influence.flatten(), alone.loads.flatten()])
     torch.testing.assert_close(of_images, next(sums), rtol=0, atol=0)
 
 
