@@ -23,7 +23,7 @@ _SCHEMA_VERSION = 2
 INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
 MAX_TOKENS = 1 << 18  # the most of one image, prepared or drawn
 Identity = dict[str, Any]
-_PLAIN_SALIENCY: Identity = {"kind": "laplacian"}
+PLAIN_SALIENCY: Identity = {"kind": "laplacian"}
 _TEXT_DTYPE = "float16"
 Places = Mapping[str, Sequence[int]]  # member extension, as "latent.npy" -> (offset, size, crc32) inside the tar
 
@@ -69,7 +69,7 @@ class Index:
     shards: list[Shard]
     files: dict[str, str]  # sha256 of the other files: codec, empty caption
     skipped: list[tuple[str, str]]  # (name, reason) of what the source has and the shards lack
-    saliency: Identity = field(default_factory=lambda: dict(_PLAIN_SALIENCY))  # where the maps M come from
+    saliency: Identity = field(default_factory=lambda: dict(PLAIN_SALIENCY))  # where the maps M come from
     text_dtype: str = _TEXT_DTYPE  # of the token states
 
 
@@ -96,7 +96,7 @@ def index_bytes(index: Index) -> bytes:
     tree = _fields(index)
     tree["buckets"] = {name: bucket._asdict() for name, bucket in index.buckets.items()}
     tree["shards"] = [_fields(shard) for shard in index.shards]
-    if index.saliency == _PLAIN_SALIENCY:
+    if index.saliency == PLAIN_SALIENCY:
         del tree["saliency"]  # as in folders that were written before there was another
     if index.text_dtype == _TEXT_DTYPE:
         del tree["text_dtype"]
@@ -182,7 +182,7 @@ def _index(tree: dict[str, Any]) -> Index:
         shards=shards,
         files={check_name(name): _digest(digest) for name, digest in tree["files"].items()},
         skipped=[(str(name), str(reason)) for name, reason in tree["skipped"]],
-        saliency=dict(tree.get("saliency", _PLAIN_SALIENCY)),
+        saliency=dict(tree.get("saliency", PLAIN_SALIENCY)),
         text_dtype=str(tree.get("text_dtype", _TEXT_DTYPE)),
     )
 

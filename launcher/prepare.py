@@ -28,20 +28,31 @@ from data_pipeline.sources.open import SourceOptions, open_source
 from launcher.bounds import POSITIVE, SHARE, Whole
 from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
+from sharpmoe.evaluation.base_error import BASE_ERROR
+
+_KINDS = {**SALIENCIES, BASE_ERROR.name: BASE_ERROR}
+
+
+def _shown(name: str) -> str:
+    """Say what a kind of saliency is, and how its options are written."""
+    kind = _KINDS[name]
+    return kind.text + (f" (written {kind.usage()})" if kind.options else "") if name == kind.name else kind.name
 
 
 def _act(arguments: argparse.Namespace) -> None:
     # Some virtual machines advertise AMX and kill a process that uses it; oneDNN does, for bfloat16 on the host.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
-    place, recipe = rank_of(os.environ), recipe_of(vars(arguments))
+    place, recipe = rank_of(os.environ), recipe_of(vars(arguments), _KINDS)
     machine = _machine(arguments, place)
     if arguments.dry_run:
         check_destination(arguments.out)
-        for line in dry_run(open_source(_source_options(arguments)), recipe, machine) if place.rank == 0 else ():
+        for line in (
+            dry_run(open_source(_source_options(arguments, recipe)), recipe, machine) if place.rank == 0 else ()
+        ):
             print(line)
         return
     with open_destination(arguments.out) as out:
-        source = open_source(_source_options(arguments))
+        source = open_source(_source_options(arguments, recipe))
         _report(prepare_shards(source, out.folder, recipe, machine, out.publish), place, out.shown)
 
 
@@ -57,7 +68,7 @@ def _report(done: Summary, place: Rank, shown: Callable[[str], str]) -> None:
         print(shown(done.line()))
 
 
-def _source_options(arguments: argparse.Namespace) -> SourceOptions:
+def _source_options(arguments: argparse.Namespace, recipe: Recipe) -> SourceOptions:
     return SourceOptions(
         source=arguments.source,
         class_folders=arguments.class_folders,
@@ -65,7 +76,7 @@ def _source_options(arguments: argparse.Namespace) -> SourceOptions:
         flip=arguments.flip,
         cache=arguments.cache,
         tarball=arguments.tarball,
-        saliency_maps=SALIENCIES[arguments.saliency].is_supplied,
+        saliency_maps=recipe.saliency.kind.takes_maps,
     )
 
 
@@ -126,10 +137,9 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bucket-step", type=POSITIVE, help="sides of buckets are multiples of so many pixels, as 64")
     add(
         "--saliency",
-        choices=tuple(SALIENCIES),
-        default=Recipe.saliency,
-        help="the map M of an image: laplacian, of its pixels; supplied, NAME.saliency.png beside it (in a folder "
-        "or a tar) or the column `saliency` of a table",
+        metavar="KIND[:key=value,...]",
+        default="laplacian",
+        help=f"the map M of an image (default: laplacian): {'; '.join(f'{name}, {_shown(name)}' for name in _KINDS)}",
     )
     add("--patch-size", type=POSITIVE, default=2, help="patch size of the model, for the token grid")
     add("--codec", choices=CODEC_CHOICES, default="patch_pca", help="images to latents")

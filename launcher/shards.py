@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from data_pipeline.encode.saliency import saliency_line
 from data_pipeline.prepare.merge import merge_folders
 from data_pipeline.read.folder import read_index
 from data_pipeline.read.shards import ShardSet
@@ -54,6 +55,7 @@ def _show(arguments: argparse.Namespace) -> int:
     index, _ = read_index(open_store(arguments.folder))
     shards = ShardSet.open(arguments.folder, arguments.split or next(iter(index.splits)))
     title = f"{Path(shards.location).name} · {shards.split} · {shards.num_samples} samples"
+    title += f" · M: {saliency_line(shards.saliency)}"
     sheet = contact_sheet(sample_cards(shards, arguments.count), title)
     print(save_png(sheet, arguments.out))
     return 0

@@ -25,6 +25,7 @@ from data_pipeline.encode.build import (
 from data_pipeline.encode.codecs import Codec
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.identity import Identity
+from data_pipeline.index import PLAIN_SALIENCY
 from sharpmoe.errors import DataError, first_line
 
 FITTED_KEY = "codec_file"  # of a weights file's header: the codec's safetensors file in base64
@@ -37,6 +38,7 @@ class Origin(NamedTuple):
     codec: bytes  # a safetensors file, as `codec_bytes` makes it
     codec_identity: Identity
     encoder: Identity | None  # None where the place does not name it
+    saliency: Identity | None = None  # kind of the maps of shards; None for weights
 
 
 class _Encoded(Protocol):
@@ -152,11 +154,12 @@ _EXPECTED = "expected a folder of prepared shards, or weights that were trained 
 
 def _of_folder(folder: Path) -> Origin:
     try:
-        encoder = json.loads((folder / "index.json").read_bytes())["encoder"]
+        index = json.loads((folder / "index.json").read_bytes())
+        encoder, saliency = index["encoder"], index.get("saliency", PLAIN_SALIENCY)
         content = (folder / CODEC_FILE).read_bytes()
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{folder}: not a complete folder of prepared shards; {_EXPECTED}") from None
-    return _origin(content, str(folder / CODEC_FILE), encoder)
+    return _origin(content, str(folder / CODEC_FILE), encoder)._replace(saliency=saliency)
 
 
 def _of_weights(header: Mapping[str, str], where: str) -> Origin:

@@ -14,6 +14,7 @@ from sharpmoe.durable import publish_once
 
 _REASONS = 20  # that a table lists
 _TARGETS = 4  # resolutions that a table names
+_ADDED = ("flat_maps", "substituted")  # newer than the first folders; left out at zero
 _NUMBER = re.compile(r"(?<![\w.+-])\d+(?![\w.])")
 
 
@@ -27,6 +28,8 @@ class Counts:
     cut: int = 0  # captions with more tokens than the encoder takes
     longest: int = 0  # tokens of the longest caption, before it is cut
     kept: int = 0  # tokens that the encoder takes
+    flat_maps: int = 0  # pictures whose saliency map is the same everywhere
+    substituted: int = 0  # pictures that lack what their saliency map is made of, and have another
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -36,6 +39,8 @@ class Counts:
             cut=self.cut + other.cut,
             longest=max(self.longest, other.longest),
             kept=max(self.kept, other.kept),
+            flat_maps=self.flat_maps + other.flat_maps,
+            substituted=self.substituted + other.substituted,
         )
 
     def lines(self, targets: Iterable[tuple[int, int]], fit: str) -> list[str]:
@@ -47,15 +52,20 @@ class Counts:
         target = f"the target {listed}" if len(names) == 1 else f"their bucket ({listed})"
         how = "cropped" if fit == "crop" else "padded with white"
         ends = f"{self.cut or 'none'} of {self.captions} cut at {self.kept} tokens (--max-length)"
+        flat = f"{self.flat_maps} of {self.pictures} saliency maps are the same everywhere and so say nothing"
+        other = f"{self.substituted} of {self.pictures} saliency maps are the substitutes that `missing` names"
         return [
             f"enlarged  {self.enlarged} of {self.pictures} pictures are smaller than {target} ({how})",
             *([f"captions  {ends}; the longest has {self.longest}"] if self.kept else []),
+            *([f"flat      {flat}"] if self.flat_maps else []),
+            *([f"replaced  {other}"] if self.substituted else []),
         ]
 
 
 def write_counts(path: Path, counts: Counts) -> None:
     """Write the counts of a shard or of a folder, unless the file exists."""
-    publish_once(path, encode_json(dataclasses.asdict(counts)))
+    found = {name: value for name, value in dataclasses.asdict(counts).items() if value or name not in _ADDED}
+    publish_once(path, encode_json(found))
 
 
 def read_counts(path: Path) -> Counts:

@@ -7,7 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from data_pipeline.encode.codecs import CachedLatent, Codec, Posterior
+from data_pipeline.encode.saliency import EncodedImages, Maps
 from data_pipeline.encode.texts import TEXT_DTYPES, TextEncoder, TextStates
 from data_pipeline.index import Places
 from data_pipeline.members import BFLOAT16_BITS, encode_json, encode_npy
 from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts
 from data_pipeline.prepare.recipe import Recipe
-from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.prepare.survey import unreadable
 from data_pipeline.sources.images import UNREADABLE, Picture, load_map, load_picture, mirror
 from data_pipeline.sources.items import ImageSource, Item, Skipped, hash_int
@@ -36,13 +36,15 @@ _AHEAD = 2 * BATCH  # images decoded in advance
 _OF_ONE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
-class Worker(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Worker:
     """Everything that is needed to turn items into samples."""
 
     source: ImageSource
     recipe: Recipe
     codec: Codec
     encoder: TextEncoder
+    make_maps: Maps  # of saliency
     threads: int
 
 
@@ -66,7 +68,7 @@ class _DecodedBatch(NamedTuple):
 def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, int]) -> Iterator[_DecodedBatch]:
     """Decode in threads; every batch but the last holds `BATCH` images that could be read."""
     batch = _DecodedBatch([], [], [])
-    for item, picture in decoded_pictures(worker.source, items, image_size, worker.threads, worker.recipe.fit):
+    for item, picture in decoded_pictures(worker.source, items, image_size, worker.threads, worker.recipe):
         if isinstance(picture, Skipped):
             batch.skipped.append(picture)
             continue
@@ -79,7 +81,7 @@ def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, in
 
 
 def decoded_pictures(
-    source: ImageSource, items: list[Item], size: tuple[int, int], threads: int, fit: str
+    source: ImageSource, items: list[Item], size: tuple[int, int], threads: int, recipe: Recipe
 ) -> Iterator[tuple[Item, Picture | Skipped]]:
     """Yield items with their decoded images, in order; at most `_AHEAD` are in memory."""
     waiting: deque[tuple[Item, Future[Picture | Skipped]]] = deque()
@@ -87,23 +89,25 @@ def decoded_pictures(
     with ThreadPoolExecutor(threads) as pool:
         while True:
             for item in islice(left, _AHEAD - len(waiting)):
-                waiting.append((item, pool.submit(_try_load, source, item, size, fit)))
+                waiting.append((item, pool.submit(_try_load, source, item, size, recipe)))
             if not waiting:
                 return
             item, picture = waiting.popleft()
             yield item, picture.result()
 
 
-def _try_load(source: ImageSource, item: Item, size: tuple[int, int], fit: str) -> Picture | Skipped:
+def _try_load(source: ImageSource, item: Item, size: tuple[int, int], recipe: Recipe) -> Picture | Skipped:
     """Return the image with its maps, or why it cannot be used. Raises DataError where the disk itself fails."""
     what = ""
     try:
-        picture = load_picture(source.read(item), size, fit)
+        picture = load_picture(source.read(item), size, recipe.fit)
         if item.saliency is not None:
             what = "its saliency map is "
             assert picture.view is not None
             content = source.read(replace(item, image=item.saliency))
             picture = picture._replace(saliency=load_map(content, picture.view))
+        if lacking := recipe.saliency.lacking(picture):
+            return Skipped(item.name, lacking)
         return mirror(picture) if item.flip else picture
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
@@ -113,20 +117,40 @@ def _try_load(source: ImageSource, item: Item, size: tuple[int, int], fit: str) 
         return Skipped(item.name, what + unreadable(error))
 
 
-def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -> Iterator[Encoded]:
-    """Encode every image of a batch. Raises DataError where a result is not finite."""
+def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -> Iterator[Encoded | Skipped]:
+    """Encode every image of a batch; one whose saliency map is not finite is left out.
+
+    Raises DataError where another result is not finite.
+    """
     images = torch.from_numpy(np.stack([picture.pixels for picture in batch.pictures]))
     latents = _latents(worker, batch.items, images)
-    saliency = SALIENCIES[worker.recipe.saliency].maps(images, batch.pictures, resolution.grid)
     texts = _texts(worker, batch.items)
+    seen = EncodedImages(
+        images=images,
+        pictures=batch.pictures,
+        grid=resolution.grid,
+        latents=latents["latent"],
+        texts=texts,
+        labels=[item.label for item in batch.items],
+        numbers=[hash_int(item.key) >> 2 for item in batch.items],
+    )
+    saliency, substituted = worker.recipe.saliency.maps(worker.make_maps, seen)
     for row, item in enumerate(batch.items):
+        if not saliency[row].isfinite().all():
+            yield Skipped(item.name, "its saliency map is not finite")
+            continue
         arrays = {name: tensor[row] for name, tensor in latents.items()}
         arrays |= {"saliency": saliency[row], **texts[row]}
         alpha = batch.pictures[row].alpha
         if alpha is not None:
             arrays["foreground"] = token_mask(torch.from_numpy(alpha)[None], resolution.grid)[0]
         longest = max(len(arrays[_numbered("text", number)]) for number in range(len(item.captions)))
-        yield Encoded(item.key, _members(item, arrays), longest, _counted(worker.encoder, item, batch.pictures[row]))
+        counts = replace(
+            _counted(worker.encoder, item, batch.pictures[row]),
+            flat_maps=int(saliency[row].min() == saliency[row].max()),
+            substituted=int(substituted[row]),
+        )
+        yield Encoded(item.key, _members(item, arrays), longest, counts)
 
 
 def _counted(encoder: TextEncoder, item: Item, picture: Picture) -> Counts:

@@ -16,7 +16,7 @@ from data_pipeline.prepare.counts import Counts, reason_of
 from data_pipeline.prepare.encoding import BATCH, Encoded, Worker, decoded_batches, encode_batch, write_tar
 from data_pipeline.prepare.plan import shard_plans
 from data_pipeline.prepare.ranks import Rank
-from data_pipeline.prepare.recipe import Recipe, check_recipe
+from data_pipeline.prepare.recipe import Recipe, check_recipe, saliency_lines
 from data_pipeline.prepare.survey import Catalog
 from data_pipeline.prepare.write import (
     Machine,
@@ -24,8 +24,8 @@ from data_pipeline.prepare.write import (
     list_source,
     new_codec,
     recipe_resolutions,
-    text_encoder,
     training_images,
+    worker_of,
 )
 from data_pipeline.sources.images import UNREADABLE, upright_size
 from data_pipeline.sources.items import ImageSource, Skipped, source_identity
@@ -63,13 +63,14 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
         codec = new_codec(recipe, images, machine.device)
         resolutions = recipe_resolutions(recipe, codec)
         chosen = nearest_buckets(catalog.pixels, resolutions)
-        worker = Worker(source, recipe, codec, text_encoder(recipe, machine.device), machine.threads)
+        worker = worker_of(source, recipe, codec, machine)
         shards = len(shard_plans(catalog, resolutions, chosen, recipe.shard_samples))
         trial = _try(worker, catalog, chosen, resolutions, Path(folder))
         return [
             *_counts(catalog),
             *_sizes(source, catalog),
             *bucket_report(catalog, resolutions, chosen, recipe),
+            *saliency_lines(recipe),
             *(f"tried: {line}" for line in trial.counts.lines(_targets(resolutions, chosen), recipe.fit)),
             *_estimate(trial, len(catalog), shards, machine.place.size, recipe.text_dtype),
         ]
@@ -126,7 +127,11 @@ def _try(worker: Worker, catalog: Catalog, chosen: np.ndarray, resolutions: list
         for batch in decoded_batches(worker, catalog.items(rows), resolutions[number].image):
             skipped += batch.skipped
             if batch.items:
-                samples += encode_batch(worker, resolutions[number], batch)
+                for sample in encode_batch(worker, resolutions[number], batch):
+                    if isinstance(sample, Skipped):
+                        skipped.append(sample)
+                    else:
+                        samples.append(sample)
                 marks.append((time.perf_counter(), len(samples)))
     if not samples:
         raise DataError(f"none of {len(skipped)} pictures can be used ({skipped[0].name}: {skipped[0].reason})")

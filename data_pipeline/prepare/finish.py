@@ -28,7 +28,7 @@ from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, write_counts
 from data_pipeline.prepare.encoding import Worker, stored_array, text_arrays
 from data_pipeline.prepare.plan import ShardPlan
-from data_pipeline.prepare.recipe import RECIPE_FILE
+from data_pipeline.prepare.recipe import RECIPE_FILE, Recipe, saliency_lines
 from data_pipeline.prepare.survey import Catalog
 from data_pipeline.sources.items import Skipped, shown
 from sharpmoe.durable import remove_drafts, sha256_of, write_atomically
@@ -147,7 +147,7 @@ def write_index(
         shards=shards,
         files={name: sha256_of(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
         skipped=[(entry.name, entry.reason) for entry in skipped[:_LISTED]],
-        saliency={"kind": worker.recipe.saliency},
+        saliency=worker.recipe.saliency.identity,
         text_dtype=worker.recipe.text_dtype,
     )
     write_counts(folder / _COUNTS_FILE, sum((read_counts(counts_file(work, plan.name)) for plan in every), Counts()))
@@ -209,7 +209,7 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     return stream.getvalue()
 
 
-def summary_of(folder: Path, index: Index, worked: bool, fit: str = "crop") -> Summary:
+def summary_of(folder: Path, index: Index, worked: bool, recipe: Recipe) -> Summary:
     """Summarise an index."""
     skipped = [Skipped(*entry) for entry in index.skipped]
     every = skipped if len(skipped) < _LISTED else list(_read_skipped(folder / SKIPPED_FILE))
@@ -222,7 +222,8 @@ def summary_of(folder: Path, index: Index, worked: bool, fit: str = "crop") -> S
         num_skipped=len(every),
         table=[
             *left_out_lines(every, sum(index.splits.values()), index.splits),
-            *read_counts(folder / _COUNTS_FILE).lines(targets, fit),
+            *saliency_lines(recipe),
+            *read_counts(folder / _COUNTS_FILE).lines(targets, recipe.fit),
         ],
         worked=worked,
     )

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.encode.build import CODECS, codec_settings, encoder_settings
 from data_pipeline.encode.like import read_origin
+from data_pipeline.encode.saliency import SaliencyChoice, SaliencyKind, parse_saliency, saliency_line
 from data_pipeline.encode.texts import TEXT_DTYPES
 from data_pipeline.identity import Identity
 from data_pipeline.prepare.buckets import check_buckets, listed_sizes
-from data_pipeline.prepare.saliency_kinds import SALIENCIES
+from data_pipeline.prepare.saliency_kinds import LAPLACIAN, SALIENCIES
 from data_pipeline.sources.images import FITS
 from sharpmoe.errors import DataError
 
@@ -19,7 +20,7 @@ RECIPE_FILE = "recipe.json"
 POSTERIORS = ("mean", "std", "sample")
 _VERSION = 1
 # They decide whether there are shards, not what these hold; the identity of a given codec holds a hash of it.
-_NOT_CONTENT = ("max_bad_share", "allow_missing", "given_codec")
+_NOT_CONTENT = ("max_bad_share", "allow_missing", "given_codec", "like_saliency")
 # Newer than the first folders; left out at their default.
 _ADDED = ("buckets", "posterior", "flip_pair", "fit", "bucket_step", "saliency", "text_dtype")
 
@@ -50,18 +51,24 @@ class Recipe:
     given_codec: bytes | None = None  # a codec file that is used as it is, not fitted again; `codec` is its identity
     fit: str = "crop"  # images of another shape: crop, or pad with white
     bucket_step: int | None = None  # buckets: all of about the area of a square, with sides that are multiples of it
-    saliency: str = "laplacian"  # of images: a row of SALIENCIES
+    saliency: SaliencyChoice = LAPLACIAN  # where the maps M come from
     text_dtype: str = "float16"  # of stored token states; large decoders leave the range of float16
+    like_saliency: Identity | None = None  # kind of maps of the shards that `--like` names
 
 
-def recipe_of(options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of the command-line options of launcher/prepare.py, by name. Raises DataError."""
+def recipe_of(options: Mapping[str, Any], kinds: Mapping[str, SaliencyKind] = SALIENCIES) -> Recipe:
+    """Return the recipe of the command-line options of launcher/prepare.py, by name. Raises DataError.
+
+    `kinds`: of saliency maps, by the names that may be written.
+    """
     codec, encoder, given = _latents_and_texts(options)
     return Recipe(
         image_size=_image_size(options),
         codec=codec,
         encoder=encoder,
         given_codec=given,
+        saliency=parse_saliency(options["saliency"], kinds),
+        like_saliency=read_origin(options["like"]).saliency if options["like"] else None,
         **{
             name: options[name]
             for name in (
@@ -75,7 +82,6 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
                 "flip_pair",
                 "fit",
                 "bucket_step",
-                "saliency",
                 "text_dtype",
             )
         },
@@ -130,8 +136,6 @@ def check_recipe(recipe: Recipe) -> None:
         raise DataError(f"posterior {recipe.posterior!r}: expected {', '.join(POSTERIORS)}")
     if recipe.fit not in FITS:
         raise DataError(f"fit {recipe.fit!r}: expected {', '.join(FITS)}")
-    if recipe.saliency not in SALIENCIES:
-        raise DataError(f"saliency {recipe.saliency!r}: expected {', '.join(SALIENCIES)}")
     if recipe.text_dtype not in TEXT_DTYPES:
         raise DataError(f"text_dtype {recipe.text_dtype!r}: expected {', '.join(TEXT_DTYPES)}")
     kind = recipe.codec["kind"]
@@ -146,13 +150,28 @@ def check_recipe(recipe: Recipe) -> None:
 
 def content_request(source: Identity, recipe: Recipe) -> dict[str, Any]:
     """Return everything that decides the content of a folder, as recipe.json keeps it and later calls compare it."""
-    asked, default = asdict(recipe), asdict(Recipe())
+    asked, default = _plain(recipe), _plain(Recipe())
     for name in _NOT_CONTENT:
         asked.pop(name)
     for name in _ADDED:
         if asked[name] == default[name]:
             asked.pop(name)
     return {"schema": _VERSION, "source": source, **asked}
+
+
+def saliency_lines(recipe: Recipe) -> list[str]:
+    """Return what the maps M are, and a note where the shards that `--like` names have others."""
+    line, other = f"saliency  {recipe.saliency.line()}", recipe.like_saliency
+    if other is None or other == recipe.saliency.identity:
+        return [line]
+    return [f"{line}; --like has {saliency_line(other)}: such folders are neither merged nor mixed"]
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields as JSON has them; a kind of saliency without options is its name, as ever."""
+    identity = recipe.saliency.identity
+    alone = identity["kind"] if len(identity) == 1 else identity
+    return {each.name: getattr(recipe, each.name) for each in fields(recipe)} | {"saliency": alone}
 
 
 def refuse_mixing(folder: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:

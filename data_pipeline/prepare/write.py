@@ -36,6 +36,7 @@ from data_pipeline.encode.build import (
 )
 from data_pipeline.encode.codecs import Codec
 from data_pipeline.encode.like import is_fitted
+from data_pipeline.encode.saliency import MapContext
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.index import INDEX_FILE, ShardTable, table_bytes
 from data_pipeline.members import encode_json
@@ -65,7 +66,6 @@ from data_pipeline.prepare.finish import (
 from data_pipeline.prepare.plan import ShardPlan, plans_of_rank, shard_plans
 from data_pipeline.prepare.ranks import Rank, heartbeat, lock, pulse, wait
 from data_pipeline.prepare.recipe import RECIPE_FILE, Recipe, check_recipe, content_request, refuse_mixing
-from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources.images import Picture
 from data_pipeline.sources.items import ImageSource, Skipped, hash_text, source_identity
@@ -113,7 +113,7 @@ def prepare_shards(
         index = complete_index(folder)
         if index is not None:
             remove_work_files(folder)  # a run may have been killed right after its index
-            return summary_of(folder, index, worked=False, fit=recipe.fit)
+            return summary_of(folder, index, worked=False, recipe=recipe)
         work = folder / WORK_FOLDER / hash_text(json.dumps(asked))[:16]
         try:
             with heartbeat(work, machine.place):
@@ -122,7 +122,7 @@ def prepare_shards(
             index = complete_index(folder)
             if index is None:
                 raise
-            return summary_of(folder, index, worked=False, fit=recipe.fit)
+            return summary_of(folder, index, worked=False, recipe=recipe)
 
 
 def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def _work(
     images = partial(training_images, source, catalog, recipe, machine)
     codec = _codec(folder, work, recipe, machine, images)
     resolutions = recipe_resolutions(recipe, codec)
-    worker = Worker(source, recipe, codec, text_encoder(recipe, machine.device), machine.threads)
+    worker = worker_of(source, recipe, codec, machine)
     _record_recipe(folder, worker, asked)
     for name in (RECIPE_FILE, CODEC_FILE):
         publish(folder / name)
@@ -169,13 +169,20 @@ def _work(
     index = write_index(folder, work, worker, catalog, source=asked["source"], every=every, resolutions=resolutions)
     for path in index_files(folder):
         publish(path)
-    return summary_of(folder, index, worked=True, fit=recipe.fit)
+    return summary_of(folder, index, worked=True, recipe=recipe)
 
 
 def list_source(source: ImageSource, work: Path, digests: list[str], recipe: Recipe, place: Rank, threads: int) -> None:
     """List the images of a source into `work`, with all that a recipe needs to know of them (see survey)."""
-    need_maps = SALIENCIES[recipe.saliency].is_supplied
-    survey(source, work, digests, place, read_sizes=bool(recipe.buckets), threads=threads, need_maps=need_maps)
+    survey(
+        source,
+        work,
+        digests,
+        place,
+        read_sizes=bool(recipe.buckets),
+        threads=threads,
+        need_maps=recipe.saliency.needs_maps,
+    )
 
 
 def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:
@@ -244,7 +251,17 @@ def new_codec(recipe: Recipe, images: Iterable[Tensor], device: str) -> Codec:
     return codec_of(*parse_codec(recipe.given_codec, "the given codec"), device)
 
 
-def text_encoder(recipe: Recipe, device: str) -> TextEncoder:
+def worker_of(source: ImageSource, recipe: Recipe, codec: Codec, machine: Machine) -> Worker:
+    """Return what encodes the images of a recipe. Raises DataError where encoder or saliency model cannot be used."""
+    encoder = _text_encoder(recipe, machine.device)
+    context = MapContext(codec, encoder, recipe.patch_size, machine.device)
+    make_maps = recipe.saliency.kind.create(recipe.saliency, context)
+    return Worker(
+        source=source, recipe=recipe, codec=codec, encoder=encoder, make_maps=make_maps, threads=machine.threads
+    )
+
+
+def _text_encoder(recipe: Recipe, device: str) -> TextEncoder:
     """Return the encoder that a recipe names. Raises DataError where it has other weights than the recipe says."""
     parts = recipe.encoder.get("encoders", [recipe.encoder])
     restored = any("sha256" in part for part in parts)  # taken over from shards or weights
@@ -257,7 +274,7 @@ def training_images(source: ImageSource, catalog: Catalog, recipe: Recipe, machi
         return
     rows = np.flatnonzero(catalog.split == catalog.split_names.index("train"))[:_FIT_IMAGES]
     size = (recipe.image_size, recipe.image_size)
-    pictures = decoded_pictures(source, catalog.items(rows), size, machine.threads, recipe.fit)
+    pictures = decoded_pictures(source, catalog.items(rows), size, machine.threads, recipe)
     with progress_bar("fitting the codec", len(rows), quiet=not machine.progress) as advance:
         for _, picture in pictures:
             advance(1)
@@ -337,5 +354,8 @@ def _samples(
         skipped += [(entry.name, entry.reason) for entry in batch.skipped]
         if batch.items:
             for sample in encode_batch(worker, plan.resolution, batch):
+                if isinstance(sample, Skipped):
+                    skipped.append((sample.name, sample.reason))
+                    continue
                 counts.append(sample.counts)
                 yield sample

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.encode.saliency import saliency_line
 from data_pipeline.index import Index
 from data_pipeline.read.samples import Sample
 from data_pipeline.read.shards import ShardSet
@@ -74,7 +75,7 @@ def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -
         f"{index.pooled_width or 'none'}",
         f"  codec      {_identity(index.codec)}",
         f"  encoder    {_identity(index.encoder)}",
-        f"  saliency   {_identity(index.saliency)}",
+        f"  saliency   kind {saliency_line(index.saliency)}",
         f"  source     {_identity(index.source)}",
         f"  {'bucket':<10} {'pixels (H x W)':<16} {'latent (C, h, w)':<18} {'tokens':<10} {'samples':>9} {'share':>7}",
     ]

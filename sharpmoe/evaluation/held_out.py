@@ -98,13 +98,15 @@ def observe(
     chunk: int = 16,
     share: Share = ALONE,
     noise: Noise = "fixed",
+    quiet: bool = False,
 ) -> Observed:
     """Roll the model out over held-out samples at fixed descending times in (0, 1], as it was trained.
 
     x0_prev is x_t itself at step 1 and the model's own x0_hat of step k - 1 at step k; a model without a saliency
     router reads none. noise: one x1 per image, an independent one at each step, or that of a Markov chain
     (`flow.markov_noise`), in which x0_prev tells nothing about x0 that x_t does not, as in sampling. Captions are kept,
-    noise is keyed by (seed, sample index), `chunk` images share a model call.
+    noise is keyed by (seed, sample index), `chunk` images share a model call; quiet: no
+    progress bar.
     Runs in eval mode without gradients and restores the mode. Communicates by `share.reduce` alone, once per table.
     """
     if not len(indices):
@@ -117,7 +119,7 @@ def observe(
     loads = torch.zeros(*routers.shape[:3], model.config.total_experts)
     chunks = _chunks_of_rank(runs, chunk, share)
     what = "measuring held-out images" + (f", {noise} noise" if noise != "fixed" else "")
-    with evaluating(model), progress_bar(what, len(chunks), "chunk") as advance:
+    with evaluating(model), progress_bar(what, len(chunks), "chunk", quiet=quiet) as advance:
         for number, rows, counted in chunks:
             picked = [indices[row] for row in rows]
             batch = samples.batch(picked)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.encode.codecs import Pixel
+from data_pipeline.encode.saliency import EncodedImages, MapContext, parse_saliency
+from data_pipeline.encode.texts import HashTextEncoder
 from data_pipeline.prepare.saliency_kinds import SALIENCIES
 from data_pipeline.read.mixture import Mixture
 from data_pipeline.read.shards import ShardSet
@@ -57,16 +60,34 @@ def maps_of(out: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def made(
+    text: str, images: torch.Tensor, pictures: list[Picture], grid: tuple[int, int]
+) -> tuple[torch.Tensor, list[bool]]:
+    choice = parse_saliency(text, SALIENCIES)
+    codec, encoder = Pixel(), HashTextEncoder(4, 8)
+    count = len(images)
+    batch = EncodedImages(
+        images=images,
+        pictures=pictures,
+        grid=grid,
+        latents=images.half(),
+        texts=[{}] * count,
+        labels=[-1] * count,
+        numbers=list(range(count)),
+    )
+    return choice.maps(choice.kind.create(choice, MapContext(codec, encoder, 2, "cpu")), batch)
+
+
 def test_the_laplacian_is_that_of_the_pixels() -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pictures = [Picture(image.numpy(), None) for image in images]
-    assert torch.equal(SALIENCIES["laplacian"].maps(images, pictures, (4, 4)), saliency_map(images, (4, 4)))
+    assert torch.equal(made("laplacian", images, pictures, (4, 4))[0], saliency_map(images, (4, 4)))
 
 
 def test_a_supplied_map_is_averaged_over_each_token() -> None:
     levels = np.random.Generator(np.random.Philox(key=1)).random((3, 1, 32, 48), dtype=np.float32)
     pictures = [Picture(np.zeros((3, 32, 48), np.float32), None, saliency=one) for one in levels]
-    found = SALIENCIES["supplied"].maps(torch.zeros(3, 3, 32, 48), pictures, (4, 6))
+    found, _ = made("supplied", torch.zeros(3, 3, 32, 48), pictures, (4, 6))
     expected = levels.reshape(3, 4, 8, 6, 8).mean((2, 4)).reshape(3, 24)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
@@ -174,6 +195,86 @@ def test_the_kind_is_part_of_recipe_and_shards(
     assert shards_main(["verify", folders[0], "--quiet"]) == 0
     card = sample_cards(supplied, 1)[0]
     assert card.saliency[:, 0].min() > 0.99  # contact sheets draw what is stored
+
+
+def test_file_is_another_word_for_supplied(folder: Path, tmp_path: Path) -> None:
+    assert prepare(folder, tmp_path / "out", "--saliency", "supplied") == 0
+    assert prepare(folder, tmp_path / "out", "--saliency", "file") == 0
+    assert ShardSet.open(tmp_path / "out", "train").saliency == {"kind": "supplied"}
+
+
+def test_missing_maps_may_be_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "3.saliency.png").unlink()
+    assert prepare(folder, tmp_path / "out", "--saliency", "file:missing=laplacian") == 0
+    assert f"replaced  1 of {COUNT} saliency maps are the substitutes" in capsys.readouterr().out
+    assert prepare(folder, tmp_path / "plain", "--codec-from", str(tmp_path / "out")) == 0
+    found, plain = maps_of(tmp_path / "out"), maps_of(tmp_path / "plain")
+    assert np.array_equal(found["picture 3"], plain["picture 3"])
+    assert found["picture 4"][:, 0].min() > 0.99
+    assert ShardSet.open(tmp_path / "out", "train").saliency == {"kind": "supplied", "missing": "laplacian"}
+
+
+@pytest.fixture
+def cut_out(folder: Path) -> Path:
+    """The pictures, of which all but two are transparent in their right half, and without supplied maps."""
+    for number in range(COUNT):
+        (folder / f"{number}.saliency.png").unlink()
+        if number > 1:
+            pixels = np.asarray(Image.open(folder / f"{number}.png").convert("RGBA")).copy()
+            pixels[:, pixels.shape[1] // 2 :, 3] = 0
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("words", [(), ("--buckets", "32x32,24x48")])
+def test_alpha_as_saliency(
+    words: tuple[str, ...], cut_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(cut_out, tmp_path / "out", "--saliency", "foreground", *words) == 0
+    output = capsys.readouterr()
+    assert "2 x no transparency, so no foreground map (--saliency foreground:missing=laplacian" in output.out
+    assert "saliency  foreground" in output.out
+    found = maps_of(tmp_path / "out")
+    assert len(found) == COUNT - 2
+    for saliency in found.values():
+        half = saliency.shape[1] // 2
+        assert saliency[:, : half - 1].min() > 0.99
+        assert saliency[:, half + 1 :].max() < 0.01
+
+
+def test_pictures_without_alpha_may_have_flat_maps(
+    cut_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--saliency", "foreground:missing=flat")
+    assert prepare(cut_out, tmp_path / "out", *words, "--dry-run") == 0
+    assert "saliency  foreground (missing flat)" in capsys.readouterr().out
+    assert prepare(cut_out, tmp_path / "out", *words) == 0
+    output = capsys.readouterr().out
+    assert f"flat      2 of {COUNT} saliency maps are the same everywhere" in output
+    assert f"replaced  2 of {COUNT}" in output
+    found = maps_of(tmp_path / "out")
+    assert not found["picture 0"].any()
+    assert found["picture 2"][:, 0].min() > 0.99
+    assert prepare(cut_out, tmp_path / "out", "--saliency", "foreground") == 2
+    assert "was prepared with saliency" in capsys.readouterr().err
+
+
+def test_like_with_other_maps_is_noted(cut_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(cut_out, tmp_path / "one", "--saliency", "foreground") == 0
+    size = ("--size", "32")
+    words = ["--source", str(cut_out), "--out", str(tmp_path / "two"), "--like", str(tmp_path / "one"), *size]
+    assert main(words) == 0
+    assert "saliency  laplacian; --like has foreground: such folders are neither merged nor mixed" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_bad_choice_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(folder, tmp_path / "out", "--saliency", "depth") == 2
+    error = capsys.readouterr().err
+    assert "kind 'depth'; expected laplacian, foreground, file, supplied, model, base-error" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_changed_maps_are_another_source(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
