@@ -26,6 +26,8 @@ from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.evaluation.prompt_sets import open_prompts
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
+from sharpmoe.report.counterfactual import counterfactual_table, draw_counterfactual, write_counterfactual
+from sharpmoe.report.film import record_film, write_film
 from sharpmoe.report.prompt_folder import draw_prompt_folder, part_of_rank
 from sharpmoe.report.runs import SavedModel, average_note, find_saved_model
 from sharpmoe.report.samples import (
@@ -35,10 +37,13 @@ from sharpmoe.report.samples import (
     check_shards,
     check_weak_origin,
     draw_to_files,
+    encode_prompts,
     override_sampling,
     parse_part,
     pixels_per_latent,
 )
+
+_FRAMES = 8  # steps of --film
 
 
 class _Named(NamedTuple):
@@ -109,7 +114,25 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=POSITIVE, default=16, help="images per model call")
     add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so the batch size has no effect")
     add("--compile", action="store_true", help="compile the blocks first, for many images (equal to rounding)")
-    add("--out", type=Path, help="folder for the images (default: samples/drawn in the run folder)")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--film",
+        nargs="?",
+        type=POSITIVE,
+        const=_FRAMES,
+        metavar="N",
+        help=f"draw N steps of sampling (default: {_FRAMES}): what the saliency routers read, and the routing",
+    )
+    shown.add_argument(
+        "--counterfactual",
+        action="store_true",
+        help="draw from the same noise with the saliency routers on, off and guided by another image, and compare",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="folder for the images (default: samples/drawn in the run folder; looks, of --film and so on)",
+    )
     add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
 
 
@@ -126,6 +149,8 @@ def _act(arguments: argparse.Namespace) -> None:
         sampling.compile_blocks(model)
         print_note("note: the first model call compiles the blocks, which takes one to three minutes")
     draw = _npz if arguments.npz else _prompt_folder if arguments.prompts else _files
+    if arguments.film or arguments.counterfactual:
+        draw = _look
     drawn = draw(_Call(arguments=arguments, settings=settings, model=model, shards=shards, saved=saved, weak=weak))
     print_note(average_note(saved))
     print(drawn)
@@ -192,6 +217,26 @@ def _files(call: _Call) -> Path | str:
 
     grid = draw_to_files(call.model, call.shards, prompts, call.settings, folder, call.options(part), say)
     return grid or f"part {part}: nothing to draw; a part is at least one batch (--batch-size {given.batch_size})"
+
+
+def _look(call: _Call) -> Path:
+    """Draw what happens while images are drawn."""
+    given = call.arguments
+    if given.npz or given.prompts or given.part:
+        raise ConfigError(
+            "--film and --counterfactual draw one picture of a few captions: leave out --npz, --prompts, --part"
+        )
+    prompts, codec = _prompts(given, call.settings), call.shards.codec_object()
+    request = encode_prompts(call.model.config, call.shards, prompts, next(call.model.parameters()).device)
+    options = call.options(sampling.ImagePart())
+    size = options.size.of_latents(call.model.config, codec)
+    folder, titles, seed = given.out or call.saved.folder / "looks", prompts.titles(), call.settings.seed
+    if given.film:
+        film = record_film(call.model, request, call.settings, codec.decode, given.film, options=options, size=size)
+        return write_film(folder, film, titles, call.saved.name, seed)
+    found = draw_counterfactual(call.model, request, call.settings, codec.decode, options=options, size=size)
+    print(counterfactual_table(found))
+    return write_counterfactual(folder, found, titles, call.saved.name, seed)
 
 
 def _prompts(arguments: argparse.Namespace, settings: SampleConfig) -> Prompts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
@@ -72,6 +72,7 @@ class SamplingStep:
 
 
 SamplingCallback = Callable[[SamplingStep], object]
+SaliencyInput = Literal["own", "off", "swapped"]  # whose x0_hat the saliency routers read
 
 Field = Callable[[Tensor, Tensor, tuple[Tensor, ...]], _Evaluation]  # (x_t, t 0-d, x0_prev) -> _Evaluation
 
@@ -84,7 +85,8 @@ class CfgSettings:
     source: Literal["own", "guided"] = (
         "own"  # the velocity that gives a branch its next x0_prev: its own, or the guided one
     )
-    saliency_router: bool = True  # False: the model has no saliency router, so no x0_prev is passed
+    saliency_router: bool = True  # False: the model has no saliency router, or it is off, so no x0_prev is passed
+    is_swapped: bool = False  # each image's saliency routers read the x0_prev of the image before it in the call
     # Whose tokens an expert compares where it ranks tokens of a call: the batch's, a branch's, an image's.
     pool: Literal["all", "call", "image"] = "call"
     norm_patch: int | None = None  # patch size of the tokens that keep the norm of their conditional velocity
@@ -158,7 +160,7 @@ def make_field(
     conditions here, once for all steps. `weak`: it is the second branch, with the condition of the only one of
     `branches`, in a call of its own. `keep_routing`: return the routing of the first branch too.
     """
-    call = _calls(model, branches, settings.pool, settings.saliency_router)
+    call = _calls(model, branches, settings.pool, settings.saliency_router, settings.is_swapped)
     call_weak = None if weak is None else _calls(weak.model, branches, settings.pool, weak.saliency_router)
 
     def field(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Evaluation:
@@ -174,20 +176,27 @@ def make_field(
     return field
 
 
-def _calls(model: Denoiser, branches: tuple[Condition, ...], pool: str, saliency_router: bool) -> _Calls:
+def _calls(
+    model: Denoiser, branches: tuple[Condition, ...], pool: str, saliency_router: bool, is_swapped: bool = False
+) -> _Calls:
     """Return a function that computes the velocity of every branch in one call of the model."""
     condition = _join(branches)
     fixed = model.prepare(condition) if isinstance(model, Backbone) else condition
 
     def call(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Called:
         rows = len(branches) * len(x)
-        x0_prev_all = torch.cat(x0_prev) if saliency_router else None
+        x0_prev_all = torch.cat(_swapped(x0_prev) if is_swapped else x0_prev) if saliency_router else None
         pools = {"all": 1, "call": len(branches), "image": rows}[pool]
         x_t = x.repeat(len(branches), 1, 1, 1)
         output = model(x_t, t.to(x).expand(rows), fixed, x0_prev_all, CallMode(pools=pools))
         return _Called(output.v.float().chunk(len(branches)), output.routing)
 
     return call
+
+
+def _swapped(x0_prev: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give each image of every branch the x0_prev of the image before it; the first gets that of the last."""
+    return tuple(each.roll(1, 0) for each in x0_prev)
 
 
 def _first_rows(routing: Routing, rows: int) -> Routing:
@@ -319,6 +328,7 @@ def generate(
     size: tuple[int, int] | None = None,
     weak: Backbone | None = None,
     callback: SamplingCallback | None = None,
+    saliency: SaliencyInput = "own",
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
@@ -328,10 +338,13 @@ def generate(
     a pool of its own. The times of the steps are shifted by `sample.shift` for the tokens of `size`.
     `weak`: guidance away from this model (autoguidance) in place of the empty condition; it takes the same latents and
     conditions. Models must be whole and in eval mode. `callback` is called once per step and batch of images, after the
-    model call at x_t; what it raises ends the sampling. Nothing is communicated, and the loop reads nothing back from
-    the device.
+    model call at x_t; what it raises ends the sampling. `saliency`: what the saliency routers read, the model's own
+    x0_hat, nothing (they are off; the model is not changed), or that of another image of the batch, in a batch of
+    several. Nothing is communicated, and the loop reads nothing back from the device.
     """
     settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image, has_weak=weak is not None)
+    is_on = settings.saliency_router and saliency != "off"
+    settings = replace(settings, saliency_router=is_on, is_swapped=saliency == "swapped")
     height, width = size or (config.latent_size, config.latent_size)
     shape = (config.latent_channels, height, width)
     tokens = height // config.patch_size * (width // config.patch_size)
@@ -349,7 +362,7 @@ def generate(
             x0_prev = (noise,) * (len(branches) + (other is not None))
             reader = None
             if callback is not None:
-                reader = _Reader(callback, times.tolist(), indices, settings.saliency_router)
+                reader = _Reader(callback, times.tolist(), indices, settings)
             observe = partial(_observed, advance, reader)
             parts.append(SAMPLERS[sample.method](field, noise, times.to(noise), x0_prev, observe))
     return torch.cat(parts)
@@ -374,11 +387,12 @@ class _Reader(NamedTuple):
     callback: SamplingCallback
     times: Sequence[float]
     images: tuple[int, ...]
-    saliency_router: bool
+    settings: CfgSettings
 
     def read(self, step: int, x_t: Tensor, x0_prev: tuple[Tensor, ...], found: _Evaluation) -> None:
         """Call the callback with the record of a step."""
         t = x_t.new_full((len(x_t),), self.times[step])
+        read = _swapped(x0_prev[:1]) if self.settings.is_swapped else x0_prev
         record = SamplingStep(
             step=step,
             steps=len(self.times) - 1,
@@ -386,7 +400,7 @@ class _Reader(NamedTuple):
             images=self.images,
             x_t=x_t,
             x0_hat=flow.clean_prediction(x_t, found.velocity, t),
-            x0_prev=x0_prev[0] if self.saliency_router else None,
+            x0_prev=read[0] if self.settings.saliency_router else None,
             routing=found.routing,
         )
         self.callback(record)

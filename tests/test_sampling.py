@@ -364,3 +364,30 @@ def test_a_callback_that_raises_ends_the_sampling_with_its_own_error() -> None:
     with pytest.raises(RuntimeError, match="^enough$"):
         generate(model, model.config, SampleConfig(num_steps=4), request(1), callback=refuse)
     assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("saliency", ["off", "swapped"])
+def test_what_the_saliency_routers_read_is_an_argument(saliency: str) -> None:
+    """Off, the gates decide alone; swapped, they read the x0_hat of another image. The model stays as it is."""
+    model, config = toy_model("ec"), toy_config("ec")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    read: dict[str, list[SamplingStep]] = {"own": [], saliency: []}
+    asked = Request(captions(3), None, (0, 1, 2))
+    settings = SampleConfig(num_steps=2, cfg_scale=1)
+    drawn = {
+        how: generate(model, config, settings, asked, callback=read[how].append, saliency=how)  # type: ignore[arg-type]
+        for how in read
+    }
+    assert not torch.equal(drawn["own"], drawn[saliency])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    own, other = read["own"][0], read[saliency][0]
+    assert own.x0_prev is not None
+    if saliency == "off":
+        assert other.x0_prev is None
+        assert all(torch.equal(layer.logits, layer.gate_logits) for step in read["off"] for layer in step.routing)
+    else:
+        assert other.x0_prev is not None
+        assert torch.equal(other.x0_prev, own.x0_prev[[2, 0, 1]])
+        expected = model(own.x_t, torch.ones(3), asked.cond, own.x0_prev[[2, 0, 1]]).routing
+        for a, b in zip(other.routing, expected, strict=True):
+            torch.testing.assert_close(a.logits, b.logits)

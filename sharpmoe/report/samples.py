@@ -181,11 +181,12 @@ def draw_images(
     size: tuple[int, int] | None = None,
     weak: Backbone | None = None,
     callback: sampling.SamplingCallback | None = None,
+    saliency: sampling.SaliencyInput = "own",
 ) -> Tensor:
     """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the mode of the models.
 
     `size` is (h, w) of the latents, by default the model's square. `weak`: a model to guide away from. `callback` is
-    called once per step and batch (`sampling.SamplingStep`).
+    called once per step and batch (`sampling.SamplingStep`). `saliency`: what the saliency routers read.
     """
     with evaluating(model), nullcontext() if weak is None else evaluating(weak):
         latents = sampling.generate(
@@ -198,6 +199,7 @@ def draw_images(
             size=size,
             weak=weak,
             callback=callback,
+            saliency=saliency,
         )
     return decode(latents.cpu())
 

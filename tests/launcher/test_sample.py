@@ -212,3 +212,20 @@ def test_parts_join_to_the_batch_of_one_process(tmp_path: Path) -> None:
     with np.load(tmp_path / "whole.npz") as whole, np.load(parts) as joined:
         assert (whole["arr_0"] == joined["arr_0"]).all()
     assert (tmp_path / "whole.json").read_text() == (tmp_path / "parts.json").read_text()
+
+
+def test_a_look_at_sampling_is_written_beside_the_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(run_folder), "--captions", "a circle", "a cross", "--steps", "2"]
+    assert main([*words, "--film", "2"]) == 0
+    assert main([*words, "--counterfactual"]) == 0
+    assert "share of choices that differ" in capsys.readouterr().out
+    names = {path.name for path in (run_folder / "looks").iterdir()}
+    assert names == {"film.png", "film.json", "counterfactual.png", "counterfactual.json"}
+
+
+@pytest.mark.parametrize("words", [["--film", "--part", "1/2"], ["--film", "--counterfactual"], ["--film", "0"]])
+def test_a_look_that_cannot_be_drawn_is_one_line(
+    run_folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_folder), "--captions", "a", "b", "--steps", "1", *words]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
