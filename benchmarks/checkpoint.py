@@ -31,7 +31,7 @@ from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.optimizers import make_states
+from sharpmoe.parallel.zero.partitions import make_states
 
 _MODEL = {"width": 128, "depth": 6, "num_heads": 4, "num_experts": 8}
 
@@ -64,7 +64,7 @@ def make_contents(fields: dict[str, object], options: Options) -> Contents:
     torch.manual_seed(0)
     model = build_model(run.model)
     engine = Engine(model, run, resolve_ds_config(ZERO3, run, world.size), world)
-    make_states(engine._zero.optimizer, engine.state.masters())
+    make_states(engine._zero.optimizer, engine.state.masters(), engine.state._owners())
     for parts in engine.state.partitions().values():
         for part in parts:
             part.detach().normal_()

@@ -211,7 +211,9 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """Optimizer, schedule, clipping, EMA."""
 
-    name: Literal["adamw", "sgd"] = "adamw"  # optimizer
+    # muon: matrices of attention, feed-forward networks and experts by Muon (arXiv 2502.16982), each expert by itself,
+    # with the learning rate and weight decay of AdamW, which updates everything else.
+    name: Literal["adamw", "muon", "sgd"] = "adamw"  # optimizer
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"  # who implements adamw; auto compiles nothing
     lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
     # Factors on the learning rate, pattern: factor, at every step of the schedule. A pattern is one or more consecutive
@@ -220,6 +222,7 @@ class OptimConfig(Section):
     lr_scale: dict[str, _Factor] = Field({})
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)  # adamw
     eps: float = Field(1e-8, gt=0)  # adamw
+    momentum: _Beta = 0.95  # muon: of the average of gradients
     weight_decay: float = Field(0.0, ge=0)  # decoupled (AdamW)
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after the warm-up
     warmup_steps: int = Field(0, ge=0)  # linear warm-up

@@ -201,7 +201,17 @@ def _place(dotted: str, path: str, given: Mapping[str, Any]) -> str:
         return f"--{dotted}"
     if entry := next((key for key in given if entry_of_map(key) and key.startswith(f"{dotted}.")), None):
         return f"--{entry}"
-    return f"{path}: {dotted}"
+    return f"{path}: {dotted}" if path else dotted
+
+
+def section_error(error: ValidationError, section: str) -> str:
+    """Return one line on what is wrong in a section that was made without a run file."""
+    return " | ".join(dict.fromkeys(_described(dict(item), (section,)) for item in error.errors()[:3]))
+
+
+def _described(item: dict[str, Any], above: tuple[str, ...]) -> str:
+    item["loc"] = (*above, *item["loc"])
+    return _describe(item, "", {})
 
 
 def _one_line(error: ValidationError, path: str, given: Mapping[str, Any]) -> str:

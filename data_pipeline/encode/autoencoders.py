@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.encode.codecs import CachedLatent, ImageSize, Posterior, divided
+from data_pipeline.encode.hub import check_model_is_had
 from data_pipeline.identity import Identity, hash_state
 from data_pipeline.members import decode_npz
 from sharpmoe.errors import DamageError, DataError, first_line
@@ -149,6 +150,7 @@ def _load(kind: str, class_name: str, name: str, device: str) -> Any:
         raise DataError(f"codec {kind} needs diffusers; pip install diffusers, or use --codec patch_pca") from None
     inside = Path(name) / "vae"
     try:
+        check_model_is_had(name)
         model, found = getattr(diffusers, class_name).from_pretrained(
             str(inside if inside.is_dir() else name),
             use_safetensors=True,

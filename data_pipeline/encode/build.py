@@ -45,6 +45,7 @@ class EncoderKind(NamedTuple):
 
     settings: Callable[[str], Identity] | None  # what a recipe says of `--encoder NAME`; None: not chosen by a name
     create: Callable[[Identity, str], TextEncoder]  # from a recipe or an identity, and a device
+    options: tuple[str, ...] = ()  # of `--encoder NAME,OPTION=VALUE`
 
 
 def _sd_name(options: Options) -> Identity:
@@ -143,8 +144,10 @@ def _create_joined(spec: Identity, device: str) -> TextEncoder:
 
 
 ENCODERS: dict[str, EncoderKind] = {
-    "hash": EncoderKind(lambda _: {"width": 32}, lambda spec, _: HashTextEncoder(spec["width"], spec["max_length"])),
-    "transformers": EncoderKind(lambda name: {"name": name}, _create_transformer),
+    "hash": EncoderKind(
+        lambda _: {"width": 32}, lambda spec, _: HashTextEncoder(spec["width"], spec["max_length"]), ("max_length",)
+    ),
+    "transformers": EncoderKind(lambda name: {"name": name}, _create_transformer, _TRANSFORMER_SETTINGS),
     "joined": EncoderKind(None, _create_joined),
 }
 _CHOSEN_BY_KIND = ("hash",)  # `--encoder hash`; any other name is that of a transformers model
@@ -242,14 +245,15 @@ def _one_encoder(text: str, max_length: int) -> Identity:
     """Parse `NAME` or `NAME,layer=-2,pooled=model,max_length=77,dtype=bfloat16`."""
     name, *options = text.split(",")
     found: Identity = {"max_length": max_length}
+    kind = name if name in _CHOSEN_BY_KIND else "transformers"
+    readers = {key: reader for key, reader in _ENCODER_OPTIONS.items() if key in ENCODERS[kind].options}
     for option in options:
         key, _, value = option.partition("=")
         try:
-            found[key] = _ENCODER_OPTIONS[key][0](value)
+            found[key] = readers[key][0](value)
         except (KeyError, ValueError):
-            known = ", ".join(f"{key}={what}" for key, (_, what) in _ENCODER_OPTIONS.items())
+            known = ", ".join(f"{key}={what}" for key, (_, what) in readers.items())
             raise DataError(f"--encoder {text}: option {option!r}; expected NAME and any of {known}") from None
-    kind = name if name in _CHOSEN_BY_KIND else "transformers"
     settings = ENCODERS[kind].settings
     assert settings is not None
     return {"kind": kind, **settings(name), **found}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.encode.hub import check_model_is_had
 from data_pipeline.encode.texts import CaptionLength, TextEncoder, TextStates, mean_pool
 from data_pipeline.identity import Identity, hash_state
 from sharpmoe.errors import DataError, first_line
@@ -171,6 +172,7 @@ def _load(where: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()  # a bar per rank for a load of one second
     where, words = _places(where)
+    check_model_is_had(where)
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     tokenizer.padding_side = "right"  # decoders pad on the left, which shifts absolute positions

@@ -108,14 +108,14 @@ class Checkpoints:
         self._running: Future[Outcome] | None = None
 
     @staticmethod
-    def size(model: ModelConfig, states: int, trained: int | None = None) -> int:
-        """Return the bytes of tensors of one checkpoint. states: tensors of the optimizer per parameter.
+    def size(model: ModelConfig, optimizer: int, trained: int | None = None) -> int:
+        """Return the bytes of tensors of one checkpoint. optimizer: bytes of the optimizer's states.
 
         trained: elements that are trained; None: all.
         """
         elements = sum(spec.shape.numel() for spec in weight_specs(model).values())
-        state = (elements if trained is None else trained) * (2 + states)  # masters, average, states
-        return torch.float32.itemsize * (state + elements * len(_WEIGHTS))
+        state = (elements if trained is None else trained) * 2  # masters, average
+        return torch.float32.itemsize * (state + elements * len(_WEIGHTS)) + optimizer
 
     def load(self, saved: Manifest) -> None:
         """Load the state of a checkpoint that is intact and fits the run. Communicates; see `load_checkpoint`."""

@@ -21,7 +21,7 @@ from sharpmoe.model.weights import SafetensorsWriter, TensorSpec, check_finite
 from sharpmoe.parallel.zero.build import Values
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.partitions import EMA, MASTER, Piece
+from sharpmoe.parallel.zero.partitions import EMA, MASTER, Piece, kept_pieces
 
 _FIX = "resume from another checkpoint"
 
@@ -61,7 +61,7 @@ def write_state(
     parts = {
         f"{kind}/{piece.name}": flat[piece.part].narrow(0, piece.start, piece.numel)
         for kind, flat in partitions.items()
-        for piece in pieces
+        for piece in kept_pieces(flat, pieces)
     }
     header = {"places": json.dumps({piece.name: piece.place for piece in pieces}), "facts": json.dumps(scalars)}
     specs = {name: TensorSpec(part.shape, part.dtype) for name, part in parts.items()}

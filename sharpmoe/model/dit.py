@@ -4,7 +4,7 @@ An MoE layer replaces the MLP of every second block (odd indices); router family
 fields of the configuration.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,8 @@ class Block(nn.Module):
 
 class _Attention(nn.Module):
     """Multi-head self-attention, with normalised queries and keys and rotary positions where the family has them."""
+
+    matrices: ClassVar = {"qkv.weight": 3, "proj.weight": 1}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Embedders: patches, time, class labels, text."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,8 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 class CrossAttention(nn.Module):
     """Image tokens attend to text tokens; the output layer starts at zero, so a class trunk can be extended to text."""
+
+    matrices: ClassVar = {"q.weight": 1, "kv.weight": 2, "proj.weight": 1}
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ positions on three axes (frame, row, column); feed-forward networks are MoE laye
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,7 @@ class _Block(nn.Module):
 class _JointAttention(nn.Module):
     """Attention of image tokens to image and text tokens; several query heads share a head of keys and values."""
 
+    matrices: ClassVar = {f"{name}.weight": 1 for name in ("q", "k", "v", "text_k", "text_v", "proj")}
     unused_query_norm: Tensor
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 """Feed-forward networks: single, and stacked experts."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 class Mlp(nn.Module):
     """Two-layer MLP D -> F -> D with biases."""
 
+    matrices: ClassVar = {"fc1.weight": 1, "fc2.weight": 1}
+
     def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor] = _gelu_tanh) -> None:
         super().__init__()
         self.activation = activation
@@ -31,6 +34,8 @@ class Mlp(nn.Module):
 
 class _SwiGlu(nn.Module):
     """Gated MLP D -> F -> D without biases: down(SiLU(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
+
+    matrices: ClassVar = {"gate_proj.weight": 1, "up_proj.weight": 1, "down_proj.weight": 1}
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -68,6 +73,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, width, hidden))
         third = (hidden, width) if kind == "swiglu" else (1, hidden + width)
         self.w3 = nn.Parameter(torch.zeros(num_experts, *third))
+        self.matrices = {"w1": 1, "w2": 1} | ({"w3": 1} if kind == "swiglu" else {})
 
     def forward(self, rows: Tensor, counts: Tensor | int) -> Tensor:
         """Apply expert e to its rows of `rows` (R, D), which are sorted by expert; returns (R, D).

@@ -110,7 +110,7 @@ class Planner:
         if zero.stage == 3:
             gathers = count_gathers(run, parts, schedule, layout)
         graphs = self._measured(layout.micro_batch).of(schedule)
-        step = StepNeeds(graphs, layout.accumulation, gathers, optimizer_states(run), self._monitored)
+        step = StepNeeds(graphs, layout.accumulation, gathers, self._monitored)
         memory = rank_memory(parts, zero, step)
         sent = traffic(run, layout, parts, schedule, gathers, self._tokens.image)
         return Estimate(layout=layout, schedule=schedule, memory=memory, traffic=sent)
@@ -123,9 +123,9 @@ class Planner:
         return sum(part.numel for part in rank_parameters(self.run, 1, 1)) if is_monitored else 0
 
 
-def optimizer_states(run: RunConfig) -> int:
-    """Return the tensors that the optimizer keeps per parameter."""
-    return 2 if run.optim.name == "adamw" else 0
+def optimizer_bytes(run: RunConfig) -> int:
+    """Return the bytes of the optimizer's states of a run, over all ranks."""
+    return sum(part.numel * part.state_bytes for part in trained_parts(rank_parameters(run, 1, 1)))
 
 
 def _sample_tokens(run: RunConfig, read_urls: bool) -> SampleTokens:

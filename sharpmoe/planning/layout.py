@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sharpmoe.config import RunConfig
+from sharpmoe.model.matrices import check_matrices, hidden_matrices
 from sharpmoe.model.trainable import check_trained, planned_model
 from sharpmoe.parallel.zero.settings import ZeroSettings
+
+_STATES = {"adamw": 8, "muon": 8, "sgd": 0}  # bytes of the optimizer's states per element, by optim.name
+_MOMENTUM = 4  # the same of what Muon updates
 
 
 class RankLayout(NamedTuple):
@@ -29,6 +33,8 @@ class RankParameter(NamedTuple):
     block: int | None  # index of the block that this module is; None for embedders and the final layer
     is_expert: bool
     is_trained: bool = True  # False: frozen, without gradient, master, optimizer state and average
+    state_bytes: int = 8  # of the optimizer's states, per element
+    matrix: int = 0  # elements of each of the matrices that Muon orthogonalises; 0: none
 
     @property
     def shard(self) -> int:
@@ -44,12 +50,15 @@ class RankParameter(NamedTuple):
 def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParameter]:
     """Return all parameters in the order of use; `module` counts embedders, blocks and the final layer.
 
-    Raises ConfigError where a pattern of train.trainable, train.frozen or optim.lr_scale matches no parameter.
+    Raises ConfigError where a pattern of train.trainable, train.frozen or optim.lr_scale matches no parameter, and
+    where Muon has nothing to update.
     """
     model = planned_model(run)
     check_trained([name for name, _ in model.named_parameters()], run)
+    check_matrices(model, run)
     blocks = {block: index for index, block in enumerate(model.blocks)}
     owners = [(f"{name}.", blocks.get(part)) for name, part in model.gathered_units()]
+    matrices = hidden_matrices(model) if run.optim.name == "muon" else {}
     parts = []
     for name, parameter in model.named_parameters():
         is_expert = ".experts." in name
@@ -64,6 +73,8 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
                 block=owners[module][1],
                 is_expert=is_expert,
                 is_trained=parameter.requires_grad,
+                state_bytes=_MOMENTUM if name in matrices else _STATES[run.optim.name],
+                matrix=matrices[name].numel if name in matrices else 0,
             )
         )
     return parts

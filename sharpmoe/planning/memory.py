@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sharpmoe.parallel.zero.muon import BATCH
 from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning.activations import GraphBytes
 from sharpmoe.planning.gathers import Gathers
 from sharpmoe.planning.layout import RankParameter, trained_parts
 
-_MASTER = 4  # bytes of a float32 master weight, and of each optimizer state and the EMA
+_MASTER = 4  # bytes of a float32 master weight, and of the EMA
 _SUM = 4  # bytes of a gradient that is added up within a step (train/local_gradients.py)
+_ITERATES = 4  # tensors of Muon's iteration: the matrices, two products of at most their size, the next matrices
+_EXCHANGED = 4  # what a rank sends of matrices that it holds a part of, and receives, on both ways
 _ALIGN = 2  # ZeRO-2 pads a group to a multiple of this times its ranks
 
 
@@ -89,7 +92,6 @@ class StepNeeds(NamedTuple):
     graphs: tuple[GraphBytes, ...]  # of one micro-batch, in the order of their backwards
     accumulation: int
     gathers: Gathers
-    states: int  # optimizer states per weight: 2 for AdamW, 0 for SGD
     monitored: int  # parameters of the model that the monitor makes whole; 0 where it does nothing
 
     @property
@@ -104,7 +106,8 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
     weights = size.weights * zero.compute_bytes
     masters = size.shard * _MASTER  # a copy even where the weights are float32
     gradients = (size.shard if _is_flat(zero) else _straddled(trained)) * zero.gradient_bytes
-    optimizer = size.shard * _MASTER * step.states
+    held = sum(part.shard for part in trained)
+    optimizer = size.shard * sum(part.shard * part.state_bytes for part in trained) // held
     gathered, arriving = step.gathers.peak * zero.compute_bytes, step.gathers.arriving * zero.compute_bytes
     waiting = _WaitingGradients(sum(part.numel for part in trained), size.largest, zero.compute_bytes)
     buckets = _buckets(size, zero)
@@ -125,7 +128,7 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
         buckets=buckets,
         activations=max(graph.most for graph in step.graphs),
         backward=backward,
-        update=_update(size, zero),
+        update=_update(size, zero) + _orthogonalised(trained, zero),
         look=step.monitored * _MASTER,
         host=_offloaded(zero, weights, masters + gradients + optimizer + size.shard * _MASTER),
     )
@@ -226,3 +229,15 @@ def _update(size: _Sizes, zero: ZeroSettings) -> int:
     if zero.host_optimizer:
         return 0
     return min(size.shard, zero.sub_group if zero.stage == 3 else size.shard) * _MASTER
+
+
+def _orthogonalised(parts: Sequence[RankParameter], zero: ZeroSettings) -> int:
+    """Matrices that Muon orthogonalises at a time, with the products of an iteration, and what ranks exchange."""
+    matrices = [part for part in parts if part.matrix]
+    if not matrices:
+        return 0
+    held = sum(part.shard for part in matrices)
+    batch = max(min(BATCH, held), *(part.matrix for part in matrices), 0)
+    exchanged = min(held, zero.sub_group) if zero.stage == 3 else max(part.matrix for part in matrices)
+    alone = all(part.ranks == 1 for part in matrices)
+    return zero.compute_bytes * (_ITERATES * batch + (0 if alone else _EXCHANGED * exchanged))

@@ -25,7 +25,7 @@ from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
 from sharpmoe.planning.advice import usable
 from sharpmoe.planning.auto import resolve_schedule
-from sharpmoe.planning.estimate import Estimate, Planner, optimizer_states
+from sharpmoe.planning.estimate import Estimate, Planner, optimizer_bytes
 from sharpmoe.planning.table import memory_lines
 from sharpmoe.train.monitor import Monitor
 from sharpmoe.train.owner import check_unowned
@@ -148,7 +148,7 @@ def _check_disk(plan: RunPlan) -> str:
     """Return what the checkpoints take; raise CheckpointError where the disk has no room for those still to come."""
     trained = sum(parameter.numel() for parameter in planned_model(plan.run).parameters() if parameter.requires_grad)
     run, there = plan.run, len(plan.found.readable) + len(plan.found.damaged)
-    size = Checkpoints.size(run.model, optimizer_states(run), trained)
+    size = Checkpoints.size(run.model, optimizer_bytes(run), trained)
     wanted = _most_checkpoints(run, plan.start.step)
     more = max(0, wanted - (there if run.checkpoint.resume == "auto" else 0))
     if not _is_finished(plan):

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from sharpmoe.config import RunConfig
-from sharpmoe.model.trainable import trained_title, what_is_trained
+from sharpmoe.model.matrices import optimizer_title
+from sharpmoe.model.trainable import planned_model, trained_title, what_is_trained
 from sharpmoe.planning.advice import RESERVE, Advice, usable
 from sharpmoe.planning.estimate import Budget, Estimate
 from sharpmoe.planning.memory import Memory
@@ -84,10 +85,12 @@ def memory_lines(run: RunConfig, estimate: Estimate, device_memory: float | None
 def _head(budget: Budget) -> str:
     run, layout = budget.run, budget.own.layout
     model, trained = run.model, trained_title(run, budget.trained_parameters)
+    updated = optimizer_title(planned_model(run), run)
     experts = f", {budget.expert_parameters / 1e6:.3f} M in experts" if budget.expert_parameters else ""
     rows = {
         "run": f"{run.name}: {run.stage}, {model.title}, {budget.parameters / 1e6:.3f} M parameters{experts}",
         **({"trained": trained} if trained else {}),
+        **({"updated": updated} if updated else {}),
         "layout": f"{layout.world} rank(s), ep {layout.ep_size} (experts are partitioned over "
         f"{layout.world // layout.ep_size} rank(s)), ZeRO-{layout.zero.stage}, {run.train.precision}",
         "batch": f"{layout.micro_batch} image(s) per rank x {layout.accumulation} accumulation, "

@@ -23,6 +23,7 @@ from data_pipeline.index import MAX_TOKENS
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.config_io import section_error
 from sharpmoe.durable import check_folder
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.held_out import evaluating
@@ -134,10 +135,7 @@ def override_sampling(settings: SampleConfig, given: Mapping[str, object]) -> Sa
     try:
         return SampleConfig(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            raise ConfigError(f"sample: {first['msg'].removeprefix('Value error, ')}") from None
-        raise ConfigError(f"sample.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
+        raise ConfigError(section_error(error, "sample")) from None
 
 
 class TextSource(Protocol):

@@ -14,6 +14,7 @@ from sharpmoe import __version__
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import PROJECT_ROOT, BatchLayout
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.matrices import optimizer_title
 from sharpmoe.model.trainable import trained_title
 from sharpmoe.parallel.ranks.launch import World
 
@@ -31,6 +32,7 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
     """
     total, active = model.count_parameters()
     trained = trained_title(run, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    optimizer = optimizer_title(model, run)
     config, parallel = run.model, run.parallel
     moe = "" if not config.family.has_experts else f", {config.num_experts} experts in {len(model.moe_layers())} layers"
     experts = "" if parallel.ep_size == 1 else f", experts over {parallel.ep_size} ranks ({parallel.dispatcher})"
@@ -40,6 +42,7 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
         "model": f"{config.title}{moe}, {config.conditioning}",
         "parameters": f"{total / 1e6:.3f} M total, {active / 1e6:.3f} M active per token",
         **({"trained": trained} if trained else {}),
+        **({"optimizer": optimizer} if optimizer else {}),
         "world": f"{world.size} rank(s) on {world.device.type}, {zero}, {run.train.precision}{experts}",
         "batch": f"{layout.global_batch} = {layout.micro_batch} per rank x {layout.accumulation} accumulation x "
         f"{layout.world} rank(s)",

@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
+from sharpmoe.model.matrices import check_matrices, hidden_matrices
 from sharpmoe.model.trainable import freeze
 from sharpmoe.parallel.experts.dispatch import check_dispatcher, make_dispatcher
 from sharpmoe.parallel.experts.groups import ExpertGroups
@@ -64,19 +65,29 @@ class Engine:
         self.module = module
         self.num_parameters = sum(p.numel() for p in module.parameters())
         freeze(module, run)
+        check_matrices(module, run)
         self._experts = ExpertGroups.of(run.parallel.ep_size, world)
         place_experts(module, self._experts, make_dispatcher(run, self._experts), make_pool(run, world))
         materialise(module, values, ds_config, world)
+        matrices = hidden_matrices(module) if run.optim.name == "muon" else {}
         parts_whole = self.stage == 3 and gather_parts_whole(module)
         with float32_buffers(module), frozen_experts_allowed():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
-                model_parameters=optimizer_groups(module, run.optim.lr_scale),
+                model_parameters=optimizer_groups(module, run.optim.lr_scale, matrices),
                 optimizer=optimizer_factory(run.optim, _update_device(ds_config, world.device)),
                 config=_with_defaults(ds_config),
             )
         self._gate = patch_optimizer(self._zero, self.stage, parts_whole)
         self.state = ShardedState(self._zero, self.stage)
+        if matrices:
+            dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+            groups = {
+                name: self._experts.edp_group if is_expert(each) else None for name, each in module.named_parameters()
+            }
+            self._zero.optimizer.find_matrices(
+                self.state.masters(), self.state.pieces(module), matrices, groups, dtype, world
+            )
 
     @staticmethod
     def check(run: RunConfig, ds_config: dict[str, Any], device: torch.device) -> None:

@@ -7,17 +7,18 @@ parameter, so that a run may resume with other groups.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from torch import Tensor, nn
+from torch import nn
 
 from sharpmoe.config import OptimConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.patterns import check_patterns, matching_pattern
+from sharpmoe.parallel.zero.muon import MuonWithAdamW
 from sharpmoe.parallel.zero.placement import is_expert
 
 _Factory = Callable[[Any], torch.optim.Optimizer]
@@ -28,6 +29,10 @@ def optimizer_factory(optim: OptimConfig, device: torch.device) -> _Factory:
 
     Raises ConfigError where this machine cannot run the implementation.
     """
+    if optim.name == "muon":
+        if optim.impl not in ("auto", "torch"):
+            raise ConfigError(f"optim.impl: {optim.impl} has no optim.name: muon; use optim.impl: auto")
+        return partial(MuonWithAdamW, optim=optim)
     if optim.name == "sgd":
         return lambda params: torch.optim.SGD(params, lr=optim.lr, weight_decay=optim.weight_decay)
     if optim.impl in ("auto", "torch"):
@@ -67,23 +72,27 @@ def _deepspeed_adam(device: torch.device, settings: dict[str, Any]) -> _Factory:
     return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
 
 
-def optimizer_groups(module: nn.Module, lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
+def optimizer_groups(
+    module: nn.Module, lr_scale: Mapping[str, float], matrices: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Return the parameter groups of the optimizer: what requires a gradient.
 
-    Each has the factor of its learning rate as "lr_scale". Raises ConfigError where a pattern matches nothing.
+    matrices: names of the parameters that Muon updates; their groups have "muon". Each group has the factor of its
+    learning rate as "lr_scale". Raises ConfigError where a pattern matches nothing.
     """
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     check_patterns("optim.lr_scale", named, lr_scale)
-    members: dict[tuple[str | None, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[str | None, bool, bool], list[nn.Parameter]] = {}
     for pattern in (None, *lr_scale):
-        members |= {(pattern, moe): [] for moe in (False, True)}
+        members |= {(pattern, moe, muon): [] for moe in (False, True) for muon in (False, True)}
     for name, parameter in named.items():
-        members[matching_pattern(name, lr_scale), is_expert(parameter)].append(parameter)
+        members[matching_pattern(name, lr_scale), is_expert(parameter), name in matrices].append(parameter)
     groups = []
-    for (pattern, moe), parameters in members.items():
+    for (pattern, moe, muon), parameters in members.items():
         if parameters:
             placed = {"name": parameters[0].group_name, "moe": True} if moe else {"name": pattern or "shared"}  # type: ignore[attr-defined]
-            groups.append({"params": parameters, "lr_scale": lr_scale[pattern] if pattern else 1.0, **placed})
+            kind = {"muon": True} if muon else {}
+            groups.append({"params": parameters, "lr_scale": lr_scale[pattern] if pattern else 1.0, **placed, **kind})
     return groups
 
 
@@ -91,17 +100,3 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
     """Set the learning rate of every group: `lr` times its factor."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-
-
-def make_states(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> None:
-    """Have an optimizer create the states that it creates at its first step, by a step with learning rate zero."""
-    groups, gradients = optimizer.param_groups, [master.grad for master in masters]
-    for master in masters:
-        master.grad = torch.zeros_like(master)
-    optimizer.param_groups = [{**groups[0], "params": list(masters), "lr": 0.0}]
-    try:
-        optimizer.step()
-    finally:
-        optimizer.param_groups = groups
-        for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = gradient  # with offload DeepSpeed keeps the buffer of gradients here

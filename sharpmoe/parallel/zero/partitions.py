@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharpmoe.errors import CheckpointError
-from sharpmoe.parallel.zero.optimizers import make_states
 from sharpmoe.parallel.zero.placement import local_experts
 
 MASTER, EMA = "master", "ema"  # kinds of partitions, beside those that the optimizer names itself
@@ -61,7 +60,10 @@ class ShardedState:
         return list(self._zero.single_partition_of_fp32_groups)
 
     def partitions(self) -> Partitions:
-        """Return the masters and each tensor that the optimizer keeps beside them, of the same shapes."""
+        """Return the masters and each tensor that the optimizer keeps beside them, of the same shapes.
+
+        Of a kind that it keeps for some masters only, the tensors of the others are empty.
+        """
         masters = self.masters()
         found = {MASTER: masters}
         for index, master in enumerate(masters):
@@ -100,18 +102,23 @@ class ShardedState:
         No communication. Raises CheckpointError where a part is missing or the optimizer is another.
         """
         if saved.kinds - {MASTER, EMA}:  # otherwise it was saved before the first step
-            make_states(self._zero.optimizer, self.masters())
+            make_states(self._zero.optimizer, self.masters(), self._owners())
         partitions = self.partitions()
         if saved.kinds - {EMA} != partitions.keys():
             there, here = (", ".join(sorted(kinds)) for kinds in (saved.kinds - {EMA}, partitions.keys()))
             raise CheckpointError(f"the checkpoint holds {there}, the run's optimizer keeps {here}; set optim.name")
         pieces = self.pieces(module)
         for kind, parts in partitions.items():
-            fill_pieces(parts, pieces, partial(saved.piece, kind))
+            fill_pieces(parts, kept_pieces(parts, pieces), partial(saved.piece, kind))
         for state in self._zero.optimizer.state.values():
             if "step" in state:
                 step = saved.scalars["step"]
                 state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else int(step)
+
+    def _owners(self) -> list[int]:
+        """Return the index of the optimizer's parameter group of each master."""
+        groups = range(len(self.masters()))
+        return [self._zero.sub_group_to_group_id[index] for index in groups] if self._stage == 3 else [*groups]
 
     def refresh_weights(self) -> None:
         """Update the weights of the forward from the masters. Every rank calls it; communicates."""
@@ -122,6 +129,30 @@ class ShardedState:
         for group in range(len(self.masters())):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self._zero.checkpoint_event_epilogue()
+
+
+def make_states(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], owners: Sequence[int]) -> None:
+    """Have an optimizer create the states that it creates at its first step, by a step with learning rate zero.
+
+    owners: index of the parameter group of each master.
+    """
+    groups, gradients = optimizer.param_groups, [master.grad for master in masters]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer.param_groups = [
+        {**groups[owner], "params": [master], "lr": 0.0} for master, owner in zip(masters, owners, strict=True)
+    ]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient  # with offload DeepSpeed keeps the buffer of gradients here
+
+
+def kept_pieces(parts: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces of which the partitions of a kind have elements: an optimizer may keep other states of some."""
+    return [piece for piece in pieces if len(parts[piece.part])]
 
 
 def fill_pieces(parts: Sequence[Tensor], pieces: Sequence[Piece], read: Callable[[str, int, int], Tensor]) -> None:
