@@ -30,8 +30,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.durable import sha256_of
 from sharpmoe.errors import DataError
-from sharpmoe.model.weights import save_weights
-from sharpmoe.model.weights import weight_specs
+from sharpmoe.model.weights import save_weights, weight_specs
 from sharpmoe.parallel.experts import dispatch
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero import patches

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.read.shards import ShardSet
+from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.report.runs import find_saved_model
-from sharpmoe.report.samples import Prompts, check_shards, check_weak_origin, encode_prompts
+from sharpmoe.report.samples import Prompts, check_shards, check_weak_origin, encode_prompts, override_sampling
 from tests.report.run_folder import make_run_folder
 from tests.toys import toy_config, toy_model
 
@@ -36,3 +37,17 @@ def test_a_weak_model_of_another_codec_or_encoder_is_refused() -> None:
         check_weak_origin({"codec": '{"kind": "patch_pca"}'}, own)
     with pytest.raises(ConfigError, match="weak model: trained with encoder kind 'transformers'"):
         check_weak_origin({"encoder": '{"kind": "transformers"}'}, own)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"shift": {"factor": "much"}}, "sample.shift.factor: got 'much', allowed: a finite number > 0"),
+        ({"num_steps": 0}, "sample.num_steps: got 0, allowed: a whole number >= 1; change sample.num_steps"),
+        ({"cfg_interval": (0.9, 0.1)}, r"sample: cfg_interval \(0.9, 0.1\) must be two times"),
+    ],
+)
+def test_a_bad_setting_is_told_in_the_words_of_the_run_file(given: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        override_sampling(SampleConfig(), given)
+    assert "\n" not in str(caught.value)
