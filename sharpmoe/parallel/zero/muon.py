@@ -215,7 +215,15 @@ def _fragments(piece: Piece, matrices: Mapping[str, MatrixShape], rank: int) -> 
     while place < end:
         matrix, first = divmod(place, size)
         numel = min(size - first, end - place)
-        yield _Fragment(piece.name, matrix, first, numel, piece.start + place - piece.place, piece.part, rank)
+        yield _Fragment(
+            name=piece.name,
+            matrix=matrix,
+            first=first,
+            numel=numel,
+            start=piece.start + place - piece.place,
+            part=piece.part,
+            rank=rank,
+        )
         place += numel
 
 
