@@ -25,6 +25,7 @@ from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
 from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.evaluation.prompt_sets import open_prompts
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.compiled import compile_blocks
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.counterfactual import counterfactual_table, draw_counterfactual, write_counterfactual
 from sharpmoe.report.film import record_film, write_film
@@ -146,8 +147,7 @@ def _act(arguments: argparse.Namespace) -> None:
     check_shards(model, shards)
     weak = _weak_model(arguments, header)
     if arguments.compile:
-        sampling.compile_blocks(model)
-        print_note("note: the first model call compiles the blocks, which takes one to three minutes")
+        compile_blocks(model, print_note)
     draw = _npz if arguments.npz else _prompt_folder if arguments.prompts else _files
     if arguments.film or arguments.counterfactual:
         draw = _look

@@ -248,6 +248,9 @@ class TrainConfig(Section):
     # The same bits each time on the same devices, so that a resumed run equals one without a stop on CUDA too; slower.
     # Without it that holds on the host only (docs/reliability.md).
     deterministic: bool = False
+    # Blocks compiled with torch.compile: fewer kernels and fewer passes over memory, equal to rounding. The first step
+    # of every image size takes a minute or more (docs/performance.md).
+    compile: bool = False
     # Which parameters are trained: patterns as in optim.lr_scale, such as [saliency_router], [saliency_router, gate] or
     # [moe.experts]; empty: all. All others are frozen: without gradient, optimizer state, average (docs/trainable.md).
     trainable: tuple[_Pattern, ...] = ()
@@ -378,4 +381,9 @@ class RunConfig(Section):
                 raise ValueError(f"{key} is {text!r}, expected the name of a folder, without line breaks; change {key}")
         if "://" in self.output:
             raise ValueError(f"output is {self.output!r}, expected a local folder; copy finished checkpoints elsewhere")
+        if self.train.compile and self.parallel.pool_scope == "world":
+            raise ValueError(
+                "train.compile is true and parallel.pool_scope world, which exchanges scores between ranks in the "
+                "middle of a block; set train.compile to false, or parallel.pool_scope to rank"
+            )
         return self

@@ -6,8 +6,6 @@ the loop. One sampler is one short function over a `Field`; only `make_field` kn
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -299,21 +297,6 @@ class ImagePart(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.number} of {self.of}"
-
-
-def compile_blocks(model: Backbone) -> Backbone:
-    """Compile every block with torch.compile, in place; returns the model.
-
-    Equal to the rounding of float32 (tests: 1e-5 of a latent's range). The first call of a batch size and of a size
-    of images compiles, one to three minutes; it pays off for many images. Raises ConfigError where a CPU has no C++
-    compiler.
-    """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not any(shutil.which(tool) for tool in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise ConfigError("--compile needs a C++ compiler on a CPU, and there is none; install g++, or leave it out")
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    return model
 
 
 @torch.no_grad()

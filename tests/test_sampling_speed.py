@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
-from sharpmoe.errors import ConfigError
 from sharpmoe.flow import sampling_times
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput
+from sharpmoe.model.compiled import compile_blocks
 from sharpmoe.moe.routing import CallMode
 from sharpmoe.sampling import CfgSettings, generate, make_field
 from tests.test_sampling import Recorder, captions, empty_text, request
@@ -194,12 +194,6 @@ def test_a_step_reads_back_what_its_expert_layers_do(name: str) -> None:
 def test_compiled_blocks_draw_the_same() -> None:
     settings = SampleConfig(num_steps=3, cfg_scale=2.0)
     expected = generate(family("diffmoe"), toy_config("diffmoe"), settings, request(2))
-    model = sampling.compile_blocks(family("diffmoe"))
+    model = compile_blocks(family("diffmoe"))
     drawn = generate(model, model.config, settings, request(2))
     assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling.shutil, "which", lambda tool: None)
-    with pytest.raises(ConfigError, match="install g\\+\\+"):
-        sampling.compile_blocks(family("ec"))

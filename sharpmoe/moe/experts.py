@@ -75,13 +75,18 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.zeros(num_experts, *third))
         self.matrices = {"w1": 1, "w2": 1} | ({"w3": 1} if kind == "swiglu" else {})
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D and F."""
+        return self.width, self.hidden
+
     def forward(self, rows: Tensor, counts: Tensor | int) -> Tensor:
         """Apply expert e to its rows of `rows` (R, D), which are sorted by expert; returns (R, D).
 
         counts: rows of each expert, (E,) int64 on the rows' device with sum R, or an int where all have the same. On
         CUDA an int and the grouped product read nothing back from the device; the split loop does.
         """
-        layout = row_layout(rows, counts, self.num_experts, (self.width, self.hidden))
+        layout = row_layout(rows, counts, self.num_experts, self.widths)
         return self.apply_in(rows.contiguous(), layout)
 
     def apply_in(self, rows: Tensor, layout: RowLayout) -> Tensor:

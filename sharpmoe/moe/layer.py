@@ -9,6 +9,7 @@ from sharpmoe import families
 from sharpmoe.config import ModelConfig
 from sharpmoe.moe.dispatch import Assignment, Dispatcher, LocalDispatcher, RowCounts
 from sharpmoe.moe.experts import Experts, feed_forward
+from sharpmoe.moe.products import keeps_counts
 from sharpmoe.moe.router import Router
 from sharpmoe.moe.routing import CallMode, Routing
 
@@ -63,10 +64,25 @@ class MoELayer(Router):
         routing = self.route(features, x0_prev_tokens, unconditional, mode)
         counts = self._fixed_counts(h, is_replay=mode.replayed is not None)
         assignment = Assignment(routing.routing_map.flatten(0, 1), routing.gates.flatten(0, 1), counts)
-        rows, rows_per_expert, ticket = self.dispatcher.dispatch(h.flatten(0, 1), assignment)
-        out = self.experts(rows, rows_per_expert)
-        y = self.dispatcher.combine(out, ticket).view_as(h)
+        serve = self.serve if self._is_traceable(h, counts) else self.serve_untraced
+        y = serve(h.flatten(0, 1), assignment).view_as(h)
         return (y if self.shared is None else y + self.shared(h)), routing
+
+    def serve(self, x: Tensor, assignment: Assignment) -> Tensor:
+        """Send tokens x (R, D) to their experts and sum what comes back: (R, D)."""
+        rows, rows_per_expert, ticket = self.dispatcher.dispatch(x, assignment)
+        return self.dispatcher.combine(self.experts(rows, rows_per_expert), ticket)
+
+    def serve_untraced(self, x: Tensor, assignment: Assignment) -> Tensor:
+        """Do the same; in a compiled block (`model.compiled`) it is replaced by one that torch.compile leaves alone."""
+        return self.serve(x, assignment)
+
+    def _is_traceable(self, h: Tensor, counts: RowCounts) -> bool:
+        """Whether one graph fits every routing: experts are here, and no size has to be read from the device."""
+        if not isinstance(self.dispatcher, LocalDispatcher):
+            return False
+        on_device = counts.total is not None and keeps_counts(h, self.experts.widths)
+        return counts.per_expert is not None or on_device
 
     def _fixed_counts(self, h: Tensor, is_replay: bool) -> RowCounts:
         """Return what the family fixes about the number of rows for tokens h (B, N, D), whatever the scores.

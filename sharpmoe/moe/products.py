@@ -140,7 +140,7 @@ def row_layout(rows: Tensor, counts: Tensor | int, num_experts: int, widths: Seq
     widened = _widens(rows)
     if isinstance(counts, int):
         return _Split((counts,) * num_experts, widened) if widened else _Equal(num_experts, counts)
-    if _grouped_applies(rows, widths):
+    if len(rows) > 0 and keeps_counts(rows, widths):
         return _grouped(counts, rows)
     sizes = tuple(counts.tolist())
     if widened or len(set(sizes)) > 1:
@@ -148,13 +148,12 @@ def row_layout(rows: Tensor, counts: Tensor | int, num_experts: int, widths: Seq
     return _Equal(num_experts, sizes[0])
 
 
-def _grouped_applies(rows: Tensor, widths: Sequence[int]) -> bool:
-    """Whether to use the grouped product: on CUDA in bf16, with row strides of 16 bytes.
+def keeps_counts(rows: Tensor, widths: Sequence[int]) -> bool:
+    """Whether counts stay on the device, by the grouped product: on CUDA in bf16, with row strides of 16 bytes.
 
     On CPU it is as exact as the split loop and not faster. It has no float64; without rows there is nothing to gain.
     """
-    aligned = all(width % 8 == 0 for width in widths)
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 def _widens(rows: Tensor) -> bool:

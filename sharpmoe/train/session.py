@@ -17,6 +17,8 @@ from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.adapters import Adapters
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import build_model
+from sharpmoe.model.compiled import compile_blocks
+from sharpmoe.parallel.ranks import watchdog
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
@@ -72,6 +74,8 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
         uses = schedule_of(plan.run).model_uses * plan.batch.accumulation
         warnings = regather_warnings(plan.ds_config, engine.num_parameters, uses)
         log = _open_log(plan, [*plan.notes, *initial.notes, *warnings], settings) if world.is_main else None
+        if plan.run.train.compile:
+            compile_blocks(objective.model, partial(_say_and_mark, log))
         agree = partial(raise_on_all_ranks, world)
         monitor = Monitor.open(plan.run, plan.data.held_out, plan.folder, world.device, share, log, agree)
     return Session(
@@ -84,6 +88,13 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
         checkpoints=checkpoints,
         adapters=initial.adapters,
     )
+
+
+def _say_and_mark(log: RunLog | None, text: str) -> None:
+    """Tell how far compilation is, on rank 0; on every rank it is progress."""
+    watchdog.mark()
+    if log is not None:
+        log.say(text)
 
 
 def _open_log(plan: RunPlan, notes: Sequence[str], settings: provenance.Settings) -> RunLog:

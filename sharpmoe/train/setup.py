@@ -23,6 +23,7 @@ from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.log_file import LOG_FILE
 from sharpmoe.model.adapters import Adapters, plain_name
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.compiled import check_compiler
 from sharpmoe.model.trainable import check_trained, planned_model
 from sharpmoe.model.weights import StartingWeights
 from sharpmoe.parallel.experts.groups import check_ep_size
@@ -108,6 +109,8 @@ def make_plan(
     """
     check_ep_size(run, world.size)
     _check_output(Path(run.output) / run.name)
+    if run.train.compile:
+        check_compiler(world.device)
     batch = batch_arithmetic(run, world.size)
     data = _open_data(run)
     check_schedule(run, batch.micro_batch, token_counts(data.train.buckets))
