@@ -50,18 +50,23 @@ class Cluster(NamedTuple):
         return next(word for word in shown if word.startswith(f"{name}=")).removeprefix(f"{name}=")
 
     def ranks(self, job: str) -> list[int]:
-        """Processes of a job's ranks; all its nodes are this machine."""
+        """Processes of a job's ranks; all its nodes are this machine.
+
+        A child that has not yet become its program looks like its rank, and Slurm may not reach it: it is left out.
+        """
         mine = f"SLURM_JOB_ID={job}".encode()
-        found = []
+        found: dict[int, int] = {}  # process -> parent
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 environment = (process / "environ").read_bytes().split(b"\0")
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:  # it ended
                 continue
-            if mine in environment and b"RANK" in {entry.split(b"=")[0] for entry in environment}:
-                found += [int(process.name)] if any(word.endswith(b"launcher/train.py") for word in words) else []
-        return found
+            is_rank = b"RANK" in {entry.split(b"=")[0] for entry in environment}
+            if mine in environment and is_rank and any(word.endswith(b"launcher/train.py") for word in words):
+                found[int(process.name)] = parent
+        return [process for process, parent in found.items() if parent not in found]
 
     def logs(self) -> str:
         """The ends of the daemons' logs."""
