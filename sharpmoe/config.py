@@ -218,6 +218,7 @@ class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
     # Factors on the learning rate, pattern: factor, at every step of the schedule. A pattern is one or more consecutive
     # parts of a parameter's name, such as saliency_router, moe.gate or blocks.*.attn; the most specific one counts.
+    # Those of saliency routers do nothing where the model has none.
     # 0 leaves values as they are, at the cost of training them: train.trainable freezes.
     lr_scale: dict[str, _Factor] = Field({})
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)  # adamw
@@ -387,3 +388,15 @@ class RunConfig(Section):
                 "middle of a block; set train.compile to false, or parallel.pool_scope to rank"
             )
         return self
+
+    @property
+    def learning_rate_factors(self) -> dict[str, float]:
+        """`optim.lr_scale` without the patterns of saliency routers where the model has none.
+
+        The recipes scale the rate of saliency routers, and the same recipe trains a base or a control without them.
+        """
+        if self.model.saliency_router and self.model.family.has_experts:
+            return self.optim.lr_scale
+        return {
+            name: factor for name, factor in self.optim.lr_scale.items() if "saliency_router" not in name.split(".")
+        }

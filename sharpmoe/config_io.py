@@ -136,13 +136,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set `value` at the dotted key; a mapping is merged into the section, anything else replaces it."""
+    """Set `value` at the dotted key; a mapping is merged into the section, anything else, `{}` too, replaces it."""
     for key in keys[:-1]:
         below = data.get(key)
         data[key] = below = dict(below) if isinstance(below, dict) else {}
         data = below
     last, old = keys[-1], data.get(keys[-1])
-    data[last] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    data[last] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) and value else value
 
 
 def _parts(key: str) -> list[str]:

@@ -115,6 +115,7 @@ def test_entries_of_a_map_are_given_together_or_one_by_one() -> None:
     one_by_one = ["--optim.lr_scale.saliency_router", "20", "--optim.lr_scale.moe.gate=0.5"]
     run = load_run_config(None, one_by_one)
     assert run.optim.lr_scale == {"saliency_router": 20, "moe.gate": 0.5}
+    assert load_run_config(None, ["--optim.lr_scale", "{}"]).optim.lr_scale == {}  # without those of the run file
     for wrong in ("-1", "true", "much"):
         with pytest.raises(ConfigError, match=r"--optim\.lr_scale\.moe\.gate: .*a map of names to a finite number >="):
             load_run_config(None, ["--optim.lr_scale.moe.gate", wrong])

@@ -56,7 +56,7 @@ def check_trained(names: Iterable[str], run: RunConfig) -> None:
     plain = [plain_name(name) for name in names if not is_adapter(name)]
     check_patterns("train.trainable", plain, run.train.trainable)
     check_patterns("train.frozen", plain, run.train.frozen)
-    check_patterns("optim.lr_scale", names, run.optim.lr_scale)
+    check_patterns("optim.lr_scale", names, run.learning_rate_factors)
     trained = trained_names(names, run)
     if not trained:
         raise ConfigError(
@@ -70,11 +70,11 @@ def check_trained(names: Iterable[str], run: RunConfig) -> None:
             f"{plain_name(min(both))}, which lora.targets adapts; leave it out of one of them (train.frozen takes "
             "parts of a pattern out)"
         )
-    for pattern in run.optim.lr_scale:
+    for pattern in run.learning_rate_factors:
         if not any(matching_pattern(name, [pattern]) for name in trained):
             raise ConfigError(
-                f"optim.lr_scale: {pattern!r} matches frozen parameters only, which have no learning rate; remove it, "
-                "or train them (train.trainable, train.frozen)"
+                f"optim.lr_scale: {pattern!r} matches frozen parameters only, which have no learning rate; remove it "
+                "(--optim.lr_scale '{}' removes all), or train them (train.trainable, train.frozen)"
             )
 
 

@@ -183,7 +183,7 @@ def _log_step(session: Session, step: int, result: StepResult, tokens: int, seco
         losses=result.losses,
         grad_norm=result.grad_norm,
         lr=result.lr,
-        lr_scale=run.optim.lr_scale,
+        lr_scale=run.learning_rate_factors,
         images=images,
         tokens=calls * tokens,
         seconds=seconds,

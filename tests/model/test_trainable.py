@@ -7,7 +7,7 @@ import torch
 
 from sharpmoe.config import RunConfig, TrainConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.trainable import check_trained, freeze, trained_names, trained_title
+from sharpmoe.model.trainable import check_trained, freeze, planned_model, trained_names, trained_title
 
 NAMES = (
     "blocks.0.attn.qkv.weight",
@@ -61,7 +61,7 @@ def test_a_model_with_frozen_parameters_of_its_own_keeps_them() -> None:
         ({"train": {"frozen": ["*"]}}, r"train.frozen: \['\*'\] leaves nothing to train; remove a pattern, or name"),
         (
             {"train": {"trainable": ["gate"]}, "optim": {"lr_scale": {"attn": 2.0}}},
-            "optim.lr_scale: 'attn' matches frozen parameters only, which have no learning rate; remove it, or train",
+            "optim.lr_scale: 'attn' matches frozen parameters only, which have no learning rate; remove it ",
         ),
     ],
 )
@@ -69,6 +69,19 @@ def test_what_cannot_be_is_one_line(sections: dict[str, Any], message: str) -> N
     with pytest.raises(ConfigError, match=message) as caught:
         check_trained(NAMES, RunConfig.model_validate(sections))
     assert "\n" not in str(caught.value)
+
+
+def test_factors_of_saliency_routers_do_nothing_where_there_are_none() -> None:
+    factors = {"saliency_router": 20.0, "moe.saliency_router": 10.0, "gate": 2.0}
+    with_routers = RunConfig.model_validate({"optim": {"lr_scale": factors}})
+    assert with_routers.learning_rate_factors == factors
+    for model in ({"saliency_router": False}, {"router": "dense"}):
+        run = RunConfig.model_validate({"model": model, "optim": {"lr_scale": factors}})
+        assert run.learning_rate_factors == {"gate": 2.0}
+        names = [name for name, _ in planned_model(run).named_parameters()]
+        assert not any("saliency_router" in name for name in names)
+        if model != {"router": "dense"}:
+            check_trained(names, run)
 
 
 def test_a_pattern_in_both_lists_is_refused() -> None:

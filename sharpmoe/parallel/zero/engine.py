@@ -74,7 +74,7 @@ class Engine:
         with float32_buffers(module), frozen_experts_allowed():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
-                model_parameters=optimizer_groups(module, run.optim.lr_scale, matrices),
+                model_parameters=optimizer_groups(module, run.learning_rate_factors, matrices),
                 optimizer=optimizer_factory(run.optim, _update_device(ds_config, world.device)),
                 config=_with_defaults(ds_config),
             )
