@@ -14,14 +14,6 @@ READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
 SHELL  := /bin/bash
 
-RUN    := runs/quickstart
-BASE   := assets/base.safetensors
-LATEST := $(RUN)/checkpoints/latest
-FIGURES := $(RUN)/allocation
-GRID   := $(RUN)/samples/drawn/grid.png
-# Without an accelerator each process of DeepSpeed warns that it found none.
-QUIET  := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
-
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
@@ -47,25 +39,8 @@ $(EXTRAS): requirements-extras.txt $(READY)
 	@$(BIN)/python -m pip install -qq -r requirements.txt -r requirements-extras.txt
 	@touch $@
 
-# Data and training know by themselves what is done already; the grid is drawn again after training went on.
 quickstart: $(READY)
-	@echo "== 1/3 data: images and captions to shards"
-	@python launcher/prepare.py
-	@echo "== 2/3 post-training of $(BASE)"
-	@$(QUIET) deepspeed --quiet launcher/train.py --deepspeed configs/zero3.json
-	@$(MAKE) --no-print-directory $(GRID)
-	@echo
-	@cat $(FIGURES)/summary.txt 2>/dev/null || cat $(FIGURES)/table.txt
-	@echo
-	@echo "data          data/fluent64"
-	@echo "weights       $(RUN)/checkpoints/$$(cat $(LATEST))/ema.safetensors (live.safetensors beside it)"
-	@echo "samples       $(GRID)"
-	@echo "allocation    $(FIGURES)/ (table, curves, JSON)"
-	@echo "curves        tensorboard --logdir runs/"
-
-$(GRID): $(LATEST)
-	@echo "== 3/3 samples"
-	@python launcher/sample.py $(RUN)
+	@sharpmoe quickstart
 
 # Two processes (PROCESSES=N for others), each takes whole files; a test may start ranks of its own beside them.
 PROCESSES ?= 2

@@ -13,6 +13,9 @@ from launcher.command import BROKEN_PIPE, Command, leave_broken_pipe
 
 # A launcher is imported when it is named: the list of them needs no torch.
 _TASKS = {
+    "start": {
+        "quickstart": "prepare images, post-train a base, sample, compare",
+    },
     "data": {
         "prepare": "turn images and captions into shards",
         "shards": "verify, show or merge prepared shards, or print their statistics",
@@ -31,7 +34,7 @@ _TASKS = {
     },
     "weights": {
         "identify": "report family, sizes and time convention of a published checkpoint",
-        "convert": "convert published weights to a weights file of this project, or back",
+        "convert": "convert published weights to weights of this project, or back",
         "export": "copy the weights of a checkpoint to one file",
         "diff": "compare two weights: parts, layers, experts that changed places",
     },
@@ -74,7 +77,7 @@ def _launcher(words: Sequence[str]) -> Command | int:
     if name in ("-h", "--help"):
         print("usage: sharpmoe COMMAND ...")
         for task, commands in _TASKS.items():
-            print(f"\n{task}:", *(f"  {launcher:<10}{text}" for launcher, text in commands.items()), sep="\n")
+            print(f"\n{task}:", *(f"  {launcher:<11}{text}" for launcher, text in commands.items()), sep="\n")
         print("\n`sharpmoe COMMAND --help` lists the options.")
         return 0
     close = difflib.get_close_matches(name, _LAUNCHERS, n=1)

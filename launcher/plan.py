@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, Whole
 from launcher.command import OVERRIDES_HELP, Command
-from sharpmoe.config_io import PROJECT_ROOT, load_run_config
+from sharpmoe.config_io import load_run_config
 from sharpmoe.evaluation.routing_record import RoutingRecord
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.advice import advise, usable
@@ -25,6 +25,7 @@ from sharpmoe.planning.auto import resolve_planner
 from sharpmoe.planning.estimate import Planner
 from sharpmoe.planning.replay import replay_json, replay_routing, replay_text
 from sharpmoe.planning.table import as_json, as_text
+from sharpmoe.shipped_files import SHIPPED_ROOT
 from sharpmoe.train.rollout_schedules import SCHEDULES, schedule_overrides
 
 
@@ -63,7 +64,7 @@ def _act(arguments: argparse.Namespace) -> int:
     if arguments.replay is not None:
         return _replay(arguments)
     run = load_run_config(arguments.config, [*_shorthands(arguments), *arguments.overrides])
-    file = arguments.deepspeed or PROJECT_ROOT / "configs" / f"zero{arguments.zero or 3}.json"
+    file = arguments.deepspeed or SHIPPED_ROOT / "configs" / f"zero{arguments.zero or 3}.json"
     ds_config = resolve_ds_config(file, run, arguments.world)
     ds_config["zero_optimization"]["stage"] = arguments.zero or ds_config["zero_optimization"]["stage"]
     planner = Planner(run, arguments.tokens)

@@ -19,10 +19,11 @@ from sharpmoe.config_names import meaning
 from sharpmoe.errors import ConfigError
 from sharpmoe.families import FAMILIES
 from sharpmoe.overrides import StrictLoader, entry_of_map, parse_overrides, yaml_problem
+from sharpmoe.shipped_files import SHIPPED_ROOT, find_shipped
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_RUN_CONFIG = PROJECT_ROOT / "configs" / "runs" / "quickstart.yaml"
-DEFAULT_DS_CONFIG = PROJECT_ROOT / "configs" / "zero3.json"
+DEFAULT_RUN_CONFIG = SHIPPED_ROOT / "configs" / "runs" / "quickstart.yaml"
+DEFAULT_DS_CONFIG = SHIPPED_ROOT / "configs" / "zero3.json"
 
 _TYPE_WORDS = {
     int: "a whole number",
@@ -48,14 +49,14 @@ def load_run_config(
     """Read a run file, apply `--section.key value` overrides, check everything.
 
     Args:
-        path: YAML file; None is configs/runs/quickstart.yaml.
+        path: YAML file, or the name of a shipped one (`find_shipped`); None is configs/runs/quickstart.yaml.
         overrides: command-line words, `--section.key value` or `--section.key=value`: see `parse_overrides`.
         changes: sections and keys as in a run file, over those of the file and below the overrides.
 
     Raises:
         ConfigError: one line with the file or override, the key, what was given, what is allowed and how to fix it.
     """
-    path = DEFAULT_RUN_CONFIG if path is None else Path(path)
+    path = DEFAULT_RUN_CONFIG if path is None else find_shipped(path)
     given = parse_overrides(overrides)
     data = merge_settings(_read_yaml(path), changes or {})
     for key, value in given.items():

@@ -27,6 +27,7 @@ from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.identity import Identity
 from data_pipeline.index import PLAIN_SALIENCY
 from sharpmoe.errors import DataError, first_line
+from sharpmoe.shipped_files import find_shipped
 
 FITTED_KEY = "codec_file"  # of a weights file's header: the codec's safetensors file in base64
 _CLOSE = 1e-3  # two fits to the same images differ by rounding at most so much, relative to the largest number
@@ -132,7 +133,7 @@ def read_origin(place: str | Path) -> Origin:
 
     Raises DataError where the place is none of these, or does not hold the numbers of a fitted codec.
     """
-    path = Path(place)
+    path = find_shipped(place)
     if path.is_dir():
         return _of_folder(path)
     if not path.is_file():

@@ -28,6 +28,7 @@ from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import BACKBONES, build_model
 from sharpmoe.model.initial import initial_value
 from sharpmoe.model.published.folder import PublishedFolder, is_published_folder
+from sharpmoe.shipped_files import find_shipped
 
 _FORMAT = "sharpmoe-1"
 _NEW_ALLOWED = "saliency_router"  # the part that a base checkpoint may lack: it starts as an identity
@@ -149,6 +150,7 @@ def stored_as(state: Mapping[str, Tensor], model: Backbone, dtype: torch.dtype) 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, str]]:
     """Read a weights file of this project: tensors, architecture, meta. CheckpointError says what is wrong with it."""
+    path = find_shipped(path)
     config, meta = _read_header(path)
     try:
         state = load_file(path)
@@ -167,7 +169,7 @@ def is_own_weights(path: str | Path) -> bool:
 
 def _read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     """Read architecture and meta of a weights file without its tensors. Raises CheckpointError as `read_weights`."""
-    path = Path(path)
+    path = find_shipped(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file; give the path of a .safetensors written by this project")
     try:
@@ -213,7 +215,7 @@ class WeightsFile:
 
     def __init__(self, path: str | Path) -> None:
         """Read the header of `path`. Raises CheckpointError as `read_weights`."""
-        self.path = path
+        self.path = path = find_shipped(path)
         self._file: Any = None  # stays open: a checkpoint may be deleted while a run that started from it goes on
         self.config, self.meta = _read_header(path)
         with safe_open(path, framework="pt") as file:

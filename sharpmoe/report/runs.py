@@ -9,6 +9,7 @@ from sharpmoe.checkpoint.manifest import Manifest
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import CheckpointError, ConfigError
+from sharpmoe.shipped_files import find_shipped
 
 _Kind = Literal["ema", "live"]
 EARLY_AVERAGE = 0.1  # share of averaged weights that is the start, above which they say little about what was learned
@@ -28,7 +29,7 @@ def find_saved_model(path: Path | str, kind: _Kind = "ema") -> SavedModel:
 
     Raises CheckpointError where there is nothing to load, naming what was looked for.
     """
-    path = Path(path)
+    path = find_shipped(path)
     if path.suffix == ".safetensors":
         return _checked(SavedModel(path, _run_above(path), path.parent, path.stem))
     checkpoint = path if (path / f"{kind}.safetensors").is_file() else _latest_checkpoint(path)

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_pipeline.read.shards import SplitPart
 from sharpmoe.config import RunConfig
-from sharpmoe.config_io import PROJECT_ROOT, load_run_config, merge_settings, nearest
+from sharpmoe.config_io import load_run_config, merge_settings, nearest
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.classifier import ClassifierSettings
 from sharpmoe.overrides import StrictLoader, parse_overrides, yaml_problem
+from sharpmoe.shipped_files import find_shipped
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 _FOLLOWS = ("name", "output", "seed", "train.steps", "checkpoint.resume")  # keys of a run that the study sets
@@ -159,7 +160,7 @@ def load_study(path: Path, overrides: Sequence[str] = (), name: str | None = Non
         file=path,
         name=given.name,
         folder=folder,
-        deepspeed=_found(given.deepspeed),
+        deepspeed=find_shipped(given.deepspeed),
         trained_images=given.trained_images,
         control=given.control,
         arms=given.arms,
@@ -170,17 +171,13 @@ def load_study(path: Path, overrides: Sequence[str] = (), name: str | None = Non
     )
 
 
-def _found(name: str) -> Path:
-    """Return a file of the working folder, or of the project where it has none of that name."""
-    return Path(name) if Path(name).is_file() else PROJECT_ROOT / name
-
-
 def noisy_images_per_step(run: RunConfig) -> int:
     """Return how many noisy images an optimizer step trains on."""
     return run.train.global_batch * (run.rollout.num_steps if run.stage == "posttrain" else 1)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    path = find_shipped(path)
     if not path.is_file():
         raise ConfigError(f"study file {path} does not exist; examples are in configs/studies/")
     try:

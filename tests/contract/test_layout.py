@@ -90,6 +90,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "data_pipeline/store/http_ranges.py": "data_pipeline/store/test_remote.py",
     "data_pipeline/store/ranges.py": "data_pipeline/store/test_remote.py",
     # run as programs
+    "sharpmoe/shipped_files.py": "contract/test_wheel.py",
     "launcher/__main__.py": "launcher/test_main.py",
     "launcher/hold_signals.py": "slurm/test_jobs.py",
 }

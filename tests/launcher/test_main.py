@@ -73,7 +73,7 @@ def test_the_list_of_commands_needs_no_torch(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "launcher", "--help"]
     said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in said.splitlines() if line.startswith("  ")] == list(_LAUNCHERS)
-    tasks = ["data:", "training:", "results:", "weights:", "machine:"]
+    tasks = ["start:", "data:", "training:", "results:", "weights:", "machine:"]
     assert [line for line in said.splitlines() if line.endswith(":")] == tasks
     assert max(map(len, said.splitlines())) <= 80
 
@@ -81,9 +81,9 @@ def test_the_list_of_commands_needs_no_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        ([], "no command given; expected one of prepare, shards,"),
+        ([], "no command given; expected one of quickstart, prepare,"),
         (["prepair"], "unknown command 'prepair'; did you mean prepare?"),
-        (["--config", "x"], "unknown command '--config'; expected one of prepare, shards,"),
+        (["--config", "x"], "unknown command '--config'; expected one of quickstart, prepare,"),
     ],
 )
 def test_no_or_a_wrong_command_is_one_line(words: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:

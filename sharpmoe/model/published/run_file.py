@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 
 from sharpmoe.config import SIZES, ModelConfig
-from sharpmoe.config_io import PROJECT_ROOT, load_run_config
+from sharpmoe.config_io import load_run_config
 from sharpmoe.durable import atomic_draft
 from sharpmoe.errors import ConfigError
+from sharpmoe.shipped_files import SHIPPED_ROOT
 
 # Data, rollout, optimizer, log and sampling are those of the shipped recipes, which differ in their model and losses.
-_RECIPE = PROJECT_ROOT / "configs" / "runs" / "imagenet256" / "diffmoe_b_sharp.yaml"
+_RECIPE = SHIPPED_ROOT / "configs" / "runs" / "imagenet256" / "diffmoe_b_sharp.yaml"
 # Fields that a run file names even where they are the defaults.
 _ALWAYS = ("latent_channels", "latent_size", "patch_size", "learn_sigma", "router", "conditioning")
 _CONDITION = {"class": ("num_classes",), "text": ("text_width", "pooled_width")}

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import batch_arithmetic, nearest
 from sharpmoe.errors import ConfigError
+from sharpmoe.shipped_files import find_shipped
 
 _AUTO = "auto"
 
@@ -165,6 +166,7 @@ def _read_ds_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not JSON, or is not an object.
     """
+    path = find_shipped(path)
     if path.is_dir():
         raise ConfigError(f"DeepSpeed file {path} is a folder, expected a JSON file; add a file name")
     if not path.is_file():
