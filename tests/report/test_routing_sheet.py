@@ -3,7 +3,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from sharpmoe.evaluation.held_out import observe
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet
+from tests.toys import ToySamples, toy_model
 
 
 def sheet(images: int = 2, most: int = 5) -> RoutingSheet:
@@ -58,3 +60,13 @@ def test_images_of_another_aspect_are_drawn() -> None:
 def test_captions_and_titles_are_no_formulas() -> None:
     odd = replace(sheet(), captions=("costs $5^$ and\n$x", "\x07\udcff"))
     assert draw_routing_sheet(odd, "run $a^$\n1").shape == draw_routing_sheet(sheet(), "run a").shape
+
+
+def test_sheets_of_single_layers_add_up_to_that_of_all() -> None:
+    model, samples, times = toy_model(), ToySamples(), (0.9, 0.5)
+    whole, first, second = (
+        observe(model, samples, [1, 2], times, layers=layers).tokens[0].experts
+        for layers in (slice(None), slice(0, 1), slice(1, 2))
+    )
+    assert not torch.equal(first, second)
+    assert torch.equal(first + second, whole)
