@@ -81,7 +81,7 @@ SMALL = (
     " --log.allocation false --log.sample_every 0"
 )
 OWN_PICTURES = {
-    "--train.steps 500": f"--train.steps 2{SMALL}",
+    "--train.steps 200": f"--train.steps 2{SMALL}",
     "--steps 30": "--steps 2",
     "--images 8": "--images 2 --sheet-images 0",
     "--name own_base --data.shards data/own": f"--name own_base --data.shards data/own --train.steps 2{SMALL}",
@@ -102,7 +102,7 @@ def test_the_lines_of_the_readme(checkout: Path) -> None:
     own, cluster = (
         part.split("\n## ")[0]
         for part in changed(
-            (ROOT / "README.md").read_text(encoding="utf-8"), {"--train.steps 500": f"--train.steps 2{SMALL}"}
+            (ROOT / "README.md").read_text(encoding="utf-8"), {"--train.steps 200": f"--train.steps 2{SMALL}"}
         )
         .split("## Your own pictures")[1]
         .split("## On a cluster")
