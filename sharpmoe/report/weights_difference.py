@@ -21,6 +21,7 @@ from sharpmoe.model.weights import OTHER_WEIGHTS, check_finite
 
 _EXPERTS = re.compile(r"(.*\b(\d+)\..*\bexperts\.)\w+")  # a stack of experts, and the number of its block
 _UNRELATED = 0.5  # mean cosine of matched experts below which one does not stem from the other
+_AT_A_TIME = 2**24  # values in float64 at a time
 _SAME = 1e-9  # a gain of the summed cosine that is rounding
 
 
@@ -49,8 +50,11 @@ class Change:
     @classmethod
     def between(cls, a: Tensor, b: Tensor) -> Change:
         """Return the change of one tensor; both have the same shape."""
-        a, b = a.double().flatten(), b.double().flatten()
-        sums = [float(x) for x in (a @ a, b @ b, (b - a) @ (b - a), a @ b)]
+        sums = [0.0] * 4
+        for old, new in zip(a.flatten().split(_AT_A_TIME), b.flatten().split(_AT_A_TIME), strict=True):
+            old, new = old.double(), new.double()
+            products = (old @ old, new @ new, (new - old) @ (new - old), old @ new)
+            sums = [total + float(part) for total, part in zip(sums, products, strict=True)]
         return cls(tensors=1, values=a.numel(), before=sums[0], after=sums[1], moved=sums[2], inner=sums[3])
 
     def __add__(self, other: Change) -> Change:
@@ -168,11 +172,13 @@ class _ExpertSums:
         self.within_a = self.within_b = self.across = self.moved = torch.zeros(())
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        a, b = (x.double().flatten(1) for x in (a, b))
-        self.within_a, self.within_b = self.within_a + a @ a.T, self.within_b + b @ b.T
-        self.across = self.across + a @ b.T
-        same = min(len(a), len(b))
-        self.moved = self.moved + (a[:same] - b[:same]).square().sum(1)
+        """Add one stacked tensor (E, ...) of each; the numbers of experts may differ."""
+        same, columns = min(len(a), len(b)), max(1, _AT_A_TIME // max(len(a), len(b)))
+        for old, new in zip(a.flatten(1).split(columns, 1), b.flatten(1).split(columns, 1), strict=True):
+            old, new = old.double(), new.double()
+            self.within_a, self.within_b = self.within_a + old @ old.T, self.within_b + new @ new.T
+            self.across = self.across + old @ new.T
+            self.moved = self.moved + (old[:same] - new[:same]).square().sum(1)
 
     def cosines(self) -> Tensor:
         """The cosine of every expert of A with every one of B."""

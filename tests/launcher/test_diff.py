@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.convert import main as convert
 from launcher.diff import main
 from sharpmoe.model.weights import save_weights
+from tests.model.nucleus_reference import reference
 from tests.report.run_folder import make_run_folder
 from tests.toys import toy_model
 
@@ -53,3 +55,15 @@ def test_a_mistake_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         error = capsys.readouterr().err
         assert error.startswith(f"error: {other}: ")
         assert error.count("\n") == 1
+
+
+def test_a_folder_of_diffusers_equals_its_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference().bfloat16().save_pretrained(tmp_path / "nucleus")
+    converted = str(tmp_path / "ours.safetensors")
+    assert convert([str(tmp_path / "nucleus"), converted, "--family", "nucleus"]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "nucleus"), converted, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["whole"]["relative_change"] == 0
+    assert found["equal_tensors"] == found["whole"]["tensors"]
+    assert found["layers"]

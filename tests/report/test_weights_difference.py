@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
+from sharpmoe.report import weights_difference
 from sharpmoe.report.weights_difference import Change, compare_weights, part_of
 from tests.toys import toy_config, toy_model
 
@@ -101,3 +102,14 @@ def test_what_cannot_be_compared_is_one_line() -> None:
         compare_weights(Weights({"x": torch.ones(1)}, "a.safetensors"), Weights({"y": torch.ones(1)}))
     with pytest.raises(CheckpointError, match="x holds values that are not finite"):
         compare_weights(Weights({"x": torch.ones(1)}), Weights({"x": torch.tensor([torch.nan])}))
+
+
+def test_large_tensors_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    other = {name: value + torch.randn_like(value) for name, value in weights().items()}
+    whole = compare_weights(Weights(weights()), Weights(other))
+    monkeypatch.setattr(weights_difference, "_AT_A_TIME", 64)
+    parts = compare_weights(Weights(weights()), Weights(other))
+    assert parts.whole.figures() == pytest.approx(whole.whole.figures())
+    for a, b in zip(whole.layers, parts.layers, strict=True):
+        assert [x.change.figures() for x in a.experts] == [pytest.approx(x.change.figures()) for x in b.experts]
