@@ -20,6 +20,7 @@ from torch import Tensor
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import ALONE, Observed, Samples, Share, TokenTables, observe, spread
+from sharpmoe.evaluation.statistics import Interval, interval_over_images
 from sharpmoe.flow import TIME_RANGES
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.moe.influence import influence_figures
@@ -246,6 +247,18 @@ def paired_change(before: Allocation, after: Allocation, what: str, name: str) -
         return UNKNOWN_MEAN
     pair = [torch.tensor(values, dtype=torch.float64) for values in known]
     return _image_mean(pair[1] - pair[0])
+
+
+def paired_interval(before: Allocation, after: Allocation, what: str, name: str) -> Interval:
+    """Return the mean change of one figure per image with its 95 % interval over images; unknown without pairs.
+
+    Results of other images (another number or split), or without values per image, have no pairs.
+    """
+    known = [result.per_image.get(what, {}).get(name, ()) for result in (before, after)]
+    differ = before.split and after.split and before.split != after.split
+    if len(known[0]) != len(known[1]) or differ:
+        return interval_over_images(())
+    return interval_over_images([b - a for a, b in zip(*known, strict=True)])
 
 
 def _average_ranks(values: Tensor) -> Tensor:

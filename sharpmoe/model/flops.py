@@ -12,7 +12,6 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.model.embed import FREQUENCIES
 
 _Part = Literal["dense", "routed", "router"]
-_Use = Literal["attention", "mlp", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,6 @@ class Product(NamedTuple):
     batch: int = 1
     gradients: int = 2  # products of its backward: one less where a factor needs no gradient
     in_block: bool = True  # computed again where blocks are recomputed
-    use: _Use = "other"  # of a dense product
 
     @property
     def forward(self) -> float:
@@ -124,12 +122,12 @@ def _block_of_dit(config: ModelConfig, call: Call) -> Iterator[Product]:
     """What every block has: modulation, attention, attention to text."""
     width, tokens = config.width, call.images * call.tokens
     yield Product("dense", 1, call.images, width, 6 * width)
-    yield Product("dense", 1, tokens, width, 3 * width, use="attention")
+    yield Product("dense", 1, tokens, width, 3 * width)
     yield from _attention(config, call, call.tokens)
-    yield Product("dense", 1, tokens, width, width, use="attention")
+    yield Product("dense", 1, tokens, width, width)
     if config.conditioning == "text":
-        yield Product("dense", 2, tokens, width, width, use="attention")  # queries, and the way out
-        yield Product("dense", 1, call.images * call.text_tokens, width, 2 * width, use="attention")
+        yield Product("dense", 2, tokens, width, width)  # queries, and the way out
+        yield Product("dense", 1, call.images * call.text_tokens, width, 2 * width)
         yield from _attention(config, call, call.text_tokens)
 
 
@@ -148,10 +146,10 @@ def _block_of_nucleus(config: ModelConfig, call: Call) -> Iterator[Product]:
     width, tokens, text = config.width, call.images * call.tokens, call.images * call.text_tokens
     shared = width // config.num_heads * config.kv_heads  # width of keys, and of values
     yield Product("dense", 1, call.images, width, 4 * width)
-    yield Product("dense", 1, text, config.text_width, width, use="attention")
-    yield Product("dense", 2, text, width, shared, use="attention")
-    yield Product("dense", 2, tokens, width, width, use="attention")  # queries, and the way out
-    yield Product("dense", 2, tokens, width, shared, use="attention")
+    yield Product("dense", 1, text, config.text_width, width)
+    yield Product("dense", 2, text, width, shared)
+    yield Product("dense", 2, tokens, width, width)  # queries, and the way out
+    yield Product("dense", 2, tokens, width, shared)
     yield from _attention(config, call, call.tokens + call.text_tokens)
 
 
@@ -170,8 +168,8 @@ _TRUNKS = {  # by backbone
 
 def _attention(config: ModelConfig, call: Call, keys: int) -> Iterator[Product]:
     heads, head_width = call.images * config.num_heads, config.width // config.num_heads
-    yield Product("dense", 1, call.tokens, head_width, keys, batch=heads, use="attention")
-    yield Product("dense", 1, call.tokens, keys, head_width, batch=heads, use="attention")
+    yield Product("dense", 1, call.tokens, head_width, keys, batch=heads)
+    yield Product("dense", 1, call.tokens, keys, head_width, batch=heads)
 
 
 def _feed_forward(config: ModelConfig, call: Call, kind: str, hidden: int) -> Iterator[Product]:
@@ -179,8 +177,8 @@ def _feed_forward(config: ModelConfig, call: Call, kind: str, hidden: int) -> It
     if kind in ("identity", "none"):
         return
     tokens = call.images * call.tokens
-    yield Product("dense", 2 if kind == "swiglu" else 1, tokens, config.width, hidden, use="mlp")
-    yield Product("dense", 1, tokens, hidden, config.width, use="mlp")
+    yield Product("dense", 2 if kind == "swiglu" else 1, tokens, config.width, hidden)
+    yield Product("dense", 1, tokens, hidden, config.width)
 
 
 def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:

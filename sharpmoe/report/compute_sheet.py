@@ -16,17 +16,17 @@ from sharpmoe.evaluation.allocation import steps_of_range
 from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels
 from sharpmoe.report.routing_sheet import RoutingSheet, to_grid, write_caption
 
-_RANGES = ("t > 0.65", "t 0.35-0.65", "t < 0.35", "all t")
-_SPREAD = 0.5  # the colour scale ends at 1 - _SPREAD and 1 + _SPREAD: most maps of a converged model lie within
+COMPUTE_RANGES = ("t > 0.65", "t 0.35-0.65", "t < 0.35", "all t")
+COMPUTE_SPREAD = 0.5  # the colour scale ends this far below and above 1: most maps of a converged model lie within
 _LETTERS = 130  # points x letters of a title that has room above a map
-_HEAT = "RdBu_r"  # blue: fewer experts than an even spread, red: more
+COMPUTE_HEAT = "RdBu_r"  # blue: fewer experts than an even spread, red: more
 
 
 def draw_compute_sheet(
     sheets: Mapping[str, RoutingSheet],
     title: str = "",
     images: int | None = None,
-    ranges: Sequence[str] = _RANGES,
+    ranges: Sequence[str] = COMPUTE_RANGES,
 ) -> Pixels:
     """Draw one row per image: image, saliency M, then for every range of t one map per model.
 
@@ -48,11 +48,11 @@ def draw_compute_sheet(
         write_caption(axes[row, 0], first.captions[row])
         for column, (sheet, shown) in _columns(sheets, ranges):
             drawn = axes[row, column].imshow(
-                to_grid(_relative(sheet, row, shown), sheet),
+                to_grid(relative_experts(sheet, row, shown), sheet),
                 interpolation="nearest",
-                cmap=_HEAT,
-                vmin=1 - _SPREAD,
-                vmax=1 + _SPREAD,
+                cmap=COMPUTE_HEAT,
+                vmin=1 - COMPUTE_SPREAD,
+                vmax=1 + COMPUTE_SPREAD,
             )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -77,7 +77,7 @@ def _columns(sheets: Mapping[str, RoutingSheet], ranges: Sequence[str]) -> list[
     ]
 
 
-def _relative(sheet: RoutingSheet, row: int, shown: str) -> Tensor:
+def relative_experts(sheet: RoutingSheet, row: int, shown: str) -> Tensor:
     """Return experts per token (N,) of one image in a range of t, relative to their mean."""
     experts = sheet.experts[row, steps_of_range(sheet.times, shown)].float().mean(0)
     return experts / experts.mean().clamp(min=1e-12)

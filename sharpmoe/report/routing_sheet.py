@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from data_pipeline.encode.codecs import Codec
 from data_pipeline.read.shards import ShardSet
+from sharpmoe.durable import write_atomically
+from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES
 from sharpmoe.evaluation.held_out import ALONE, Share, observe, spread
 from sharpmoe.model.backbone import Backbone
@@ -20,6 +26,7 @@ from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels
 
 _HEAT = "magma"  # dark: no experts
 _SIGNED_HEAT = "RdBu_r"  # blue: fewer experts than before, red: more
+_MAPS = ("saliency", "foreground", "experts")  # fields of a sheet by token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +40,47 @@ class RoutingSheet:
     times: tuple[float, ...]  # (T), descending
     captions: tuple[str, ...]  # (I)
 
+    def save(self, path: Path | str) -> Path:
+        """Write the content as .npz, creating its folder: images as uint8, maps in half precision; return the path."""
+        path = Path(path)
+        halves = {name: getattr(self, name).cpu().numpy().astype(np.float16) for name in _MAPS}
+        words = np.frombuffer(json.dumps({"times": self.times, "captions": self.captions}).encode(), np.uint8)
+
+        def write(draft: Path) -> None:
+            with draft.open("wb") as file:
+                np.savez_compressed(file, images=np.stack(to_pixels(self.images)), words=words, **halves)
+
+        write_atomically(path, write)
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> RoutingSheet:
+        """Read a file of `save`. Raises DataError where it is missing or holds something else."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                words = json.loads(stored["words"].tobytes())
+                pixels = torch.from_numpy(stored["images"]).permute(0, 3, 1, 2)
+                maps = {name: torch.from_numpy(stored[name].astype(np.float32)) for name in _MAPS}
+            return cls(
+                images=pixels / 127.5 - 1,
+                **maps,
+                times=tuple(map(float, words["times"])),
+                captions=tuple(map(str, words["captions"])),
+            )
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not the content of a routing sheet ({error})") from None
+
 
 def observe_routing(
-    model: Backbone,
-    shards: ShardSet,
-    codec: Codec,
-    images: int = 8,
-    seed: int = 0,
-    share: Share = ALONE,
-    layers: slice = slice(None),
+    model: Backbone, shards: ShardSet, codec: Codec, images: int = 8, seed: int = 0, share: Share = ALONE
 ) -> RoutingSheet:
     """Roll the model out over `images` held-out samples, spread over the main bucket, and return their routing.
 
-    Eval mode, fixed noise, one call per time for all images. `layers`: MoE layers in depth order. Communicates only
-    through `share.reduce`.
+    Eval mode, fixed noise, one call per time for all images. Communicates only through `share.reduce`.
     """
     rows = shards.indices_of(shards.main_bucket)
     indices = [rows[i] for i in spread(len(rows), images)]
-    (seen,) = observe(
-        model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share, layers=layers
-    ).tokens
+    (seen,) = observe(model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share).tokens
     batch = shards.batch(indices)
     return RoutingSheet(
         images=codec.decode(batch.latent),
@@ -64,16 +92,14 @@ def observe_routing(
     )
 
 
-def draw_routing_sheet(
-    sheet: RoutingSheet, title: str = "", most: float | None = None, label: str = "experts per token, all MoE layers"
-) -> Pixels:
+def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None = None) -> Pixels:
     """Draw one row per image: image, M, foreground mask, then experts per token of every denoising step.
 
     All steps share one colour scale from 0 to `most` (default: the largest count), so rows and steps can be compared.
     M is scaled to the largest value of its image.
     """
     most = most or max(float(sheet.experts.max()), 1.0)
-    scale = _Scale(_HEAT, 0, most, label)
+    scale = _Scale(_HEAT, 0, most, "experts per token, all MoE layers")
     return _draw_steps(sheet, sheet.experts, title, scale)
 
 

@@ -11,9 +11,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sharpmoe.evaluation.statistics import Interval, plain_interval
 from sharpmoe.report.figures import Pixels, render_figure
 from sharpmoe.study.plan import Study
-from sharpmoe.study.statistics import Interval
 from sharpmoe.study.table import ALIGNMENT, FLOW, FLOW_MARKOV, StudyTable, figure_kind
 
 _DISTANCES = ("fd", "fid", "kid", "cmmd")
@@ -45,13 +45,6 @@ def curve_points(study: Study, table: StudyTable) -> dict[str, Any]:
         },
         "lines": {arm.name: arm.line for arm in study.arms if arm.line and arm.name in table.means},
     }
-
-
-def plain_interval(value: Interval | None) -> dict[str, float | int | None] | None:
-    """Convert an interval to JSON values, what is undefined to null."""
-    if value is None:
-        return None
-    return {key: None if part != part else part for key, part in value._asdict().items()}
 
 
 def draw_curves(study: Study, table: StudyTable) -> Pixels:

@@ -10,12 +10,12 @@ from typing import Any
 
 from sharpmoe.durable import write_atomically
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES
+from sharpmoe.evaluation.statistics import Interval, plain_interval
 from sharpmoe.report.figures import save_png
-from sharpmoe.study.curves import curve_points, draw_curves, plain_interval
+from sharpmoe.study.curves import curve_points, draw_curves
 from sharpmoe.study.measure import read_protocols
 from sharpmoe.study.plan import Study
 from sharpmoe.study.sheets import draw_sheets
-from sharpmoe.study.statistics import Interval
 from sharpmoe.study.table import ALIGNMENT, ALIGNMENT_NOISE, StudyTable, judged_figures, make_table
 from sharpmoe.study.verdict import verdict_lines
 

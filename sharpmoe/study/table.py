@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sharpmoe.evaluation.allocation import Allocation
+from sharpmoe.evaluation.statistics import Interval, interval_of
 from sharpmoe.study.measure import read_measured
 from sharpmoe.study.plan import Arm, Study
-from sharpmoe.study.statistics import Interval, interval_of
 
 
 class _Column(NamedTuple):

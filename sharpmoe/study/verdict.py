@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from sharpmoe.evaluation.statistics import Interval
 from sharpmoe.study.plan import Study
-from sharpmoe.study.statistics import Interval
 from sharpmoe.study.table import HIGHER_IS_BETTER, StudyTable, figure_kind, judged_figures
 
 _OF_SAMPLES = ("fd", "fid")  # the figure of the first sentence, where it is measured

@@ -27,7 +27,7 @@ from sharpmoe.evaluation.validation import Validation, validate
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.ranks.signals import StopAskedError
 from sharpmoe.report.figures import Pixels, allocation_curves, sample_grid, save_png
-from sharpmoe.report.routing_sheet import draw_routing_sheet, observe_routing
+from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet, observe_routing
 from sharpmoe.report.runs import EARLY_AVERAGE
 from sharpmoe.report.samples import Prompts, draw_images, encode_prompts
 from sharpmoe.train.metrics import due
@@ -179,8 +179,13 @@ class Monitor:
             )
             if sheet is not None:
                 pictures["routing"] = lambda: draw_routing_sheet(sheet, f"{self.run.name}, step {step}")
+                self._report("the routing of held-out images", lambda log: self._keep(step, sheet))
         for kind, draw in pictures.items():
             self._report(f"the picture of {kind}", partial(self._show, step, kind, draw))
+
+    def _keep(self, step: int, sheet: RoutingSheet) -> None:
+        """Save what a routing sheet shows, so that a report draws those of two steps on one colour scale."""
+        sheet.save(self.folder / "routing" / f"step{step:08}.npz")
 
     def _show(self, step: int, kind: str, draw: Callable[[], Pixels], log: RunLog) -> None:
         pixels = draw()

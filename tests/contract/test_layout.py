@@ -65,7 +65,11 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/report/weights_difference_table.py": "launcher/test_diff.py",
     "sharpmoe/evaluation/metrics.py": "evaluation/test_sample_metrics.py",
     "sharpmoe/evaluation/routing_record.py": "planning/test_replay.py",
-    "sharpmoe/report/page.py": "launcher/test_report.py",
+    # parts of the page of a report
+    **{
+        f"sharpmoe/report/{part}.py": "report/test_page.py"
+        for part in ("charts", "maps", "markup", "page_style", "run_table")
+    },
     # stages of a run, seen from whole runs
     "sharpmoe/train/local_gradients.py": "train/test_rollout_schedules.py",
     "sharpmoe/train/session.py": "train/test_loop.py",

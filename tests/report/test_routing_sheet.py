@@ -1,11 +1,12 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from sharpmoe.evaluation.held_out import observe
+from sharpmoe.errors import DataError
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet
-from tests.toys import ToySamples, toy_model
 
 
 def sheet(images: int = 2, most: int = 5) -> RoutingSheet:
@@ -62,11 +63,19 @@ def test_captions_and_titles_are_no_formulas() -> None:
     assert draw_routing_sheet(odd, "run $a^$\n1").shape == draw_routing_sheet(sheet(), "run a").shape
 
 
-def test_sheets_of_single_layers_add_up_to_that_of_all() -> None:
-    model, samples, times = toy_model(), ToySamples(), (0.9, 0.5)
-    whole, first, second = (
-        observe(model, samples, [1, 2], times, layers=layers).tokens[0].experts
-        for layers in (slice(None), slice(0, 1), slice(1, 2))
-    )
-    assert not torch.equal(first, second)
-    assert torch.equal(first + second, whole)
+def test_the_content_of_a_sheet_is_kept(tmp_path: Path) -> None:
+    kept = replace(sheet(), captions=("zwölf <b>", ""))
+    path = kept.save(tmp_path / "routing" / "step1.npz")
+    found = RoutingSheet.load(path)
+    assert (found.times, found.captions) == (kept.times, kept.captions)
+    torch.testing.assert_close(found.experts, kept.experts)  # whole numbers are exact
+    torch.testing.assert_close(found.foreground, kept.foreground, rtol=1e-3, atol=0, equal_nan=True)
+    torch.testing.assert_close(found.images, kept.images, rtol=0, atol=1 / 127)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])
+def test_a_damaged_sheet_is_an_error_of_the_data(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.npz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.npz: not the content of a routing sheet"):
+        RoutingSheet.load(path)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sharpmoe.evaluation.statistics import interval_of
 from sharpmoe.study import table
 from sharpmoe.study.measure import measure_part
 from sharpmoe.study.plan import Study, load_study
-from sharpmoe.study.statistics import interval_of
 from sharpmoe.study.table import judged_figures, make_table
 from tests.study.toy import Figures, make_study, pretend_trained
 

@@ -1,4 +1,4 @@
-"""Means and paired differences of arms over seeds and images, with intervals."""
+"""Means and paired differences over seeds, images and steps, with their 95 % intervals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import t as student
 
 _LEVEL = 0.95
+_BLOCKS = 10  # of a series of steps, at most
 
 
 class Interval(NamedTuple):
@@ -54,5 +55,46 @@ def interval_of(rows: Sequence[Sequence[float]]) -> Interval:
     if variance == 0:
         return Interval(mean, mean, mean, seeds, counted)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    half = float(student.ppf((1 + _LEVEL) / 2, freedom)) * math.sqrt(variance)
+    half = _half_width(variance, freedom)
     return Interval(mean, mean - half, mean + half, seeds, counted)
+
+
+def interval_over_images(values: Sequence[float]) -> Interval:
+    """Return the mean of values (I,), one per image of one model or pair of models, with Student's interval over them.
+
+    It holds for the models that were measured: what another seed of their training would give is not in it. Values that
+    are NaN are left out; one value has no interval.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if not known.size:
+        return _UNKNOWN
+    mean, counted = float(known.mean()), len(known)
+    if counted < 2:
+        return Interval(mean, math.nan, math.nan, 1, counted)
+    half = _half_width(float(known.var(ddof=1)) / counted, counted - 1)
+    return Interval(mean, mean - half, mean + half, 1, counted)
+
+
+def interval_over_steps(values: Sequence[float]) -> Interval:
+    """Return the mean of a series (S,) with Student's interval over the means of at most ten consecutive blocks of it.
+
+    Neighbouring steps are alike, and means of blocks much less so (batch means). `images` of the result is 0.
+    """
+    series = np.asarray(values, dtype=np.float64)
+    if not series.size:
+        return _UNKNOWN
+    blocks = [float(block.mean()) for block in np.array_split(series, min(_BLOCKS, len(series)))]
+    return interval_over_images(blocks)._replace(mean=float(series.mean()), images=0)
+
+
+def plain_interval(value: Interval | None) -> dict[str, float | int | None] | None:
+    """Convert an interval to JSON values, what is undefined to null."""
+    if value is None:
+        return None
+    return {key: None if part != part else part for key, part in value._asdict().items()}
+
+
+def _half_width(variance: float, freedom: float) -> float:
+    """Return half of the interval of a mean of this variance."""
+    return float(student.ppf((1 + _LEVEL) / 2, freedom)) * math.sqrt(variance)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sharpmoe.study.statistics import interval_of
+from sharpmoe.evaluation.statistics import interval_of, interval_over_images, interval_over_steps, plain_interval
 
 
 def test_one_value_per_seed_is_students_interval() -> None:
@@ -42,3 +42,32 @@ def test_one_seed_has_no_interval_and_nothing_known_no_mean() -> None:
 def test_equal_values_have_no_width() -> None:
     assert interval_of([[1.0, 1.0], [1.0, 1.0]])[:3] == (1.0, 1.0, 1.0)
     assert interval_of([[1.0, 1.0], [1.0, 1.0]]).excludes_zero
+
+
+def test_an_interval_over_images_is_students_without_undefined_ones() -> None:
+    values = [0.3, 0.5, 0.1, 0.4]
+    found = interval_over_images([*values, math.nan])
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert found[:3] == pytest.approx((np.mean(values), low, high))
+    assert (found.seeds, found.images) == (1, 4)
+    assert math.isnan(interval_over_images([1.0]).low)
+    assert interval_over_images([]).images == 0
+
+
+def test_steps_that_are_alike_do_not_narrow_an_interval() -> None:
+    """A slow walk: Student's interval over its steps as if they were independent would be far too narrow."""
+    walk = np.cumsum(np.random.default_rng(0).normal(size=1000))
+    found, naive = interval_over_steps(walk.tolist()), interval_over_images(walk.tolist())
+    assert found.mean == pytest.approx(naive.mean)
+    assert found.high - found.low > 5 * (naive.high - naive.low)
+
+
+def test_undefined_parts_are_null() -> None:
+    assert plain_interval(interval_over_images([1.0])) == {
+        "mean": 1.0,
+        "low": None,
+        "high": None,
+        "seeds": 1,
+        "images": 1,
+    }
+    assert plain_interval(None) is None
