@@ -1,14 +1,17 @@
 """Copy weights of a checkpoint to one file, or to a folder that diffusers loads.
 
 `python launcher/export.py RUN OUT.safetensors [--weights ema|live]` writes a weights file of this project;
-`python launcher/export.py RUN OUT/ --to diffusers` writes what `NucleusMoEImageTransformer2DModel.from_pretrained`
-reads, with the saliency routers beside it.
+`python launcher/export.py RUN OUT/ --to diffusers` writes what
+`DiffusionPipeline.from_pretrained(OUT, custom_pipeline=OUT, trust_remote_code=True)` reads, with a model card; of
+backbone nucleus what `NucleusMoEImageTransformer2DModel.from_pretrained` reads, with the saliency routers beside it.
+`--to pipeline` writes the former for any backbone.
 """
 
 if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,9 +19,10 @@ import torch
 from launcher.command import Command
 from sharpmoe.checkpoint.adapters import export_adapters
 from sharpmoe.model.build import build_model
-from sharpmoe.model.published.export import write_folder
+from sharpmoe.model.published.export import PipelineExtras, write_folder, write_pipeline_folder
 from sharpmoe.model.weights import WeightsFile, read_weights, save_weights, stored_as
-from sharpmoe.report.runs import check_overwrites_no_weights, find_saved_model
+from sharpmoe.report.card import model_card
+from sharpmoe.report.runs import SavedModel, check_overwrites_no_weights, find_origin, find_saved_model
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +40,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the adapters of a LoRA run alone: OUT is a folder in peft's format; without it they are merged",
     )
-    add("--to", choices=("diffusers",), help="write a folder in the layout of diffusers (backbone nucleus)")
+    add(
+        "--to",
+        choices=_LAYOUTS,
+        help="write a folder: pipeline, which diffusers loads with a pipeline that carries x0_hat, with model card and "
+        "codec; diffusers, the same, but of backbone nucleus the folder of diffusers' own class",
+    )
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -46,25 +55,47 @@ def _act(arguments: argparse.Namespace) -> None:
         )
         print(f"{arguments.out}: {count} adapted layers in peft's format, from {arguments.run} ({arguments.weights})")
         return
-    source = find_saved_model(arguments.run, arguments.weights).weights
-    check_overwrites_no_weights(arguments.out, source)
+    saved = find_saved_model(arguments.run, arguments.weights)
+    check_overwrites_no_weights(arguments.out, saved.weights)
     if arguments.to is not None:
-        print(_to_folder(arguments, WeightsFile(source)))
+        print(_to_folder(arguments, saved))
         return
-    state, config, meta = read_weights(source)
+    state, config, meta = read_weights(saved.weights)
     with torch.device("meta"):
         model = build_model(config)
     save_weights(arguments.out, stored_as(state, model, getattr(torch, arguments.dtype or "float32")), config, meta)
     size = arguments.out.stat().st_size / 1e6
-    print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, from {source} (step {meta.get('step', 'unknown')})")
+    step = meta.get("step", "unknown")
+    print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, from {saved.weights} (step {step})")
 
 
-def _to_folder(arguments: argparse.Namespace, weights: WeightsFile) -> str:
+def _to_folder(arguments: argparse.Namespace, saved: SavedModel) -> str:
+    weights = WeightsFile(saved.weights)
     dtype = getattr(torch, arguments.dtype or weights.meta.get("dtype", "float32"))
-    files = write_folder(arguments.out, weights.config, weights.tensor, dtype, weights.meta)
+    layouts = _LAYOUTS[arguments.to]
+    files = layouts.get(weights.config.backbone, _write_pipeline)(arguments.out, weights, dtype, saved)
     size = sum(file.stat().st_size for file in files) / 1e6
     return f"{arguments.out}: {len(files)} files, {size:.1f} MB, from {weights.path}"
 
+
+def _write_published(out: Path, weights: WeightsFile, dtype: torch.dtype, _: SavedModel) -> list[Path]:
+    return write_folder(out, weights.config, weights.tensor, dtype, weights.meta)
+
+
+def _write_pipeline(out: Path, weights: WeightsFile, dtype: torch.dtype, saved: SavedModel) -> list[Path]:
+    origin = find_origin(saved, weights.meta)
+    with torch.device("meta"):
+        counts = build_model(weights.config).count_parameters()
+    sample = saved.run.sample.model_dump(mode="json", exclude={"captions"}) if saved.run else {}
+    card = model_card(saved, weights.config, weights.meta, origin, counts)
+    return write_pipeline_folder(out, weights, dtype, PipelineExtras(card=card, origin=origin, sample=sample))
+
+
+_Writer = Callable[[Path, WeightsFile, torch.dtype, SavedModel], list[Path]]
+_LAYOUTS: dict[str, dict[str, _Writer]] = {  # --to -> backbone -> writer, where it is not the folder with a pipeline
+    "diffusers": {"nucleus": _write_published},
+    "pipeline": {},
+}
 
 main = Command(text=__doc__, arguments=_arguments, act=_act)
 

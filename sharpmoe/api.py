@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from data_pipeline.encode.like import OriginCoders, keeps_codec, origin_header, origin_in
+from data_pipeline.encode.like import OriginCoders, origin_header
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.read.stream import stream
 from data_pipeline.schema import Batch
@@ -27,7 +27,7 @@ from sharpmoe.model.backbone import Backbone, map_condition
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_routers
 from sharpmoe.report.figures import to_pixels
-from sharpmoe.report.runs import SavedModel, find_saved_model
+from sharpmoe.report.runs import find_origin, find_saved_model
 from sharpmoe.report.samples import (
     Prompts,
     Size,
@@ -59,7 +59,7 @@ class RolloutLoss(NamedTuple):
 
 
 def load(path: str | Path, *, weights: Literal["ema", "live"] = "ema") -> Backbone:
-    """Return the model of a run folder, a checkpoint folder or a weights file: float32, in eval mode, on the CPU.
+    """Return the model of a run or checkpoint folder, a weights file or an exported folder: float32, eval mode, CPU.
 
     `weights`: of a run or checkpoint, the averaged or the live ones. `model.config` is its architecture, and
     `model.origin` says with which codec and text encoder it was trained, so that `sample` works.
@@ -67,9 +67,7 @@ def load(path: str | Path, *, weights: Literal["ema", "live"] = "ema") -> Backbo
     """
     saved = find_saved_model(path, weights)
     model, header = load_model(saved.weights)
-    model.origin = origin_in(header)
-    if saved.run is not None and not keeps_codec(model.origin):
-        model.origin = _origin_of_run(saved) or model.origin
+    model.origin = find_origin(saved, header)
     return model
 
 
@@ -224,7 +222,8 @@ def sample(
         coders = _coders(tuple(sorted(model.origin.items())))
     else:
         raise ConfigError("sample: the model does not say with which codec it was trained; give shards=FOLDER")
-    request = encode_prompts(model.config, coders, _prompts(prompts, model.config), _device(model))
+    many: list[str | int] = [prompts] if isinstance(prompts, str | int) else [*prompts]
+    request = encode_prompts(model.config, coders, Prompts.of(many, model.config), _device(model))
     codec = coders.codec_object()
     latents = Size(height, width).of_latents(model.config, codec)
     weak = None
@@ -238,16 +237,6 @@ def sample(
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def _origin_of_run(saved: SavedModel) -> dict[str, str]:
-    """Return the origin in the run's shards, for weights of a version that did not keep it; empty without shards."""
-    assert saved.run is not None
-    data = saved.run.data
-    try:
-        return origin_header(ShardSet.open(data.first_place, data.train_split, data.remote.options()))
-    except DataError:
-        return {}
-
-
 @lru_cache(maxsize=4)
 def _coders(origin: tuple[tuple[str, str], ...]) -> OriginCoders:
     return OriginCoders(dict(origin), "model.origin")
@@ -259,18 +248,6 @@ def _opened(shards: ShardSet | str | Path) -> ShardSet:
 
 def _device(model: Backbone) -> torch.device:
     return next(model.parameters()).device
-
-
-def _prompts(prompts: str | int | Sequence[str] | Sequence[int], config: ModelConfig) -> Prompts:
-    many: list[str | int] = [prompts] if isinstance(prompts, str | int) else [*prompts]
-    captions = tuple(each for each in many if isinstance(each, str))
-    labels = tuple(int(each) for each in many if not isinstance(each, str))
-    if config.conditioning == "text" and labels:
-        raise ConfigError(f"sample: the model is text-conditional, got label {labels[0]}; give captions")
-    for label in labels:
-        if not 0 <= label < config.num_classes:
-            raise ConfigError(f"sample: label {label}, the model has classes 0 to {config.num_classes - 1}")
-    return Prompts(captions, labels)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -312,6 +312,7 @@ def generate(
     weak: Backbone | None = None,
     callback: SamplingCallback | None = None,
     saliency: SaliencyInput = "own",
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
@@ -319,6 +320,7 @@ def generate(
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
     pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
     a pool of its own. The times of the steps are shifted by `sample.shift` for the tokens of `size`.
+    `noise` (B, C, H, W), a row per image, replaces that of the seed.
     `weak`: guidance away from this model (autoguidance) in place of the empty condition; it takes the same latents and
     conditions. Models must be whole and in eval mode. `callback` is called once per step and batch of images, after the
     model call at x_t; what it raises ends the sampling. `saliency`: what the saliency routers read, the model's own
@@ -340,14 +342,17 @@ def generate(
         for start in starts:
             cond, empty, indices = request.select(range(start, start + batch_size))
             branches = (cond,) if empty is None or not is_guided or other is not None else (cond, empty)
-            noise = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
+            if noise is None:
+                x1 = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
+            else:
+                x1 = noise[start : start + batch_size].to(cond[0].device, torch.float32)
             field = make_field(model, branches, settings, other, keep_routing=watched)
-            x0_prev = (noise,) * (len(branches) + (other is not None))
+            x0_prev = (x1,) * (len(branches) + (other is not None))
             reader = None
             if callback is not None:
                 reader = _Reader(callback, times.tolist(), indices, settings)
             observe = partial(_observed, advance, reader)
-            parts.append(SAMPLERS[sample.method](field, noise, times.to(noise), x0_prev, observe))
+            parts.append(SAMPLERS[sample.method](field, x1, times.to(x1), x0_prev, observe))
     return torch.cat(parts)
 
 

@@ -112,6 +112,9 @@ class QwenAutoencoder:
     @torch.no_grad()
     def posterior(self, images: Tensor, cached: Sequence[CachedLatent] = ()) -> Posterior:
         """Return the normalised mean and standard deviation, a few images at a time."""
+        if not len(images):  # of which the network makes nothing
+            none = images.new_zeros(0, *self.latent_shape((images.shape[-2], images.shape[-1])))
+            return Posterior(none, none)
         parts = []
         for some in images.split(_images_at_a_time(images)):
             found = self._model.encode(some[:, :, None].to(self._device)).latent_dist
@@ -123,6 +126,8 @@ class QwenAutoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Undo the normalisation, then decode, a few images at a time."""
         factor = 2 ** len(self._model.config.temperal_downsample)
+        if not len(latents):
+            return latents.new_zeros(0, 3, *(side * factor for side in latents.shape[-2:]))
         parts = []
         for some in latents.split(_images_at_a_time(latents, factor**2)):
             frames = (some.float().to(self._device) * self._std + self._mean)[:, :, None]

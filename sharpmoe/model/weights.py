@@ -27,7 +27,8 @@ from sharpmoe.model.adapters import adapter_value, is_adapter, plain_name
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import BACKBONES, build_model
 from sharpmoe.model.initial import initial_value
-from sharpmoe.model.published.folder import PublishedFolder, is_published_folder
+from sharpmoe.model.published.folder import PublishedFolder, files_of, is_published_folder
+from sharpmoe.model.published.own import own_folder, read_own_config
 from sharpmoe.shipped_files import find_shipped
 
 _FORMAT = "sharpmoe-1"
@@ -139,7 +140,12 @@ def weights_writer(
     path: str | Path, specs: Mapping[str, TensorSpec], config: ModelConfig, meta: Mapping[str, str]
 ) -> SafetensorsWriter:
     """Open a weights file for the tensors of a model, to be written one at a time, in order. Raises OSError."""
-    return SafetensorsWriter(path, specs, {"format": _FORMAT, "model": config.model_dump_json(), **meta})
+    return SafetensorsWriter(path, specs, weights_header(config, meta))
+
+
+def weights_header(config: ModelConfig, meta: Mapping[str, str]) -> dict[str, str]:
+    """Return the header of a weights file of an architecture."""
+    return {"format": _FORMAT, "model": config.model_dump_json(), **meta}
 
 
 def stored_as(state: Mapping[str, Tensor], model: Backbone, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -149,11 +155,16 @@ def stored_as(state: Mapping[str, Tensor], model: Backbone, dtype: torch.dtype) 
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, str]]:
-    """Read a weights file of this project: tensors, architecture, meta. CheckpointError says what is wrong with it."""
+    """Read a weights file of this project: tensors, architecture, meta. CheckpointError says what is wrong with it.
+
+    `path` may be a folder that `export.py --to diffusers` has written, of which config.json is the header.
+    """
     path = find_shipped(path)
-    config, meta = _read_header(path)
+    folder = own_folder(path)
+    config, meta = _read_header(path) if folder is None else read_own_config(folder)
+    files = [Path(path)] if folder is None else sorted({*files_of(folder).values()})
     try:
-        state = load_file(path)
+        state = {name: value for file in files for name, value in load_file(file).items()}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a sound safetensors file ({error}); copy or export it again") from error
     for name, value in state.items():
@@ -211,22 +222,29 @@ class _Source(Protocol):
 
 
 class WeightsFile:
-    """A weights file of this project, read tensor by tensor."""
+    """Weights of this project, read tensor by tensor: a file, or a folder of `export.py --to diffusers`."""
 
     def __init__(self, path: str | Path) -> None:
         """Read the header of `path`. Raises CheckpointError as `read_weights`."""
         self.path = path = find_shipped(path)
-        self._file: Any = None  # stays open: a checkpoint may be deleted while a run that started from it goes on
-        self.config, self.meta = _read_header(path)
-        with safe_open(path, framework="pt") as file:
-            self.shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        # Files stay open: a checkpoint may be deleted while a run that started from it goes on.
+        self._opened: dict[Path, Any] = {}
+        folder = own_folder(path)
+        self.config, self.meta = _read_header(path) if folder is None else read_own_config(folder)
+        self._files, self.shapes = dict[str, Path](), dict[str, torch.Size]()
+        for place in [Path(path)] if folder is None else sorted({*files_of(folder).values()}):
+            with safe_open(place, framework="pt") as file:
+                found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            self.shapes |= found
+            self._files |= dict.fromkeys(found, place)
         self.names = frozenset(self.shapes)
 
     def tensor(self, name: str, experts: range | None = None) -> Tensor:
         """Return one tensor; of stacked experts (E, ...) only those in `experts`."""
-        if self._file is None:
-            self._file = safe_open(self.path, framework="pt")
-        whole = self._file.get_slice(name)
+        file = self._files[name]
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="pt")
+        whole = self._opened[file].get_slice(name)
         value: Tensor = whole[:] if experts is None else whole[experts.start : experts.stop]
         return value
 

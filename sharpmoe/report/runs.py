@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from data_pipeline.encode.like import keeps_codec, origin_header, origin_in
+from data_pipeline.read.shards import ShardSet
 from sharpmoe.checkpoint.manifest import Manifest
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
-from sharpmoe.errors import CheckpointError, ConfigError
+from sharpmoe.errors import CheckpointError, ConfigError, DataError
+from sharpmoe.model.published.own import own_folder
 from sharpmoe.shipped_files import find_shipped
 
 _Kind = Literal["ema", "live"]
@@ -18,24 +22,39 @@ EARLY_AVERAGE = 0.1  # share of averaged weights that is the start, above which 
 class SavedModel(NamedTuple):
     """A weights file to sample from or to measure, and the run it belongs to."""
 
-    weights: Path  # .safetensors
+    weights: Path  # .safetensors, or the folder transformer/ of an exported model
     run: RunConfig | None  # None for a weights file outside of a run folder
     folder: Path  # the run folder, or the folder of the weights file
     name: str  # such as "quickstart, step 200, ema"
 
 
 def find_saved_model(path: Path | str, kind: _Kind = "ema") -> SavedModel:
-    """Resolve a run folder (its latest checkpoint), one checkpoint folder, or a .safetensors file.
+    """Resolve a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or an exported folder.
 
     Raises CheckpointError where there is nothing to load, naming what was looked for.
     """
     path = find_shipped(path)
     if path.suffix == ".safetensors":
         return _checked(SavedModel(path, _run_above(path), path.parent, path.stem))
+    exported = own_folder(path)
+    if exported is not None:
+        return SavedModel(exported, None, path, path.resolve().name)
     checkpoint = path if (path / f"{kind}.safetensors").is_file() else _latest_checkpoint(path)
     folder = checkpoint.parent.parent
     name = f"{folder.name}, {checkpoint.name}, {kind}"
     return _checked(SavedModel(checkpoint / f"{kind}.safetensors", _run_above(checkpoint), folder, name))
+
+
+def find_origin(saved: SavedModel, header: Mapping[str, str]) -> dict[str, str]:
+    """Return what is known of codec and text encoder of a model: the `header` of its weights, else its run's shards."""
+    origin = origin_in(header)
+    if saved.run is None or keeps_codec(origin):
+        return origin
+    data = saved.run.data
+    try:
+        return origin_header(ShardSet.open(data.first_place, data.train_split, data.remote.options()))
+    except DataError:
+        return origin
 
 
 def check_overwrites_no_weights(out: Path, source: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -37,6 +37,18 @@ class Prompts(NamedTuple):
 
     captions: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, prompts: Sequence[str | int], config: ModelConfig) -> Prompts:
+        """Return captions, or the labels of a class-conditional model. Raises ConfigError for a wrong label."""
+        captions = tuple(each for each in prompts if isinstance(each, str))
+        labels = tuple(int(each) for each in prompts if not isinstance(each, str))
+        if config.conditioning == "text" and labels:
+            raise ConfigError(f"sample: the model is text-conditional, got label {labels[0]}; give captions")
+        for label in labels:
+            if not 0 <= label < config.num_classes:
+                raise ConfigError(f"sample: label {label}, the model has classes 0 to {config.num_classes - 1}")
+        return cls(captions, labels)
 
     def titles(self) -> tuple[str, ...]:
         """Return the text below each image."""
@@ -180,11 +192,13 @@ def draw_images(
     weak: Backbone | None = None,
     callback: sampling.SamplingCallback | None = None,
     saliency: sampling.SaliencyInput = "own",
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the mode of the models.
 
     `size` is (h, w) of the latents, by default the model's square. `weak`: a model to guide away from. `callback` is
     called once per step and batch (`sampling.SamplingStep`). `saliency`: what the saliency routers read.
+    `noise`: see `sampling.generate`.
     """
     with evaluating(model), nullcontext() if weak is None else evaluating(weak):
         latents = sampling.generate(
@@ -198,6 +212,7 @@ def draw_images(
             weak=weak,
             callback=callback,
             saliency=saliency,
+            noise=noise,
         )
     return decode(latents.cpu())
 

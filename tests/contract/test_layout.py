@@ -33,6 +33,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     # parts of a model, seen from whole models
     "sharpmoe/architectures.py": "model/test_backbone.py",
     "sharpmoe/latent_patches.py": "model/test_dit.py",
+    "sharpmoe/model/published/own.py": "test_hub.py",
     "sharpmoe/model/published/export.py": "model/published/test_folder.py",
     "sharpmoe/model/published/nucleus.py": "model/test_nucleus.py",
     "sharpmoe/model/attach.py": "model/published/test_load.py",

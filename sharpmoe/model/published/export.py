@@ -1,8 +1,9 @@
-"""Write a model in the layout of diffusers, tensor by tensor: config.json, sharded safetensors, routers beside."""
+"""Write a model in the layout of diffusers, tensor by tensor: that of Nucleus-Image, or one with our own pipeline."""
 
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,28 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.folder import ROUTERS_FILE, WEIGHTS_NAME, PublishedFolder, published_shapes
 from sharpmoe.model.published.nucleus import join_parts, place_of, published_parts, write_config
+from sharpmoe.model.published.own import CODE_FILES, own_config, own_index, to_json
 from sharpmoe.model.weights import (
     OTHER_WEIGHTS,
     SafetensorsWriter,
     TensorSpec,
+    WeightsFile,
     check_finite,
     weight_specs,
+    weights_header,
     weights_writer,
 )
 
 _LARGEST_FILE = 10_000_000_000  # bytes, as diffusers cuts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineExtras:
+    """What a folder with a pipeline holds beside the weights."""
+
+    card: str  # README.md
+    origin: Mapping[str, str]  # codec and text encoder, as `data_pipeline.encode.like.origin_header` makes it
+    sample: Mapping[str, Any]  # defaults of drawing, fields of `SampleConfig`
 
 
 def write_folder(
@@ -39,26 +52,17 @@ def write_folder(
     bytes of a file. Raises CheckpointError where diffusers cannot compute the model, or the folder holds something.
     """
     content = write_config(config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists and is not an empty folder; choose another place")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     shapes = {name: spec.shape for name, spec in weight_specs(config).items()}
     parts = published_parts(shapes)
     specs = {key: TensorSpec(shape, dtype) for key, shape in published_shapes(config, shapes).items()}
-    files = _cut(specs, largest)
-    written = []
-    for name, keys in files.items():
-        with SafetensorsWriter(folder / name, {key: specs[key] for key in keys}, {"format": "pt"}) as writer:
-            for key in keys:
-                writer.write(key, join_parts({name: tensor(name) for name in parts[key]}, config))
-        written.append(folder / name)
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(spec.num_bytes for spec in specs.values())},
-            "weight_map": {key: name for name, keys in files.items() for key in keys},
-        }
-        written.append(folder / f"{WEIGHTS_NAME}.safetensors.index.json")
-        write_atomically(written[-1], json.dumps(index, indent=2) + "\n")
+    written = _write_tensors(
+        folder,
+        specs,
+        {"format": "pt"},
+        lambda key: join_parts({name: tensor(name) for name in parts[key]}, config),
+        largest,
+    )
     routers = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items() if place_of(name) is None}
     if routers:
         written.append(folder / ROUTERS_FILE)
@@ -66,8 +70,47 @@ def write_folder(
             for name in routers:
                 writer.write(name, tensor(name))
     written.append(folder / "config.json")  # last: without it nothing loads the folder
-    write_atomically(written[-1], json.dumps(content, indent=2) + "\n")
+    write_atomically(written[-1], to_json(content))
     return written
+
+
+def write_pipeline_folder(
+    folder: Path,
+    weights: WeightsFile,
+    dtype: torch.dtype,
+    extras: PipelineExtras,
+    largest: int = _LARGEST_FILE,
+) -> list[Path]:
+    """Write `folder` so that diffusers' `DiffusionPipeline` and `sharpmoe.load` read it; return its files.
+
+    The layout is that of `model.published.own`, for a model of any backbone. dtype: of the parameters; buffers are
+    float32. largest: bytes of a file of tensors. Raises CheckpointError where the folder holds something, or the
+    weights lack a tensor.
+    """
+    with torch.device("meta"):
+        buffers = {name for name, _ in build_model(weights.config).named_buffers()}
+    specs = {
+        name: spec if name in buffers else TensorSpec(spec.shape, dtype)
+        for name, spec in weight_specs(weights.config).items()
+    }
+    missing = sorted(specs.keys() - weights.names)
+    if missing:
+        raise CheckpointError(f"{weights.path}: key {missing[0]} is missing ({len(missing)} missing); {OTHER_WEIGHTS}")
+    _make_folder(folder)
+    inner = folder / "transformer"
+    inner.mkdir()
+    meta = {**weights.meta, **extras.origin}
+    header = weights_header(weights.config, meta)
+    written = _write_tensors(inner, specs, header, weights.tensor, largest)
+    texts = {
+        **CODE_FILES,
+        "README.md": extras.card,
+        "transformer/config.json": to_json(own_config(weights.config, meta)),
+        "model_index.json": to_json(own_index(extras.sample)),  # last: without it nothing loads the folder
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    return [*written, *(folder / name for name in texts)]
 
 
 def convert_folder(folder: PublishedFolder, out: Path, header: Mapping[str, str]) -> None:
@@ -89,6 +132,37 @@ def convert_folder(folder: PublishedFolder, out: Path, header: Mapping[str, str]
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype as torch spells it, without its module."""
     return str(dtype).removeprefix("torch.")
+
+
+def _make_folder(folder: Path) -> None:
+    """Create an empty folder. Raises CheckpointError where there is something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not an empty folder; choose another place")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_tensors(
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    header: Mapping[str, str],
+    tensor: Callable[[str], Tensor],
+    largest: int,
+) -> list[Path]:
+    """Write one file of tensors, or several with an index, one tensor at a time; return them."""
+    files = _cut(specs, largest)
+    for name, keys in files.items():
+        with SafetensorsWriter(folder / name, {key: specs[key] for key in keys}, header) as writer:
+            for key in keys:
+                writer.write(key, tensor(key))
+    written = [folder / name for name in files]
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(spec.num_bytes for spec in specs.values())},
+            "weight_map": {key: name for name, keys in files.items() for key in keys},
+        }
+        written.append(folder / f"{WEIGHTS_NAME}.safetensors.index.json")
+        write_atomically(written[-1], to_json(index))
+    return written
 
 
 def _cut(specs: Mapping[str, TensorSpec], largest: int) -> dict[str, list[str]]:

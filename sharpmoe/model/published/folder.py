@@ -46,8 +46,8 @@ class PublishedFolder:
         self.path = _transformer_folder(Path(path))
         routers = self.path / ROUTERS_FILE
         own = {"saliency_router": routers.is_file(), **changes}
-        self.config = read_config(_read_json(self.path / "config.json"), str(self.path / "config.json"), **own)
-        self._files = _files_of(self.path)  # published key -> file
+        self.config = read_config(read_json(self.path / "config.json"), str(self.path / "config.json"), **own)
+        self._files = files_of(self.path)  # published key -> file
         self._routers = _keys_of(routers) if routers.is_file() else frozenset[str]()
         with torch.device("meta"):
             self._shapes = {name: value.shape for name, value in build_model(self.config).state_dict().items()}
@@ -132,7 +132,7 @@ def _transformer_folder(path: Path) -> Path:
     """Return the folder of the transformer: `path`, or transformer/ in it. Raises CheckpointError."""
     for folder in (path, path / "transformer"):
         if (folder / "config.json").is_file():
-            kind = _read_json(folder / "config.json").get("_class_name")
+            kind = read_json(folder / "config.json").get("_class_name")
             if kind == TRANSFORMER_CLASS:
                 return folder
             raise CheckpointError(f"{folder}/config.json: _class_name is {kind!r}, expected {TRANSFORMER_CLASS!r}")
@@ -142,15 +142,15 @@ def _transformer_folder(path: Path) -> Path:
     )
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Return the file of every published tensor. Raises CheckpointError."""
+def files_of(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a transformer's folder. Raises CheckpointError."""
     index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
     single = folder / f"{WEIGHTS_NAME}.safetensors"
     if not index.is_file():
         if not single.is_file():
             raise CheckpointError(f"{folder}: holds neither {index.name} nor {single.name}; download the weights too")
         return dict.fromkeys(_keys_of(single), single)
-    listed = _read_json(index).get("weight_map")
+    listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict):
         raise CheckpointError(f"{index}: has no weight_map; download it again")
     files = {str(key): folder / str(name) for key, name in listed.items()}
@@ -171,7 +171,8 @@ def _keys_of(file: Path) -> frozenset[str]:
         raise CheckpointError(f"{file}: not a sound safetensors file ({error}); download or copy it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file. Raises CheckpointError."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

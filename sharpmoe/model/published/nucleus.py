@@ -134,7 +134,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         is_free = field in ("preset", "saliency_router", "capacity_selection", *config.architecture.ignores)
         is_free = is_free or (not config.num_moe_layers and field in ("dense_first", "dense_last"))
         if not is_free and have != can:
-            raise CheckpointError(f"export: {TRANSFORMER_CLASS} of diffusers cannot compute model.{field} {have!r}")
+            raise CheckpointError(
+                f"export: {TRANSFORMER_CLASS} of diffusers cannot compute model.{field} {have!r}, only {can!r}; write "
+                "a folder with a pipeline of its own (export.py RUN OUT/ --to pipeline), or a weights file (no --to)"
+            )
     return content
 
 

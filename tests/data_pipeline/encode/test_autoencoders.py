@@ -78,6 +78,14 @@ def test_the_autoencoder_of_qwen_normalises_each_channel(qwen_autoencoder: Path,
         codec.latent_shape(34)
 
 
+def test_no_images_have_no_latents(qwen_autoencoder: Path) -> None:
+    codec, images = QwenAutoencoder(str(qwen_autoencoder)), smooth_images(1)
+    for found in codec.posterior(images[:0]):
+        assert found is not None
+        assert found.shape == (0, *codec.encode(images).shape[1:])
+    assert codec.decode(codec.encode(images[:0])).shape == (0, *images.shape[1:])
+
+
 def test_large_images_are_encoded_a_few_at_a_time(qwen_autoencoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, images = QwenAutoencoder(str(qwen_autoencoder)), smooth_images(5)
     whole = codec.posterior(images)
