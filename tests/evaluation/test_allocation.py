@@ -29,7 +29,9 @@ from tests.toys import ToySamples, toy_model
 def observed(experts: torch.Tensor, saliency: torch.Tensor) -> Observed:
     images, times, _ = experts.shape
     tables = TokenTables(experts, saliency, torch.full_like(saliency, torch.nan), torch.ones_like(experts))
-    return Observed(torch.ones(images, times), torch.zeros(images, times, 0, 6), (tables,))
+    return Observed(
+        torch.ones(images, times), torch.zeros(images, times, 0, 6), torch.zeros(images, times, 0, 4), (tables,)
+    )
 
 
 def test_ranks_and_correlations_equal_those_of_scipy_with_ties() -> None:
@@ -142,7 +144,8 @@ def test_flow_loss_by_part_of_an_image_by_hand() -> None:
     mask[2] = torch.nan
     flow = torch.stack([torch.arange(10.0) * (k + 1) for k in range(len(ALLOCATION_TIMES))]).expand(3, -1, -1)
     tables = TokenTables(torch.ones_like(flow), saliency, mask, flow)
-    seen = Observed(flow.mean(-1), torch.zeros(3, len(ALLOCATION_TIMES), 0, 6), (tables,))
+    routers, loads = (torch.zeros(3, len(ALLOCATION_TIMES), 0, size) for size in (6, 4))
+    seen = Observed(flow.mean(-1), routers, loads, (tables,))
     result = _summarise(seen, ALLOCATION_TIMES, num_layers=1)
     factor = 5.5  # mean over the ten times
     assert [result.flow_parts[part]["all t"].mean for part in IMAGE_PARTS[:5]] == pytest.approx(
