@@ -214,7 +214,8 @@ class OptimConfig(Section):
     # muon: matrices of attention, feed-forward networks and experts by Muon (arXiv 2502.16982), each expert by itself,
     # with the learning rate and weight decay of AdamW, which updates everything else.
     name: Literal["adamw", "muon", "sgd"] = "adamw"  # optimizer
-    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"  # who implements adamw; auto compiles nothing
+    # Who implements adamw; auto compiles nothing. bitsandbytes keeps its two states in 8 bits each, in blocks of 256.
+    impl: Literal["auto", "torch", "deepspeed", "apex", "bitsandbytes"] = "auto"
     lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
     # Factors on the learning rate, pattern: factor, at every step of the schedule. A pattern is one or more consecutive
     # parts of a parameter's name, such as saliency_router, moe.gate or blocks.*.attn; the most specific one counts.

@@ -73,7 +73,7 @@ _ELSEWHERE: dict[str, str] = {
     "adam_weight_decay": "optim.weight_decay",
     "wd": "optim.weight_decay",
     "muon_momentum": "optim.momentum",
-    "use_8bit_adam": "optim.name adamw (8-bit states are not offered; ZeRO divides them between ranks)",
+    "use_8bit_adam": "optim.impl bitsandbytes",
     "max_grad_norm": "optim.clip_norm",
     "grad_clip": "optim.clip_norm",
     "clip_grad": "optim.clip_norm",

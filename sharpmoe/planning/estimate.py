@@ -16,7 +16,7 @@ from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning.activations import Activations, SampleTokens, count_activations
 from sharpmoe.planning.gathers import Gathers, count_gathers
-from sharpmoe.planning.layout import RankLayout, rank_parameters, trained_parts
+from sharpmoe.planning.layout import RankLayout, keeps_eight_bits, rank_parameters, trained_parts
 from sharpmoe.planning.memory import Memory, StepNeeds, rank_memory
 from sharpmoe.planning.traffic import Traffic, traffic
 from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
@@ -124,8 +124,11 @@ class Planner:
 
 
 def optimizer_bytes(run: RunConfig) -> int:
-    """Return the bytes of the optimizer's states of a run, over all ranks."""
-    return sum(part.numel * part.state_bytes for part in trained_parts(rank_parameters(run, 1, 1)))
+    """Return the bytes of the optimizer's states in a checkpoint of a run."""
+    parts = trained_parts(rank_parameters(run, 1, 1))
+    if keeps_eight_bits(run):  # stored as float32, with the number of its block (parallel/zero/eight_bits.py)
+        return sum(4 * part.numel * 4 for part in parts)
+    return sum(part.numel * part.state_bytes for part in parts)
 
 
 def _sample_tokens(run: RunConfig, read_urls: bool) -> SampleTokens:

@@ -10,6 +10,7 @@ from sharpmoe.model.trainable import check_trained, planned_model
 from sharpmoe.parallel.zero.settings import ZeroSettings
 
 _STATES = {"adamw": 8, "muon": 8, "sgd": 0}  # bytes of the optimizer's states per element, by optim.name
+_EIGHT_BITS = 2  # the same of bitsandbytes; blocks of 256 add 0.03
 _MOMENTUM = 4  # the same of what Muon updates
 
 
@@ -59,6 +60,7 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
     blocks = {block: index for index, block in enumerate(model.blocks)}
     owners = [(f"{name}.", blocks.get(part)) for name, part in model.gathered_units()]
     matrices = hidden_matrices(model) if run.optim.name == "muon" else {}
+    states = _EIGHT_BITS if keeps_eight_bits(run) else _STATES[run.optim.name]
     parts = []
     for name, parameter in model.named_parameters():
         is_expert = ".experts." in name
@@ -73,11 +75,16 @@ def rank_parameters(run: RunConfig, world: int, ep_size: int) -> list[RankParame
                 block=owners[module][1],
                 is_expert=is_expert,
                 is_trained=parameter.requires_grad,
-                state_bytes=_MOMENTUM if name in matrices else _STATES[run.optim.name],
+                state_bytes=_MOMENTUM if name in matrices else states,
                 matrix=matrices[name].numel if name in matrices else 0,
             )
         )
     return parts
+
+
+def keeps_eight_bits(run: RunConfig) -> bool:
+    """Whether the optimizer keeps its states in 8 bits."""
+    return run.optim.name == "adamw" and run.optim.impl == "bitsandbytes"
 
 
 def trained_parts(parts: Sequence[RankParameter]) -> list[RankParameter]:

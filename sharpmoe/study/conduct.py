@@ -32,6 +32,7 @@ from sharpmoe.study.jobs import Job, JobReport, run_jobs
 from sharpmoe.study.measure import is_measured, is_trained, judging_files, measures_samples
 from sharpmoe.study.plan import Part, Study, noisy_images_per_step
 from sharpmoe.study.results import write_results
+from sharpmoe.train.rollout_schedules import schedule_of
 
 _RUN_FILE, _BASE_FILE = "seed{}.yaml", "seed{}.base"  # of a part: its run, and the sha256 of what it starts from
 _TIMED = 8  # images of the call that the estimate times
@@ -179,22 +180,44 @@ def _estimate(study: Study, parts: Sequence[Part], left: Sequence[Job], device: 
     if not left:
         return "nothing is left to do"
     model = build_model(parts[0].run.model).to(device)
-    forward, both = (_seconds_per_image(model, parts[0].run, device, graph) for graph in (False, True))
-    steps = sum(part.run.train.steps * noisy_images_per_step(part.run) for part in training)
+    with _one_thread():
+        forward, both = (_seconds_per_image(model, parts[0].run, device, graph) for graph in (False, True))
+    images = sum(part.run.train.steps * noisy_images_per_step(part.run) for part in training)
     settings = study.evaluate
     branches = sum(1 if scale == 1 else 2 for scale in settings.cfg_scales)
     calls = 20 * settings.images + settings.samples * branches * parts[0].run.sample.num_steps
-    seconds = steps * both, to_measure * calls * forward
+    again = sum(_forwards_again(part.run) * part.run.train.steps * part.run.train.global_batch for part in training)
+    seconds = images * both + again * forward, to_measure * calls * forward
     return (
-        f"about {clock(seconds[0])} of training ({both * 1e3:.2f} ms per noisy image) and {clock(seconds[1])} of "
-        f"measuring ({forward * 1e3:.2f} ms per image and call), one after the other on {device}, "
-        "without starts and saves"
+        f"about {clock(seconds[0])} of training ({seconds[0] / max(images, 1) * 1e3:.2f} ms per noisy image) and "
+        f"{clock(seconds[1])} of measuring ({forward * 1e3:.2f} ms per image and call), one after the other on "
+        f"{device}, without starts and saves"
     )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within the context torch has one thread on the CPU, as the processes of a study have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _forwards_again(run: RunConfig) -> int:
+    """Return the forwards that the schedule of a run makes beside one of every trained rollout step."""
+    schedule = schedule_of(run)
+    return schedule.forwards - schedule.num_trained + schedule.recomputed
+
+
 def _seconds_per_image(model: Backbone, run: RunConfig, device: str, graph: bool) -> float:
-    """Return the time of a model call per image, with backward where `graph`, the shortest of three."""
-    config = run.model
+    """Return the time of a model call per image, with backward where `graph`, the shortest of three.
+
+    On the CPU that of this process alone, so that other work on the machine does not count.
+    """
+    config, now = run.model, time.process_time if torch.device(device).type == "cpu" else time.perf_counter
     x = torch.randn(_TIMED, config.latent_channels, config.latent_size, config.latent_size, device=device)
     if config.conditioning == "class":
         condition: ClassCondition | TextCondition = ClassCondition(torch.zeros(_TIMED, dtype=torch.long, device=device))
@@ -207,13 +230,13 @@ def _seconds_per_image(model: Backbone, run: RunConfig, device: str, graph: bool
     times = []
     model.train(graph)
     for _ in range(3):
-        began = time.perf_counter()
+        began = now()
         with torch.set_grad_enabled(graph):
             v = model(x, torch.full((_TIMED,), 0.5, device=device), condition, x if config.saliency_router else None).v
         if graph:
             v.square().mean().backward()
         float(v.detach().sum())  # waits for the device
-        times.append(time.perf_counter() - began)
+        times.append(now() - began)
     return min(times) / _TIMED
 
 

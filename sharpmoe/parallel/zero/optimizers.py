@@ -38,6 +38,8 @@ def optimizer_factory(optim: OptimConfig, device: torch.device) -> _Factory:
     if optim.impl in ("auto", "torch"):
         return partial(_torch_adamw, optim=optim)
     settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    if optim.impl == "bitsandbytes":
+        return partial(_bitsandbytes().AdamW8bit, **settings)
     if optim.impl == "apex":
         return partial(_apex_fused_adam(device), adam_w_mode=True, **settings)
     return _deepspeed_adam(device, settings)
@@ -60,6 +62,17 @@ def _apex_fused_adam(device: torch.device) -> Any:
     if device.type != "cuda":
         raise ConfigError("optim.impl: apex needs a CUDA device, and no offload_optimizer; use optim.impl: auto")
     return FusedAdam
+
+
+def _bitsandbytes() -> Any:
+    try:
+        from bitsandbytes import optim  # noqa: PLC0415 (optional package)
+    except ImportError:
+        raise ConfigError(
+            "optim.impl: bitsandbytes is not installed; pip install --no-deps bitsandbytes==0.50.2, or use optim.impl: "
+            "auto"
+        ) from None
+    return optim
 
 
 def _deepspeed_adam(device: torch.device, settings: dict[str, Any]) -> _Factory:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharpmoe.errors import CheckpointError
+from sharpmoe.parallel.zero import eight_bits
 from sharpmoe.parallel.zero.placement import local_experts
 
 MASTER, EMA = "master", "ema"  # kinds of partitions, beside those that the optimizer names itself
@@ -62,12 +63,14 @@ class ShardedState:
     def partitions(self) -> Partitions:
         """Return the masters and each tensor that the optimizer keeps beside them, of the same shapes.
 
-        Of a kind that it keeps for some masters only, the tensors of the others are empty.
+        Of a kind that it keeps for some masters only, the tensors of the others are empty. States in 8 bits are copies,
+        in float32 (`eight_bits`); all others are those of the optimizer.
         """
         masters = self.masters()
         found = {MASTER: masters}
         for index, master in enumerate(masters):
-            for kind, value in self._zero.optimizer.state[master].items():
+            state = self._zero.optimizer.state[master]
+            for kind, value in (eight_bits.unpack(state) or state).items():
                 if torch.is_tensor(value) and value.shape == master.shape:
                     found.setdefault(kind, [torch.empty(0)] * len(masters))[index] = value
         return found
@@ -106,10 +109,16 @@ class ShardedState:
         partitions = self.partitions()
         if saved.kinds - {EMA} != partitions.keys():
             there, here = (", ".join(sorted(kinds)) for kinds in (saved.kinds - {EMA}, partitions.keys()))
-            raise CheckpointError(f"the checkpoint holds {there}, the run's optimizer keeps {here}; set optim.name")
+            raise CheckpointError(
+                f"the checkpoint holds {there}, the run's optimizer keeps {here}; set optim.name, optim.impl"
+            )
         pieces = self.pieces(module)
         for kind, parts in partitions.items():
             fill_pieces(parts, kept_pieces(parts, pieces), partial(saved.piece, kind))
+        for index, master in enumerate(self.masters()):
+            eight_bits.pack(
+                self._zero.optimizer.state[master], {kind: parts[index] for kind, parts in partitions.items()}
+            )
         for state in self._zero.optimizer.state.values():
             if "step" in state:
                 step = saved.scalars["step"]
