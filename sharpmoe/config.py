@@ -307,7 +307,11 @@ class PeersConfig(Section):
 class LogConfig(Section):
     """What is logged and shown, and how often (in optimizer steps; 0 turns it off)."""
 
-    every: int = Field(10, ge=1)  # figures to TensorBoard, log.jsonl and the console
+    every: int = Field(10, ge=1)  # figures to the trackers, log.jsonl and the console
+    # Where figures, pictures, tables and the configuration go beside log.jsonl (docs/trackers.md): a list of
+    # tensorboard, wandb, trackio, mlflow.
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    project: str = Field("sharpmoe", min_length=1)  # project of wandb and trackio, experiment of mlflow
     validate_every: int = Field(100, ge=0)  # held-out flow loss
     validation_images: int = Field(128, ge=1)  # held-out images of it
     sample_every: int = Field(0, ge=0)  # fixed samples and a routing sheet

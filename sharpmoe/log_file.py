@@ -63,6 +63,18 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
     return {tag: dict(sorted(points.items())) for tag, points in curves.items() if points}
 
 
+def logged_steps(path: Path) -> dict[str, set[int]]:
+    """Return the steps of every figure that were written since the run last began, also those that were done twice."""
+    steps: dict[str, set[int]] = {}
+    for record in read_log_lines(path):
+        if record.get("event") == "start" and record["step"] == 0:
+            steps = {}
+        elif "event" not in record:
+            for tag in record.keys() - {"run", "step"}:
+                steps.setdefault(tag, set()).add(record["step"])
+    return steps
+
+
 def read_log_lines(path: Path) -> list[dict[str, Any]]:
     """Read every complete line in the order of writing; skip lines that a killed process left incomplete."""
     records = []

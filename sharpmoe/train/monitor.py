@@ -6,7 +6,7 @@ weights, that `build` makes (communicating, on all ranks) only where something i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from sharpmoe.report.figures import Pixels, allocation_curves, sample_grid, save
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet, observe_routing
 from sharpmoe.report.runs import EARLY_AVERAGE
 from sharpmoe.report.samples import Prompts, draw_images, encode_prompts
+from sharpmoe.trackers.record import Table
 from sharpmoe.train.metrics import due
 from sharpmoe.train.runlog import RunLog
 
@@ -141,7 +142,7 @@ class Monitor:
             save_png(pixels, folder / "allocation.png")
             log.scalars(step, result.scalars())
             log.image(step, "allocation", pixels)
-            log.text(step, "allocation", allocation_table(results))
+            log.table(step, "allocation", _allocation_of(results))
             self._tell_allocation(log, results)
 
         self._report("the allocation after training", write)
@@ -215,6 +216,14 @@ class Monitor:
             write(self.log)
         except Exception as error:  # noqa: BLE001 - a report that fails must not end a run
             self.log.say(f"note: {what} could not be written: {_reason(error)}; training goes on")
+
+
+def _allocation_of(results: Mapping[str, Allocation]) -> Table:
+    """Return every figure of the results, one column each, with the table as text."""
+    figures = {name: result.scalars() for name, result in results.items()}
+    tags = dict.fromkeys(tag for column in figures.values() for tag in column)
+    rows = tuple((tag, *(column.get(tag) for column in figures.values())) for tag in tags)
+    return Table(("figure", *figures), rows, allocation_table(results))
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The log of a run: TensorBoard from step 1, log.jsonl, one progress line. Written on rank 0 only.
+"""The log of a run: log.jsonl, trackers from step 1, one progress line. Written on rank 0 only.
 
 `sharpmoe.log_file` has the format of log.jsonl.
 """
@@ -6,69 +6,34 @@
 from __future__ import annotations
 
 import math
-import re
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
+from data_pipeline.safety import redact
 from sharpmoe.console import clock, coloured_note
 from sharpmoe.evaluation.validation import Validation
-from sharpmoe.log_file import LOG_FILE, LogWriter, read_log
+from sharpmoe.log_file import LOG_FILE, LogWriter, logged_steps, read_log
+from sharpmoe.trackers.mirror import MirroredTracker, one_line
+from sharpmoe.trackers.record import Table, TrackedRun, Tracker
+from sharpmoe.trackers.registry import open_mirrors
+from sharpmoe.trackers.tensorboard_events import TensorBoardTracker
 from sharpmoe.train.metrics import StepStats, due
-
-# Tab "Custom Scalars" of TensorBoard: section -> chart -> pattern of the tags (from their start) that it shows. What
-# tells first how a run goes comes first; the other tabs order groups by name.
-_CHARTS = {
-    "Loss": {
-        "total and flow": r"loss/(total|flow)$",
-        "all terms": r"loss/",
-        "gradient norm before clipping": r"optim/grad_norm$",
-    },
-    "Validation": {
-        "held-out flow loss, averaged and live weights": r"validation(_live)?/flow$",
-        "held-out flow loss by t": r"validation/flow_t",
-    },
-    "Learning rate": {"learning rate": r"optim/lr(/|$)", "weight of the routing loss": r"optim/routing_weight$"},
-    "Throughput": {
-        "images per second": r"throughput/images_per_second$",
-        "share of the peak rate (MFU, HFU)": r"throughput/[mh]fu$",
-        "share of a step spent waiting for data": r"throughput/data_wait_share$",
-        "peak memory of a rank, MiB": r"memory/peak_mib$",
-    },
-    "Allocation, before and after": {
-        "rank correlation of experts per token with saliency M": r"allocation_saliency/",
-        "experts per token": r"allocation_experts/",
-        "flow loss": r"allocation_flow/",
-    },
-    "Experts, by layer": {
-        "load of the least and the most loaded expert over the mean": r"routing_load_(min|max)/",
-        "experts without a token": r"routing_dead_experts/",
-        "entropy of the scores over its maximum": r"routing_entropy/",
-    },
-    "Saliency routers, by layer and t": {
-        "spread of their logits over that of the gate's": r"saliency_spread_",
-        "share of choices that the gate alone would not make": r"saliency_flipped_",
-        "correlation of experts per token with M": r"saliency_agreement_",
-    },
-}
-_METHOD = ("loss", "optim", "rollout", "train", "model")  # sections of the settings on tab "HParams"
-_COMPARED = ("loss/total", "validation/flow", "throughput/images_per_second")  # and its figures
 
 
 class RunLog:
-    """Writer of one run folder: TensorBoard events, log.jsonl and the progress line.
+    """Writer of one run folder: log.jsonl, the progress line, and the trackers of `log.trackers`.
 
-    What was written for steps from `first_step` on, by a process that died after the checkpoint, is hidden
-    (`purge_step`). A folder that cannot be written costs figures, not the run: a note is printed once.
+    What was written for steps from `first_step` on, by a process that died after the checkpoint, is hidden in
+    TensorBoard; to the trackers that cannot hide anything it is not sent a second time. A folder that cannot be
+    written, or a tracker that fails, costs figures, not the run: a note is printed once.
     """
 
     def __init__(
@@ -79,24 +44,25 @@ class RunLog:
         every: int = 10,
         stream: TextIO | None = None,
         settings: Mapping[str, Any] | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        project: str = "sharpmoe",
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.total_steps, self.first_step, self.every = total_steps, first_step, every
         self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        self.writer: SummaryWriter | None = None
-        self.lines = LogWriter(self.folder, self.run)
         self.progress = _ProgressLine(total_steps, first_step, sys.stdout if stream is None else stream)
         self.images, self.seconds = 0, 0.0  # of the steps of this process
-        self._complained = False
-        self._tags: set[str] = set()  # of the figures in this folder
-        self._layout: dict[str, dict[str, list[Any]]] = {}  # as it was last written
-        self._attempt(self._open_events)
+        self._complained: set[str] = set()
+        self._logged = self._logged_before()
+        self.lines = LogWriter(self.folder, self.run)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.event("start", first_step - 1, time=now, settings=dict(settings or {}))
         self.validations: dict[int, float] = {}  # step -> held-out flow loss, also of the processes before
-        self._attempt(self._read_earlier)
-        self._events(lambda writer: _write_settings(writer, settings or {}))
+        self._tensorboard: TensorBoardTracker | None = None
+        self._mirrors: dict[str, MirroredTracker] = {}
+        self._continued: frozenset[str] = frozenset()  # mirrors that hold what the processes before have sent
+        self._open_trackers(trackers, project, settings or {})
 
     def due(self, step: int) -> bool:
         """Whether the figures of this step are written: the first, the last and every `every`-th."""
@@ -110,16 +76,11 @@ class RunLog:
         self.progress.update(stats, written=self.due(stats.step))
 
     def scalars(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write named figures of a step to TensorBoard and as one line of log.jsonl; not those that are no numbers."""
+        """Write named figures of a step to the trackers and as one line of log.jsonl; not those that are no numbers."""
         finite = {tag: value for tag, value in figures.items() if math.isfinite(value)}
-
-        def write(writer: SummaryWriter) -> None:
-            for tag, value in finite.items():
-                writer.add_scalar(tag, value, step)
-            self._write_layout(writer, finite)
-
-        self._events(write)
         self._attempt(lambda: self.lines.figures(step, finite))
+        new = {tag: value for tag, value in finite.items() if step not in self._logged.get(tag, ())}
+        self._track(lambda tracker: tracker.scalars(step, finite), lambda tracker: new and tracker.scalars(step, new))
 
     def validation(self, step: int, result: Validation, live: Validation | None = None) -> None:
         """Write and print the held-out flow loss after a step; `live`: that of the weights that are not averaged."""
@@ -139,16 +100,19 @@ class RunLog:
         self._attempt(lambda: self.lines.event(step, name, about))
 
     def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """Write a picture (H, W, 3) uint8 to TensorBoard."""
-        self._events(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
+        """Write a picture (H, W, 3) uint8 to the trackers."""
+        self._show(step, lambda tracker: tracker.image(step, tag, pixels))
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Write a table or note to TensorBoard, laid out as it is."""
-        laid_out = "\n".join("    " + line for line in text.splitlines())
-        self._events(lambda writer: writer.add_text(tag, laid_out, step))
+        """Write a note to the trackers, laid out as it is."""
+        self._show(step, lambda tracker: tracker.text(step, tag, text))
+
+    def table(self, step: int, tag: str, table: Table) -> None:
+        """Write a table to the trackers."""
+        self._show(step, lambda tracker: tracker.table(step, tag, table))
 
     def warn(self, step: int, text: str) -> None:
-        """Print what the user should act on, and keep it: as an event of log.jsonl, and as text in TensorBoard."""
+        """Print what the user should act on, and keep it: as an event of log.jsonl, and as text in the trackers."""
         self.say(text)
         self.event("warning", step, text=text)
         self.text(step, "warnings", text)
@@ -171,69 +135,71 @@ class RunLog:
         if self.lines.closed:
             return
         self.progress.close()
-        if self.writer is not None:
-            self._attempt(self.writer.close)
+        for name, tracker in self._trackers():
+            self._attempt(tracker.close, name)
+        self._tell_troubles()
         self._attempt(self.lines.close)
 
-    def _events(self, write: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard's file and flush it: a run that is killed keeps its curves."""
+    def _open_trackers(self, names: Sequence[str], project: str, settings: Mapping[str, Any]) -> None:
+        curves: dict[str, dict[int, float]] = {}
+        self._attempt(lambda: curves.update(read_log(self.folder / LOG_FILE)))
+        self.validations = curves.get("validation/flow", {})
+        run = TrackedRun(
+            folder=self.folder,
+            name=self.folder.absolute().name,
+            project=project,
+            first_step=self.first_step,
+            settings={key: redact(value) if isinstance(value, str) else value for key, value in settings.items()},
+            known_tags=frozenset(curves),
+        )
+        self._mirrors, self._continued = open_mirrors(names, run)
+        if "tensorboard" in names:
+            self._attempt(lambda: self._open_tensorboard(run))
 
-        def flushed(writer: SummaryWriter) -> None:
-            write(writer)
-            writer.flush()
+    def _open_tensorboard(self, run: TrackedRun) -> None:
+        self._tensorboard = TensorBoardTracker(run)
 
-        if self.writer is not None:
-            self._attempt(partial(flushed, self.writer))
+    def _logged_before(self) -> dict[str, set[int]]:
+        """Return the steps of every figure that the processes before have logged, also of those that are done again."""
+        found: dict[str, set[int]] = {}
+        if self.first_step > 1 and (self.folder / LOG_FILE).exists():
+            self._attempt(lambda: found.update(logged_steps(self.folder / LOG_FILE)))
+        return found
 
-    def _open_events(self) -> None:
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step)
+    def _trackers(self) -> list[tuple[str, Tracker]]:
+        tensorboard = [("", self._tensorboard)] if self._tensorboard is not None else []
+        return [*tensorboard, *self._mirrors.items()]
 
-    def _read_earlier(self) -> None:
-        curves = read_log(self.folder / LOG_FILE)
-        self.validations, self._tags = curves.get("validation/flow", {}), set(curves)
+    def _track(self, write: Callable[[Tracker], object], write_new: Callable[[Tracker], object] | None = None) -> None:
+        """Call all trackers; `write_new` is for those that hold what the processes before have sent."""
+        for name, tracker in self._trackers():
+            chosen = write_new if write_new is not None and name in self._continued else write
+            self._attempt(partial(chosen, tracker), name)
+        self._tell_troubles()
 
-    def _write_layout(self, writer: SummaryWriter, tags: Iterable[str]) -> None:
-        """Write the layout where a chart has got its first tag: TensorBoard shows the last one of a folder."""
-        if self._layout and self._tags.issuperset(tags):
-            return
-        self._tags |= set(tags)
-        layout = _layout(self._tags)
-        if layout != self._layout:
-            self._layout = layout
-            writer.add_custom_scalars(layout)
+    def _show(self, step: int, write: Callable[[Tracker], object]) -> None:
+        """Call all trackers, but not those that got the same from a process that came further than this step."""
+        further = any(step < max(steps) for steps in self._logged.values())
+        self._track(write, (lambda tracker: None) if further else None)
 
-    def _attempt(self, write: Callable[[], object]) -> None:
+    def _tell_troubles(self) -> None:
+        for name, mirror in self._mirrors.items():
+            trouble = mirror.take_trouble()
+            if trouble is not None:
+                self._complain(name, trouble)
+
+    def _attempt(self, write: Callable[[], object], tracker: str = "") -> None:
         try:
             write()
         except Exception as error:  # noqa: BLE001 - what only reports must not end a run
-            if not self._complained:
-                self.say(f"note: {self.folder}: figures cannot be written ({_reason(error)}); training goes on")
-            self._complained = True
+            self._complain(tracker, one_line(error))
 
-
-def _layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """Return the layout of the charts that have tags, as `SummaryWriter.add_custom_scalars` takes it."""
-    known = sorted(tags)
-    layout = {}
-    for section, charts in _CHARTS.items():
-        shown = {title: pattern for title, pattern in charts.items() if any(re.match(pattern, tag) for tag in known)}
-        if shown:
-            layout[section] = {title: ["Multiline", [pattern]] for title, pattern in shown.items()}
-    return layout
-
-
-def _write_settings(writer: SummaryWriter, settings: Mapping[str, Any]) -> None:
-    """Write the settings for tab "HParams", beside the curves; `add_hparams` would make a run of its own of them."""
-    chosen = {key: value for key, value in settings.items() if key.partition(".")[0] in _METHOD}
-    if chosen:
-        values = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in chosen.items()}
-        for summary in hparams(values, dict.fromkeys(_COMPARED, 0.0))[:2]:  # not the third: that the run has ended
-            writer.file_writer.add_summary(summary)
-
-
-def _reason(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) else None
-    return said or " ".join(f"{type(error).__name__}: {error}".split())
+    def _complain(self, tracker: str, reason: str) -> None:
+        """Print one note for each tracker, and one for the run folder (tracker: empty)."""
+        if tracker not in self._complained:
+            self._complained.add(tracker)
+            where = f"log.trackers: {tracker}" if tracker else str(self.folder)
+            self.say(f"note: {where}: figures cannot be written ({reason}); training goes on")
 
 
 class _ProgressLine:

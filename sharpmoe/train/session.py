@@ -98,7 +98,16 @@ def _say_and_mark(log: RunLog | None, text: str) -> None:
 
 
 def _open_log(plan: RunPlan, notes: Sequence[str], settings: provenance.Settings) -> RunLog:
-    log = RunLog(plan.folder, plan.run.train.steps, plan.start.step + 1, plan.run.log.every, settings=settings)
+    config = plan.run.log
+    log = RunLog(
+        plan.folder,
+        plan.run.train.steps,
+        plan.start.step + 1,
+        config.every,
+        settings=settings,
+        trackers=config.trackers,
+        project=config.project,
+    )
     (plan.folder / "config.yaml").write_text(dump_run_config(plan.run), encoding="utf-8")
     (plan.folder / "zero.json").write_text(json.dumps(plan.ds_config, indent=2), encoding="utf-8")
     if plan.saved is not None:

@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sharpmoe.evaluation.validation import Validation
 from sharpmoe.log_file import read_log, read_log_lines
-from sharpmoe.train import runlog
+from sharpmoe.trackers import tensorboard_events
 from sharpmoe.train.flops import StepFlops
 from sharpmoe.train.metrics import Effort, StepStats
 from sharpmoe.train.runlog import RunLog
@@ -241,7 +241,7 @@ def test_tensorboard_that_fails_is_noted_once_and_costs_nothing_else(
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no queue")
 
-    monkeypatch.setattr(runlog.SummaryWriter, method, refuse)
+    monkeypatch.setattr(tensorboard_events.SummaryWriter, method, refuse)
     stream = io.StringIO()
     log = RunLog(tmp_path, 2, every=1, stream=stream)
     for step in (1, 2):
