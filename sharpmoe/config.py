@@ -317,6 +317,9 @@ class LogConfig(Section):
     sample_every: int = Field(0, ge=0)  # fixed samples and a routing sheet
     allocation: bool = True  # print the allocation table before and after
     allocation_images: int = Field(128, ge=1)  # held-out images of the table
+    # What measurements run, in float32: the whole model on every rank (4 bytes per parameter), or one block at a time,
+    # summed from the ranks' shards at every call; the same numbers. auto: blocks above 2^29 parameters.
+    look_weights: Literal["auto", "whole", "blocks"] = "auto"
     # Peak TFLOP/s of a device in the precision of the run, for its utilisation; None: by its name (train/flops.py).
     peak_tflops: float | None = Field(None, gt=0)
 

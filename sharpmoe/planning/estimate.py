@@ -1,6 +1,7 @@
 """Estimates of memory and traffic: of a run on a layout, under its own schedule and the others."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from sharpmoe.planning.gathers import Gathers, count_gathers
 from sharpmoe.planning.layout import RankLayout, keeps_eight_bits, rank_parameters, trained_parts
 from sharpmoe.planning.memory import Memory, StepNeeds, rank_memory
 from sharpmoe.planning.traffic import Traffic, traffic
+from sharpmoe.train.looks import looks_by_block
 from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
 from sharpmoe.train.shapes import shape_mismatch, token_counts
 
@@ -117,10 +119,19 @@ class Planner:
 
     @property
     def _monitored(self) -> int:
-        """Parameters of the model that the monitor builds (validation, allocation, samples); 0 where nothing is due."""
+        """Most parameters of the monitor's model that are whole at a time; 0 where nothing is measured."""
         log = self.run.log
-        is_monitored = log.validate_every or log.sample_every or log.allocation
-        return sum(part.numel for part in rank_parameters(self.run, 1, 1)) if is_monitored else 0
+        if not (log.validate_every or log.sample_every or log.allocation):
+            return 0
+        parts = rank_parameters(self.run, 1, 1)
+        whole = sum(part.numel for part in parts)
+        if not looks_by_block(self.run, whole):
+            return whole
+        of_block = Counter[int]()
+        for part in parts:
+            if part.block is not None:
+                of_block[part.block] += part.numel
+        return whole - of_block.total() + 2 * max(of_block.values())  # one before and one after it was summed
 
 
 def optimizer_bytes(run: RunConfig) -> int:
