@@ -111,6 +111,7 @@ def _single(run: _Json, budget: PictureBudget, folds: bool) -> Markup:
         section("Loss and validation", curve_charts(run, ("loss", "validation", "validation_live"))),
         section("Allocation", allocation_charts(run["allocation"]["results"]), folded("all figures", *tables)),
         section("Samples at equal seeds", _samples(run, budget)),
+        section("Inside sampling", *_looks(run, budget)),
         section("Experts and saliency routers", health_charts(run), _plain(layer_table(run))),
         section("FLOPs", _plain(flop_table(run))),
         section("Speed, memory and optimizer", curve_charts(run, ("throughput", "memory", "optim"))),
@@ -133,6 +134,11 @@ def _samples(run: _Json, budget: PictureBudget) -> Markup:
     between = [_picture(run, picture, "samples", budget) for picture in pictures[1:-1]]
     beside = element("div", *shown, class_="beside") if shown else Markup("")
     return beside + folded(f"{len(between)} between", *between)
+
+
+def _looks(run: _Json, budget: PictureBudget) -> list[Markup]:
+    """Return what `sample.py --film` and `--counterfactual` drew."""
+    return [budget.file(path, path.stem) for path in sorted((Path(run["folder"]) / "looks").glob("*.png"))]
 
 
 def _sheets(run: _Json, budget: PictureBudget) -> Markup:

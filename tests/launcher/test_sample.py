@@ -9,6 +9,7 @@ from PIL import Image
 
 from launcher.sample import main
 from sharpmoe.model.weights import save_weights
+from sharpmoe.report.page import write_report
 from sharpmoe.report.runs import find_saved_model
 from tests.fixtures_data import make_shards
 from tests.report.run_folder import make_run_folder
@@ -221,6 +222,10 @@ def test_a_look_at_sampling_is_written_beside_the_run(run_folder: Path, capsys: 
     assert "share of choices that differ" in capsys.readouterr().out
     names = {path.name for path in (run_folder / "looks").iterdir()}
     assert names == {"film.png", "film.json", "counterfactual.png", "counterfactual.json"}
+    (run_folder / "log.jsonl").write_text("")
+    page, _ = write_report([run_folder])
+    text = page.read_text(encoding="utf-8")
+    assert all(f'alt="{name}"' in text for name in ("film", "counterfactual"))
 
 
 @pytest.mark.parametrize("words", [["--film", "--part", "1/2"], ["--film", "--counterfactual"], ["--film", "0"]])
