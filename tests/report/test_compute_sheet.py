@@ -20,9 +20,9 @@ def test_one_row_per_image_and_one_map_per_model_and_range() -> None:
 def test_a_map_is_relative_to_an_even_spread_within_the_range() -> None:
     counts = sheet()
     expected = counts.experts[1, 1] / counts.experts[1, 1].mean()
-    assert torch.equal(compute_sheet._relative(counts, 1, "t 0.35-0.65"), expected)
+    assert torch.equal(compute_sheet.relative_experts(counts, 1, "t 0.35-0.65"), expected)
     everything = counts.experts[1].mean(0)
-    assert torch.allclose(compute_sheet._relative(counts, 1, "all t"), everything / everything.mean())
+    assert torch.allclose(compute_sheet.relative_experts(counts, 1, "all t"), everything / everything.mean())
 
 
 def test_a_model_that_spends_twice_as_much_everywhere_looks_the_same() -> None:
