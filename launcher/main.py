@@ -30,6 +30,7 @@ _TASKS = {
         "sample": "draw images",
         "evaluate": "measure where models spend their experts, or judge samples",
         "report": "write a static HTML page of a run",
+        "demo": "open a local page that draws images, saliency routers on and off",
         "ablate": "train, measure and compare the arms of a study",
     },
     "weights": {

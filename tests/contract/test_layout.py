@@ -71,6 +71,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
         f"sharpmoe/report/{part}.py": "report/test_page.py"
         for part in ("charts", "maps", "markup", "page_style", "run_table")
     },
+    "sharpmoe/report/demo.py": "launcher/test_demo.py",
     # stages of a run, seen from whole runs
     "sharpmoe/train/local_gradients.py": "train/test_rollout_schedules.py",
     "sharpmoe/train/session.py": "train/test_loop.py",
