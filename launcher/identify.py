@@ -11,14 +11,21 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import POSITIVE
 from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from launcher.published import add_reading_options, sizes_of
 from sharpmoe.evaluation.identify import identify
+from sharpmoe.model.build import build_model
+from sharpmoe.model.published.folder import PublishedFolder, is_published_folder
+from sharpmoe.model.published.load import describe
 from sharpmoe.model.published.names import CHECKPOINT_FAMILIES
 from sharpmoe.model.published.read import read_state
+
+_FOLDER_FAMILY = "nucleus"  # the one that is read from a folder with a configuration
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +40,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _act(arguments: argparse.Namespace) -> int:
+    if is_published_folder(arguments.file):
+        return _describe_folder(arguments)
     shards = None if arguments.shards is None else ShardSet.open(arguments.shards, arguments.split)
     state = read_state(arguments.file, arguments.weights)
     sizes, where = sizes_of(arguments), str(arguments.file)
@@ -43,6 +52,23 @@ def _act(arguments: argparse.Namespace) -> int:
     if problem is not None:
         print(f"warning: {arguments.file}: {problem}", file=sys.stderr)
     return 0 if problem is None else 1
+
+
+def _describe_folder(arguments: argparse.Namespace) -> int:
+    """Print what a folder with a configuration is, which leaves nothing to find out."""
+    folder = PublishedFolder(arguments.file)
+    with torch.device("meta"):
+        lines = describe(build_model(folder.config))
+    print(f"candidates  {_FOLDER_FAMILY}/{folder.config.router}, as {folder.path / 'config.json'} says")
+    print("\n".join(lines))
+    print(
+        f"read by     convert.py --family {_FOLDER_FAMILY}, load_pretrained(FOLDER, family={_FOLDER_FAMILY!r}), "
+        "checkpoint.init"
+    )
+    if arguments.family not in (None, _FOLDER_FAMILY):
+        print(f"warning: {arguments.file}: it is of family {_FOLDER_FAMILY}, not {arguments.family}", file=sys.stderr)
+        return 1
+    return 0
 
 
 main = Command(text=__doc__, arguments=_arguments, act=_act)

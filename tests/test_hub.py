@@ -14,6 +14,7 @@ from torch import Tensor
 import sharpmoe
 from data_pipeline.encode.like import origin_header
 from launcher.export import main as export
+from launcher.identify import main as identify
 from launcher.sample import main as sample
 from sharpmoe import draws
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
@@ -187,13 +188,17 @@ def test_weights_in_one_file_and_in_several(run_folder: Path, tmp_path: Path, la
         assert same_bits(model, sharpmoe.load(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"))
 
 
-def test_commands_read_the_folder(exported: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_commands_read_the_folder(
+    exported: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = str(run_folder.parent / "shards")
     words = ["--captions", *WORDS, "--shards", shards, "--steps", "2", "--device", "cpu"]
     for number, place in enumerate((exported, run_folder)):
         assert sample([str(place), *words, "--out", str(tmp_path / str(number)), "--cfg-scale", "1.5"]) == 0
     one, other = (sorted((tmp_path / str(number)).glob("*.png")) for number in (0, 1))
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
+    assert identify([str(exported)]) == 2
+    assert "export.py of this project has written; sharpmoe.load" in capsys.readouterr().err
     assert export([str(exported), str(tmp_path / "file.safetensors")]) == 0
     assert same_bits(sharpmoe.load(exported), sharpmoe.load(tmp_path / "file.safetensors"))
 

@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
+from sharpmoe.model.published.folder import is_published_folder
 from sharpmoe.model.published.names import DIFFUSERS_KEY, from_diffusers
+from sharpmoe.model.published.own import own_folder
 from sharpmoe.model.weights import is_own_weights
 
 WeightsKind = Literal["ema", "model"]  # averaged, or live
@@ -83,6 +85,16 @@ def _read_folder(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: is a run folder of this project, not a published checkpoint; its weights are "
             "checkpoints/stepNNNNNNNN/ema.safetensors, and launcher/export.py copies them"
+        )
+    if own_folder(path) is not None:
+        raise CheckpointError(
+            f"{path}: is a folder that export.py of this project has written; sharpmoe.load, sample.py, evaluate.py "
+            "and checkpoint.init read it as it is"
+        )
+    if is_published_folder(path):
+        raise CheckpointError(
+            f"{path}: is Nucleus-Image in the layout of diffusers; convert.py --family nucleus, "
+            'load_pretrained(FOLDER, family="nucleus") and checkpoint.init read it'
         )
     if (path / "model_index.json").is_file() and (path / "transformer").is_dir():  # a pipeline of diffusers
         return _read_folder(path / "transformer")

@@ -13,6 +13,7 @@ from torch import Tensor
 import sharpmoe
 from launcher.convert import main as convert
 from launcher.export import main as export
+from launcher.identify import main as identify
 from sharpmoe.errors import CheckpointError
 from sharpmoe.model.attach import attach
 from sharpmoe.model.build import build_model
@@ -106,6 +107,19 @@ def test_saliency_routers_are_kept_beside_the_base(published: Path, tmp_path: Pa
     torch.testing.assert_close(velocity(out), model(x_t, t, condition).v, rtol=0, atol=1e-5)
     plain = sharpmoe.load_pretrained(out, "nucleus", saliency_router=False)
     assert torch.equal(plain(x_t, t, condition).v, model(x_t, t, condition).v)
+
+
+def test_identify_names_a_folder_and_what_reads_it(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert identify([str(published)]) == 0
+    printed = capsys.readouterr().out
+    assert "candidates  nucleus/nucleus" in printed
+    assert "convert.py --family nucleus" in printed
+    assert identify([str(published), "--family", "dit"]) == 1
+    assert "it is of family nucleus, not dit" in capsys.readouterr().err
+    assert convert([str(published), str(tmp_path / "out.safetensors"), "--family", "dit"]) == 2
+    assert "is Nucleus-Image in the layout of diffusers" in capsys.readouterr().err
 
 
 def test_large_models_are_cut_into_files_with_an_index(published: Path, tmp_path: Path) -> None:
