@@ -31,12 +31,15 @@ $(READY): requirements.txt requirements-nodeps.txt pyproject.toml
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements-nodeps.txt
 	@touch $@
 
-# One call with requirements.txt, so that its pins hold: torch stays the build that is installed.
+# The other pins are constraints: torch stays the build that is installed. gradio and trackio declare pillow < 13 and run with
+# 13: the pinned pillow is put back after them (a line of requirements.txt without a comment behind it).
 extras: $(EXTRAS)
 
 $(EXTRAS): requirements-extras.txt $(READY)
 	@echo "installing requirements-extras.txt into $(VENV) ..."
-	@$(BIN)/python -m pip install -qq -r requirements.txt -r requirements-extras.txt
+	@grep -hvE '^(pillow==|-e |#)' requirements.txt requirements-nodeps.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -r requirements-extras.txt
+	@$(BIN)/python -m pip install -qq --no-deps "$$(grep '^pillow==' requirements.txt)"
 	@touch $@
 
 quickstart: $(READY)
