@@ -38,6 +38,9 @@ def test_every_key_that_a_hint_names_exists() -> None:
         (["--train_router_only"], "train.trainable [saliency_router, gate, capacity_predictor]"),
         (["--num_workers", "2"], "did you mean data.num_workers?"),
         (["--model.hidden_size", "8"], "model.width"),
+        (["--report_to", "wandb"], "here it is: log.trackers [tensorboard, ...]"),
+        (["--use_wandb"], "here it is: log.trackers [tensorboard, wandb]"),
+        (["--wandb_project", "faces"], "here it is: log.project"),
     ],
 )
 def test_a_name_from_elsewhere_is_answered(words: list[str], hint: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -11,15 +12,17 @@ import numpy as np
 from sharpmoe.trackers.record import Table, Tracker
 
 _WAITING = 10_000  # calls; a tracker that is so far behind loses the next ones
-_CLOSING = 60.0  # seconds that the end of a run waits for what is left to be written
+_CLOSING = 60.0  # seconds that the end of a run waits for what is left to be written, by all trackers together
 
 
 class MirroredTracker:
     """Opens a tracker and calls it from a thread; what fails there is kept for `take_trouble`, and nothing raises."""
 
     def __init__(self, open_tracker: Callable[[], Tracker], closing: float = _CLOSING) -> None:
-        self._calls: queue.Queue[Callable[[Tracker], object] | None] = queue.Queue(_WAITING)
+        self._calls: queue.SimpleQueue[Callable[[Tracker], object] | None] = queue.SimpleQueue()
         self._closing = closing
+        self._deadline: float | None = None  # of the end, once it is asked for
+        self._closed = False
         self._trouble: str | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, args=(open_tracker,), daemon=True)
@@ -38,12 +41,23 @@ class MirroredTracker:
         self._put(lambda tracker: tracker.table(step, tag, table))
 
     def close(self) -> None:
-        """Write what is left and close the tracker, in a minute at most; a second time it does nothing."""
+        """Write what is left and close the tracker, in a minute at most after `end`; a second time it does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._thread.join(max(0.0, self.end() - time.monotonic()))
         if self._thread.is_alive():
-            self._put(None)
-            self._thread.join(self._closing)
-            if self._thread.is_alive():
-                self._note(f"not all was written in {self._closing:g} s")
+            self._note(f"not all was written in {self._closing:g} s")
+
+    def end(self) -> float:
+        """Tell the thread to close the tracker after what is left, and return until when `close` waits for it.
+
+        Does not wait: several trackers that are told before the first is closed share one minute.
+        """
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._closing
+            self._calls.put(None)
+        return self._deadline
 
     def take_trouble(self) -> str | None:
         """Return the first thing that went wrong since the last call."""
@@ -51,10 +65,10 @@ class MirroredTracker:
             trouble, self._trouble = self._trouble, None
         return trouble
 
-    def _put(self, call: Callable[[Tracker], object] | None) -> None:
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
+    def _put(self, call: Callable[[Tracker], object]) -> None:
+        if self._calls.qsize() < _WAITING:  # the end is put regardless: a queue that is full must not swallow it
+            self._calls.put(call)
+        else:
             self._note(f"{_WAITING} calls are waiting")
 
     def _work(self, open_tracker: Callable[[], Tracker]) -> None:

@@ -15,6 +15,8 @@ os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 # A server that does not answer is given up after less than MLflow's quarter of an hour: these are figures, not the run.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+# MLflow tells its makers what is used, from threads and with the hardware, unless this is said before it is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient

@@ -135,6 +135,8 @@ class RunLog:
         if self.lines.closed:
             return
         self.progress.close()
+        for mirror in self._mirrors.values():
+            mirror.end()
         for name, tracker in self._trackers():
             self._attempt(tracker.close, name)
         self._tell_troubles()

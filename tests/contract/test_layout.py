@@ -28,6 +28,7 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     # types without behaviour
     "sharpmoe/errors.py": "train/test_loop.py",
     "sharpmoe/moe/routing.py": "moe/test_selection.py",
+    "sharpmoe/trackers/record.py": "trackers/test_registry.py",
     "sharpmoe/train/tally.py": "test_rollout.py",
     "data_pipeline/schema.py": "data_pipeline/read/test_stream.py",
     # parts of a model, seen from whole models

@@ -35,6 +35,7 @@ from sharpmoe.parallel.experts import dispatch
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero import patches
 from sharpmoe.planning.rehearsal import _most_checkpoints
+from sharpmoe.trackers import registry
 from tests.fixtures_data import make_shards
 from tests.train.setting import ALONE, CONFIGS, make_run, plan_for, stirred_model
 
@@ -190,6 +191,10 @@ REFUSALS: dict[str, tuple[Break, str]] = {
     "TensorBoard's folder is a file": (
         broken(lambda place: [shutil.rmtree(place / "runs/run/tensorboard"), (place / "runs/run/tensorboard").touch()]),
         "output: runs/run/tensorboard is not a folder",
+    ),
+    "a tracker is not installed": (
+        patched(registry, "find_spec", lambda package: None, "--log.trackers", "[tensorboard, wandb]"),
+        "log.trackers: wandb is not installed; install the extra: pip install 'sharpmoe[trackers]'",
     ),
     "merged steps": (
         new("--rollout.merged_steps", "3", "--rollout.schedule", "two_pass", "--model.capacity", "1.03"),

@@ -62,6 +62,35 @@ def test_a_tracker_that_hangs_holds_up_neither_the_steps_nor_the_end(monkeypatch
     hold.set()
 
 
+def test_a_full_queue_does_not_swallow_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "_WAITING", 3)
+    hold = threading.Event()
+    listener = Listener(hold=hold)
+    tracker = MirroredTracker(lambda: listener)
+    for step in range(10):
+        tracker.scalars(step, {})
+    tracker.end()
+    hold.set()
+    tracker.close()
+    assert listener.closed
+    assert tracker.take_trouble() == "3 calls are waiting"
+
+
+def test_trackers_that_hang_share_the_time_of_the_end() -> None:
+    hold = threading.Event()
+    trackers = [MirroredTracker(lambda: Listener(hold=hold), closing=1.0) for _ in range(5)]
+    for tracker in trackers:
+        tracker.scalars(1, {})
+    began = time.monotonic()
+    for tracker in trackers:
+        tracker.end()
+    for tracker in trackers:
+        tracker.close()
+    assert 1.0 <= time.monotonic() - began < 4.0
+    assert [tracker.take_trouble() for tracker in trackers] == ["not all was written in 1 s"] * 5
+    hold.set()
+
+
 def test_a_tracker_that_exits_when_it_is_opened_does_not_end_the_run() -> None:
     def leave() -> Listener:
         raise SystemExit("please log in")
