@@ -7,13 +7,15 @@ nothing.
 
 import re
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from sharpmoe.config import RunConfig
+from sharpmoe.config import LoraConfig, ModelConfig, RunConfig
 from sharpmoe.families import rows_of_call
-from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
+from sharpmoe.model.flops import Call, Product, backward_flops, forward_flops, products, with_adapters
+from sharpmoe.model.trainable import planned_adapters
 from sharpmoe.train.rollout_schedules import schedule_of
 from sharpmoe.train.terms import steers_alone
 
@@ -72,7 +74,7 @@ def step_flops(run: RunConfig, tokens: int, text_tokens: int, rows: float) -> St
     call = Call(
         tokens=tokens, rows=rows, text_tokens=text_tokens, uses_x0_prev=uses_x0_prev, steering=steers_alone(run)
     )
-    done, first = products(run.model, call), products(run.model, replace(call, for_losses=False))
+    done, first = _products(run, call), _products(run, replace(call, for_losses=False))
     forward, backward, schedule = forward_flops(done), backward_flops(done), schedule_of(run)
     dense, routed, router = (
         schedule.num_trained * (there + back) for there, back in zip(forward, backward, strict=True)
@@ -81,6 +83,20 @@ def step_flops(run: RunConfig, tokens: int, text_tokens: int, rows: float) -> St
     wasted = whole * forward.total + schedule.run_twice * forward_flops(first).total
     wasted += schedule.recomputed * forward_flops(product for product in done if product.in_block).total
     return StepFlops(dense, routed, router, wasted)
+
+
+def _products(run: RunConfig, call: Call) -> list[Product]:
+    """Return the matrix products of a forward, with those of the run's adapters."""
+    done = products(run.model, call)
+    if not run.lora.rank:
+        return done
+    return with_adapters(done, _adapted(run.model, run.lora), run.lora.rank, bool(run.train.trainable))
+
+
+@cache
+def _adapted(model: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
+    """Return the names of the adapted weights; a log asks for them at every step."""
+    return tuple(planned_adapters(model, lora).pairs)
 
 
 def rows_expected(run: RunConfig, pool: int, tokens: int) -> float:

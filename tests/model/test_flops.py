@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sharpmoe.config import ModelConfig
+from sharpmoe.config import LoraConfig, ModelConfig
 from sharpmoe.families import rows_of_call
+from sharpmoe.model.adapters import Adapters, attach_adapters, is_adapter
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput, TextCondition
 from sharpmoe.model.build import build_model
 from sharpmoe.model.flops import (
@@ -17,7 +18,9 @@ from sharpmoe.model.flops import (
     backward_flops,
     forward_flops,
     products,
+    with_adapters,
 )
+from sharpmoe.model.patterns import matching_pattern
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -82,6 +85,45 @@ def test_the_count_is_what_runs(size: tuple[int, int], router: str, uses_x0_prev
     done = products(model.config, call)
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
+
+
+TARGETS = {"usual": (), "blocks": ("attn", "cross_attn", "blocks.*.mlp", "shared", "modulation"), "all": ("*",)}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("uses_x0_prev", [True, False])
+@pytest.mark.parametrize("router", ["dense", "tc", "diffmoe", "promoe_ec", "race", "nucleus"])
+def test_the_count_of_adapters_is_what_runs(router: str, uses_x0_prev: bool, targets: str) -> None:
+    pytest.importorskip("peft")
+    model = toy_model(router, **FAMILIES[router]).train()
+    linears = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+    wanted = tuple(each for each in TARGETS[targets] if any(matching_pattern(name, [each]) for name in linears))
+    lora = LoraConfig(rank=3, targets=wanted)
+    attach_adapters(model, lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    model.blocks[0].register_forward_pre_hook(with_gradient)
+    output, forward, backward = counted(model, uses_x0_prev)
+    call = Call(
+        images=IMAGES,
+        tokens=model.config.num_tokens,
+        rows=sum(int(record.routing_map.sum()) for record in output.routing),
+        text_tokens=TEXT_LENGTH if model.config.conditioning == "text" else 0,
+        uses_x0_prev=uses_x0_prev,
+    )
+    adapters, plain = Adapters.of(model, lora), products(model.config, call)
+    assert adapters is not None
+    done = with_adapters(plain, adapters.pairs, lora.rank, others_trained=False)
+    assert forward_flops(done).total == forward > forward_flops(plain).total
+    assert backward <= backward_flops(done).total < backward_flops(plain).total
+    if targets != "all":  # adapters of embedders: an upper bound
+        assert backward_flops(done).total == backward
+
+
+def with_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Image tokens as those of a block that is not the first."""
+    x, *others = inputs
+    return (x if x.requires_grad else x.detach().requires_grad_(), *others)
 
 
 @pytest.mark.parametrize("router", FAMILIES)

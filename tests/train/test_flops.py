@@ -8,8 +8,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sharpmoe.config import RunConfig
+from sharpmoe.config import LoraConfig, RunConfig
 from sharpmoe.config_io import load_run_config
+from sharpmoe.model.adapters import attach_adapters
+from sharpmoe.model.trainable import freeze
 from sharpmoe.train.flops import _named_peak, peak_tflops, rows_expected, step_flops
 from sharpmoe.train.metrics import rows_taken
 from sharpmoe.train.objective import Objective, StepRequest
@@ -44,7 +46,10 @@ def computed(run: RunConfig, size: tuple[int, int] = (8, 8)) -> tuple[int, float
     samples = ToySamples(sizes=(size,))
     empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
     items = tuple(_draw(samples.batch([first]), empty, run) for first in range(IMAGES))
-    objective = Objective(stirred_model(run), run).train()
+    model = stirred_model(run)
+    attach_adapters(model, run.lora)
+    freeze(model, run)
+    objective = Objective(model, run).train()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         answer = objective(StepRequest(items, 1, with_routing=True))
         answer.loss.backward()
@@ -94,6 +99,18 @@ def test_pretraining_wastes_only_recomputed_blocks(router: str, schedule: str) -
     booked = step_flops(run, 16, TEXT_LENGTH, rows_expected(run, 1, 16))
     assert IMAGES * sum(booked) == computed(run)[0]
     assert (booked.wasted > 0) == (schedule == "checkpoint")
+
+
+@pytest.mark.parametrize("schedule", ["plain", "checkpoint", "two_pass"])
+def test_adapters_are_counted_and_gradients_of_frozen_weights_are_not(schedule: str) -> None:
+    pytest.importorskip("peft")
+    run = run_of("ec", **SCHEDULES[schedule])
+    adapted = run.model_copy(update={"lora": LoraConfig(rank=3)})
+    flops, rows = computed(adapted)
+    booked = step_flops(adapted, 16, TEXT_LENGTH, rows / IMAGES / STEPS)
+    first = 2 * 16 * 24 * (3 * 24 + 3)  # the input of the first block's attn.qkv, and of A there, needs no gradient
+    assert IMAGES * (sum(booked) - STEPS * first) == flops
+    assert booked.model < 0.8 * step_flops(run, 16, TEXT_LENGTH, rows / IMAGES / STEPS).model
 
 
 def test_what_is_wasted_is_no_utilisation() -> None:
