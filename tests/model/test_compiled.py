@@ -1,5 +1,6 @@
 """Compiled blocks compute what they compute uncompiled, in few graphs, whatever is called in whatever order."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_model
 
 # Families whose experts' row counts follow from the shapes, in training and in inference: their blocks are one graph.
 WHOLE = {True: {"dense", "ec", "diffmoe", "nucleus"}, False: {"dense", "ec", "nucleus"}}
-FIELDS: dict[str, dict[str, Any]] = {"nucleus": {"dense_first": 2}} | {
+FIELDS: dict[str, dict[str, Any]] = {"nucleus": {"dense_first": 2, "latent_channels": 4}} | {
     name: {"conditioning": "class", "num_classes": 3}
     for name, family in FAMILIES.items()
     if family.published.get("unconditional_expert")
@@ -92,7 +93,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         if x.dtype == torch.bool:
             assert torch.equal(found[name], x), name
         else:
-            torch.testing.assert_close(found[name], x, rtol=0, atol=tolerance * max(1.0, float(finite(x).abs().max())))
+            atol = tolerance * max(1.0, float(finite(x).abs().max()))
+            torch.testing.assert_close(found[name], x, rtol=0, atol=atol, equal_nan=True)  # of idle experts
 
 
 def finite(x: Tensor) -> Tensor:
@@ -103,10 +105,13 @@ def family(name: str, training: bool) -> Backbone:
     return toy_model(name, **FIELDS.get(name, {})).double().train(training)
 
 
+CASES = {name: (name, True) for name in ("diffmoe", "tc", "promoe_ec", "nucleus")} | {"sampling": ("diffmoe", False)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("training", sweep([True, False], [True]))
-@pytest.mark.parametrize("name", sweep(FAMILIES, ["diffmoe", "tc"]))
-def test_compiled_equals_eager(name: str, training: bool) -> None:
+@pytest.mark.parametrize("case", sweep(CASES, ["diffmoe", "tc"]))
+def test_compiled_equals_eager(case: str) -> None:
+    name, training = CASES[case]
     whole = name in WHOLE[training]
     model = family(name, training)
     calls = [Call.draw(model, seed) for seed in (0, 1)]  # of two routings
@@ -142,9 +147,10 @@ def test_a_graph_for_each_way_of_calling_and_size_and_no_more() -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["diffmoe", "tc"])
-def test_code_of_inductor_equals_eager(name: str) -> None:
-    model = toy_model(name).train()
+@pytest.mark.timeout(900)  # g++ takes most of it
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_code_of_inductor_equals_eager() -> None:
+    model = toy_model("diffmoe", depth=2).train()
     call = Call.draw(model)
     expected = outcome(model, call)
     compile_blocks(model)
