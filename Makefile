@@ -3,6 +3,7 @@
 # make test-fast    what needs no second process           make test-all   make test, then the sweeps (make test-sweep)
 # make test-gpu     the tests that need a CUDA device; all others run on the host, on a machine with GPUs too
 # make extras       the packages of the optional features (trackers, demo, documentation, ONNX); their tests are skipped without
+# make docs         the pages of docs/ as a site, in site/ (open site/index.html; `mkdocs serve` while writing)
 # make clean        remove what the tools leave behind; make clean-all also the environment, data and runs
 #
 # Every target first brings .venv up to date; that costs nothing when the pinned requirements have not changed.
@@ -17,7 +18,7 @@ SHELL  := /bin/bash
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: setup extras quickstart test test-fast test-sweep test-gpu test-all check format clean clean-all
+.PHONY: setup extras docs quickstart test test-fast test-sweep test-gpu test-all check format clean clean-all
 
 setup: $(READY)
 
@@ -41,6 +42,10 @@ $(EXTRAS): requirements-extras.txt $(READY)
 	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -r requirements-extras.txt
 	@$(BIN)/python -m pip install -qq --no-deps "$$(grep '^pillow==' requirements.txt)"
 	@touch $@
+
+docs: $(EXTRAS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "site/index.html"
 
 quickstart: $(READY)
 	@sharpmoe quickstart
@@ -74,7 +79,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build site *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-all: clean
