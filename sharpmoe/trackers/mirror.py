@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from sharpmoe.trackers.record import Table, Tracker
+from sharpmoe.trackers.record import TrackedTable, Tracker
 
 _WAITING = 10_000  # calls; a tracker that is so far behind loses the next ones
 _CLOSING = 60.0  # seconds that the end of a run waits for what is left to be written, by all trackers together
@@ -37,7 +37,7 @@ class MirroredTracker:
     def text(self, step: int, tag: str, text: str) -> None:
         self._put(lambda tracker: tracker.text(step, tag, text))
 
-    def table(self, step: int, tag: str, table: Table) -> None:
+    def table(self, step: int, tag: str, table: TrackedTable) -> None:
         self._put(lambda tracker: tracker.table(step, tag, table))
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
-from sharpmoe.trackers.record import Table, TrackedRun
+from sharpmoe.trackers.record import TrackedRun, TrackedTable
 
 _LONGEST = 6000  # characters of a parameter's value that MLflow keeps
 _AT_ONCE = 100  # parameters of a request
@@ -54,7 +54,7 @@ class MlflowTracker:
     def text(self, step: int, tag: str, text: str) -> None:
         self._client.log_text(self._id, text + "\n", f"{tag}/step{step:08}.txt")
 
-    def table(self, step: int, tag: str, table: Table) -> None:
+    def table(self, step: int, tag: str, table: TrackedTable) -> None:
         """Write the table as JSON of MLflow's own form, which its page shows, and as text."""
         data: dict[str, Any] = {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
         self._client.log_dict(self._id, data, f"{tag}/step{step:08}.json")

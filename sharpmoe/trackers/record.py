@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 
-class Table(NamedTuple):
+class TrackedTable(NamedTuple):
     """A table, for trackers that show tables and for those that show text."""
 
     columns: tuple[str, ...]
@@ -47,7 +47,7 @@ class Tracker(Protocol):
         """Write a note, laid out as it is."""
         ...
 
-    def table(self, step: int, tag: str, table: Table) -> object:
+    def table(self, step: int, tag: str, table: TrackedTable) -> object:
         """Write a table."""
         ...
 

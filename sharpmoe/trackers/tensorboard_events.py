@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from sharpmoe.trackers.record import Table, TrackedRun
+from sharpmoe.trackers.record import TrackedRun, TrackedTable
 
 TENSORBOARD_FOLDER = "tensorboard"  # in the run folder
 # Tab "Custom Scalars" of TensorBoard: section -> chart -> pattern of the tags (from their start) that it shows. What
@@ -82,7 +82,7 @@ class TensorBoardTracker:
         self._writer.add_text(tag, "\n".join("    " + line for line in text.splitlines()), step)
         self._writer.flush()
 
-    def table(self, step: int, tag: str, table: Table) -> None:
+    def table(self, step: int, tag: str, table: TrackedTable) -> None:
         self.text(step, tag, table.text)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import trackio
 
-from sharpmoe.trackers.record import Table, TrackedRun
+from sharpmoe.trackers.record import TrackedRun, TrackedTable
 
 
 class TrackioTracker:
@@ -36,7 +36,7 @@ class TrackioTracker:
     def text(self, step: int, tag: str, text: str) -> None:
         self._run.log({tag: trackio.Markdown(f"```\n{text}\n```")}, step=step)
 
-    def table(self, step: int, tag: str, table: Table) -> None:
+    def table(self, step: int, tag: str, table: TrackedTable) -> None:
         data = trackio.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
         self._run.log({tag: data}, step=step)
 

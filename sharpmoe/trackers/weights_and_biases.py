@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import wandb
 
-from sharpmoe.trackers.record import Table, TrackedRun
+from sharpmoe.trackers.record import TrackedRun, TrackedTable
 
 
 class WandbTracker:
@@ -45,7 +45,7 @@ class WandbTracker:
     def text(self, step: int, tag: str, text: str) -> None:
         self._run.log({tag: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
 
-    def table(self, step: int, tag: str, table: Table) -> None:
+    def table(self, step: int, tag: str, table: TrackedTable) -> None:
         data = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
         self._run.log({tag: data}, step=step)
 

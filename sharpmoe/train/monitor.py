@@ -30,7 +30,7 @@ from sharpmoe.report.figures import Pixels, allocation_curves, sample_grid, save
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet, observe_routing
 from sharpmoe.report.runs import EARLY_AVERAGE
 from sharpmoe.report.samples import Prompts, draw_images, encode_prompts
-from sharpmoe.trackers.record import Table
+from sharpmoe.trackers.record import TrackedTable
 from sharpmoe.train.metrics import due
 from sharpmoe.train.runlog import RunLog
 
@@ -218,12 +218,12 @@ class Monitor:
             self.log.say(f"note: {what} could not be written: {_reason(error)}; training goes on")
 
 
-def _allocation_of(results: Mapping[str, Allocation]) -> Table:
+def _allocation_of(results: Mapping[str, Allocation]) -> TrackedTable:
     """Return every figure of the results, one column each, with the table as text."""
     figures = {name: result.scalars() for name, result in results.items()}
     tags = dict.fromkeys(tag for column in figures.values() for tag in column)
     rows = tuple((tag, *(column.get(tag) for column in figures.values())) for tag in tags)
-    return Table(("figure", *figures), rows, allocation_table(results))
+    return TrackedTable(("figure", *figures), rows, allocation_table(results))
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,7 @@ from sharpmoe.console import clock, coloured_note
 from sharpmoe.evaluation.validation import Validation
 from sharpmoe.log_file import LOG_FILE, LogWriter, logged_steps, read_log
 from sharpmoe.trackers.mirror import MirroredTracker, one_line
-from sharpmoe.trackers.record import Table, TrackedRun, Tracker
+from sharpmoe.trackers.record import TrackedRun, TrackedTable, Tracker
 from sharpmoe.trackers.registry import open_mirrors
 from sharpmoe.trackers.tensorboard_events import TensorBoardTracker
 from sharpmoe.train.metrics import StepStats, due
@@ -107,7 +107,7 @@ class RunLog:
         """Write a note to the trackers, laid out as it is."""
         self._show(step, lambda tracker: tracker.text(step, tag, text))
 
-    def table(self, step: int, tag: str, table: Table) -> None:
+    def table(self, step: int, tag: str, table: TrackedTable) -> None:
         """Write a table to the trackers."""
         self._show(step, lambda tracker: tracker.table(step, tag, table))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sharpmoe.trackers import registry
-from sharpmoe.trackers.record import Table
+from sharpmoe.trackers.record import TrackedTable
 from sharpmoe.train.runlog import RunLog
 from tests.trackers.readers import Found
 
@@ -45,7 +45,9 @@ def write(place: str, trackers: list[str], first_step: int, last_step: int) -> s
             log.scalars(step, {"validation/flow": 1 / step})
             log.image(step, "samples", PICTURE)
     if last_step == 9:
-        log.table(9, "allocation", Table(("figure", "before", "after"), (("a", 1.0, 2.0), ("b", None, 3.0)), "a 1 2"))
+        log.table(
+            9, "allocation", TrackedTable(("figure", "before", "after"), (("a", 1.0, 2.0), ("b", None, 3.0)), "a 1 2")
+        )
         log.warn(9, "be <careful>")
     log.close()
     return stream.getvalue()
