@@ -112,6 +112,7 @@ def open_page(model: DemoModel) -> Any:
             "the demo needs the package gradio; install the extra `demo` (pip install 'sharpmoe[demo]', or make extras)"
         ) from None
     is_class = model.model.config.conditioning == "class"
+    shown: dict[str, Any] = {"format": "png", "buttons": ["download", "fullscreen"]}  # without "share", which uploads
     first = "0" if is_class else next(iter(model.settings.captions), "")
     with gradio.Blocks(title=f"sharpmoe demo: {model.name}", analytics_enabled=False) as page:
         gradio.Markdown(f"# {model.name}")
@@ -124,9 +125,10 @@ def open_page(model: DemoModel) -> Any:
         button = gradio.Button("Draw", variant="primary")
         message = gradio.Textbox(label="message", visible=True, interactive=False, max_lines=2)
         with gradio.Row():
-            on = gradio.Image(label="saliency routers on" if model.has_routers else "image", format="png")
-            off = gradio.Image(label="saliency routers off", format="png", visible=model.has_routers)
-        sheet = gradio.Image(label="experts per token at each step", format="png")
+            on = gradio.Image(label="saliency routers on" if model.has_routers else "image", **shown)
+            off = gradio.Image(label="saliency routers off", visible=model.has_routers, **shown)
+        gradio.Markdown("experts per token at each step")
+        sheet = gradio.Image(show_label=False, **shown)
         inputs, outputs = [prompt, seed, guidance, steps], [on, off, sheet, message]
         button.click(model.draw, inputs, outputs, concurrency_limit=1)
         prompt.submit(model.draw, inputs, outputs, concurrency_limit=1)
@@ -143,7 +145,12 @@ def serve_page(model: DemoModel, port: int | None, say: Callable[[str], object],
     page = open_page(model)
     try:
         _, address, _ = page.launch(
-            server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=["settings"],
         )
     except OSError as error:
         raise ConfigError(f"--port {port}: {error}; name another port, or none") from None
