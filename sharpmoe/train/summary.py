@@ -45,14 +45,20 @@ def _weights(checkpoint: Path) -> str:
 
 def _next_commands(run: RunConfig, folder: Path) -> list[str]:
     place = shlex.quote(str(folder))
-    commands = [f"python launcher/sample.py {place}{_what_to_draw(run)}", f"python launcher/report.py {place}"]
+    commands = [f"{_command('sample')} {place}{_what_to_draw(run)}", f"{_command('report')} {place}"]
     if run.checkpoint.init is not None and run.model.family.has_experts:
-        commands.insert(1, f"python launcher/evaluate.py {shlex.quote(run.checkpoint.init)} {place}")
+        commands.insert(1, f"{_command('evaluate')} {shlex.quote(run.checkpoint.init)} {place}")
     return [*commands, f"tensorboard --logdir {place}"]
 
 
+def _command(name: str) -> str:
+    """Return what starts a launcher from the working folder: the script of a checkout, or the console command."""
+    script = Path("launcher", f"{name}.py")
+    return f"python {script}" if script.is_file() else f"sharpmoe {name}"
+
+
 def _what_to_draw(run: RunConfig) -> str:
-    """Return the options of launcher/sample.py that this model needs, each after a blank."""
+    """Return the options of `sample` that this model needs, each after a blank."""
     if run.model.conditioning == "text":
         return "" if run.sample.captions else ' --captions "a red apple"'
     labels = " ".join(map(str, range(min(_LABELS, run.model.num_classes))))

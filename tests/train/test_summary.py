@@ -40,6 +40,17 @@ def test_the_summary_names_figures_places_and_commands(tmp_path: Path) -> None:
     assert set(re.findall(r"launcher/(\w+)\.py", text)) <= set(_LAUNCHERS)
 
 
+def test_outside_a_checkout_the_commands_are_those_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, tmp_path, checkpoint={"init": "assets/base.safetensors"})
+    log = RunLog(tmp_path / "mine", 2, every=1, stream=io.StringIO())
+    log.close()
+    monkeypatch.chdir(tmp_path)
+    text = closing_summary(run, Path("mine"), Path("mine", "checkpoints", "step00000002"), log)
+    assert "launcher" not in text
+    assert "  sharpmoe evaluate assets/base.safetensors mine\n  sharpmoe report mine\n" in text
+    assert set(re.findall(r"sharpmoe (\w+)", text)) == {"sample", "evaluate", "report"} <= set(_LAUNCHERS)
+
+
 @pytest.mark.parametrize(
     ("sections", "options"),
     [
