@@ -96,13 +96,6 @@ def test_quickstart_in_an_empty_folder(installed: Installed, tmp_path: Path) -> 
     assert "Spearman, experts per token with saliency M" in done.stdout
     assert sorted(path.name for path in folder.iterdir()) == ["data", "runs"]
     assert (folder / "runs" / "discs" / "samples" / "drawn" / "grid.png").is_file()
-    again = installed.run(folder, "quickstart", "--source", str(pictures), *words)
-    assert again.returncode == 0, again.stderr
-    assert not (folder / "runs" / "discs" / "samples" / "drawn" / "grid_2.png").exists()
-    start = ["train", "--dry-run", "--config", "configs/runs/quickstart.yaml", "--data.shards", "data/discs"]
-    checked = installed.run(folder, *start)
-    assert checked.returncode == 0, checked.stderr
-    assert checked.stdout.rstrip().endswith("ok")
 
 
 def test_a_file_of_the_working_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
