@@ -176,16 +176,17 @@ def test_a_pool_of_all_ranks_equals_one_process_with_one_pool(router: str, make:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_nucleus_trains_in_every_layout_as_in_one_process(make: Callable[..., RunConfig]) -> None:
+@pytest.mark.parametrize("world", sweep([2, 4], [2]))
+def test_nucleus_trains_in_every_layout_as_in_one_process(world: int, make: Callable[..., RunConfig]) -> None:
     small = {"depth": 3, "dense_first": 1, "latent_channels": 4, "num_kv_heads": 1, "capacities": [1.0, 1.3, 2.0]}
     more = {"model": small, "loss": {"routing_weight": 0.5}}
     cases = {
-        f"ep {ep_size}, ZeRO-{stage}": Case(make("nucleus", 2, ep_size, **more), stage, FEW)
-        for ep_size in (1, 2)
+        f"ep {ep_size}, ZeRO-{stage}": Case(make("nucleus", world, ep_size, **more), stage, FEW)
+        for ep_size in {2: (1, 2), 4: (4,)}[world]
         for stage in (2, 3)
     }
-    traces = run_ranks(with_engine, 2, cases, timeout=500)[0]
-    expected = with_plain_torch(make("nucleus", 2, **more), FEW)
+    traces = run_ranks(with_engine, world, cases, timeout=500)[0]
+    expected = with_plain_torch(make("nucleus", world, **more), FEW)
     for trace in traces.values():
         assert_same(trace, expected)
 
