@@ -11,7 +11,8 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from launcher.command import Command
 from sharpmoe.checkpoint.adapters import export_adapters
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.export import PipelineExtras, write_folder, write_pipeline_folder
+from sharpmoe.model.published.folder import ROUTERS_FILE
 from sharpmoe.model.weights import WeightsFile, read_weights, save_weights, stored_as
-from sharpmoe.report.card import model_card
+from sharpmoe.report.card import local_places, model_card
 from sharpmoe.report.runs import SavedModel, check_overwrites_no_weights, find_origin, find_saved_model
 
 
@@ -79,7 +81,10 @@ def _to_folder(arguments: argparse.Namespace, saved: SavedModel) -> str:
 
 
 def _write_published(out: Path, weights: WeightsFile, dtype: torch.dtype, _: SavedModel) -> list[Path]:
-    return write_folder(out, weights.config, weights.tensor, dtype, weights.meta)
+    files = write_folder(out, weights.config, weights.tensor, dtype, weights.meta)
+    if out / ROUTERS_FILE in files:  # whose header is that of the weights
+        _warn_of_places(out, weights.meta)
+    return files
 
 
 def _write_pipeline(out: Path, weights: WeightsFile, dtype: torch.dtype, saved: SavedModel) -> list[Path]:
@@ -88,7 +93,20 @@ def _write_pipeline(out: Path, weights: WeightsFile, dtype: torch.dtype, saved: 
         counts = build_model(weights.config).count_parameters()
     sample = saved.run.sample.model_dump(mode="json", exclude={"captions"}) if saved.run else {}
     card = model_card(saved, weights.config, weights.meta, origin, counts)
-    return write_pipeline_folder(out, weights, dtype, PipelineExtras(card=card, origin=origin, sample=sample))
+    files = write_pipeline_folder(out, weights, dtype, PipelineExtras(card=card, origin=origin, sample=sample))
+    _warn_of_places(out, origin)
+    return files
+
+
+def _warn_of_places(out: Path, origin: Mapping[str, str]) -> None:
+    places = local_places(origin)
+    if places:
+        print(
+            f"warning: {out}: its files show {', '.join(dict.fromkeys(places))}, absolute paths of this machine; "
+            "before you publish, prepare and train with Hub ids or relative paths; as it is, readers pass "
+            "from_pretrained(..., places={path: theirs})",
+            file=sys.stderr,
+        )
 
 
 _Writer = Callable[[Path, WeightsFile, torch.dtype, SavedModel], list[Path]]

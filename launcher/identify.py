@@ -61,6 +61,8 @@ def _describe_folder(arguments: argparse.Namespace) -> int:
         lines = describe(build_model(folder.config))
     print(f"candidates  {_FOLDER_FAMILY}/{folder.config.router}, as {folder.path / 'config.json'} says")
     print("\n".join(lines))
+    config = folder.config
+    print(f"capacities  {list(config.capacities or [config.capacity] * config.depth)}: model.capacities of a run file")
     print(
         f"read by     convert.py --family {_FOLDER_FAMILY}, load_pretrained(FOLDER, family={_FOLDER_FAMILY!r}), "
         "checkpoint.init"

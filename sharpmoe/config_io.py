@@ -212,6 +212,9 @@ def section_error(error: ValidationError, section: str) -> str:
 
 def _described(item: dict[str, Any], above: tuple[str, ...]) -> str:
     item["loc"] = (*above, *item["loc"])
+    if item["type"] == "extra_forbidden":
+        key = ".".join(map(str, item["loc"]))
+        return f"{key}: unknown key{_suggest(key, _dotted_keys(RunConfig))}"
     return _describe(item, "", {})
 
 

@@ -126,7 +126,7 @@ def test_noise_sizes_and_types_of_a_pipeline(exported: Path) -> None:
         ({"latents": noise[:1]}, "expected"),
         ({"output_type": "jpg"}, "expected pil, np, pt or latent"),
         ({"height": 33}, "not a multiple"),
-        ({"steps": 3}, "sample.steps"),
+        ({"steps": 3}, r"sample\.steps: unknown key"),
     ):
         with pytest.raises(ConfigError, match=message):
             pipe(WORDS, **wrong)
@@ -252,3 +252,23 @@ def test_networks_that_are_named_may_be_elsewhere(exported: Path, tmp_path: Path
         pipeline(folder)(WORDS)
     with pytest.raises(DataError, match=str(tmp_path / "there")):
         pipeline(folder, places={str(tmp_path / "gone"): str(tmp_path / "there")})(WORDS)
+
+
+@pytest.mark.parametrize("name", ["/home/me/vae", "models/vae"])
+def test_absolute_paths_in_a_folder_to_publish_are_told(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = toy_model()
+    origin = {
+        "codec": json.dumps({"kind": "autoencoder_kl", "name": name, "sha256": "0"}),
+        "encoder": json.dumps({"kind": "joined", "encoders": [{"kind": "transformers", "name": name}]}),
+    }
+    save_weights(tmp_path / "own.safetensors", model.state_dict(), model.config, origin)
+    assert export([str(tmp_path / "own.safetensors"), str(tmp_path / "out"), "--to", "pipeline"]) == 0
+    told = capsys.readouterr().err
+    if name.startswith("/"):
+        assert told.startswith(f"warning: {tmp_path / 'out'}: its files show {name}, absolute paths of this machine")
+        assert told.count("\n") == 1
+    else:
+        assert told == ""
+    assert f"`{name}`" in (tmp_path / "out" / "README.md").read_text()

@@ -94,6 +94,12 @@ def model_card(
     )
 
 
+def local_places(origin: Mapping[str, str]) -> list[str]:
+    """Return the absolute paths by which an origin names codec and text encoders: nobody else's machine has them."""
+    parts = [json.loads(origin[key]) for key in ("codec", "encoder") if key in origin]
+    return [name for part in parts for name in _names(part) if Path(name).is_absolute()]
+
+
 def _rows(rows: Mapping[str, object]) -> str:
     found = {name: _UNKNOWN if value in (None, "") else value for name, value in rows.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in found.items())])

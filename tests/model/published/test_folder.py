@@ -115,6 +115,7 @@ def test_identify_names_a_folder_and_what_reads_it(
     assert identify([str(published)]) == 0
     printed = capsys.readouterr().out
     assert "candidates  nucleus/nucleus" in printed
+    assert "capacities  [4.0, 4.0, 4.0, 1.3, 3.1]: model.capacities of a run file" in printed
     assert "convert.py --family nucleus" in printed
     assert identify([str(published), "--family", "dit"]) == 1
     assert "it is of family nucleus, not dit" in capsys.readouterr().err
@@ -177,6 +178,7 @@ def test_a_run_with_new_routers_starts_from_a_folder(published: Path) -> None:
     new = [name for name in found if "saliency_router" in name]
     assert new
     assert all(found[name].any() == ("hidden.weight" in name) for name in new)
+    StartingWeights(config.model_copy(update={"capacity": 8.0}), 0, published)  # every block has its own
     with pytest.raises(CheckpointError, match=r"model.num_experts is 4 there, 8 in the run"):
         StartingWeights(config.model_copy(update={"num_experts": 8}), 0, published)
 
