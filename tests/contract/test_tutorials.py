@@ -11,6 +11,7 @@ from PIL import Image
 import sharpmoe
 from tests.contract.tutorials import FENCE, ROOT, blocks, changed, commands, draw_photos, run_command, workplace
 from tests.data_pipeline.encode import text_models
+from tests.fixtures_data import tiny_qwen_autoencoder
 
 pytestmark = pytest.mark.slow
 
@@ -224,3 +225,84 @@ def test_text_to_image(checkout: Path) -> None:
     pictures = Path("runs/photos_sharp/samples/drawn").glob("[0-9][0-9][0-9]_*.png")  # of both calls of sample.py
     assert {Image.open(picture).size for picture in pictures} == {(64, 64), (48, 80)}
     assert Path("runs/photos_sharp/report.html").is_file()
+
+
+NUCLEUS_CAPACITIES = "[4.0, 4.0, 4.0, 1.3, 3.1]"
+NUCLEUS_SIZES = (  # of `save_nucleus`
+    " --model.width 64 --model.depth 5 --model.num_heads 4 --model.num_kv_heads 2 --model.mlp_hidden 128"
+    " --model.rope_axes [4,6,6] --model.latent_channels 4 --model.latent_size 8 --model.num_experts 4"
+    " --model.expert_hidden 24 --model.text_width 32"
+)
+NUCLEUS = {
+    "--size 256": "--size 32",
+    "--device cuda": "--device cpu",
+    "--model.capacities CAPACITIES": f"--model.capacities '{NUCLEUS_CAPACITIES}'{NUCLEUS_SIZES}{SMALL}"
+    " --data.num_workers 0 --train.precision fp32 --train.steps 2",
+    "--parallel.ep_size 8": "--parallel.ep_size 1",
+    "--world 8 --ep 8": "--world 2 --ep 2",
+    "--world 64 --ep 8": "--world 4 --ep 2",
+    "--steps 50": "--steps 2",
+    "--images 128": "--images 2 --sheet-images 2",
+}
+
+
+def save_nucleus(folder: Path) -> None:
+    """Save random networks as the published folder has them: transformer, autoencoder of factor 4, language model."""
+    reference = pytest.importorskip("tests.model.nucleus_reference").reference
+    capacities = [float(word) for word in NUCLEUS_CAPACITIES.strip("[]").split(",")]
+    network = reference(capacity_factors=capacities, joint_attention_dim=32).bfloat16()
+    network.save_pretrained(folder / "transformer", max_shard_size="200KB")
+    tiny_qwen_autoencoder(folder / "vae", channels=4)
+    torch.manual_seed(0)
+    text_models.qwen3_vl().eval().save_pretrained(folder / "text_encoder")
+    text_models.conversations().save_pretrained(folder / "processor")
+
+
+@pytest.mark.timeout(900)
+def test_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    folder = workplace(tmp_path / "checkout")
+    monkeypatch.chdir(folder)
+    draw_photos(folder / "photos", 20)
+    draw_photos(folder / "photos" / "val", 4, sides=((80, 80),))
+    save_nucleus(folder / "models" / "Nucleus-Image")
+    text = changed(text_of("nucleus"), NUCLEUS)
+    lines = [words for block in blocks(text, "bash") for words in commands(block)]
+    assert [words[0] for words in lines if not any("launcher/" in word for word in words)] == ["hf"]
+    printed = {" ".join(words): run_command(words) for words in lines if words[0] != "hf"}
+
+    def output_of(*parts: str) -> str:
+        (found,) = (output for command, output in printed.items() if all(part in command for part in parts))
+        return found
+
+    assert f"capacities  {NUCLEUS_CAPACITIES}" in output_of("identify.py")
+    assert "bytes a picture" in output_of("prepare.py", "--dry-run")
+    assert "two_pass" in output_of("plan.py", "routers_256")
+    assert output_of("train.py", "--dry-run").strip().splitlines()[-1] == "ok"
+    grids = [Path(place) / "grid.png" for place in ("runs/nucleus_base", "runs/routers_256/samples/drawn")]
+    assert [Image.open(grid).width > 60 for grid in grids] == [True, True]
+    assert "before" in output_of("evaluate.py")
+    assert Path("runs/routers_256/report.html").is_file()
+    assert Path("export/nucleus_lora_adapters/adapter_config.json").is_file()
+    (block,) = blocks(text, "python")
+    scope: dict[str, object] = {}
+    exec(compile(block, "nucleus", "exec"), scope)  # noqa: S102
+    check_what_nucleus_runs_have_trained()
+    assert {name for name, _ in scope["network"].named_parameters() if "router" in name or "gate" in name}
+    assert "SharpMoEPipeline" in Path("export/nucleus_pipeline/model_index.json").read_text()
+
+
+def check_what_nucleus_runs_have_trained() -> None:
+    """What a recipe freezes is the base's, bit for bit, and in every part that it trains something has moved."""
+    base = sharpmoe.load_pretrained("models/Nucleus-Image", family="nucleus", saliency_router=True)
+    trained = {
+        "routers": {"saliency_router", "gate"},
+        "lora": {"saliency_router", "attn", "shared"},
+        "full": {"saliency_router", "gate", "attn", "shared", "experts"},
+    }
+    for kind, parts in trained.items():
+        own = dict(sharpmoe.load(f"runs/{kind}_256", weights="live").named_parameters())
+        moved = {name for name, value in base.named_parameters() if not torch.equal(value, own[name])}
+        assert all(any(part in name.split(".") for name in moved) for part in parts), kind
+        if kind != "full":
+            assert not [name for name in moved if not parts & {*name.split(".")}], kind
