@@ -313,7 +313,7 @@ def check_architecture(found: ModelConfig, expected: ModelConfig, where: str, ma
     """
     free = {"preset", "capacity_selection", *expected.architecture.ignores}
     free |= {"saliency_router"} if may_attach else set()
-    if found.capacities is not None and expected.capacities is not None:  # each block has its own
+    if found.capacities is not None or expected.capacities is not None:  # each block has its own
         free.add("capacity")
     resolved = {  # None stands for a computed one
         "expert_hidden": "expert_width",

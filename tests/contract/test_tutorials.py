@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -235,6 +236,7 @@ NUCLEUS_SIZES = (  # of `save_nucleus`
 )
 NUCLEUS = {
     "--size 256": "--size 32",
+    "--latent-size 32": "--latent-size 8",
     "--device cuda": "--device cpu",
     "--model.capacities CAPACITIES": f"--model.capacities '{NUCLEUS_CAPACITIES}'{NUCLEUS_SIZES}{SMALL}"
     " --data.num_workers 0 --train.precision fp32 --train.steps 2",
@@ -280,7 +282,9 @@ def test_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "two_pass" in output_of("plan.py", "routers_256")
     assert output_of("train.py", "--dry-run").strip().splitlines()[-1] == "ok"
     grids = [Path(place) / "grid.png" for place in ("runs/nucleus_base", "runs/routers_256/samples/drawn")]
-    assert [Image.open(grid).width > 60 for grid in grids] == [True, True]
+    before, after = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
+    assert before.shape == after.shape  # the same captions, sizes and settings; two steps change next to nothing
+    assert np.abs(before - after).max() <= 8
     assert "before" in output_of("evaluate.py")
     assert Path("runs/routers_256/report.html").is_file()
     assert Path("export/nucleus_lora_adapters/adapter_config.json").is_file()

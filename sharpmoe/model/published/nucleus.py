@@ -133,6 +133,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         have, can = getattr(config, resolved), getattr(again, resolved)
         is_free = field in ("preset", "saliency_router", "capacity_selection", *config.architecture.ignores)
         is_free = is_free or (not config.num_moe_layers and field in ("dense_first", "dense_last"))
+        is_free = is_free or (field == "capacity" and config.capacities is not None)  # each block has its own
         if not is_free and have != can:
             raise CheckpointError(
                 f"export: {TRANSFORMER_CLASS} of diffusers cannot compute model.{field} {have!r}, only {can!r}; write "

@@ -20,7 +20,7 @@ from sharpmoe.model.build import build_model
 from sharpmoe.model.published import folder as folder_module
 from sharpmoe.model.published.export import write_folder
 from sharpmoe.model.published.folder import ROUTERS_FILE, WEIGHTS_NAME, PublishedFolder, local_folder
-from sharpmoe.model.published.nucleus import PublishedPlace, Slices
+from sharpmoe.model.published.nucleus import PublishedPlace, Slices, write_config
 from sharpmoe.model.weights import StartingWeights, load_model, save_weights
 from tests.model.nucleus_reference import reference, reference_velocity
 from tests.model.test_nucleus import inputs
@@ -178,7 +178,11 @@ def test_a_run_with_new_routers_starts_from_a_folder(published: Path) -> None:
     new = [name for name in found if "saliency_router" in name]
     assert new
     assert all(found[name].any() == ("hidden.weight" in name) for name in new)
-    StartingWeights(config.model_copy(update={"capacity": 8.0}), 0, published)  # every block has its own
+    other = config.model_copy(update={"capacity": 8.0})  # which nothing reads: every block has its own
+    StartingWeights(other, 0, published)
+    assert write_config(other) == write_config(config)
+    with pytest.raises(CheckpointError, match=r"set model.capacities to \(4.0, 4.0, 4.0, 1.3, 3.1\)"):
+        StartingWeights(other.model_copy(update={"capacities": None}), 0, published)
     with pytest.raises(CheckpointError, match=r"model.num_experts is 4 there, 8 in the run"):
         StartingWeights(config.model_copy(update={"num_experts": 8}), 0, published)
 
