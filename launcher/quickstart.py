@@ -11,6 +11,7 @@ if not __package__:  # run as a script, which has this folder on its path
 import argparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,11 @@ def _prepare_words(arguments: argparse.Namespace, out: str) -> list[str]:
 
 def _train(overrides: tuple[str, ...]) -> int:
     """Train under DeepSpeed on every device of this machine and return the exit code."""
-    words = ["-m", "deepspeed.launcher.runner", "--quiet", str(PROJECT_ROOT / "launcher" / "train.py")]
+    with socket.socket() as free:  # another training of this machine may have DeepSpeed's default port
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "deepspeed.launcher.runner", "--quiet", "--master_port", str(port)]
+    words += [str(PROJECT_ROOT / "launcher" / "train.py")]
     words += ["--deepspeed", str(DEFAULT_DS_CONFIG), "--config", str(DEFAULT_RUN_CONFIG), *overrides]
     environment = dict(os.environ)
     if shutil.which("nvidia-smi") is None:  # each process of DeepSpeed would warn that it found no accelerator

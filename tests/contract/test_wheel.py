@@ -82,14 +82,14 @@ def test_names_below_configs_mean_the_shipped_files_in_an_empty_folder(installed
 @pytest.mark.sweep
 def test_quickstart_in_an_empty_folder(installed: Installed, tmp_path: Path) -> None:
     pictures, folder = tmp_path / "discs", tmp_path / "empty"
-    for number in range(80):
+    for number in range(40):
         picture = Image.new("RGB", (64, 64), (number * 3, 200, number))
         ImageDraw.Draw(picture).ellipse((10 + number % 20, 10, 50, 50), fill=(255 - number * 3, number, 90))
         pictures.mkdir(exist_ok=True)
         picture.save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text(f"a disc, number {number}")
     folder.mkdir()
-    small = "train.steps=2 train.global_batch=4 rollout.num_steps=2 sample.num_steps=2 log.allocation_images=4"
+    small = "train.steps=1 train.global_batch=4 rollout.num_steps=2 sample.num_steps=2 log.allocation_images=4"
     words = [f"--{each}" for each in (*small.split(), "log.validation_images=4", "sample.captions=[a disc, a box]")]
     done = installed.run(folder, "quickstart", "--source", str(pictures), *words)
     assert done.returncode == 0, done.stderr
