@@ -224,7 +224,7 @@ def _pixels_of(batch: AdmBatch) -> np.ndarray:
     try:
         with np.load(batch.file, allow_pickle=False) as archive:
             pixels: np.ndarray = archive["arr_0"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         raise ConfigError(
             f"{batch.file}: missing or damaged; draw it with --part {batch.part.number}/{batch.part.of}"
         ) from None

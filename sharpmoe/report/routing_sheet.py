@@ -67,7 +67,7 @@ class RoutingSheet:
                 times=tuple(map(float, words["times"])),
                 captions=tuple(map(str, words["captions"])),
             )
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: not the content of a routing sheet ({error})") from None
 
 

@@ -186,7 +186,7 @@ def is_foreign(node: ast.expr, imported: set[str]) -> bool:
 # A learning rate is set in torch's own `param_groups`, a step count in torch's own state: no change of DeepSpeed.
 ALLOWED = {
     "sharpmoe/parallel/ranks/launch.py": ["deepspeed.ops.__compatible_ops__['deepspeed_shm_comm']"],
-    "sharpmoe/parallel/zero/optimizers.py": ["optimizer.param_groups", "optimizer.param_groups"],
+    "sharpmoe/parallel/zero/partitions.py": ["optimizer.param_groups", "optimizer.param_groups"],
 }
 
 

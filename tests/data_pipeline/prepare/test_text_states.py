@@ -37,8 +37,7 @@ class Decoder(TextEncoder):
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     found = Decoder()
-    monkeypatch.setattr(write, "text_encoder", lambda *_: found)
-    monkeypatch.setattr("data_pipeline.prepare.estimate.text_encoder", lambda *_: found)
+    monkeypatch.setattr(write, "_text_encoder", lambda *_: found)
     return found
 
 
