@@ -24,7 +24,7 @@ from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone, Condition, ModelOutput
 from sharpmoe.model.build import build_model
-from sharpmoe.model.published.own import CODE_FILES, own_index, to_json
+from sharpmoe.model.published.own import CODE_FILES, own_index, json_file_text
 from sharpmoe.report.figures import to_pixels
 from sharpmoe.report.samples import Prompts, Size, draw_images, encode_prompts, override_sampling
 
@@ -140,7 +140,7 @@ class SharpMoEPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
         for name, text in CODE_FILES.items():
             write_atomically(Path(save_directory) / name, text)
-        write_atomically(Path(save_directory) / self.config_name, to_json(own_index(self.config.sample)))
+        write_atomically(Path(save_directory) / self.config_name, json_file_text(own_index(self.config.sample)))
 
     def _origin(self) -> OriginCoders:
         """Return codec and text encoder of the model, where `places` says that they are."""

@@ -14,7 +14,7 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.folder import ROUTERS_FILE, WEIGHTS_NAME, PublishedFolder, published_shapes
 from sharpmoe.model.published.nucleus import join_parts, place_of, published_parts, write_config
-from sharpmoe.model.published.own import CODE_FILES, own_config, own_index, to_json
+from sharpmoe.model.published.own import CODE_FILES, own_config, own_index, json_file_text
 from sharpmoe.model.weights import (
     OTHER_WEIGHTS,
     SafetensorsWriter,
@@ -70,7 +70,7 @@ def write_folder(
             for name in routers:
                 writer.write(name, tensor(name))
     written.append(folder / "config.json")  # last: without it nothing loads the folder
-    write_atomically(written[-1], to_json(content))
+    write_atomically(written[-1], json_file_text(content))
     return written
 
 
@@ -105,8 +105,8 @@ def write_pipeline_folder(
     texts = {
         **CODE_FILES,
         "README.md": extras.card,
-        "transformer/config.json": to_json(own_config(weights.config, meta)),
-        "model_index.json": to_json(own_index(extras.sample)),  # last: without it nothing loads the folder
+        "transformer/config.json": json_file_text(own_config(weights.config, meta)),
+        "model_index.json": json_file_text(own_index(extras.sample)),  # last: without it nothing loads the folder
     }
     for name, text in texts.items():
         write_atomically(folder / name, text)
@@ -161,7 +161,7 @@ def _write_tensors(
             "weight_map": {key: name for name, keys in files.items() for key in keys},
         }
         written.append(folder / f"{WEIGHTS_NAME}.safetensors.index.json")
-        write_atomically(written[-1], to_json(index))
+        write_atomically(written[-1], json_file_text(index))
     return written
 
 

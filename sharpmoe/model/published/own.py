@@ -44,7 +44,7 @@ CODE_FILES = {  # path in the folder -> content
 }
 
 
-def to_json(content: Mapping[str, Any]) -> str:
+def json_file_text(content: Mapping[str, Any]) -> str:
     """Return the text of a JSON file for people."""
     return json.dumps(content, indent=2) + "\n"
 
