@@ -24,7 +24,7 @@ from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone, Condition, ModelOutput
 from sharpmoe.model.build import build_model
-from sharpmoe.model.published.own import CODE_FILES, own_index, json_file_text
+from sharpmoe.model.published.own import CODE_FILES, json_file_text, own_index
 from sharpmoe.report.figures import to_pixels
 from sharpmoe.report.samples import Prompts, Size, draw_images, encode_prompts, override_sampling
 

@@ -14,7 +14,7 @@ from sharpmoe.errors import CheckpointError
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.folder import ROUTERS_FILE, WEIGHTS_NAME, PublishedFolder, published_shapes
 from sharpmoe.model.published.nucleus import join_parts, place_of, published_parts, write_config
-from sharpmoe.model.published.own import CODE_FILES, own_config, own_index, json_file_text
+from sharpmoe.model.published.own import CODE_FILES, json_file_text, own_config, own_index
 from sharpmoe.model.weights import (
     OTHER_WEIGHTS,
     SafetensorsWriter,
