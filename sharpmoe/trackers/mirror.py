@@ -52,7 +52,7 @@ class MirroredTracker:
     def end(self) -> float:
         """Tell the thread to close the tracker after what is left, and return until when `close` waits for it.
 
-        Does not wait: several trackers that are told before the first is closed share one minute.
+        Does not wait: trackers that are all asked to end before the first is closed share one minute.
         """
         if self._deadline is None:
             self._deadline = time.monotonic() + self._closing

@@ -1,4 +1,4 @@
-"""The interface of a tracker, and what it is told about a run. Nothing here imports a tracker."""
+"""The interface of a tracker, and the records that it receives of a run. Nothing here imports a tracker."""
 
 from __future__ import annotations
 

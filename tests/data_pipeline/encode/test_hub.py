@@ -1,4 +1,4 @@
-"""A name that is no model is told in seconds, after one question to the Hub."""
+"""A name that is no model is refused within seconds, after one request to the Hub."""
 
 from pathlib import Path
 from typing import Any
