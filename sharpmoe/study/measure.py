@@ -43,7 +43,7 @@ def judging_files(study: Study, split: str) -> tuple[Path, ...]:
 
 def prepare_judging(study: Study, split: str, device: str) -> None:
     """Write the real images of a split as a batch, and train the study's classifier where it needs one."""
-    data = study.parts[0].run.data
+    data = study.measured_data
     place = getattr(study.evaluate, split)
     _write_reference(
         study.folder / f"reference-{split}.npz", ShardSet.open(data.first_place, place, data.remote.options())
@@ -63,7 +63,8 @@ def measure_part(study: Study, part: Part, split: str, device: str) -> Path:
     folder, settings = part.folder / f"seed{part.seed}-{split}", study.evaluate
     wanted = _settings(study, part, split)
     _begin(folder, wanted)
-    shards = ShardSet.open(part.run.data.first_place, getattr(settings, split), part.run.data.remote.options())
+    data = study.measured_data
+    shards = ShardSet.open(data.first_place, getattr(settings, split), data.remote.options())
     model = load_model(weights_of(study, part))[0].to(device)
     check_shards(model, shards)
     measure_allocation(
@@ -162,7 +163,7 @@ def _settings(study: Study, part: Part, split: str) -> dict[str, Any]:
         **own,
         "split": settings[split],
         "sample": drawn,
-        "shards": part.run.data.first_place,
+        "shards": study.measured_data.first_place,
         "weights_file": sha256_of(weights),
     }
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.read.shards import SplitPart
-from sharpmoe.config import RunConfig
+from sharpmoe.config import DataConfig, RunConfig
 from sharpmoe.config_io import load_run_config, merge_settings, nearest
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.classifier import ClassifierSettings
@@ -121,6 +121,11 @@ class Study:
     parts: tuple[Part, ...]  # seed by seed, so that a study that is stopped has whole pairs
     evaluate: EvaluateConfig
     classifier: ClassifierSettings
+
+    @property
+    def measured_data(self) -> DataConfig:
+        """The data on which all arms are measured: those of the control, whatever data an arm is trained on."""
+        return next(part.run.data for part in self.parts if part.arm.name == self.control)
 
     def part(self, name: str) -> Part:
         """Return the part ARM/seedN. Raises ConfigError."""

@@ -73,7 +73,7 @@ def protocol_lines(study: Study, split: str, table: StudyTable) -> list[str]:
     settings, run = study.evaluate, study.parts[0].run
     seeds = ", ".join(str(seed) for seed in study.seeds)
     lines = [
-        f"split {getattr(settings, split)} of {Path(run.data.first_place).name}; settings are chosen on "
+        f"split {getattr(settings, split)} of {Path(study.measured_data.first_place).name}; settings are chosen on "
         f"{settings.tuning}, reported on {settings.final}",
         f"training: {study.trained_images} noisy images per arm and seed, seeds {seeds}; {settings.weights} weights",
         f"flow and corr: {settings.images} held-out images at {len(ALLOCATION_TIMES)} times from "

@@ -52,7 +52,7 @@ def _shown(study: Study) -> list[Part]:
 
 
 def _observe(study: Study, part: Part, split: str, images: int) -> RoutingSheet:
-    data = part.run.data
+    data = study.measured_data
     shards = ShardSet.open(data.first_place, getattr(study.evaluate, split), data.remote.options())
     model = load_model(weights_of(study, part))[0]
     check_shards(model, shards)

@@ -1,7 +1,9 @@
 """What is measured of a part, and when it is measured again."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from sharpmoe.study.measure import (
     read_measured,
 )
 from sharpmoe.study.plan import Study, load_study
+from tests.fixtures_data import make_shards
 from tests.study.toy import make_study, pretend_trained
 
 
@@ -61,6 +64,23 @@ def test_other_settings_splits_and_weights_are_measured_again(study: Study) -> N
     assert not is_measured(study, part, "tuning")
     weights.write_bytes(before)
     assert is_measured(study, part, "tuning")
+
+
+def test_all_arms_are_measured_on_the_data_of_the_control(tmp_path: Path) -> None:
+    other = make_shards(tmp_path / "other")
+    shutil.copytree(other, tmp_path / "elsewhere")
+    arms = [
+        {"name": "other", "overrides": {"data": {"shards": str(tmp_path / "elsewhere")}}},
+        {"name": "plain", "overrides": {"data": {"shards": str(other)}}},
+    ]
+    study = load_study(make_study(tmp_path, arms=arms))
+    pretend_trained(study)
+    shutil.rmtree(tmp_path / "elsewhere")
+    prepare_judging(study, "tuning", "cpu")
+    for part in study.parts[:2]:
+        measure_part(study, part, "tuning", "cpu")
+        found = json.loads((part.folder / "seed0-tuning" / "figures.json").read_text())
+        assert found["settings"]["shards"] == str(other)
 
 
 def test_figures_of_before_a_key_was_added_count(study: Study) -> None:
