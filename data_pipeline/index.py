@@ -10,6 +10,7 @@ Both are plain JSON. Reading them checks every field, and that no name leads out
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,9 +36,19 @@ class Bucket(NamedTuple):
     """One resolution. Buckets of a folder may differ in their number of tokens."""
 
     image: tuple[int, int]  # pixels (H, W)
-    latent: tuple[int, int, int]  # (C, h, w)
-    grid: tuple[int, int]  # tokens (h, w)
+    latent: tuple[int, ...]  # (C, h, w), or of frames (C, T, h, w)
+    grid: tuple[int, ...]  # tokens (h, w), or (T, h, w)
     num_samples: int  # over all splits
+
+    @property
+    def frames(self) -> int:
+        """Frames of a sample; 1 for still images."""
+        return self.grid[0] if len(self.grid) == 3 else 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample, of all its frames."""
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,11 @@ class Index:
     saliency: Identity = field(default_factory=lambda: dict(PLAIN_SALIENCY))  # where the maps M come from
     text_dtype: str = _TEXT_DTYPE  # of the token states
 
+    @property
+    def frames(self) -> int:
+        """Frames of every sample; 1 for still images."""
+        return next((bucket.frames for bucket in self.buckets.values()), 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTable:
@@ -86,9 +102,9 @@ class ShardTable:
     skipped: list[tuple[str, str]]  # (name, reason)
 
 
-def bucket_name(image: Sequence[int]) -> str:
-    """Return the name of the bucket of images (H, W)."""
-    return f"{image[0]}x{image[1]}"
+def bucket_name(image: Sequence[int], frames: int = 1) -> str:
+    """Return the name of the bucket of images (H, W), or of so many frames (H, W)."""
+    return "x".join(map(str, (*([frames] if frames > 1 else []), *image)))
 
 
 def index_bytes(index: Index) -> bytes:
@@ -168,6 +184,8 @@ def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _index(tree: dict[str, Any]) -> Index:
     buckets = {str(name): _bucket(bucket) for name, bucket in tree["buckets"].items()}
+    if len({bucket.frames for bucket in buckets.values()}) > 1:
+        raise ValueError("buckets of different numbers of frames")
     shards = [_shard(shard, buckets) for shard in tree["shards"]]
     return Index(
         source=dict(tree["source"]),
@@ -189,11 +207,9 @@ def _index(tree: dict[str, Any]) -> Index:
 
 def _bucket(tree: dict[str, Any]) -> Bucket:
     image, latent, grid = ([_count(size) for size in tree[name]] for name in ("image", "latent", "grid"))
-    if (len(image), len(latent), len(grid)) != (2, 3, 2):
+    if (len(image), len(latent), len(grid)) not in ((2, 3, 2), (2, 4, 3)) or latent[1:-2] != grid[:-2]:
         raise ValueError(f"bucket {tree!r}")
-    return Bucket(
-        (image[0], image[1]), (latent[0], latent[1], latent[2]), (grid[0], grid[1]), _count(tree["num_samples"])
-    )
+    return Bucket((image[0], image[1]), tuple(latent), tuple(grid), _count(tree["num_samples"]))
 
 
 def _shard(tree: dict[str, Any], buckets: Mapping[str, Bucket]) -> Shard:

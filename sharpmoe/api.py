@@ -6,6 +6,7 @@ below, so that a loop of one's own computes what they compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -130,7 +131,7 @@ def rollout_loss(
 
     `batch`: one of
     * a `Batch`, as `batches` yields it;
-    * a mapping of tensors: latent (B, C, H, W), saliency (B, N) in [0, 1] (N tokens, row-major;
+    * a mapping of tensors: latent (B, C, H, W) or (B, C, T, H, W), saliency (B, N) in [0, 1] (N tokens, row-major;
       `sharpmoe.saliency.saliency_map`), and label (B,) int64, or text (B, L, D), text_mask (B, L) bool and pooled
       (B, P). position (B,) int64 keys the noise, the times and the dropped captions of each image with `seed`; without
       it they are drawn from torch's global generator;
@@ -309,12 +310,14 @@ def _as_batch(given: Mapping[str, Tensor], config: ModelConfig) -> Batch:
 def _check_batch(batch: Batch, config: ModelConfig) -> None:
     """Raise DataError where the shapes of a batch are not those of the model."""
     shape, patch = tuple(batch.latent.shape), config.patch_size
-    if len(shape) != 4 or shape[1] != config.latent_channels or shape[2] % patch or shape[3] % patch:
+    axes = 5 if config.latent_frames > 1 else 4
+    if len(shape) != axes or shape[1] != config.latent_channels or shape[-2] % patch or shape[-1] % patch:
+        frames = "T, " if axes > 4 else ""
         raise DataError(
-            f"batch: latent has shape {shape}, expected (B, {config.latent_channels}, H, W) with H and W multiples of "
-            f"{patch}"
+            f"batch: latent has shape {shape}, expected (B, {config.latent_channels}, {frames}H, W) with H and W "
+            f"multiples of {patch}"
         )
-    count, tokens = shape[0], shape[2] // patch * (shape[3] // patch)
+    count, tokens = shape[0], math.prod(shape[2:]) // patch**2
     expected: dict[str, tuple[int, ...]] = {"saliency": (count, tokens)}
     if config.conditioning == "text":
         length = batch.text.shape[1] if batch.text.dim() == 3 else 0

@@ -18,12 +18,14 @@ class Architecture:
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ModelConfig` in which its defaults differ
     takes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # field -> the values that it can have
     ignores: tuple[str, ...] = ()  # fields that change nothing in the network
+    frames_with: tuple[str, ...] = ()  # values of `positions` that tell frames apart; none: it takes still images alone
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "dit": Architecture(
         title="DiT",
         takes={"positions": ("sincos", "rope_2d", "rope_1d"), "num_kv_heads": (None,), "rope_axes": (None,)},
+        frames_with=("sincos",),
     ),
     "nucleus": Architecture(
         title="transformer",

@@ -76,6 +76,8 @@ class ModelConfig(Section):
     patch_size: int = Field(2, ge=1, le=_WIDEST)  # latent pixels of a token, each way
     latent_channels: int = Field(4, ge=1, le=_WIDEST)  # C
     latent_size: int = Field(32, ge=1, le=_WIDEST)  # side of the square latent; buckets may differ (docs/design/0011)
+    # T, frames of a latent (C, T, H, W), as prepare.py --frames makes them; 1: still latents (C, H, W) (docs/video.md).
+    latent_frames: int = Field(1, ge=1, le=2**16)
     learn_sigma: bool = False  # published checkpoints predict 2C channels, of which the first C are used
     router: Annotated[str, OneOf(FAMILIES)] = "diffmoe"  # a family of sharpmoe/families.py
     num_experts: int = Field(8, ge=1, le=_WIDEST)  # E, without the unconditional expert
@@ -172,6 +174,12 @@ class ModelConfig(Section):
             if getattr(self, key) not in values:
                 allowed = " or ".join("null" if value is None else str(value) for value in values)
                 raise ValueError(f"{key} is {getattr(self, key)}, backbone {self.backbone} takes {allowed}")
+        if self.latent_frames > 1 and not self.takes_frames:
+            remedy = " or ".join(f"positions: {name}" for name in self.architecture.frames_with) or "backbone: dit"
+            raise ValueError(
+                f"latent_frames is {self.latent_frames}, but backbone {self.backbone} with positions {self.positions} "
+                f"takes still images alone (latent_frames 1); frames need {remedy}"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")
         axes, head = self.head_axes, self.width // self.num_heads
@@ -276,8 +284,18 @@ class ModelConfig(Section):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the square of `latent_size`; images of other sizes have others."""
-        return (self.latent_size // self.patch_size) ** 2
+        """Tokens of all frames of the square of `latent_size`; images of other sizes have others."""
+        return self.latent_frames * (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def takes_frames(self) -> bool:
+        """Whether the network tells frames apart, so that latents may have a time axis."""
+        return self.positions in self.architecture.frames_with
+
+    def shape_of_latent(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Return (C, H, W), or (C, T, H, W) where the model has frames; `size` (H, W): by default the square."""
+        frames = (self.latent_frames,) if self.latent_frames > 1 else ()
+        return (self.latent_channels, *frames, *(size or (self.latent_size, self.latent_size)))
 
     @property
     def total_experts(self) -> int:

@@ -134,7 +134,7 @@ def _router_similarity(records: Sequence[Routing], config: LossConfig) -> Tensor
 def _layer_predictions(records: Sequence[Routing], v_target: Tensor, patch_size: int) -> Tensor:
     """Expert Race's per-layer regularisation (arXiv 2503.16057, section 6): flow loss of each layer's own head. 0-d.
 
-    v_target (B, C, H, W); the mean over MoE layers.
+    v_target (B, C, [T,] H, W); the mean over MoE layers.
     """
     predictions = [record.prediction for record in records if record.prediction is not None]
     target = patchify(v_target, patch_size)

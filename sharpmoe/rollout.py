@@ -18,7 +18,7 @@ from sharpmoe.moe.routing import CallMode, Routing
 
 
 class TrajectoryBatch(NamedTuple):
-    """One micro-batch of trajectories with all randomness drawn."""
+    """One micro-batch of trajectories with all randomness drawn. Latents with frames are (B, C, T, H, W)."""
 
     x0: Tensor  # (B, C, H, W) clean latents
     x1: Tensor  # (B, C, H, W) noise, or (T, B, C, H, W) where it is drawn anew at each step

@@ -6,6 +6,7 @@ the loop. One sampler is one short function over a `Field`; only `make_field` kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +44,7 @@ class Denoiser(Protocol):
         x0_prev: Tensor | None = None,
         mode: CallMode = CallMode(),
     ) -> ModelOutput:
-        """Predict the velocity of x_t (B, C, H, W) at t (B,)."""
+        """Predict the velocity of x_t (B, C, [T,] H, W) at t (B,)."""
         ...
 
 
@@ -57,7 +58,10 @@ class _Evaluation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingStep:
-    """What a sampler knows in one step, for a callback. The tensors are the sampler's own: read them, or copy."""
+    """What a sampler knows in one step, for a callback. The tensors are the sampler's own: read them, or copy.
+
+    Latents of a model with frames are (B, C, T, H, W).
+    """
 
     step: int  # from 0
     steps: int  # how many there are
@@ -214,11 +218,11 @@ def _guided(cond: Tensor, other: Tensor, t: Tensor, settings: CfgSettings) -> Te
 
 
 def _with_norm_of(cond: Tensor, v: Tensor, patch: int) -> Tensor:
-    """Rescale v (B, C, H, W) so that each token, a patch of all channels, has the norm that it has in cond."""
-    squares = torch.stack([cond, v]).square().sum(2)  # (2, B, H, W)
-    wanted, found = functional.avg_pool2d(squares, patch)
+    """Rescale v (B, C, [T,] H, W) so that each token, a patch of all channels, has the norm that it has in cond."""
+    squares = torch.stack([cond, v]).square().sum(2)  # (2, B, [T,] H, W)
+    wanted, found = functional.avg_pool2d(squares.flatten(1, -3), patch)
     scale = (wanted / found.clamp_min(torch.finfo(found.dtype).tiny)).sqrt()
-    return v * scale.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+    return v * scale.repeat_interleave(patch, 1).repeat_interleave(patch, 2).view_as(squares[0])[:, None]
 
 
 # (step from 0, x_t, x0_prev that was read, what it gave) after the evaluation at x_t
@@ -316,11 +320,12 @@ def generate(
 ) -> Tensor:
     """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
 
-    `size` (H, W) of the latents: the square of the configured size by default, else multiples of the patch.
+    `size` (H, W) of the latents: the square of the configured size by default, else multiples of the patch. A model
+    with frames draws latents (B, C, T, H, W), with T = config.latent_frames.
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
     pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
     a pool of its own. The times of the steps are shifted by `sample.shift` for the tokens of `size`.
-    `noise` (B, C, H, W), a row per image, replaces that of the seed.
+    `noise`, of the shape of the latents, replaces that of the seed.
     `weak`: guidance away from this model (autoguidance) in place of the empty condition; it takes the same latents and
     conditions. Models must be whole and in eval mode. `callback` is called once per step and batch of images, after the
     model call at x_t; what it raises ends the sampling. `saliency`: what the saliency routers read, the model's own
@@ -330,9 +335,8 @@ def generate(
     settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image, has_weak=weak is not None)
     is_on = settings.saliency_router and saliency != "off"
     settings = replace(settings, saliency_router=is_on, is_swapped=saliency == "swapped")
-    height, width = size or (config.latent_size, config.latent_size)
-    shape = (config.latent_channels, height, width)
-    tokens = height // config.patch_size * (width // config.patch_size)
+    shape = config.shape_of_latent(size)
+    tokens = math.prod(shape[1:]) // config.patch_size**2
     times = flow.sampling_times(sample.num_steps, flow.shift_factor(sample.shift, tokens))
     is_guided = settings.cfg_scale != 1
     other = _weak_model(weak, config) if weak is not None and is_guided else None
@@ -358,9 +362,8 @@ def generate(
 
 def _weak_model(weak: Backbone, config: ModelConfig) -> WeakModel:
     """Return the weak model of guidance. Raises ConfigError where it does not take what the model takes."""
-    text = ("text_width", "pooled_width")
-    fields = ("latent_channels", "conditioning", *(text if config.conditioning == "text" else ("num_classes",)))
-    for name in fields:
+    reads = ("text_width", "pooled_width") if config.conditioning == "text" else ("num_classes",)
+    for name in ("latent_channels", "latent_frames", "conditioning", *reads):
         wanted, found = getattr(config, name), getattr(weak.config, name)
         if found != wanted:
             raise ConfigError(

@@ -21,6 +21,9 @@ BUCKETS = {
     "32x8": Bucket((32, 8), (2, 8, 2), (4, 1), 0),
     "8x32": Bucket((8, 32), (2, 2, 8), (1, 4), 0),
     "24x16": Bucket((24, 16), (2, 6, 4), (3, 2), 0),  # more tokens than the others
+    "3x16x16": Bucket((16, 16), (2, 3, 4, 4), (3, 2, 2), 0),  # three frames
+    "3x8x32": Bucket((8, 32), (2, 3, 2, 8), (3, 1, 4), 0),
+    "4x16x16": Bucket((16, 16), (2, 4, 4, 4), (4, 2, 2), 0),
 }
 Files = dict[str, bytes]
 
@@ -124,8 +127,8 @@ def make_index(shards: Sequence[Shard], files: Mapping[str, str]) -> Index:
 
 def sample(number: int, bucket: Bucket, options: Options = PLAIN) -> dict[str, bytes]:
     """Members of a sample whose every value tells which one it is."""
-    ramp = np.arange(bucket.grid[0] * bucket.grid[1], dtype=np.float32) / 8
-    latent = np.broadcast_to(np.arange(bucket.latent[2]), bucket.latent).astype(np.float16) + number % 64
+    ramp = np.arange(bucket.tokens, dtype=np.float32) / 8
+    latent = np.broadcast_to(np.arange(bucket.latent[-1]), bucket.latent).astype(np.float16) + number % 64
     arrays = {
         "latent": latent,
         "text": np.full((1 + number % TEXT_LENGTH, TEXT_WIDTH), number % 64, dtype=np.float16),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.index import Bucket
+from data_pipeline.index import Bucket, bucket_name
 from data_pipeline.schema import Batch
 from sharpmoe.config import ModelConfig
 from sharpmoe.model.backbone import Backbone
@@ -37,14 +37,15 @@ def toy_model(router: str = "diffmoe", **fields: object) -> Backbone:
 class ToySamples:
     """Held-out samples drawn from their index; every fifth has no foreground mask.
 
-    `sizes` of latents: as many samples of each, one size after the other.
+    `sizes` of latents, (H, W) or (T, H, W): as many samples of each, one size after the other.
     """
 
-    def __init__(self, num_samples: int = 11, sizes: Sequence[tuple[int, int]] = ((8, 8),)) -> None:
+    def __init__(self, num_samples: int = 11, sizes: Sequence[tuple[int, ...]] = ((8, 8),)) -> None:
         self.num_samples, self._each = num_samples, -(-num_samples // len(sizes))
-        self.buckets = {
-            f"{8 * h}x{8 * w}": Bucket((8 * h, 8 * w), (4, h, w), (h // 2, w // 2), self._each) for h, w in sizes
-        }
+        self.buckets = {}
+        for *frames, h, w in sizes:
+            bucket = Bucket((8 * h, 8 * w), (4, *frames, h, w), (*frames, h // 2, w // 2), self._each)
+            self.buckets[bucket_name(bucket.image, bucket.frames)] = bucket
         self.read: list[list[int]] = []  # indices of every batch that was asked for
 
     def batch(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> Batch:
@@ -71,7 +72,7 @@ class ToySamples:
     def _row(self, index: int) -> tuple[Tensor, ...]:
         g = torch.Generator().manual_seed(index)
         shape = self.buckets[self.bucket_of(index)].latent
-        tokens = shape[1] * shape[2] // 4
+        tokens = self.buckets[self.bucket_of(index)].tokens
         foreground = (torch.rand(tokens, generator=g) > 0.5).float()
         return (
             torch.randn(shape, generator=g),

@@ -62,6 +62,7 @@ def _check_alike(first_store: Store, first: Index, store: Store, index: Index) -
     empty = [i.files.get(EMPTY_FILE) for i in (first, index)]
     checks: list[tuple[str, object, object]] = [
         ("patch_size", first.patch_size, index.patch_size),
+        ("frames", first.frames, index.frames),
         (CODEC_FILE, first.files.get(CODEC_FILE), index.files.get(CODEC_FILE)),
         (EMPTY_FILE, empty[0], empty[1]),
     ]

@@ -51,18 +51,20 @@ class Mixture:
     def __init__(self, sources: Sequence[ShardSet], weights: Sequence[float] | None = None) -> None:
         """`weights`: relative frequencies of the sources; by default their sizes.
 
-        Raises DataError where the sources were made with another codec, text encoder, saliency or patch size.
+        Raises DataError where the sources were made with another codec, text encoder, saliency, patch size or number of
+        frames.
         """
         first = sources[0]
         self.sources = tuple(sources)
         for other in sources[1:]:
             other.require(first.codec, first.encoder)
             check_identity("saliency", other.location, found=other.saliency, expected=first.saliency)
-            if other.patch_size != first.patch_size:
-                raise DataError(
-                    f"{other.location}: patch_size is {other.patch_size}, {first.location} has {first.patch_size}; "
-                    "prepare both alike"
-                )
+            for name in ("patch_size", "frames"):
+                here, there = getattr(other, name), getattr(first, name)
+                if here != there:
+                    raise DataError(
+                        f"{other.location}: {name} is {here}, {first.location} has {there}; prepare both alike"
+                    )
         self.num_samples = sum(source.num_samples for source in sources)
         self.text_length = max(source.text_length for source in sources)
         self.text_width, self.pooled_width, self.patch_size = first.text_width, first.pooled_width, first.patch_size

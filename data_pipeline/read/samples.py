@@ -38,8 +38,8 @@ _NO_POOLED = np.zeros(0, np.float32)
 class Spec(NamedTuple):
     """The shapes of every sample of one bucket."""
 
-    latent: tuple[int, int, int]  # (C, h, w)
-    grid: tuple[int, int]  # tokens (h, w)
+    latent: tuple[int, ...]  # (C, h, w), or of frames (C, T, h, w)
+    grid: tuple[int, ...]  # tokens (h, w), or (T, h, w)
     text_length: int  # at most
     text_width: int
     pooled_width: int
@@ -59,7 +59,7 @@ class Sample:
     key: str
     caption: str
     label: int  # -1 where the sample has no class
-    latent: np.ndarray  # (C, h, w)
+    latent: np.ndarray  # (C, [T,] h, w)
     text: np.ndarray  # (L_i, D), floats or the bits of bfloat16 (`members.BFLOAT16_BITS`)
     pooled: np.ndarray  # (D_pooled,); D_pooled is 0 where the encoder does not pool
     saliency: np.ndarray  # (N,)
@@ -271,6 +271,5 @@ def _text(records: _Records, name: str, spec: Spec) -> np.ndarray:
 
 def _map(records: _Records, name: str, spec: Spec, flipped: bool) -> np.ndarray:
     """Return a map on the token grid, row-major, mirrored with the image."""
-    height, width = spec.grid
-    values = records.array(f"{name}.npy", (height * width,))
-    return values.reshape(spec.grid)[:, ::-1].reshape(-1) if flipped else values
+    values = records.array(f"{name}.npy", (math.prod(spec.grid),))
+    return values.reshape(spec.grid)[..., ::-1].reshape(-1) if flipped else values

@@ -67,8 +67,9 @@ class ShardSet:
     buckets: dict[str, Bucket]  # those of which the split has samples, in the order of the indices
     bucket_shards: dict[str, tuple[int, ...]]  # samples of every shard of every bucket, in the order of the indices
     main_bucket: str  # the square one or, without one, the largest
-    latent_shape: tuple[int, int, int]  # (C, h, w) of the main bucket
-    grid: tuple[int, int]  # tokens (h, w) of the main bucket
+    latent_shape: tuple[int, ...]  # (C, h, w) of the main bucket, or (C, T, h, w)
+    grid: tuple[int, ...]  # tokens (h, w) of the main bucket, or (T, h, w)
+    frames: int  # of every sample; 1 for still images
     image_size: int  # pixels: side of the square with the area of the main bucket's images
     text_length: int  # L: tokens to which every text is padded
     text_width: int
@@ -111,7 +112,7 @@ class ShardSet:
         square = [name for name, bucket in self.buckets.items() if bucket.image[0] == bucket.image[1]]
         self.main_bucket = max(square or sizes, key=lambda name: sum(sizes[name]))
         main = self.buckets[self.main_bucket]
-        self.latent_shape, self.grid = main.latent, main.grid
+        self.latent_shape, self.grid, self.frames = main.latent, main.grid, main.frames
         self.image_size = math.isqrt(main.image[0] * main.image[1])
         widths = self.text_length, self.text_width, self.pooled_width
         self._specs = {name: Spec(bucket.latent, bucket.grid, *widths) for name, bucket in self.buckets.items()}

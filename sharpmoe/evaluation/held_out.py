@@ -235,7 +235,7 @@ def _loads(steps: Sequence[StepOutput]) -> Tensor:
 def _flow_of_tokens(item: TrajectoryBatch, steps: Sequence[StepOutput], patch_size: int) -> Tensor:
     """Return the flow loss of every token (B, T, N) float32; its mean over the tokens is that of the image."""
     errors = [(step.x0_hat.float() - item.x0).square().mean(1, keepdim=True) for step in steps]
-    pooled = [functional.avg_pool2d(error, patch_size).flatten(1) for error in errors]
+    pooled = [functional.avg_pool2d(error.flatten(1, -3), patch_size).flatten(1) for error in errors]
     return torch.stack(pooled, 1) / item.times.T.square().unsqueeze(-1)
 
 

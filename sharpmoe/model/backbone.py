@@ -48,7 +48,7 @@ Prepared = tuple[Any, ...]
 class ModelOutput(NamedTuple):
     """What one denoising call returns."""
 
-    v: Tensor  # (B, C, H, W) predicted velocity, float32 or better
+    v: Tensor  # (B, C, [T,] H, W) predicted velocity, float32 or better
     routing: tuple[Routing, ...]  # one per MoE layer, in depth order; empty for a dense model
 
 
@@ -73,9 +73,10 @@ class Backbone(nn.Module, ABC):
         """Predict the velocity at x_t (B, C, H, W), t (B,) in [0, 1], 0 = data.
 
         x_t need not have the configured size: H and W are multiples of the patch, else ValueError, and all that counts
-        tokens (capacities, positions, records) follows its grid.
+        tokens (capacities, positions, records) follows its grid. Where `config.takes_frames`, x_t may be
+        (B, C, T, H, W), of any number of frames: tokens are those of all frames, and attend to all.
         condition: what the model is conditioned on, or what `prepare` returned for it; a bare tensor (B,) is read as
-        class labels; TypeError if it is of a kind that the model does not use. x0_prev (B, C, H, W): clean latent
+        class labels; TypeError if it is of a kind that the model does not use. x0_prev, of x_t's shape: clean latent
         predicted by the previous step, detached here; the saliency routers read it, and None gives the base routing.
         Communicates only if dispatchers or pools of its MoE layers do.
         """

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.flow import ddpm_input, ddpm_velocity
-from sharpmoe.latent_patches import unpatchify
+from sharpmoe.latent_patches import Grid, unpatchify
 from sharpmoe.model.adaln import add_gated, modulate
 from sharpmoe.model.backbone import (
     Backbone,
@@ -29,6 +29,7 @@ from sharpmoe.model.embed import (
     PatchEmbed,
     TextEmbed,
     TimeEmbed,
+    add_frame_positions,
     attention_bias,
     rotary_positions,
     rotate,
@@ -123,7 +124,7 @@ class DiT(Backbone):
     def _network(
         self, x_t: Tensor, t: Tensor, prepared: "_Prepared", x0_prev: Tensor | None, mode: CallMode
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """What the network itself predicts (B, C, H, W) float32 or better, and the routing records."""
+        """What the network itself predicts (B, C, [T,] H, W) float32 or better, and the routing records."""
         grid = self._grid(x_t)
         positions = self._positions(grid)
         tokens = self._embed(x_t, positions)
@@ -141,22 +142,27 @@ class DiT(Backbone):
                 records.append(routing)
         return self._latent(self.final_layer(tokens, c), grid), tuple(records)
 
-    def _grid(self, latent: Tensor) -> tuple[int, int]:
-        """Tokens (h, w) of a latent."""
-        patch, (channels, height, width) = self.config.patch_size, latent.shape[1:]
-        if channels != self.config.latent_channels or height % patch or width % patch or not height * width:
+    def _grid(self, latent: Tensor) -> Grid:
+        """Tokens (h, w), or (T, h, w), of a latent."""
+        patch, (channels, *frames, height, width) = self.config.patch_size, latent.shape[1:]
+        fits = channels == self.config.latent_channels and len(frames) <= int(self.config.takes_frames)
+        if not fits or height % patch or width % patch or 0 in latent.shape[1:]:
+            axes = "(C, H, W) or (C, T, H, W)" if self.config.takes_frames else "(C, H, W)"
             raise ValueError(
-                f"latent {(channels, height, width)}: expected {self.config.latent_channels} channels and sides that "
-                f"are multiples of the patch size {patch}"
+                f"latent {tuple(latent.shape[1:])}: expected {self.config.latent_channels} channels and sides that are "
+                f"multiples of the patch size {patch}, as {axes}"
             )
-        return height // patch, width // patch
+        return (*frames, height // patch, width // patch)
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
-        """Positions (1, h w, D) that are added to tokens, where the family adds them."""
-        side = self.config.latent_size // self.config.patch_size
-        if self.pos_embed is None or grid == (side, side):
-            return self.pos_embed
-        return sincos_positions(self.config.width, grid, side, self.pos_embed.device)
+    def _positions(self, grid: Grid) -> Tensor | None:
+        """Positions (1, N, D) that are added to tokens, where the family adds them."""
+        if self.pos_embed is None:
+            return None
+        *frames, height, width = grid
+        side, positions = self.config.latent_size // self.config.patch_size, self.pos_embed
+        if (height, width) != (side, side):
+            positions = sincos_positions(self.config.width, (height, width), side, positions.device)
+        return add_frame_positions(positions, frames[0]) if frames else positions
 
     def _embed(self, latent: Tensor, positions: Tensor | None) -> Tensor:
         tokens: Tensor = self.x_embedder(latent.to(self.x_embedder.proj.weight.dtype))
@@ -178,14 +184,15 @@ class DiT(Backbone):
             unconditional = condition.labels == (self.config.num_classes if label is None else label)
         return _Prepared(self.y_embedder(condition.labels), None, unconditional)
 
-    def _rotary(self, device: torch.device, grid: tuple[int, int]) -> Tensor | None:
+    def _rotary(self, device: torch.device, grid: Grid) -> Tensor | None:
         """Rotary positions where the family has them; computed at each call, because a buffer would be saved."""
         config = self.config
         if config.positions == "sincos":
             return None
-        return rotary_positions(config.width // config.num_heads, grid, config.positions, device)
+        height, width = grid
+        return rotary_positions(config.width // config.num_heads, (height, width), config.positions, device)
 
-    def _latent(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _latent(self, tokens: Tensor, grid: Grid) -> Tensor:
         out_channels = tokens.shape[-1] // self.config.patch_size**2
         raw = unpatchify(tokens, self.config.patch_size, out_channels, grid)
         return at_least_float32(raw[:, : self.config.latent_channels])  # learn_sigma: the rest is not used

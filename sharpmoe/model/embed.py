@@ -22,7 +22,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(channels * patch_size**2, width)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Map a latent (B, C, H, W) to tokens (B, N, D)."""
+        """Map a latent (B, C, [T,] H, W) to tokens (B, N, D)."""
         return self.proj(patchify(latent, self.patch_size))
 
 
@@ -42,6 +42,20 @@ def sincos_positions(width: int, grid: tuple[int, int], side: int, device: torch
     along_x = axes[1][None, :].expand(*grid, -1)
     along_y = axes[0][:, None].expand(*grid, -1)
     return torch.cat([along_x, along_y], dim=-1).reshape(1, grid[0] * grid[1], width).float()
+
+
+def add_frame_positions(spatial: Tensor, frames: int) -> Tensor:
+    """Return fixed positions (1, T h w, D) of `frames` frames from those of one, `sincos_positions` (1, h w, D).
+
+    To every position of frame f is added (sin f w_i, cos f w_i - 1), i < D / 2: zero at the first frame, so that a
+    latent of one frame has exactly the positions of a still one. Frames count from the first, and more frames than a
+    model has seen go on in the same way (they are extrapolated).
+    """
+    width, device = spatial.shape[-1], spatial.device
+    omega = 10000 ** -(torch.arange(width // 2, dtype=torch.float64, device=device) / (width / 2))
+    angle = torch.arange(frames, dtype=torch.float64, device=device)[:, None] * omega  # (T, D / 2)
+    moved = torch.cat([angle.sin(), angle.cos() - 1], dim=1).float()
+    return (spatial[:, None] + moved[None, :, None]).flatten(1, 2)
 
 
 def rotary_positions(head_width: int, grid: tuple[int, int], kind: str, device: torch.device) -> Tensor:

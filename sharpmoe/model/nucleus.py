@@ -108,11 +108,11 @@ class Nucleus(Backbone):
 
     def _grid(self, latent: Tensor) -> tuple[int, int]:
         """Tokens (h, w) of a latent."""
-        patch, (channels, height, width) = self.config.patch_size, latent.shape[1:]
-        if channels != self.config.latent_channels or height % patch or width % patch or not height * width:
+        patch, (channels, *frames, height, width) = self.config.patch_size, latent.shape[1:]
+        if frames or channels != self.config.latent_channels or height % patch or width % patch or not height * width:
             raise ValueError(
-                f"latent {(channels, height, width)}: expected {self.config.latent_channels} channels and sides that "
-                f"are multiples of the patch size {patch}"
+                f"latent {tuple(latent.shape[1:])}: expected {self.config.latent_channels} channels and sides that are "
+                f"multiples of the patch size {patch}, as (C, H, W)"
             )
         return height // patch, width // patch
 

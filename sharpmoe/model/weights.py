@@ -275,6 +275,7 @@ class StartingWeights:
         self.config, self.seed, self.path = config, seed, path
         self._source = None if path is None else _open_weights(path, config)
         self.meta = {} if self._source is None else dict(self._source.meta)
+        self.latent_frames = None if self._source is None else self._source.config.latent_frames  # of the file
 
     def __call__(self, name: str, shape: Sequence[int], experts: range | None = None) -> Tensor:
         """Return one parameter or buffer, float32 on the host; of stacked experts (E, ...) only those in `experts`.
@@ -309,10 +310,10 @@ def check_architecture(found: ModelConfig, expected: ModelConfig, where: str, ma
     """Raise CheckpointError on the first field in which the architecture of `where` differs from the run's.
 
     may_attach: the run may add saliency routers that the weights lack, or leave theirs out; not on resuming a run,
-    whose optimizer state covers every parameter.
+    whose optimizer state covers every parameter. It may also have another number of frames, on which no tensor depends.
     """
     free = {"preset", "capacity_selection", *expected.architecture.ignores}
-    free |= {"saliency_router"} if may_attach else set()
+    free |= {"saliency_router", "latent_frames"} if may_attach else set()
     if found.capacities is not None or expected.capacities is not None:  # each block has its own
         free.add("capacity")
     resolved = {  # None stands for a computed one

@@ -83,7 +83,7 @@ def model_card(
         name=folder.resolve().name,
         title=config.title,
         parameters=f"{counts[0] / 1e6:.3f} million parameters, {counts[1] / 1e6:.3f} million active per token",
-        latents=f"{config.latent_channels} x {config.latent_size} x {config.latent_size}",
+        latents=" x ".join(map(str, config.shape_of_latent())),
         router=f"Router family `{config.router}`, {'with' if config.saliency_router else 'without'} saliency routers.",
         prompt='"a red apple"' if is_text else "0",
         needs=_needs(codec, encoder if is_text else None),

@@ -218,7 +218,7 @@ def _seconds_per_image(model: Backbone, run: RunConfig, device: str, graph: bool
     On the CPU that of this process alone, so that other work on the machine does not count.
     """
     config, now = run.model, time.process_time if torch.device(device).type == "cpu" else time.perf_counter
-    x = torch.randn(_TIMED, config.latent_channels, config.latent_size, config.latent_size, device=device)
+    x = torch.randn(_TIMED, *config.shape_of_latent(), device=device)
     if config.conditioning == "class":
         condition: ClassCondition | TextCondition = ClassCondition(torch.zeros(_TIMED, dtype=torch.long, device=device))
     else:

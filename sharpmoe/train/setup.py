@@ -244,7 +244,7 @@ def initial_model(plan: RunPlan) -> InitialModel:
     if plan.saved is not None and adapters is not None:
         _check_same_base(plan.saved, weights, model, adapters, plan.run)
     is_base = init is not None and plan.saved is None
-    notes = _origin_notes(weights.meta, plan.data.train, plan.run) if is_base else ()
+    notes = (*_origin_notes(weights.meta, plan.data.train, plan.run), *_frames_note(weights)) if is_base else ()
     return InitialModel(model=model, weights=weights, notes=notes, adapters=adapters)
 
 
@@ -277,6 +277,18 @@ def _check_same_base(
 def _spread(names: Sequence[str]) -> list[str]:
     """Return a few names, evenly spread."""
     return [*names[:: max(1, len(names) // _FEW)]]
+
+
+def _frames_note(weights: StartingWeights) -> tuple[str, ...]:
+    """Say that a base has seen another number of frames: no tensor depends on it, so it may start the run."""
+    there, here = weights.latent_frames, weights.config.latent_frames
+    if there is None or there == here:
+        return ()
+    base = "still images" if there == 1 else f"{there} frames"
+    return (
+        f"{weights.path}: trained on {base}, the run has {here} frames (model.latent_frames): its tensors are taken as "
+        "they are, and it has to learn what the other frames are",
+    )
 
 
 def _origin_notes(meta: Mapping[str, str], data: Mixture, run: RunConfig) -> tuple[str, ...]:

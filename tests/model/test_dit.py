@@ -9,6 +9,7 @@ from sharpmoe.model.backbone import ClassCondition, TextCondition
 from sharpmoe.model.dit import DiT
 from sharpmoe.model.embed import rotary_positions, sincos_positions
 from sharpmoe.moe.routing import CallMode
+from tests.toys import toy_config, toy_model
 
 PUBLISHED = {  # millions, as published: class-conditional, 1000 classes, learn_sigma, positions counted
     ("s", "dense", 8): 32.963,
@@ -187,8 +188,51 @@ def test_latents_of_another_aspect_and_as_many_tokens(router: str, positions: st
     assert model.x_embedder.proj.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 8), (4, 8, 13), (4, 0, 8), (3, 8, 8)])
-def test_latents_that_are_no_whole_patches_are_refused(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("router", ROUTERS)
+def test_one_frame_is_a_still_image(router: str) -> None:
+    """Same names and tensors, and the same numbers bit for bit, from models that were made for either."""
+    still, moving = tiny(router).eval(), tiny(router, latent_frames=5).eval()
+    assert still.state_dict().keys() == moving.state_dict().keys()
+    moving.load_state_dict(still.state_dict())
+    x_t, t, condition, x0_prev = inputs(still)
+    expected, found = still(x_t, t, condition, x0_prev), moving(x_t[:, :, None], t, condition, x0_prev[:, :, None])
+    assert torch.equal(found.v[:, :, 0], expected.v)
+    for ours, theirs in zip(found.routing, expected.routing, strict=True):
+        assert torch.equal(ours.routing_map, theirs.routing_map)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_tokens_of_all_frames_attend_and_compete(router: str) -> None:
+    model = tiny(router, latent_frames=3).eval()
+    x_t, t, condition, x0_prev = inputs(model)
+    clip = torch.stack([x_t, x0_prev, x_t + 1], dim=2)
+    output = model(clip, t, condition, clip.flip(2))
+    assert output.v.shape == clip.shape
+    assert all(record.routing_map.shape[1] == 48 for record in output.routing)
+    turned = model(clip.flip(2), t, condition, clip).v
+    assert not torch.allclose(turned.flip(2), output.v)  # it knows when a token is
+    moved = clip.clone()
+    moved[:, :, 2] += 1
+    assert not torch.allclose(model(moved, t, condition, clip.flip(2)).v[:, :, 0], output.v[:, :, 0])
+    loss = model(clip, t, condition, clip, CallMode(recompute=True)).v.square().mean()
+    loss.backward()
+    assert model.x_embedder.proj.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("fields", [{"positions": "rope_2d"}, {"positions": "rope_1d"}, {"backbone": "nucleus"}])
+def test_a_backbone_without_a_part_for_time_refuses_frames(fields: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="latent_frames is 5, but backbone .* takes still images alone"):
+        toy_config(latent_frames=5, **fields)
+    model = toy_model(**fields)
+    still = torch.zeros(1, 4, 8, 8), torch.zeros(1)
+    condition = TextCondition(torch.zeros(1, 3, 6), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 4))
+    model(*still, condition)
+    with pytest.raises(ValueError, match=r"latent \(4, 1, 8, 8\): .* as \(C, H, W\)"):
+        model(still[0][:, :, None], still[1], condition)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 8), (4, 8, 13), (4, 0, 8), (3, 8, 8), (4, 0, 8, 8), (4, 1, 1, 8, 8)])
+def test_latents_that_are_no_whole_patches_are_refused(shape: tuple[int, ...]) -> None:
     model = tiny("ec")
     _, t, condition, _ = inputs(model)
     with pytest.raises(ValueError, match=r"expected 4 channels and sides that are multiples of the patch size 2"):

@@ -1,5 +1,6 @@
 """The analytic count of FLOPs against the operators that really run, as integers."""
 
+import math
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 IMAGES = 3
 SIZES = ((8, 8), (4, 8), (12, 10))  # of latents: that of the configuration, a smaller and a larger one
+FRAMES = (3, 4, 8)
 
 
 def condition(config: ModelConfig) -> Condition:
@@ -53,7 +55,7 @@ def loss_of(output: ModelOutput) -> Tensor:
     return output.v.sum() + sum(value.nan_to_num().sum() for value in values if value is not None)
 
 
-def counted(model: Backbone, uses_x0_prev: bool, size: tuple[int, int] | None = None) -> tuple[ModelOutput, int, int]:
+def counted(model: Backbone, uses_x0_prev: bool, size: tuple[int, ...] | None = None) -> tuple[ModelOutput, int, int]:
     """FLOPs of a forward and of its backward. Attention is plain products: the counter knows no CPU kernel."""
     x = torch.randn(IMAGES, 4, *(size or (model.config.latent_size, model.config.latent_size)))
     inputs = (x, torch.rand(IMAGES), condition(model.config), torch.randn_like(x) if uses_x0_prev else None)
@@ -69,14 +71,14 @@ def counted(model: Backbone, uses_x0_prev: bool, size: tuple[int, int] | None = 
 @pytest.mark.parametrize("uses_x0_prev", [True, False])
 @pytest.mark.parametrize("router", FAMILIES)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_count_is_what_runs(size: tuple[int, int], router: str, uses_x0_prev: bool, training: bool) -> None:
+def test_the_count_is_what_runs(size: tuple[int, ...], router: str, uses_x0_prev: bool, training: bool) -> None:
     model = toy_model(router, **FAMILIES[router]).train(training)
     output, forward, backward = counted(model, uses_x0_prev, size)
     rows = sum(int(record.routing_map.sum()) for record in output.routing)
     text_tokens = TEXT_LENGTH if model.config.conditioning == "text" else 0
     call = Call(
         images=IMAGES,
-        tokens=size[0] * size[1] // model.config.patch_size**2,
+        tokens=math.prod(size) // model.config.patch_size**2,
         rows=rows,
         text_tokens=text_tokens,
         uses_x0_prev=uses_x0_prev,
@@ -85,6 +87,11 @@ def test_the_count_is_what_runs(size: tuple[int, int], router: str, uses_x0_prev
     done = products(model.config, call)
     assert forward_flops(done).total == forward
     assert backward_flops(done).total == backward
+
+
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "promoe_ec", "race"])
+def test_the_count_of_frames_is_what_runs(router: str) -> None:
+    test_the_count_is_what_runs(FRAMES, router, uses_x0_prev=True, training=True)
 
 
 TARGETS = {"usual": (), "blocks": ("attn", "cross_attn", "blocks.*.mlp", "shared", "modulation"), "all": ("*",)}

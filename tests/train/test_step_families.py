@@ -215,7 +215,7 @@ def mixed_run(name: str, schedule: str, latent_size: int = 8) -> RunConfig:
     return run.model_copy(update={"model": run.model.model_copy(update=sizes)})
 
 
-def mixed_items(run: RunConfig, sizes: Sequence[tuple[int, int]]) -> tuple[TrajectoryBatch, ...]:
+def mixed_items(run: RunConfig, sizes: Sequence[tuple[int, ...]]) -> tuple[TrajectoryBatch, ...]:
     """One micro-batch of four images per size."""
     empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
     samples, items = ToySamples(4 * len(sizes), sizes), []
@@ -244,14 +244,32 @@ def gradients_of(run: RunConfig, model: Backbone, items: Sequence[TrajectoryBatc
 @pytest.mark.parametrize("schedule", ["plain", "two_pass"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_resolutions_of_unequal_token_counts_train_as_each_does_alone(name: str, schedule: str) -> None:
+    assert_train_as_each_alone(name, schedule, SIZES)
+
+
+def assert_train_as_each_alone(name: str, schedule: str, sizes: Sequence[tuple[int, ...]]) -> None:
     """The gradient of a step on all of them is the mean of those of plain steps on one, by models that saw no other."""
     run, plain = (mixed_run(name, how) for how in (schedule, "plain"))
-    items = mixed_items(run, SIZES)
+    items = mixed_items(run, sizes)
     together = gradients_of(run, mixed_model(run), items)
     alone = [gradients_of(plain, mixed_model(plain), [item]) for item in items]
     for key, gradient in together.items():
         mean = sum(found[key] for found in alone if key in found) / len(items)
         torch.testing.assert_close(gradient, mean, rtol=1e-9, atol=1e-11)
+
+
+FRAMES = ((2, 8, 8), (3, 4, 8), (10, 12))  # 32, 24 and 30 tokens; the last is of still images
+OF_FRAMES = [name for name in FAMILIES if mixed_run(name, "plain").model.takes_frames]
+
+
+def test_the_families_with_a_part_for_time_are_those_of_sincos_positions() -> None:
+    assert {*FAMILIES} - {*OF_FRAMES} == {"dsmoe", "nucleus"}
+
+
+@pytest.mark.parametrize("schedule", ["plain", "checkpoint", "two_pass"])
+@pytest.mark.parametrize("name", ["tc", "ec", "diffmoe", "promoe_ec", "race"])
+def test_clips_train_as_each_does_alone_under_every_schedule(name: str, schedule: str) -> None:
+    assert_train_as_each_alone(name, schedule, FRAMES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

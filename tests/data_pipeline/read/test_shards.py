@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.index import sealed
 from data_pipeline.prepare.write import prepare_shards
+from data_pipeline.read.mixture import Mixture
 from data_pipeline.read.samples import Draw, Sample
 from data_pipeline.read.shards import ShardSet, SplitPart
 from data_pipeline.sources.images import load_picture
@@ -170,6 +171,34 @@ def test_buckets_follow_one_another() -> None:
     assert shards.batch(range(5, 9)).latent.shape == (4, 2, 8, 2)
     with pytest.raises(ValueError, match="different buckets"):
         shards.batch([0, 5])
+
+
+def test_frames_are_an_axis_of_latents_and_maps() -> None:
+    shards = open_files(write([("3x16x16", 3), ("3x8x32", 2)], Options(spread=True, flip=True)))
+    assert (shards.frames, shards.latent_shape, shards.grid) == (3, (2, 3, 4, 4), (3, 2, 2))
+    batch = shards.batch(range(3))
+    assert batch.latent.shape == (3, 2, 3, 4, 4)
+    assert batch.saliency.shape == (3, 12)
+    drawn = {bool(sample.saliency[0]): sample for sample in (shards.load(3, Draw(0, at)) for at in range(20))}
+    assert {*drawn} == {False, True}  # as it is, and mirrored
+    ramp = np.arange(12, dtype=np.float32) / 8
+    assert np.array_equal(drawn[False].saliency, ramp)
+    assert np.array_equal(drawn[True].saliency.reshape(3, 1, 4), ramp.reshape(3, 1, 4)[..., ::-1])
+    assert drawn[True].latent[0, 0, 0, 0] > drawn[True].latent[0, 0, 0, -1]
+
+
+def test_a_folder_has_one_number_of_frames() -> None:
+    with pytest.raises(DataError, match="buckets of different numbers of frames"):
+        open_files(write([("3x16x16", 3), ("16x16", 2)]))
+    clips, others, still = (
+        open_files(write([(bucket, 2)], prefix=bucket), f"place{bucket}") for bucket in ("3x16x16", "4x16x16", "16x16")
+    )
+    for other in (others, still):
+        with pytest.raises(
+            DataError, match=rf"{other.location}: frames is {other.frames}, place3x16x16 has 3; prepare"
+        ):
+            Mixture([clips, other])
+    assert Mixture([clips, clips]).buckets["3x16x16"].tokens == 12
 
 
 def test_prepared_buckets(tmp_path: Path) -> None:
