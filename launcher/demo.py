@@ -11,22 +11,24 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.read.shards import ShardSet
 from launcher.bounds import Whole
 from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
-from sharpmoe.config import DataConfig, SampleConfig
+from sharpmoe.config import SampleConfig
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.demo import DemoModel, serve_page
 from sharpmoe.report.runs import find_saved_model
-from sharpmoe.report.samples import check_shards
+from sharpmoe.report.samples import open_coders
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="run folder, checkpoint folder or .safetensors file")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
-    add("--shards", help="prepared shards, for codec and text encoder (default: those of the run)")
+    add(
+        "--shards",
+        help="prepared shards, for codec and text encoder (default: those of the run, else what the weights name)",
+    )
     add("--port", type=Whole(1, 65535), help="port on this machine (default: the first free one from 7860)")
     add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
 
@@ -37,10 +39,8 @@ def _act(arguments: argparse.Namespace) -> None:
 
 def _opened(arguments: argparse.Namespace) -> DemoModel:
     saved = find_saved_model(arguments.model, arguments.weights)
-    data = saved.run.data if saved.run else DataConfig()
-    shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
-    model, _ = load_model(saved.weights)
-    check_shards(model, shards)
+    model, header = load_model(saved.weights)
+    shards = open_coders(saved, model, header, arguments.shards)
     settings = saved.run.sample if saved.run else SampleConfig()
     return DemoModel(model=model.to(arguments.device), shards=shards, settings=settings, name=saved.name)
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.encode.like import OriginCoders
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, POSITIVE_REAL, SEED, SHARE
 from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe import sampling
-from sharpmoe.config import DataConfig, SampleConfig
+from sharpmoe.config import SampleConfig
 from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
@@ -35,10 +36,10 @@ from sharpmoe.report.samples import (
     DrawOptions,
     Prompts,
     Size,
-    check_shards,
     check_weak_origin,
     draw_to_files,
     encode_prompts,
+    open_coders,
     override_sampling,
     parse_part,
     pixels_per_latent,
@@ -61,7 +62,7 @@ class _Call:
     arguments: argparse.Namespace
     settings: SampleConfig
     model: Backbone
-    shards: ShardSet
+    shards: ShardSet | OriginCoders
     saved: SavedModel
     weak: _Named | None
 
@@ -100,7 +101,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--join", type=POSITIVE, metavar="N", help="join the N parts of --npz that were drawn, and draw nothing")
     add("--num", type=POSITIVE, default=50_000, help="images of --npz")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
-    add("--shards", help="prepared shards, for codec and text encoder (default: those of the run)")
+    add(
+        "--shards",
+        help="prepared shards, for codec and text encoder (default: those of the run, else what the weights name)",
+    )
     add("--width", type=POSITIVE, help="pixels (default: the square of the model; any multiple of a token's pixels)")
     add("--height", type=POSITIVE, help="pixels, as --width")
     add("--steps", type=POSITIVE, help="sampling steps (default: sample.num_steps of the run)")
@@ -140,11 +144,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _act(arguments: argparse.Namespace) -> None:
     saved = find_saved_model(arguments.model, arguments.weights)
     settings = override_sampling(saved.run.sample if saved.run else SampleConfig(), _overrides(arguments))
-    data = saved.run.data if saved.run else DataConfig()
-    shards = ShardSet.open(arguments.shards or data.first_place, data.train_split, data.remote.options())
     model, header = load_model(saved.weights)
+    shards = open_coders(saved, model, header, arguments.shards)
     model = model.to(arguments.device)
-    check_shards(model, shards)
     weak = _weak_model(arguments, header)
     if arguments.compile:
         compile_blocks(model, print_note)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.encode.like import OriginCoders
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
@@ -30,7 +31,7 @@ class DemoModel:
     """What the page draws with."""
 
     model: Backbone  # on its device
-    shards: ShardSet  # its text encoder and codec
+    shards: ShardSet | OriginCoders  # its text encoder and codec
     settings: SampleConfig  # where the page says nothing else
     name: str
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data_pipeline.encode.like import OriginCoders
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
@@ -27,11 +28,16 @@ from sharpmoe.evaluation.prompt_sets import (
 )
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import save_png, to_pixels
-from sharpmoe.report.samples import DrawOptions, Prompts, draw_images, encode_prompts
+from sharpmoe.report.samples import DrawOptions, Prompts, TextSource, draw_images, encode_prompts
 
 
 def draw_prompt_folder(
-    model: Backbone, shards: ShardSet, prompts: PromptSet, settings: SampleConfig, folder: Path, options: DrawOptions
+    model: Backbone,
+    shards: ShardSet | OriginCoders,
+    prompts: PromptSet,
+    settings: SampleConfig,
+    folder: Path,
+    options: DrawOptions,
 ) -> Path:
     """Draw every picture of `options.part` that is not on the disk yet, a batch at a time; return the folder.
 
@@ -86,7 +92,7 @@ def part_of_rank() -> sampling.ImagePart:
 class _Texts:
     """The text encoder of the shards, loaded once for all batches."""
 
-    def __init__(self, shards: ShardSet) -> None:
+    def __init__(self, shards: TextSource) -> None:
         self._shards = shards
         self._encoder: TextEncoder | None = None
         self._empty: tuple[Tensor, Tensor, Tensor] | None = None

@@ -17,18 +17,20 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.encode.codecs import Codec
-from data_pipeline.encode.like import OriginCoders, is_fitted, keeps_codec, same_fit
+from data_pipeline.encode.like import OriginCoders, is_fitted, keeps_codec, origin_in, same_fit
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.index import MAX_TOKENS
 from data_pipeline.read.shards import ShardSet
 from sharpmoe import sampling
-from sharpmoe.config import ModelConfig, SampleConfig
+from sharpmoe.config import DataConfig, ModelConfig, SampleConfig
 from sharpmoe.config_io import section_error
+from sharpmoe.console import print_note
 from sharpmoe.durable import check_folder
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.held_out import evaluating
 from sharpmoe.model.backbone import Backbone, ClassCondition, TextCondition
 from sharpmoe.report import figures
+from sharpmoe.report.runs import SavedModel
 from sharpmoe.train.shapes import shape_mismatch
 
 
@@ -63,6 +65,30 @@ def check_shards(model: Backbone, shards: ShardSet) -> None:
             f"{shards.location}: made for model.{wrong.key} {wrong.data}, the model has {wrong.model}; name the shards "
             "the model was trained on (--shards)"
         )
+
+
+def open_coders(
+    saved: SavedModel, model: Backbone, header: Mapping[str, str], shards: str | None = None
+) -> ShardSet | OriginCoders:
+    """Return what decodes latents and encodes captions of a model: `shards`, else those of its run, else its weights.
+
+    `header`: of the weights. A file outside a run needs no shards where it keeps its codec, nor does a run whose shards
+    are elsewhere. Raises DataError where there are none, or where they are not for this model.
+    """
+    data, own = saved.run.data if saved.run else DataConfig(), origin_in(header)
+    if shards is None and keeps_codec(own):
+        where = str(saved.weights)
+        if saved.run is None:
+            return OriginCoders(own, where)
+        try:
+            found = ShardSet.open(data.first_place, data.train_split, data.remote.options())
+        except DataError as error:
+            print_note(f"note: {error}; codec and text encoder are those that {where} names")
+            return OriginCoders(own, where)
+    else:
+        found = ShardSet.open(shards or data.first_place, data.train_split, data.remote.options())
+    check_shards(model, found)
+    return found
 
 
 def check_weak_origin(weak: Mapping[str, str], own: Mapping[str, str]) -> None:
@@ -121,12 +147,13 @@ def pixels_per_latent(codec: Codec) -> int:
     raise AssertionError
 
 
-def unknown_size(latents: tuple[int, int], shards: ShardSet) -> str:
+def unknown_size(latents: tuple[int, int], shards: ShardSet | OriginCoders) -> str:
     """Return a note where images of such latents (h, w) are of no size of the shards, else "".
 
-    A model has not seen the positions of tokens beyond the sizes that it was trained on (docs/design/0011).
+    A model has not seen the positions of tokens beyond the sizes that it was trained on (docs/design/0011). Weights
+    do not say which sizes these are.
     """
-    if any(bucket.latent[1:] == latents for bucket in shards.buckets.values()):
+    if isinstance(shards, OriginCoders) or any(bucket.latent[1:] == latents for bucket in shards.buckets.values()):
         return ""
     sizes = ", ".join(shards.buckets)
     return (
@@ -229,7 +256,7 @@ class DrawOptions(NamedTuple):
 
 def draw_to_files(
     model: Backbone,
-    shards: ShardSet,
+    shards: ShardSet | OriginCoders,
     prompts: Prompts,
     settings: SampleConfig,
     folder: Path | str,

@@ -1,14 +1,19 @@
 """Images for captions and labels, from the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
+from data_pipeline.encode.like import origin_header
+from data_pipeline.read.shards import ShardSet
 from launcher.sample import main
-from sharpmoe.model.weights import save_weights
+from sharpmoe.config_io import PROJECT_ROOT
+from sharpmoe.model.weights import read_weights, save_weights
 from sharpmoe.report.page import write_report
 from sharpmoe.report.runs import find_saved_model
 from tests.fixtures_data import make_shards
@@ -234,3 +239,48 @@ def test_a_look_that_cannot_be_drawn_is_one_line(
 ) -> None:
     assert main([str(run_folder), "--captions", "a", "b", "--steps", "1", *words]) == 2
     assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_weights_that_keep_their_codec_need_no_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run_folder(tmp_path / "made")
+    saved = find_saved_model(folder)
+    assert saved.run is not None
+    shards = Path(saved.run.data.first_place)
+    state, config, _ = read_weights(saved.weights)
+    save_weights(saved.weights, state, config, origin_header(ShardSet.open(shards, "train")))  # as a run saves them
+    drawn = ["--captions", "a cat", "--steps", "1", "--out"]
+    assert main([str(folder), *drawn, str(tmp_path / "with")]) == 0
+    shards.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)  # where the default, data/fluent64, is not either
+    assert main([str(folder), *drawn, str(tmp_path / "without")]) == 0
+    shown = capsys.readouterr()
+    assert "no index.json" in shown.err + shown.out
+    assert "codec and text encoder are those that" in shown.err + shown.out
+    own = tmp_path / "copied.safetensors"
+    shutil.copy(saved.weights, own)
+    assert main([str(own), *drawn, str(tmp_path / "file")]) == 0
+    pixels = {}
+    for place in ("with", "without", "file"):
+        with Image.open(tmp_path / place / "000_a-cat.png") as image:
+            pixels[place] = np.asarray(image, dtype=int)
+    assert np.array_equal(pixels["without"], pixels["file"])
+    assert np.abs(pixels["with"] - pixels["file"]).max() <= 1  # shards pad the empty caption, which rounds another way
+    assert main([str(own), *drawn, str(tmp_path / "none"), "--shards", str(shards)]) == 2
+    assert f"{shards}: no index.json" in capsys.readouterr().err
+
+
+SHIPPED = sorted((PROJECT_ROOT / "assets").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_weights_draw_without_anything_else(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with safe_open(path, "pt") as file:
+        model = json.loads(file.metadata()["model"])
+    prompt = ["--captions", "a cat"] if model["conditioning"] == "text" else ["--labels", "3"]
+    assert main([str(path), *prompt, "--steps", "1", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "grid.png").is_file()
