@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from data_pipeline.members import encode_json
 from data_pipeline.safety import check_name
 from sharpmoe.errors import DataError
+from sharpmoe.invocation import spell_command
 
 _SCHEMA_VERSION = 2
 INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
@@ -140,18 +141,18 @@ def parse_index(content: bytes, where: str) -> Index:
 
     Raises DataError, which names `where`, for other schemas and for anything that is not an index.
     """
-    tree = _tree(content, where, "delete it and run launcher/prepare.py again")
+    tree = _tree(content, where, f"delete it and run `{spell_command('prepare')}` again")
     schema = tree.get("schema")
     if schema not in (1, _SCHEMA_VERSION):
         raise DataError(f"{where}: schema {schema!r}, expected {_SCHEMA_VERSION}; prepare the data again")
     if schema == _SCHEMA_VERSION and sealed(tree) != content:
-        raise DataError(f"{where}: damaged, or edited by hand; delete it and run launcher/prepare.py again")
+        raise DataError(f"{where}: damaged, or edited by hand; delete it and run `{spell_command('prepare')}` again")
     return _built(lambda: _index(_upgraded(tree) if schema == 1 else tree), where)
 
 
 def parse_table(content: bytes, where: str) -> ShardTable:
     """Read a shard's table. Raises DataError, which names `where`, for anything else."""
-    tree = _tree(content, where, "delete it and run launcher/prepare.py again as before")
+    tree = _tree(content, where, f"delete it and run `{spell_command('prepare')}` again as before")
     return _built(lambda: _table(tree), where)
 
 

@@ -18,6 +18,7 @@ from launcher.bounds import Real, Whole
 from sharpmoe.config_io import nearest
 from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
+from sharpmoe.invocation import spell_text
 
 OVERRIDES_HELP = (
     "Any key of the run file can be overridden: --section.key VALUE or --section.key=VALUE. Text is taken as it is; "
@@ -96,7 +97,7 @@ class Command:
         """Return a parser with the arguments of this launcher."""
         parser = _Parser(
             prog=name,
-            description=self.text,
+            description=self.text and spell_text(self.text),
             epilog=self.epilog,
             allow_abbrev=not self.overrides,
             formatter_class=_HelpFormatter,

@@ -9,6 +9,7 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from launcher.published import add_reading_options, sizes_of
 from sharpmoe.config import ModelConfig
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.export import convert_folder, dtype_name, write_folder
 from sharpmoe.model.published.folder import PublishedFolder, local_folder
@@ -93,7 +95,8 @@ def _run_file(arguments: argparse.Namespace, config: ModelConfig, origin: str) -
         origin=f"{origin} weights",
         shards=arguments.shards,
     )
-    return [f"run file    {arguments.config}; check it with launcher/train.py --config FILE --dry-run"]
+    check = f"{spell_command('train')} --config {shlex.quote(str(arguments.config))} --dry-run"
+    return [f"run file    {arguments.config}; check it with: {check}"]
 
 
 def _from_folder(arguments: argparse.Namespace, router: str) -> str:

@@ -1,8 +1,8 @@
 """Measure where models spend their experts on held-out images: `python launcher/evaluate.py BEFORE [AFTER ...]`.
 
 With --metrics it judges sets of samples instead: `python launcher/evaluate.py SAMPLES.npz --metrics fd,kid,pr
---reference data/mine:unseen`. Both are .npz batches (sample.py --npz), folders of pictures, or splits of prepared
-shards; the reference may also be an .npz of published statistics (mu, sigma).
+--reference data/mine:unseen`. Both are .npz batches (`python launcher/sample.py --npz`), folders of pictures, or
+splits of prepared shards; the reference may also be an .npz of published statistics (mu, sigma).
 
 With --record-routing it only writes how many tokens of each image every expert takes; `python launcher/plan.py
 --replay FILE` computes what that costs ranks that share the experts.
@@ -39,7 +39,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="run folder, checkpoint folder or .safetensors; SAMPLES with --metrics",
+        help="run folder, checkpoint folder, .safetensors, exported folder or Nucleus-Image; SAMPLES with --metrics",
     )
     add("--names", nargs="+", help="column headings (default: before and after, or the models' names)")
     add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")

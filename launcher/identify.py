@@ -19,6 +19,7 @@ from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from launcher.published import add_reading_options, sizes_of
 from sharpmoe.evaluation.identify import identify
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.folder import PublishedFolder, is_published_folder
 from sharpmoe.model.published.load import describe
@@ -64,8 +65,8 @@ def _describe_folder(arguments: argparse.Namespace) -> int:
     config = folder.config
     print(f"capacities  {list(config.capacities or [config.capacity] * config.depth)}: model.capacities of a run file")
     print(
-        f"read by     convert.py --family {_FOLDER_FAMILY}, load_pretrained(FOLDER, family={_FOLDER_FAMILY!r}), "
-        "checkpoint.init"
+        f"read by     {spell_command('convert')} --family {_FOLDER_FAMILY}, sharpmoe.load(FOLDER), checkpoint.init, "
+        "and the commands that take weights"
     )
     if arguments.family not in (None, _FOLDER_FAMILY):
         print(f"warning: {arguments.file}: it is of family {_FOLDER_FAMILY}, not {arguments.family}", file=sys.stderr)

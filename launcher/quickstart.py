@@ -27,7 +27,7 @@ _BASE = "assets/base.safetensors"
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--source", default="fluent", help="images with captions instead of the default ones, as of `sharpmoe prepare`")
+    add("--source", default="fluent", help="images with captions instead of the default ones, as `prepare` takes them")
     add("--images", type=POSITIVE, metavar="N", help="take only so many images")
     add("--tarball", type=Path, metavar="FILE", help="npm package of the default images, where npm cannot download it")
 

@@ -1,8 +1,8 @@
 """Submit a run to Slurm: `python launcher/submit.py --config FILE --nodes 4 --gpus-per-node 8`.
 
 Words that are not options are passed on: overrides of the run file (`--section.key value`), or with --job prepare and
---job sample the options of launcher/prepare.py and launcher/sample.py. A run is
-checked first (`train.py --dry-run` for the ranks of the job).
+--job sample the options of that command. A run is checked first (`python launcher/train.py --dry-run` for the ranks
+of the job).
 """
 
 if not __package__:  # run as a script, which has this folder on its path
@@ -43,7 +43,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="shell lines that the job sources first (modules, PYTHON)",
     )
-    add("--no-check", action="store_true", help="submit without `train.py --dry-run --world RANKS` before it")
+    add("--no-check", action="store_true", help="submit without the check that a run will start (--dry-run of `train`)")
     add(
         "--device-memory",
         type=POSITIVE_REAL,

@@ -60,11 +60,12 @@ class RolloutLoss(NamedTuple):
 
 
 def load(path: str | Path, *, weights: Literal["ema", "live"] = "ema") -> Backbone:
-    """Return the model of a run or checkpoint folder, a weights file or an exported folder: float32, eval mode, CPU.
+    """Return the model of a run or checkpoint folder, a weights file or a folder of one model: float32, eval mode, CPU.
 
-    `weights`: of a run or checkpoint, the averaged or the live ones. `model.config` is its architecture, and
-    `model.origin` says with which codec and text encoder it was trained, so that `sample` works.
-    Raises CheckpointError; for checkpoints of other projects use `load_pretrained`.
+    The last is what `export` has written, or Nucleus-Image in the layout of diffusers. `weights`: of a run or
+    checkpoint, the averaged or the live ones. `model.config` is its architecture, and `model.origin` says with which
+    codec and text encoder it was trained, so that `sample` works. Raises CheckpointError; checkpoints that do not say
+    what they are, of other projects, are loaded by `load_pretrained`.
     """
     saved = find_saved_model(path, weights)
     model, header = load_model(saved.weights)
@@ -73,7 +74,7 @@ def load(path: str | Path, *, weights: Literal["ema", "live"] = "ema") -> Backbo
 
 
 def save(model: Backbone, path: str | Path, *, shards: ShardSet | str | Path | None = None) -> Path:
-    """Write a model as a weights file that `load`, launcher/sample.py and `checkpoint.init` of a run read; return it.
+    """Write a model as a weights file that `load`, the commands and `checkpoint.init` of a run read; return it.
 
     The file names the codec and the text encoder of `shards`, by default those in `model.origin`. Raises OSError, and
     CheckpointError where a value is not finite.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-# Name elsewhere (lower case, _ for -) -> our key, or a sentence that says what there is instead (it holds a space).
+from sharpmoe.invocation import CommandSpellings
+
+# Name elsewhere (lower case, _ for -) -> our key, or a sentence that says what there is instead (it holds a space);
+# {prepare} is that command as the user calls it.
 _ELSEWHERE: dict[str, str] = {
     # how much, how long
     "learning_rate": "optim.lr",
@@ -49,15 +52,15 @@ _ELSEWHERE: dict[str, str] = {
     "zero_stage": "--deepspeed configs/zero2.json or configs/zero3.json",
     "offload": "the zero_optimization section of the DeepSpeed file (--deepspeed FILE)",
     "cpu_offload": "the zero_optimization section of the DeepSpeed file (--deepspeed FILE)",
-    "compile": "train.compile (launcher/sample.py has --compile)",
-    "torch_compile": "train.compile (launcher/sample.py has --compile)",
+    "compile": "train.compile ({sample} has --compile)",
+    "torch_compile": "train.compile ({sample} has --compile)",
     "expert_parallel_size": "parallel.ep_size",
     "expert_parallel": "parallel.ep_size",
-    "num_gpus": "the launcher decides: deepspeed --num_gpus N launcher/train.py ...",
-    "num_processes": "the launcher decides: deepspeed --num_gpus N launcher/train.py ...",
-    "nproc_per_node": "the launcher decides: torchrun --nproc_per_node N launcher/train.py ...",
-    "world_size": "the launcher decides (torchrun --nproc_per_node N ...); launcher/plan.py has --world",
-    "worlds": "the launcher decides (torchrun --nproc_per_node N ...); launcher/plan.py has --world",
+    "num_gpus": "the launcher decides: deepspeed --num_gpus N {train_script} ...",
+    "num_processes": "the launcher decides: deepspeed --num_gpus N {train_script} ...",
+    "nproc_per_node": "the launcher decides: torchrun --nproc_per_node N {train_script} ...",
+    "world_size": "the launcher decides (torchrun --nproc_per_node N ...); {plan} has --world",
+    "worlds": "the launcher decides (torchrun --nproc_per_node N ...); {plan} has --world",
     "cfg": "--config FILE",
     "config_file": "--config FILE",
     "ds_config": "--deepspeed FILE",
@@ -84,20 +87,20 @@ _ELSEWHERE: dict[str, str] = {
     "use_ema": "optim.ema_decay (the average is always kept)",
     "ema_rate": "optim.ema_decay",
     # data
-    "dataset": "data.shards (made by launcher/prepare.py --source FOLDER)",
-    "dataset_name": "data.shards (made by launcher/prepare.py --source FOLDER)",
-    "train_data_dir": "data.shards (made by launcher/prepare.py --source FOLDER)",
-    "data_dir": "data.shards (made by launcher/prepare.py --source FOLDER)",
-    "data_path": "data.shards (made by launcher/prepare.py --source FOLDER)",
-    "instance_data_dir": "data.shards (made by launcher/prepare.py --source FOLDER)",
-    "source": "data.shards (made by launcher/prepare.py --source FOLDER)",
-    "caption_column": "launcher/prepare.py reads captions; data.shards names its folder",
-    "resolution": "decided when shards are made: launcher/prepare.py --size; model.latent_size is that of the latents",
-    "image_size": "decided when shards are made: launcher/prepare.py --size; model.latent_size is that of the latents",
-    "center_crop": "decided when shards are made: launcher/prepare.py",
-    "random_flip": "decided when shards are made: launcher/prepare.py --flip-pair",
-    "vae": "decided when shards are made: launcher/prepare.py --codec",
-    "text_encoder": "decided when shards are made: launcher/prepare.py --encoder",
+    "dataset": "data.shards (made by {prepare} --source FOLDER)",
+    "dataset_name": "data.shards (made by {prepare} --source FOLDER)",
+    "train_data_dir": "data.shards (made by {prepare} --source FOLDER)",
+    "data_dir": "data.shards (made by {prepare} --source FOLDER)",
+    "data_path": "data.shards (made by {prepare} --source FOLDER)",
+    "instance_data_dir": "data.shards (made by {prepare} --source FOLDER)",
+    "source": "data.shards (made by {prepare} --source FOLDER)",
+    "caption_column": "{prepare} reads captions; data.shards names its folder",
+    "resolution": "decided when shards are made: {prepare} --size; model.latent_size is that of the latents",
+    "image_size": "decided when shards are made: {prepare} --size; model.latent_size is that of the latents",
+    "center_crop": "decided when shards are made: {prepare}",
+    "random_flip": "decided when shards are made: {prepare} --flip-pair",
+    "vae": "decided when shards are made: {prepare} --codec",
+    "text_encoder": "decided when shards are made: {prepare} --encoder",
     "dataloader_num_workers": "data.num_workers",
     "workers": "data.num_workers",
     "proportion_empty_prompts": "rollout.caption_dropout",
@@ -115,7 +118,7 @@ _ELSEWHERE: dict[str, str] = {
     "load_from": "checkpoint.init (weights) or checkpoint.resume (the whole state)",
     "ckpt": "checkpoint.init (weights) or checkpoint.resume (the whole state)",
     "pretrained": "checkpoint.init",
-    "pretrained_model_name_or_path": "checkpoint.init (a weights file; launcher/convert.py makes one)",
+    "pretrained_model_name_or_path": "checkpoint.init (a weights file; {convert} makes one)",
     "checkpointing_steps": "checkpoint.every",
     "save_steps": "checkpoint.every",
     "save_every": "checkpoint.every",
@@ -212,4 +215,5 @@ _ELSEWHERE: dict[str, str] = {
 
 def meaning(dotted: str) -> str | None:
     """Return what the last word of an unknown key is called here, or None where it is not known elsewhere either."""
-    return _ELSEWHERE.get(dotted.rpartition(".")[2].lower().replace("-", "_"))
+    known = _ELSEWHERE.get(dotted.rpartition(".")[2].lower().replace("-", "_"))
+    return None if known is None else known.format_map(CommandSpellings())

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 _FOLDERS = ("configs", "assets")
-_INSTALLED = Path(__file__).with_name("shipped")  # setup.py copies the folders there when a wheel is built
-SHIPPED_ROOT = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[1]  # holds configs/ and assets/
+_COPY = Path(__file__).with_name("shipped")  # setup.py copies the folders there when a wheel is built
+IS_INSTALLED = _COPY.is_dir()  # this is a package without a checkout around it
+SHIPPED_ROOT = _COPY if IS_INSTALLED else Path(__file__).resolve().parents[1]  # holds configs/ and assets/
 
 
 def find_shipped(name: str | Path) -> Path:

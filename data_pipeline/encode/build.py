@@ -20,6 +20,7 @@ from data_pipeline.encode.texts import HashTextEncoder, JoinedTextEncoder, TextE
 from data_pipeline.encode.transformer_texts import MINILM, TransformerTextEncoder
 from data_pipeline.identity import Identity, check_identity
 from sharpmoe.errors import DataError, first_line
+from sharpmoe.invocation import spell_command
 
 CODEC_FILE = "codec.safetensors"
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of codecs in the latents of Stable Diffusion
@@ -198,7 +199,8 @@ def parse_codec(content: bytes, where: str) -> tuple[Identity, Tensors]:
 
 def _no_codec(where: str, error: Exception) -> DataError:
     return DataError(
-        f"{where}: not a codec file ({first_line(error)}); delete it and run launcher/prepare.py again as before"
+        f"{where}: not a codec file ({first_line(error)}); delete it and run "
+        f"`{spell_command('prepare')}` again as before"
     )
 
 

@@ -4,8 +4,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from sharpmoe.errors import DamageError
+from sharpmoe.invocation import spell_command
 
-_HOW_TO_FIX = "delete the shard and run launcher/prepare.py again as before: it writes only what is missing"
+
+def how_to_rewrite() -> str:
+    """Return what repairs a prepared folder, for messages."""
+    return f"run `{spell_command('prepare')}` again as before: it writes only what is missing"
 
 
 class Damage(NamedTuple):
@@ -21,7 +25,7 @@ class Damage(NamedTuple):
 
     def error(self) -> DamageError:
         """Return the error of a reader that accepts no damage."""
-        return DamageError(f"{self}; {_HOW_TO_FIX}")
+        return DamageError(f"{self}; delete the shard and {how_to_rewrite()}")
 
 
 class DamageLedger:
@@ -49,6 +53,6 @@ class DamageLedger:
         if self.num_bad > self._num_samples * self._max_bad_fraction:
             raise DamageError(
                 f"{self.num_bad} of {self._num_samples} samples are damaged, more than data.max_bad_fraction "
-                f"{self._max_bad_fraction} allows; the latest: {fresh[-1]}; {_HOW_TO_FIX}"
+                f"{self._max_bad_fraction} allows; the latest: {fresh[-1]}; delete the shard and {how_to_rewrite()}"
             )
         return fresh

@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Sequence
 
 from data_pipeline.index import INDEX_FILE, Index, Places, Shard, parse_index, parse_table
+from data_pipeline.read.damage import how_to_rewrite
 from data_pipeline.read.samples import TAR_BLOCK
 from data_pipeline.store.store import Store
 from sharpmoe.errors import DamageError, DataError
+from sharpmoe.invocation import spell_command
 
-REWRITE = "run launcher/prepare.py again as before: it writes only what is missing"
 _TAIL = 1 << 20  # bytes of zeros that may follow the last member of a tar
 
 
@@ -18,7 +19,7 @@ def read_index(store: Store) -> tuple[Index, str]:
         content = store.small(INDEX_FILE)
     except DamageError:
         raise DataError(
-            f"{store.location}: no {INDEX_FILE}; run `python launcher/prepare.py --out {store.location}`, which also "
+            f"{store.location}: no {INDEX_FILE}; run `{spell_command('prepare')} --out {store.location}`, which also "
             "finishes what an earlier run began"
         ) from None
     return parse_index(content, f"{store.location}/{INDEX_FILE}"), hashlib.sha256(content).hexdigest()
@@ -41,9 +42,9 @@ def check_size(store: Store, shard: Shard) -> None:
     try:
         size = store.size(f"{shard.name}.tar")
     except DamageError:
-        raise DamageError(f"{path}: shard is missing; {REWRITE}") from None
+        raise DamageError(f"{path}: shard is missing; {how_to_rewrite()}") from None
     if size != shard.size:
-        raise DamageError(f"{path}: shard has {size} bytes, expected {shard.size}; delete it and {REWRITE}")
+        raise DamageError(f"{path}: shard has {size} bytes, expected {shard.size}; delete it and {how_to_rewrite()}")
 
 
 def ends_in_zeros(store: Store, shard: Shard, table: Sequence[tuple[str, Places]]) -> bool:

@@ -19,8 +19,8 @@ from data_pipeline.identity import check_identity
 from data_pipeline.index import EMPTY_FILE, Bucket, Identity, Index, Places, Shard
 from data_pipeline.members import as_float32, decode_npz
 from data_pipeline.read.batches import collate
-from data_pipeline.read.damage import Damage
-from data_pipeline.read.folder import REWRITE, check_size, checked_file, ends_in_zeros, read_index, read_table
+from data_pipeline.read.damage import Damage, how_to_rewrite
+from data_pipeline.read.folder import check_size, checked_file, ends_in_zeros, read_index, read_table
 from data_pipeline.read.samples import Draw, Sample, Span, Spec, load_label, load_sample
 from data_pipeline.schema import Batch
 from data_pipeline.store.remote import RemoteOptions
@@ -156,7 +156,7 @@ class ShardSet:
             try:
                 (Path(folder) / CODEC_FILE).write_bytes(self._store.small(CODEC_FILE))
             except DamageError:
-                raise DataError(f"{where}: missing; {REWRITE}") from None
+                raise DataError(f"{where}: missing; {how_to_rewrite()}") from None
             codec = load_codec(Path(folder), device)
         check_identity("codec", where, found=codec.identity, expected=self.codec)
         return codec
@@ -169,11 +169,11 @@ class ShardSet:
         """Return the empty caption: text (L, D) float32, mask (L,) bool, pooled (D_pooled,) float32, which may be 0."""
         content = checked_file(self._store, EMPTY_FILE, self._files.get(EMPTY_FILE, ""))
         if content is None:
-            raise DataError(f"{self.location}/{EMPTY_FILE}: missing or damaged; delete it and {REWRITE}")
+            raise DataError(f"{self.location}/{EMPTY_FILE}: missing or damaged; delete it and {how_to_rewrite()}")
         try:
             arrays = decode_npz(content)
         except DamageError as error:
-            raise DataError(f"{self.location}/{EMPTY_FILE}: {error}; {REWRITE}") from None
+            raise DataError(f"{self.location}/{EMPTY_FILE}: {error}; {how_to_rewrite()}") from None
         text = np.zeros((self.text_length, self.text_width), dtype=np.float32)
         text[: len(arrays["text"])] = as_float32(arrays["text"])
         mask = torch.arange(self.text_length) < len(arrays["text"])

@@ -22,6 +22,7 @@ from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import ALONE, Observed, Samples, Share, TokenTables, observe, spread
 from sharpmoe.evaluation.statistics import Interval, interval_over_images
 from sharpmoe.flow import TIME_RANGES
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.moe.influence import influence_figures
 
@@ -108,7 +109,9 @@ class Allocation:
                 split=content.get("split", ""),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not an allocation result ({error}); run launcher/evaluate.py again") from None
+            raise DataError(
+                f"{path}: not an allocation result ({error}); run `{spell_command('evaluate')}` again"
+            ) from None
 
     def scalars(self) -> dict[str, float]:
         """Return the main figures under the tags of the log, allocation_<what>/<range>, without undefined ones."""

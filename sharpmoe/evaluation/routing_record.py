@@ -16,6 +16,7 @@ from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES
 from sharpmoe.evaluation.held_out import Samples, observe, spread
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.backbone import Backbone
 
 _FORMAT = "sharpmoe-routing-1"
@@ -66,7 +67,8 @@ class RoutingRecord:
                 raise ValueError(f"loads of shape {tuple(loads.shape)} do not fit its times and blocks")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}: not a record of routing ({error}); write one with launcher/evaluate.py RUN --record-routing"
+                f"{path}: not a record of routing ({error}); write one with "
+                f"`{spell_command('evaluate')} RUN --record-routing FILE`"
             ) from None
         return record
 

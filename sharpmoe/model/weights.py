@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sharpmoe.config import ModelConfig
 from sharpmoe.durable import atomic_draft
 from sharpmoe.errors import CheckpointError
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.adapters import adapter_value, is_adapter, plain_name
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.build import BACKBONES, build_model
@@ -181,6 +182,11 @@ def is_own_weights(path: str | Path) -> bool:
 def _read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     """Read architecture and meta of a weights file without its tensors. Raises CheckpointError as `read_weights`."""
     path = find_shipped(path)
+    if is_published_folder(path):
+        raise CheckpointError(
+            f"{path}: is Nucleus-Image in the layout of diffusers, not a weights file of this project; "
+            f"`{spell_command('convert')} {path} OUT.safetensors --family nucleus` writes one"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file; give the path of a .safetensors written by this project")
     try:
@@ -189,12 +195,12 @@ def _read_header(path: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: not a sound safetensors file ({error}); copy or export it again, or convert published weights "
-            "first (launcher/convert.py)"
+            f"first (`{spell_command('convert')}`)"
         ) from error
     if meta.get("format") != _FORMAT or "model" not in meta:
         raise CheckpointError(
             f"{path}: format {meta.get('format')!r}, expected {_FORMAT!r}: not written by this project; convert "
-            "published weights first (launcher/convert.py)"
+            f"published weights first (`{spell_command('convert')}`)"
         )
     try:
         config = ModelConfig(**json.loads(meta["model"]))
@@ -298,8 +304,36 @@ class StartingWeights:
             check_finite(name, self._source.tensor(name), str(self.path), OTHER_WEIGHTS)
 
 
+def build_from_folder(
+    folder: PublishedFolder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Backbone:
+    """Build the model of a folder tensor by tensor, in eval mode: the host never holds two of them.
+
+    Parameters are in `dtype`, buffers float32; those that the folder lacks are drawn anew. Raises CheckpointError where
+    a value is not finite.
+    """
+    drawn = StartingWeights(folder.config, int(torch.randint(2**62, ())))
+    with torch.device("meta"):
+        model = build_model(folder.config)
+    for name, planned in [*model.named_parameters(), *model.named_buffers()]:
+        value = folder.tensor(name) if name in folder.names else drawn(name, planned.shape)
+        check_finite(name, value, str(folder.path), OTHER_WEIGHTS)
+        owner, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if isinstance(planned, nn.Parameter):
+            setattr(owner, last, nn.Parameter(value.to(device, dtype)))
+        else:
+            setattr(owner, last, value.to(device, torch.float32))
+    return model.eval()
+
+
 def load_model(path: str | Path) -> tuple[Backbone, dict[str, str]]:
-    """Build the model of a weights file, float32, in eval mode; return it with the file's meta. As `read_weights`."""
+    """Build the model of a weights file or folder, float32, in eval mode; return it with what is known of its origin.
+
+    `path`: as `read_weights`, or a folder of Nucleus-Image in the layout of diffusers, which says nothing of it. Raises
+    CheckpointError.
+    """
+    if is_published_folder(path):
+        return build_from_folder(PublishedFolder(path)), {}
     state, config, meta = read_weights(path)
     model = build_model(config)
     copy_state(model, state, str(path))
@@ -328,7 +362,10 @@ def check_architecture(found: ModelConfig, expected: ModelConfig, where: str, ma
         if field not in free and have != want:
             other = "use other weights"
             if field == "latent_size":
-                other += f" (convert.py --latent-size {want} makes positions of another size for a published file)"
+                other += (
+                    f" (`{spell_command('convert')} --latent-size {want}` makes positions of another "
+                    "size for a published file)"
+                )
             raise CheckpointError(
                 f"{where}: model.{field} is {have!r} there, {want!r} in the run; set model.{field} to {have!r}, or "
                 + (other if may_attach else "start a new run from its live.safetensors (checkpoint.init)")

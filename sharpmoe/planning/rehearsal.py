@@ -19,6 +19,7 @@ from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import Share
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.trainable import planned_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.engine import Engine
@@ -140,7 +141,8 @@ def _check_memory(estimate: Estimate, target: Target) -> None:
         raise ConfigError(
             f"memory: {estimate.title} takes {peak / _GIB:.1f} GiB per rank at the peak as planned, a device has "
             f"{memory:.1f} ({usable(memory) / _GIB:.1f} usable); set rollout.schedule to auto, lower "
-            "train.micro_batch, or raise parallel.ep_size or the number of ranks (launcher/plan.py lists what fits)"
+            "train.micro_batch, or raise parallel.ep_size or the number of ranks "
+            f"(`{spell_command('plan')}` lists what fits)"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.routing_record import RoutingRecord
+from sharpmoe.invocation import spell_command
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
@@ -65,7 +66,7 @@ def replay_routing(
     if not groups:
         raise ConfigError(
             f"--ep {ep_size} x --micro-batch {micro_batch} is {ep_size * micro_batch} images, but the record has "
-            f"{images}; record more (evaluate.py --images), or lower --micro-batch"
+            f"{images}; record more (`{spell_command('evaluate')} --images`), or lower --micro-batch"
         )
     used = record.loads[: groups * ep_size * micro_batch].double()
     sent = used.unflatten(0, (groups, ep_size, micro_batch)).sum(2).transpose(1, 2)  # (G, T, S, L, E) by sending rank

@@ -40,8 +40,8 @@ pipe({prompt}).images[0].save("drawn.png")
 ```
 
 The pipeline passes the clean prediction of each step to the saliency routers of the next one. Without diffusers:
-`sharpmoe.sample(sharpmoe.load("FOLDER"), {prompt})`, which draws the same images. `launcher/sample.py` and
-`checkpoint.init` of a run take the folder too.
+`sharpmoe.sample(sharpmoe.load("FOLDER"), {prompt})`, which draws the same images. The
+commands `sample` and `evaluate`, and `checkpoint.init` of a run, take the folder too.
 
 {needs}
 

@@ -12,24 +12,29 @@ from sharpmoe.checkpoint.manifest import Manifest
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
+from sharpmoe.invocation import spell_command
+from sharpmoe.model.published.folder import is_published_folder
 from sharpmoe.model.published.own import own_folder
 from sharpmoe.shipped_files import find_shipped
 
 _Kind = Literal["ema", "live"]
+_LISTED = 8  # runs that a message names, at most
 EARLY_AVERAGE = 0.1  # share of averaged weights that is the start, above which they say little about what was learned
 
 
 class SavedModel(NamedTuple):
     """A weights file to sample from or to measure, and the run it belongs to."""
 
-    weights: Path  # .safetensors, or the folder transformer/ of an exported model
+    weights: Path  # .safetensors, or the folder of an exported or published model
     run: RunConfig | None  # None for a weights file outside of a run folder
     folder: Path  # the run folder, or the folder of the weights file
     name: str  # such as "quickstart, step 200, ema"
 
 
 def find_saved_model(path: Path | str, kind: _Kind = "ema") -> SavedModel:
-    """Resolve a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or an exported folder.
+    """Resolve a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or a folder of one model.
+
+    The latter is what `export` has written, or Nucleus-Image in the layout of diffusers.
 
     Raises CheckpointError where there is nothing to load, naming what was looked for.
     """
@@ -39,6 +44,8 @@ def find_saved_model(path: Path | str, kind: _Kind = "ema") -> SavedModel:
     exported = own_folder(path)
     if exported is not None:
         return SavedModel(exported, None, path, path.resolve().name)
+    if is_published_folder(path):
+        return SavedModel(path, None, path, path.resolve().name)
     checkpoint = path if (path / f"{kind}.safetensors").is_file() else _latest_checkpoint(path)
     folder = checkpoint.parent.parent
     name = f"{folder.name}, {checkpoint.name}, {kind}"
@@ -89,11 +96,22 @@ def _latest_checkpoint(folder: Path) -> Path:
     """Return the folder of a run's newest checkpoint, which checkpoints/latest names."""
     pointer = folder / "checkpoints" / "latest"
     if not pointer.is_file():
-        raise CheckpointError(
-            f"{folder}: neither a run folder with checkpoints/latest nor a .safetensors file; weights of "
-            "other projects are converted with launcher/convert.py"
-        )
+        raise CheckpointError(f"{folder}: {_what_instead(folder)}")
     return folder / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+
+
+def _what_instead(folder: Path) -> str:
+    """Say what a path is that holds no weights, and what to give in its place."""
+    neither = "neither a run folder with checkpoints/latest nor a .safetensors file"
+    if not folder.exists():
+        return f"{neither}: it does not exist; correct the path"
+    if (folder / "config.yaml").is_file():
+        return f"{neither}: this run has saved no checkpoint yet; wait until it has (checkpoint.every)"
+    runs = sorted(str(pointer.parents[1]) for pointer in folder.glob("*/checkpoints/latest"))
+    if runs:
+        more = f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
+        return f"{neither}, but the folder of several runs; give one of {', '.join(runs[:_LISTED])}{more}"
+    return f"{neither}; weights of other projects are converted with `{spell_command('convert')}`"
 
 
 def _run_above(path: Path) -> RunConfig | None:

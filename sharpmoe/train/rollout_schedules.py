@@ -184,7 +184,7 @@ def check_schedule(run: RunConfig, micro_batch: int, token_counts: Iterable[int]
     """
     model, merged = run.model, run.rollout.merged_steps
     if run.rollout.schedule == "auto":
-        raise ConfigError("rollout.schedule is auto, which only launcher/train.py resolves; name a schedule here")
+        raise ConfigError("rollout.schedule is auto, which only a run resolves; name a schedule here")
     if merged == 1:
         return
     if model.contrasts_calls:

@@ -20,6 +20,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
 from sharpmoe.durable import sha256_of
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
+from sharpmoe.invocation import spell_command
 from sharpmoe.log_file import LOG_FILE
 from sharpmoe.model.adapters import Adapters, plain_name
 from sharpmoe.model.backbone import Backbone
@@ -312,6 +313,7 @@ def _origin_notes(meta: Mapping[str, str], data: Mixture, run: RunConfig) -> tup
             else:
                 raise DataError(
                     f"{found}, so the base would not understand these latents or texts; prepare the data with "
-                    f"`launcher/prepare.py --like {weights}`, or accept it with --checkpoint.init_other_codec true"
+                    f"`{spell_command('prepare')} --like {weights}`, or accept it with "
+                    "--checkpoint.init_other_codec true"
                 )
     return tuple(notes)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from sharpmoe.config import RunConfig
 from sharpmoe.console import clock
+from sharpmoe.invocation import spell_command
+from sharpmoe.train.monitor import measures
 from sharpmoe.train.runlog import RunLog
 
 _SAMPLES = "samples"  # folders and files of a run, as the monitor writes them
@@ -45,16 +47,10 @@ def _weights(checkpoint: Path) -> str:
 
 def _next_commands(run: RunConfig, folder: Path) -> list[str]:
     place = shlex.quote(str(folder))
-    commands = [f"{_command('sample')} {place}{_what_to_draw(run)}", f"{_command('report')} {place}"]
-    if run.checkpoint.init is not None and run.model.family.has_experts:
-        commands.insert(1, f"{_command('evaluate')} {shlex.quote(run.checkpoint.init)} {place}")
-    return [*commands, f"tensorboard --logdir {place}"]
-
-
-def _command(name: str) -> str:
-    """Return what starts a launcher from the working folder: the script of a checkout, or the console command."""
-    script = Path("launcher", f"{name}.py")
-    return f"python {script}" if script.is_file() else f"sharpmoe {name}"
+    commands = [f"{spell_command('sample')} {place}{_what_to_draw(run)}", f"{spell_command('report')} {place}"]
+    if run.checkpoint.init is not None and run.model.family.has_experts and measures(run):  # it has held-out data
+        commands.insert(1, f"{spell_command('evaluate')} {shlex.quote(run.checkpoint.init)} {place}")
+    return [*commands, *([f"tensorboard --logdir {place}"] if "tensorboard" in run.log.trackers else ())]
 
 
 def _what_to_draw(run: RunConfig) -> str:

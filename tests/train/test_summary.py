@@ -1,23 +1,38 @@
 """What a finished run prints: figures, places that exist, commands that can be pasted."""
 
+import importlib
 import io
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sharpmoe
+from launcher.export import main as export
 from launcher.main import _LAUNCHERS
 from sharpmoe.config import RunConfig
+from sharpmoe.config_io import load_run_config
 from sharpmoe.evaluation.validation import Validation
+from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.weights import save_weights
 from sharpmoe.train.runlog import RunLog
-from sharpmoe.train.summary import _what_to_draw, closing_summary
+from sharpmoe.train.summary import _next_commands, _what_to_draw, closing_summary
+from tests.fixtures_data import SHAPES
+from tests.model.nucleus_reference import reference
+from tests.report.run_folder import make_run_folder
+from tests.report.stored_run import write_run
+from tests.toys import toy_model
 from tests.train.setting import make_run
 from tests.train.test_runlog import stats
 
+MEASURED = {"validate_every": 1}
+
 
 def test_the_summary_names_figures_places_and_commands(tmp_path: Path) -> None:
-    run = make_run(tmp_path, tmp_path, checkpoint={"init": "assets/my base.safetensors"})
+    run = make_run(tmp_path, tmp_path, checkpoint={"init": "assets/my base.safetensors"}, log=MEASURED)
     folder = tmp_path / "my run"
     log = RunLog(folder, 2, every=1, stream=io.StringIO())
     for step, mean in ((1, 0.25), (2, 0.5)):
@@ -41,10 +56,11 @@ def test_the_summary_names_figures_places_and_commands(tmp_path: Path) -> None:
 
 
 def test_outside_a_checkout_the_commands_are_those_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path, tmp_path, checkpoint={"init": "assets/base.safetensors"})
+    run = make_run(tmp_path, tmp_path, checkpoint={"init": "assets/base.safetensors"}, log=MEASURED)
     log = RunLog(tmp_path / "mine", 2, every=1, stream=io.StringIO())
     log.close()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sharpmoe"])
     text = closing_summary(run, Path("mine"), Path("mine", "checkpoints", "step00000002"), log)
     assert "launcher" not in text
     assert "  sharpmoe evaluate assets/base.safetensors mine\n  sharpmoe report mine\n" in text
@@ -67,3 +83,51 @@ def test_outside_a_checkout_the_commands_are_those_of_a_wheel(tmp_path: Path, mo
 )
 def test_the_command_for_samples_asks_for_what_the_model_can_draw(sections: dict[str, Any], options: str) -> None:
     assert _what_to_draw(RunConfig.model_validate(sections)) == options
+
+
+def test_what_a_run_lacks_is_not_advised(tmp_path: Path) -> None:
+    run = make_run(tmp_path, tmp_path, checkpoint={"init": "base.safetensors"}, log={"trackers": []})
+    names = [command.split()[1] for command in _next_commands(run, tmp_path)]
+    assert names == ["launcher/sample.py", "launcher/report.py"]  # no held-out split, no event files
+
+
+def _class_file(folder: Path) -> tuple[Backbone, str]:
+    model = toy_model("ec", conditioning="class", num_classes=len(SHAPES), class_dropout=False)
+    save_weights(folder / "my base.safetensors", model.state_dict(), model.config)
+    return model, str(folder / "my base.safetensors")
+
+
+def _own_folder(folder: Path) -> tuple[Backbone, str]:
+    model = toy_model("diffmoe", text_width=32, pooled_width=32)
+    save_weights(folder / "base.safetensors", model.state_dict(), model.config)
+    assert export([str(folder / "base.safetensors"), str(folder / "my export"), "--to", "diffusers"]) == 0
+    return model, str(folder / "my export")
+
+
+def _published_folder(folder: Path) -> tuple[Backbone, str]:
+    reference(joint_attention_dim=32).save_pretrained(folder / "their model")
+    return sharpmoe.load_pretrained(folder / "their model", family="nucleus"), str(folder / "their model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_base", [_class_file, _own_folder, _published_folder])
+def test_every_advised_command_works(
+    make_base: Callable[[Path], tuple[Backbone, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a run may start from: each command is run as it is printed, in a folder of its own."""
+    model, init = make_base(tmp_path)
+    write_run(tmp_path / "runs" / "toy")  # its figures
+    folder = make_run_folder(tmp_path / "runs", model, init)
+    commands = _next_commands(load_run_config(folder / "config.yaml"), folder)
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "python":
+            name = Path(words[1]).stem
+            assert importlib.import_module(f"launcher.{name}").main(words[2:]) == 0, command
+            done.append(name)
+    assert done == ["sample", "evaluate", "report"]
+    assert (folder / "samples" / "drawn" / "grid.png").is_file()
+    assert {"before.json", "after.json"} <= {path.name for path in (tmp_path / "evaluation").iterdir()}
+    assert (folder / "report.html").is_file()

@@ -31,9 +31,9 @@ from sharpmoe.model.published.names import (
     convert_published,
     is_constant,
 )
-from sharpmoe.model.published.read import WeightsKind, read_state
+from sharpmoe.model.published.read import WeightsKind, read_state, refuse_own
 from sharpmoe.model.published.sizes import check_router, read_sizes
-from sharpmoe.model.weights import OTHER_WEIGHTS, StartingWeights, check_finite, copy_state
+from sharpmoe.model.weights import OTHER_WEIGHTS, build_from_folder, check_finite, copy_state
 
 _TABLE = "pos_embed"  # the buffer of fixed positions, in our names and in published ones
 _TABLE_ERROR = 2e-3  # a table saved in half precision differs so much from the sines and cosines that it holds
@@ -131,7 +131,8 @@ def load_pretrained(
     or, where they do not determine it, assumed as published and logged. capacity of a token-choice family is its top_k.
     Another latent_size than the file's positions have is a request for positions of that size (docs/design/0005).
     conditioning "text" extends a class-conditional trunk: see `sharpmoe.model.attach`.
-    Returns the model in eval mode, parameters in `dtype` on `device`. Raises CheckpointError for a file that cannot be
+    Returns the model in eval mode, parameters in `dtype` on `device`. What says itself what it is, a model of this
+    project or a whole Nucleus-Image, is loaded by `sharpmoe.load`. Raises CheckpointError for a file that cannot be
     read, unknown names, a key without a counterpart, or a size that is neither given nor known.
     """
     model, report = read_pretrained(
@@ -195,22 +196,14 @@ def _router_of(family: str, router: str | None) -> str:
 def _read_folder(
     source: str | Path | Mapping[str, Any], device: torch.device, dtype: torch.dtype, sizes: Mapping[str, Any]
 ) -> tuple[Backbone, PretrainedReport]:
-    """Build the model of a folder with a configuration, tensor by tensor: the host never holds two of them."""
+    """Build the model of a folder with a configuration; return it with a report of its keys."""
     if isinstance(source, Mapping):
         raise CheckpointError("state dict: this family is read from a folder with config.json; give the folder")
     given = {SPELLINGS.get(key, key): value for key, value in sizes.items() if value is not None}
-    folder = PublishedFolder(local_folder(source), **given)
-    start = StartingWeights(folder.config, int(torch.randint(2**62, ())), folder.path)
-    with torch.device("meta"):
-        model = build_model(folder.config)
-    for name, planned in [*model.named_parameters(), *model.named_buffers()]:
-        value = folder.tensor(name) if name in folder.names else start(name, planned.shape)
-        check_finite(name, value, str(folder.path), OTHER_WEIGHTS)
-        owner, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if isinstance(planned, torch.nn.Parameter):
-            setattr(owner, last, torch.nn.Parameter(value.to(device, dtype)))
-        else:
-            setattr(owner, last, value.to(device, torch.float32))
+    place = local_folder(source)
+    refuse_own(place)
+    folder = PublishedFolder(place, **given)
+    model = build_from_folder(folder, device, dtype)
     report = PretrainedReport(
         loaded=tuple(name for name in model.state_dict() if name in folder.names),
         new=tuple(name for name, _ in model.named_parameters() if name not in folder.names),
@@ -220,7 +213,7 @@ def _read_folder(
         notes=(f"{folder.path}: {folder.dtype}".replace("torch.", ""),),
         counts=_counts(model),
     )
-    return model.eval(), report
+    return model, report
 
 
 def build_published(

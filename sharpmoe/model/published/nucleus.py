@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sharpmoe.config import ModelConfig
 from sharpmoe.errors import CheckpointError
+from sharpmoe.invocation import spell_command
 
 TRANSFORMER_CLASS = "NucleusMoEImageTransformer2DModel"
 _STRATEGIES = {  # of diffusers: leading and last blocks that are dense
@@ -137,7 +138,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         if not is_free and have != can:
             raise CheckpointError(
                 f"export: {TRANSFORMER_CLASS} of diffusers cannot compute model.{field} {have!r}, only {can!r}; write "
-                "a folder with a pipeline of its own (export.py RUN OUT/ --to pipeline), or a weights file (no --to)"
+                f"a folder with a pipeline of its own (`{spell_command('export')} RUN OUT/ --to pipeline`), or a "
+                "weights file (no --to)"
             )
     return content
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sharpmoe.errors import CheckpointError
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.published.folder import is_published_folder
 from sharpmoe.model.published.names import DIFFUSERS_KEY, from_diffusers
 from sharpmoe.model.published.own import own_folder
@@ -80,21 +81,37 @@ def read_state(source: str | Path | Mapping[str, Any], weights: WeightsKind | No
     return _select(_read_folder(path) if path.is_dir() else _read_file(path), weights, str(path))
 
 
-def _read_folder(path: Path) -> dict[str, Any]:
+def refuse_own(path: Path) -> None:
+    """Raise CheckpointError where `path` is a model of this project, which says itself what it is."""
     if (path / "checkpoints" / "latest").is_file():
         raise CheckpointError(
-            f"{path}: is a run folder of this project, not a published checkpoint; its weights are "
-            "checkpoints/stepNNNNNNNN/ema.safetensors, and launcher/export.py copies them"
+            f"{path}: is a run folder of this project, not a published checkpoint; sharpmoe.load(FOLDER) and the "
+            "commands read it as it is; its weights, for checkpoint.init, are "
+            "checkpoints/stepNNNNNNNN/ema.safetensors"
         )
     if own_folder(path) is not None:
         raise CheckpointError(
-            f"{path}: is a folder that export.py of this project has written; sharpmoe.load, sample.py, evaluate.py "
-            "and checkpoint.init read it as it is"
+            f"{path}: is a model that this project has exported; sharpmoe.load(FOLDER), checkpoint.init and the "
+            "commands read it as it is"
         )
+    if path.is_file() and _is_safetensors(path) and is_own_weights(path):
+        raise CheckpointError(
+            f"{path}: is a weights file of this project already; sharpmoe.load(FILE), checkpoint.init and the commands "
+            f"read it as it is, and `{spell_command('convert')} --to FAMILY` writes it under published names"
+        )
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    refuse_own(path)
     if is_published_folder(path):
         raise CheckpointError(
-            f"{path}: is Nucleus-Image in the layout of diffusers; convert.py --family nucleus, "
-            'load_pretrained(FOLDER, family="nucleus") and checkpoint.init read it'
+            f"{path}: is Nucleus-Image in the layout of diffusers; `{spell_command('convert')} --family nucleus`, "
+            'load_pretrained(FOLDER, family="nucleus"), sharpmoe.load(FOLDER) and checkpoint.init read it'
         )
     if (path / "model_index.json").is_file() and (path / "transformer").is_dir():  # a pipeline of diffusers
         return _read_folder(path / "transformer")
@@ -136,11 +153,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     _refuse_other_content(path, start)
     try:
         if start[8:9] == b"{":
-            if is_own_weights(path):
-                raise CheckpointError(
-                    f"{path}: is a weights file of this project already; start a run from it as it is "
-                    "(checkpoint.init), or write it under published names with launcher/convert.py --to FAMILY"
-                )
+            refuse_own(path)
             return load_file(path)
         if start.lstrip().startswith(b"{"):
             return _read_index(path)

@@ -11,6 +11,7 @@ from sharpmoe.config import SIZES, ModelConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.durable import atomic_draft
 from sharpmoe.errors import ConfigError
+from sharpmoe.invocation import spell_command, spell_ranks_command
 from sharpmoe.shipped_files import SHIPPED_ROOT
 
 # Data, rollout, optimizer, log and sampling are those of the shipped recipes, which differ in their model and losses.
@@ -31,9 +32,9 @@ _RESOLVED = {"expert_hidden": "expert_width", "shared_hidden": "shared_width"}  
 _HEADER = """\
 # Question   What does SharpMoE add to {source}?
 # Paper      SharpMoE (arXiv 2606.26938): the settings of configs/runs/imagenet256, for this model.
-# Base       {init}: {source}, {origin}, written by launcher/convert.py.
-# Cost       not measured; python launcher/plan.py --config {path} --world 8 estimates memory.
-# Command    deepspeed launcher/train.py --deepspeed configs/zero3.json \\
+# Base       {init}: {source}, {origin}, converted to a weights file of sharpmoe.
+# Cost       not measured; {plan} --config {path} --world 8 estimates memory.
+# Command    {train} --deepspeed configs/zero3.json \\
 #              --config {path}
 # Expected   not measured.
 """
@@ -65,7 +66,14 @@ def write_run_file(
         content["rollout"] = {**content["rollout"], "caption_dropout": 0.0}
         content["sample"] = {**content["sample"], "cfg_scale": 1.0}
     plain = " ".join(source.split())
-    header = _HEADER.format(source=plain, init=init, origin=origin, path=path)
+    header = _HEADER.format(
+        source=plain,
+        init=init,
+        origin=origin,
+        path=path,
+        plan=spell_command("plan"),
+        train=spell_ranks_command("deepspeed", "train"),
+    )
     with atomic_draft(path) as draft:
         draft.write_text(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         load_run_config(draft)
