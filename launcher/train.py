@@ -12,19 +12,16 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 
 from launcher.bounds import POSITIVE, POSITIVE_REAL, Whole
 from launcher.command import INTERRUPTED, OVERRIDES_HELP, Command
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.errors import ConfigError
-from sharpmoe.parallel.ranks import launch, signals
+from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.planning.rehearsal import Target, rehearse
-from sharpmoe.train.loop import train
-from sharpmoe.train.setup import make_plan
+from sharpmoe.training import train_run
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,32 +48,32 @@ def _ds_file(arguments: argparse.Namespace) -> Path:
 
 
 def _act(arguments: argparse.Namespace) -> int:
-    with nullcontext() if arguments.dry_run else signals.listening(announce=launch.is_main()):
-        world = launch.start(debug=getattr(arguments, "debug", False))
-        with launch.raise_on_all_ranks(world):
-            requested = load_run_config(arguments.config, arguments.overrides)
-            _check_dry_run_options(arguments)
-            ds_config = resolve_ds_config(_ds_file(arguments), requested, arguments.world or world.size)
-        memory = launch.least_memory(world)
-        if arguments.dry_run:
-            target = Target.of(world, memory, arguments.world, arguments.device_memory)
-            with launch.raise_on_all_ranks(world):
-                text = rehearse(requested, ds_config, world, target)
-            if world.is_main:
-                print(text, flush=True)
-            return 0
-        with launch.raise_on_all_ranks(world):
-            run, notes = resolve_schedule(requested, ds_config, world.size, memory)
-            plan = make_plan(run, ds_config, world, notes)
-        try:
-            train(plan, world)
-        except KeyboardInterrupt:  # the run has said so, and where it is saved
-            return INTERRUPTED
+    debug = getattr(arguments, "debug", False)
+    if arguments.dry_run:
+        _rehearse(arguments, debug)
+        return 0
+    _check_dry_run_options(arguments)
+    try:
+        train_run(arguments.config, arguments.overrides, deepspeed=_ds_file(arguments), debug=debug)
+    except KeyboardInterrupt:  # the run has said so, and where it is saved
+        return INTERRUPTED
     return 0
 
 
+def _rehearse(arguments: argparse.Namespace, debug: bool) -> None:
+    world = launch.start(debug=debug)
+    with launch.raise_on_all_ranks(world):
+        requested = load_run_config(arguments.config, arguments.overrides)
+        ds_config = resolve_ds_config(_ds_file(arguments), requested, arguments.world or world.size)
+    target = Target.of(world, launch.least_memory(world), arguments.world, arguments.device_memory)
+    with launch.raise_on_all_ranks(world):
+        text = rehearse(requested, ds_config, world, target)
+    if world.is_main:
+        print(text, flush=True)
+
+
 def _check_dry_run_options(arguments: argparse.Namespace) -> None:
-    if not arguments.dry_run and (arguments.world or arguments.device_memory):
+    if arguments.world or arguments.device_memory:
         raise ConfigError(
             "--world and --device-memory say what a --dry-run assumes; a run has the ranks that it is started with"
         )

@@ -2,7 +2,7 @@
 
 `dir(sharpmoe)` lists the Python interface; docs/tutorials/python-api.md is a tour of it. Every error that a user can
 fix is a `SharpMoEError` of one line. Importing this package imports nothing else: torch comes with the first name that
-is used, and DeepSpeed only with the commands. Type checkers read `__init__.pyi`.
+is used, and DeepSpeed only with the commands and `train_run`. Type checkers read `__init__.pyi`.
 """
 
 import importlib
@@ -14,6 +14,11 @@ _HOMES = {
     "RolloutLoss": "sharpmoe.api",
     "SamplingStep": "sharpmoe.sampling",
     "SharpMoEError": "sharpmoe.errors",
+    "TrainingCallback": "sharpmoe.train.callbacks",
+    "TrainingEnd": "sharpmoe.train.callbacks",
+    "TrainingLook": "sharpmoe.train.callbacks",
+    "TrainingSave": "sharpmoe.train.callbacks",
+    "TrainingStep": "sharpmoe.train.callbacks",
     "attach": "sharpmoe.model.attach",
     "batches": "sharpmoe.api",
     "finish_step": "sharpmoe.api",
@@ -23,12 +28,18 @@ _HOMES = {
     "rollout_loss": "sharpmoe.api",
     "sample": "sharpmoe.api",
     "save": "sharpmoe.api",
+    "train_run": "sharpmoe.training",
 }
 
 __all__ = [
     "RolloutLoss",
     "SamplingStep",
     "SharpMoEError",
+    "TrainingCallback",
+    "TrainingEnd",
+    "TrainingLook",
+    "TrainingSave",
+    "TrainingStep",
     "__version__",
     "attach",
     "batches",
@@ -39,6 +50,7 @@ __all__ = [
     "rollout_loss",
     "sample",
     "save",
+    "train_run",
 ]
 
 

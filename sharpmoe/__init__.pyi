@@ -10,5 +10,11 @@ from sharpmoe.errors import SharpMoEError as SharpMoEError
 from sharpmoe.model.attach import attach as attach
 from sharpmoe.model.published.load import load_pretrained as load_pretrained
 from sharpmoe.sampling import SamplingStep as SamplingStep
+from sharpmoe.train.callbacks import TrainingCallback as TrainingCallback
+from sharpmoe.train.callbacks import TrainingEnd as TrainingEnd
+from sharpmoe.train.callbacks import TrainingLook as TrainingLook
+from sharpmoe.train.callbacks import TrainingSave as TrainingSave
+from sharpmoe.train.callbacks import TrainingStep as TrainingStep
+from sharpmoe.training import train_run as train_run
 
 __version__: str

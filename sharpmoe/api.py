@@ -1,7 +1,7 @@
 """The Python interface: load a model, compute the loss of a rollout, draw images, save. `sharpmoe.NAME` finds it here.
 
-Nothing here imports DeepSpeed, starts processes or communicates: the commands of launcher/ do, with the same functions
-below, so that a loop of one's own computes what they compute.
+Nothing here imports DeepSpeed, starts processes or communicates: `sharpmoe.training` and the commands of launcher/ do,
+with the same functions below, so that a loop of one's own computes what they compute.
 """
 
 from __future__ import annotations

@@ -312,6 +312,9 @@ class LogConfig(Section):
     # tensorboard, wandb, trackio, mlflow.
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
     project: str = Field("sharpmoe", min_length=1)  # project of wandb and trackio, experiment of mlflow
+    # Classes or objects of your own with methods on_step, on_look, on_save, on_end (docs/callbacks.md): a list of
+    # package.module:NAME.
+    callbacks: tuple[str, ...] = ()
     validate_every: int = Field(100, ge=0)  # held-out flow loss
     validation_images: int = Field(128, ge=1)  # held-out images of it
     sample_every: int = Field(0, ge=0)  # fixed samples and a routing sheet

@@ -6,6 +6,8 @@ global generators as well, and then a resumed run must draw what the uninterrupt
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ def generator_states() -> dict[str, Any]:
         "torch": _hex(torch.get_rng_state()),
         **cuda,
     }
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put Python's, numpy's and torch's generators back to what they were before the context."""
+    device = default_device()
+    python, numbers = random.getstate(), np.random.get_state(legacy=True)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 def write_generators(path: Path, states: dict[str, Any]) -> None:

@@ -21,10 +21,10 @@ class Validation(NamedTuple):
     error: float  # standard error of that mean, over images
     images: int
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, group: str = "validation") -> dict[str, float]:
         """Return the figures under the tags of the log: validation/flow and validation/flow_t<time>."""
-        by_time = {f"validation/flow_t{time:g}": loss for time, loss in self.by_time.items()}
-        return {"validation/flow": self.mean, **by_time}
+        by_time = {f"{group}/flow_t{time:g}": loss for time, loss in self.by_time.items()}
+        return {f"{group}/flow": self.mean, **by_time}
 
 
 def validate(

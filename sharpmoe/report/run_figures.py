@@ -26,6 +26,7 @@ Curves = Mapping[str, Mapping[int, float]]  # tag -> step -> value
 
 BEFORE, AFTER = "before", "after"  # names that a run gives its two allocations
 _MAX_POINTS = 300  # of a curve: more than a plot has pixels
+_SHOWN_EVENTS = frozenset({"stop", "fault", "save failed", "callback failed", "resume"})
 _LAYER = re.compile(r"/layer(\d+)$")
 _BY_LAYER = "by layer"  # section of curves that are reduced over MoE layers
 _FIGURES = ("saliency", "foreground", "experts", "flow", "flow_markov")  # of an allocation, by range of t
@@ -141,7 +142,7 @@ def _flat(node: object, prefix: str = "") -> Json:
 
 def _events(lines: Sequence[Json]) -> list[Json]:
     """Return what happened beside steps: stops, faults, checkpoints that could not be saved."""
-    kept = [line for line in lines if line.get("event") in ("stop", "fault", "save failed", "resume")]
+    kept = [line for line in lines if line.get("event") in _SHOWN_EVENTS]
     return [{key: value for key, value in line.items() if key != "run"} for line in kept]
 
 

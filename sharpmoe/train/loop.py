@@ -3,11 +3,12 @@
 import json
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -23,6 +24,7 @@ from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_r
 from sharpmoe.parallel.ranks.signals import StopAskedError
 from sharpmoe.parallel.zero.settings import zero_title
 from sharpmoe.train import faults
+from sharpmoe.train.callbacks import CallbackError, TrainingEnd, TrainingStep
 from sharpmoe.train.flops import peak_tflops, rows_expected, step_flops
 from sharpmoe.train.guard import Watch
 from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows_taken, strength_warning
@@ -41,9 +43,10 @@ from sharpmoe.train.trajectories import draw_trajectories
 _STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is to be started again
 
 
-def train(plan: RunPlan, world: World) -> Path:
+def train(plan: RunPlan, world: World, callbacks: Sequence[object] = ()) -> Path:
     """Run a plan to its last step, or to where a signal stops it; returns the last checkpoint's folder.
 
+    callbacks: see `sharpmoe.train.callbacks`, beside those of log.callbacks; only those of rank 0 are called.
     Communicates. Raises on every rank: SharpMoEError, also where another live process runs in the folder; and, after
     the save, KeyboardInterrupt where SIGINT (Ctrl-C) stopped it. Ends the process with code 3 where a rank is lost.
     """
@@ -52,7 +55,7 @@ def train(plan: RunPlan, world: World) -> Path:
         run_folder_owned(plan.folder, world),
         deterministic_algorithms(plan.run.train.deterministic),
     ):
-        ended = _train(with_target_scales(choose_checkpoint(plan, world), world), world)
+        ended = _train(with_target_scales(choose_checkpoint(plan, world), world), world, callbacks)
     if ended.signal == signal.SIGINT.name:
         raise KeyboardInterrupt
     return ended.folder
@@ -65,7 +68,7 @@ class _Ended(NamedTuple):
     signal: str = ""  # that stopped it
 
 
-def _train(plan: RunPlan, world: World) -> _Ended:
+def _train(plan: RunPlan, world: World, callbacks: Sequence[object]) -> _Ended:
     with raise_on_all_ranks(world):
         initial = initial_model(plan)
         initial.weights.check_finite(world.rank, world.size)
@@ -78,46 +81,49 @@ def _train(plan: RunPlan, world: World) -> _Ended:
             print(f"nothing to do: {plan.saved.folder} is at step {plan.start.step} of {plan.run.train.steps}")
             _clear_stopped(plan.folder)
         return _Ended(plan.saved.folder)
-    session = open_session(plan, world, initial)
+    session = open_session(plan, world, initial, callbacks)
     try:
         return _run(session, monitor_first)
-    except SharpMoEError:
-        log_save(session, session.checkpoints.wait())
-        raise
     finally:
         if session.log is not None:
             session.log.close()
 
 
 def _run(session: Session, monitor_first: bool) -> _Ended:
-    """Step, monitor and save until the last step or a signal.
+    """Step, monitor and save until the last step, a signal, or an error, and tell the callbacks which.
 
     monitor_first: the run was stopped while it measured the step that it resumes from, which is done now.
     """
-    plan, progress, monitored = session.plan, session.plan.start, False
+    plan, progress, monitored, stopped = session.plan, session.plan.start, False, ""
     build, live = partial(ema_model, session), partial(live_model, session)
     timetable = _Timetable(plan.run.checkpoint, session.world)
     try:
-        if progress.step == 0:
-            session.monitor.before_training(build)
-        elif monitor_first:
-            session.monitor.after_step(progress.step, build, live)
-        if session.log is not None:
-            _clear_stopped(plan.folder)
-        monitored = True
-        with closing(_steps(session)) as steps:
-            for progress in steps:
-                monitored = False
+        try:
+            if progress.step == 0:
+                session.monitor.before_training(build)
+            elif monitor_first:
                 session.monitor.after_step(progress.step, build, live)
-                monitored = True
-                if progress.step < plan.run.train.steps and timetable.due(progress.step):
-                    watchdog.mark(f"the save of step {progress.step}")
-                    log_save(session, session.checkpoints.begin(progress))
-                else:
-                    log_save(session, session.checkpoints.take_finished())
-    except StopAskedError as stop:
-        return _stop(session, progress, str(stop), monitored)
-    return _finish(session, progress)
+            if session.log is not None:
+                _clear_stopped(plan.folder)
+            monitored = True
+            with closing(_steps(session)) as steps:
+                for progress in steps:
+                    monitored = False
+                    session.monitor.after_step(progress.step, build, live)
+                    monitored = True
+                    if progress.step < plan.run.train.steps and timetable.due(progress.step):
+                        watchdog.mark(f"the save of step {progress.step}")
+                        log_save(session, session.checkpoints.begin(progress))
+                    else:
+                        log_save(session, session.checkpoints.take_finished())
+        except StopAskedError as stop:
+            stopped = str(stop)
+        ended = _stop(session, progress, stopped, monitored) if stopped else _finish(session, progress)
+    except Exception as error:
+        _fail(session, progress, error)
+        raise
+    _tell_end(session, progress, ended)
+    return ended
 
 
 def _steps(session: Session) -> Generator[Progress, None, None]:
@@ -133,6 +139,7 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
                 wait_for(world.device)
             began = time.monotonic()
             with raise_on_all_ranks(world, stop_on_signal=True) as data_wait:
+                session.callbacks.check()
                 loaded = next(batches)
                 data_wait.seconds = time.monotonic() - began
                 items = draw_trajectories(loaded.batches, plan.data.empty_text, run, world.device)
@@ -194,10 +201,25 @@ def _log_step(session: Session, step: int, result: StepResult, tokens: int, seco
     if run.loss.routing_warmup_steps and has_routing_loss(run):
         more["optim/routing_weight"] = routing_weight(run, step - 1)
     session.log.step(stats, more)
+    if session.callbacks:
+        _tell_step(session, stats, more)
     if result.routing is not None and session.objective.uses_x0_prev and _is_halfway(run, step):
         warning = strength_warning(result.routing, step)
         if warning:
             session.log.warn(step, warning)
+
+
+def _tell_step(session: Session, stats: StepStats, more: Mapping[str, float]) -> None:
+    told = TrainingStep(
+        step=stats.step,
+        steps=session.plan.run.train.steps,
+        figures=MappingProxyType({**stats.scalars(), **more}),
+        lr=stats.lr,
+        images=stats.images,
+        seconds=stats.seconds,
+        is_logged=session.log is not None and session.log.due(stats.step),
+    )
+    session.callbacks.on_step(told)
 
 
 def _is_halfway(run: RunConfig, step: int) -> bool:
@@ -262,6 +284,36 @@ def _stop(session: Session, progress: Progress, name: str, monitored: bool) -> _
         session.log.event("stop", progress.step, signal=name, checkpoint=str(folder))
         session.log.say(f"stopped by {name} after step {progress.step}: {folder}; start it again to go on")
     return _Ended(folder, name)
+
+
+def _tell_end(session: Session, progress: Progress, ended: _Ended) -> None:
+    """Call the callbacks a last time, when everything is saved.
+
+    Communicates; raises CallbackError on every rank where one of them has failed since the last step began.
+    """
+    why: Literal["stopped", "finished"] = "stopped" if ended.signal else "finished"
+    end = TrainingEnd(step=progress.step, why=why, message=ended.signal, checkpoint=ended.folder)
+    session.callbacks.on_end(end)
+    with raise_on_all_ranks(session.world):
+        session.callbacks.check()
+
+
+def _fail(session: Session, progress: Progress, error: Exception) -> None:
+    """Tell the log and the callbacks of an error that ends the run; save the state first where a callback raised it.
+
+    Communicates only in that case, in which all ranks have the error.
+    """
+    folder = None
+    if isinstance(error, CallbackError):
+        watchdog.mark(f"the save of step {progress.step}")
+        folder = ensure_saved(session, progress)
+        if session.log is not None:
+            session.log.event("callback failed", progress.step, error=str(error), checkpoint=str(folder))
+            session.log.say(f"ended by a callback after step {progress.step}: {folder}; start it again to go on")
+    elif isinstance(error, SharpMoEError):
+        log_save(session, session.checkpoints.wait())
+    said = str(error) if isinstance(error, SharpMoEError) else f"{type(error).__name__}: {error}"
+    session.callbacks.on_end(TrainingEnd(step=progress.step, why="failed", message=said, checkpoint=folder))
 
 
 class _Stopped(NamedTuple):

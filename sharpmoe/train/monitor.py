@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +32,7 @@ from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet, obse
 from sharpmoe.report.runs import EARLY_AVERAGE
 from sharpmoe.report.samples import Prompts, draw_images, encode_prompts
 from sharpmoe.trackers.record import TrackedTable
+from sharpmoe.train.callbacks import CallbackCalls, TrainingLook
 from sharpmoe.train.metrics import due
 from sharpmoe.train.runlog import RunLog
 
@@ -59,6 +61,7 @@ class Monitor:
     share: Share
     log: RunLog | None  # rank 0 only
     agree: _Agree = nullcontext  # context in which an error of one rank is raised on all
+    callbacks: CallbackCalls
 
     @classmethod
     def open(
@@ -70,6 +73,7 @@ class Monitor:
         share: Share,
         log: RunLog | None,
         agree: _Agree = nullcontext,
+        callbacks: CallbackCalls | None = None,
     ) -> Monitor:
         """Open the codec, encode the fixed captions to `device`, and read once what will be measured on.
 
@@ -77,7 +81,15 @@ class Monitor:
         nothing. No communication. Raises DataError.
         """
         material = None if held_out is None else _open_material(run, held_out, device)
-        return cls(run=run, folder=folder, material=material, share=share, log=log, agree=agree)
+        return cls(
+            run=run,
+            folder=folder,
+            material=material,
+            share=share,
+            log=log,
+            agree=agree,
+            callbacks=callbacks or CallbackCalls({}),
+        )
 
     def before_training(self, build: Callable[[], Backbone]) -> None:
         """Measure and draw the model that a run starts from (not one that it resumes): allocation/before.json."""
@@ -110,6 +122,7 @@ class Monitor:
         result = self._validate(model, self.material) if validated else None
         if result is not None:
             self._report("the validation", lambda log: log.validation(step, result, live))
+            self._tell(step, "validation", result.scalars() | ({} if live is None else live.scalars("validation_live")))
         if drawn:
             self._draw(model, self.material, step)
         if measured:
@@ -124,6 +137,7 @@ class Monitor:
             result.save(self.folder / "allocation" / "before.json")
             log.scalars(0, result.scalars())
             self._tell_allocation(log, {"before": result})
+            self._tell(0, "allocation", result.scalars())
 
         self._report("the allocation before training", write)
 
@@ -144,6 +158,7 @@ class Monitor:
             log.image(step, "allocation", pixels)
             log.table(step, "allocation", _allocation_of(results))
             self._tell_allocation(log, results)
+            self._tell(step, "allocation", result.scalars(), pixels, folder / "allocation.png")
 
         self._report("the allocation after training", write)
 
@@ -190,8 +205,24 @@ class Monitor:
 
     def _show(self, step: int, kind: str, draw: Callable[[], Pixels], log: RunLog) -> None:
         pixels = draw()
-        save_png(pixels, self.folder / kind / f"step{step:08}.png")
+        path = save_png(pixels, self.folder / kind / f"step{step:08}.png")
         log.image(step, kind, pixels)
+        self._tell(step, kind, {}, pixels, path)
+
+    def _tell(
+        self,
+        step: int,
+        kind: Any,
+        figures: Mapping[str, float],
+        pixels: Pixels | None = None,
+        path: Path | None = None,
+    ) -> None:
+        """Tell the callbacks what was made."""
+        if pixels is not None:
+            pixels = pixels.view()
+            pixels.flags.writeable = False
+        figures = MappingProxyType(dict(figures))
+        self.callbacks.on_look(TrainingLook(step=step, kind=kind, figures=figures, pixels=pixels, path=path))
 
     def _attempt(self, what: str, measure: Callable[[], _Result]) -> _Result | None:
         """Measure on all ranks. Where any of them fails, return None on all and note it: training does not need it."""

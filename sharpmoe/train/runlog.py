@@ -90,8 +90,7 @@ class RunLog:
         note = "best so far" if result.mean < before else f"best {before:.4f}"
         line = f"validation after step {step}: flow loss {result.mean:.4f} ± {result.error:.4f} ({note})"
         if live is not None:
-            tags = {tag.replace("validation/", "validation_live/"): value for tag, value in live.scalars().items()}
-            self.scalars(step, tags)
+            self.scalars(step, live.scalars("validation_live"))
             line += f"; of the live weights {live.mean:.4f}"
         self.say(line)
 

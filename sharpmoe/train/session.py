@@ -24,6 +24,7 @@ from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings
 from sharpmoe.train import provenance
+from sharpmoe.train.callbacks import CallbackCalls, TrainingSave, open_callbacks
 from sharpmoe.train.looks import fill_by_block, looks_by_block
 from sharpmoe.train.monitor import Monitor
 from sharpmoe.train.objective import Objective
@@ -43,6 +44,7 @@ class Session:
     ema: ShardEma
     monitor: Monitor
     checkpoints: Checkpoints
+    callbacks: CallbackCalls
     adapters: Adapters | None  # of the model, where it has any
 
     @property
@@ -51,8 +53,11 @@ class Session:
         return self.monitor.log
 
 
-def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
-    """Partition the model, load the checkpoint, open the log. Communicates; raises SharpMoEError on every rank."""
+def open_session(plan: RunPlan, world: World, initial: InitialModel, callbacks: Sequence[object] = ()) -> Session:
+    """Partition the model, load the checkpoint, open the log. Communicates; raises SharpMoEError on every rank.
+
+    callbacks: beside those of log.callbacks; those of rank 0 are called.
+    """
     objective = Objective(initial.model, plan.run)
     engine = Engine(objective, plan.run, plan.ds_config, world, objective.values(initial.weights))
     ema = ShardEma(engine, plan.run.optim.ema_decay)
@@ -74,11 +79,12 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
     with raise_on_all_ranks(world):
         uses = schedule_of(plan.run).model_uses * plan.batch.accumulation
         warnings = regather_warnings(plan.ds_config, engine.num_parameters, uses)
+        calls = open_callbacks(plan.run.log.callbacks, callbacks) if world.is_main else CallbackCalls({})
         log = _open_log(plan, [*plan.notes, *initial.notes, *warnings], settings) if world.is_main else None
         if plan.run.train.compile:
             compile_blocks(objective.model, partial(_say_and_mark, log))
         agree = partial(raise_on_all_ranks, world)
-        monitor = Monitor.open(plan.run, plan.data.held_out, plan.folder, world.device, share, log, agree)
+        monitor = Monitor.open(plan.run, plan.data.held_out, plan.folder, world.device, share, log, agree, calls)
     return Session(
         plan=plan,
         world=world,
@@ -87,6 +93,7 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel) -> Session:
         ema=ema,
         monitor=monitor,
         checkpoints=checkpoints,
+        callbacks=calls,
         adapters=initial.adapters,
     )
 
@@ -186,7 +193,9 @@ def ensure_saved(session: Session, progress: Progress) -> Path:
         return outcome.folder
     if plan.saved is not None and plan.run.checkpoint.resume == "auto" and plan.start.step == progress.step:
         return plan.saved.folder
-    return session.checkpoints.save(progress)
+    folder = session.checkpoints.save(progress)
+    session.callbacks.on_save(TrainingSave(step=progress.step, checkpoint=folder))
+    return folder
 
 
 def log_save(session: Session, outcome: Outcome | None) -> None:
@@ -197,6 +206,7 @@ def log_save(session: Session, outcome: Outcome | None) -> None:
     seconds = {"stalled": round(outcome.stalled, 3), "seconds": round(outcome.seconds, 3)}
     if error is None:
         session.log.event("save", step, checkpoint=str(outcome.folder), **seconds)
+        session.callbacks.on_save(TrainingSave(step=step, checkpoint=outcome.folder))
     else:
         session.log.event("save failed", step, error=str(error), **seconds)
         session.log.say(f"warning: step {step} was not saved, training goes on: {error}")

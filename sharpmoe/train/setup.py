@@ -30,6 +30,7 @@ from sharpmoe.model.weights import StartingWeights
 from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.trackers.registry import check_trackers
+from sharpmoe.train.callbacks import check_callbacks
 from sharpmoe.train.labels import check_labels
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.rollout_schedules import check_schedule
@@ -111,6 +112,7 @@ def make_plan(
     """
     check_ep_size(run, world.size)
     check_trackers(run.log.trackers)
+    check_callbacks(run.log.callbacks)
     _check_output(Path(run.output) / run.name)
     if run.train.compile:
         check_compiler(world.device)
