@@ -126,6 +126,14 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images become squares of so many pixels (default: {Recipe.image_size}); with --buckets: the squares "
         "that patch_pca is fitted to",
     )
+    add(
+        "--frames",
+        type=POSITIVE,
+        default=Recipe.frames,
+        metavar="T",
+        help="take T frames of animated GIF, WebP or PNG files, evenly spaced in time, as latents with a time axis "
+        "(docs/video.md); animations with fewer are left out (default: 1, still images)",
+    )
     add("--fit", choices=FITS, default="crop", help="images of another shape: crop the centre, or pad with white")
     add(
         "--buckets",

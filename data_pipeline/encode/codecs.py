@@ -1,6 +1,6 @@
 """What a codec is: images to latents and back, with an identity that travels with the shards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -56,6 +56,17 @@ class Codec(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Return what must be stored with the shards to build the codec again."""
         ...
+
+
+def frame_by_frame(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Apply what encodes or decodes images (B, C, H, W) to these, or to every frame of clips (B, C, T, H, W).
+
+    A codec that compresses time as well would take the place of this.
+    """
+    if images.ndim == 4:
+        return function(images)
+    found = function(images.transpose(1, 2).flatten(0, 1))
+    return found.unflatten(0, (len(images), images.shape[2])).transpose(1, 2)
 
 
 class Pixel:

@@ -9,7 +9,7 @@ import binascii
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -40,6 +40,7 @@ class Origin(NamedTuple):
     codec_identity: Identity
     encoder: Identity | None  # None where the place does not name it
     saliency: Identity | None = None  # kind of the maps of shards; None for weights
+    frames: int = 1  # of clips
 
 
 class _Encoded(Protocol):
@@ -157,18 +158,23 @@ def _of_folder(folder: Path) -> Origin:
     try:
         index = json.loads((folder / "index.json").read_bytes())
         encoder, saliency = index["encoder"], index.get("saliency", PLAIN_SALIENCY)
+        frames = max((bucket["grid"][0] for bucket in _buckets(index) if len(bucket["grid"]) == 3), default=1)
         content = (folder / CODEC_FILE).read_bytes()
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{folder}: not a complete folder of prepared shards; {_EXPECTED}") from None
-    return _origin(content, str(folder / CODEC_FILE), encoder)._replace(saliency=saliency)
+    return _origin(content, str(folder / CODEC_FILE), encoder)._replace(saliency=saliency, frames=frames)
+
+
+def _buckets(index: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(index.get("buckets", {}).values())  # schema 1 has none
 
 
 def _of_weights(header: Mapping[str, str], where: str) -> Origin:
     identity, encoder = json.loads(header["codec"]), json.loads(header["encoder"])
     content = _fitted_codec(header, where)
-    if content is not None:
-        return _origin(content, where, encoder)
-    return Origin(codec_bytes(codec_of(identity, {}, "cpu")), identity, encoder)
+    known = Origin(codec_bytes(codec_of(identity, {}, "cpu")), identity, encoder) if content is None else None
+    found = known or _origin(content or b"", where, encoder)
+    return found._replace(frames=json.loads(header.get("model", "{}")).get("latent_frames", 1))
 
 
 def _fitted_codec(header: Mapping[str, str], where: str) -> bytes | None:

@@ -26,16 +26,29 @@ class Resolution(NamedTuple):
     """The sizes of one bucket."""
 
     image: tuple[int, int]  # pixels (H, W)
-    latent: tuple[int, int, int]  # (C, h, w)
-    grid: tuple[int, int]  # tokens (h, w)
+    latent: tuple[int, ...]  # (C, h, w), or of frames (C, T, h, w)
+    grid: tuple[int, ...]  # tokens (h, w), or (T, h, w)
 
     @property
     def name(self) -> str:
-        return bucket_name(self.image)
+        return bucket_name(self.image, self.grid[0] if len(self.grid) == 3 else 1)
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
+
+    def with_frames(self, frames: int) -> "Resolution":
+        """Return the sizes of clips of so many images. Raises DataError where that is more tokens than are taken."""
+        if frames == 1:
+            return self
+        channels, *sides = self.latent
+        clip = self._replace(latent=(channels, frames, *sides), grid=(frames, *self.grid))
+        if clip.tokens > MAX_TOKENS:
+            raise DataError(
+                f"--frames {frames}: a clip of {bucket_name(self.image)} pixels has {clip.tokens} tokens, at most "
+                f"{MAX_TOKENS} are taken"
+            )
+        return clip
 
 
 def bucket_resolutions(
@@ -205,7 +218,7 @@ def bucket_lines(
         known = pixels[here & (pixels > 0).all(1)]
         enlarged = int(is_enlarged(known, entry.image, fit).sum())
         lost = f", {_lost(known, entry.image):.1%} {'cut off' if fit == 'crop' else 'white bars'}" if len(known) else ""
-        tokens = f"{entry.grid[0]}x{entry.grid[1]} = {entry.tokens} tokens"
+        tokens = f"{'x'.join(map(str, entry.grid))} = {entry.tokens} tokens"
         lines.append(
             f"bucket {entry.name} ({tokens}): {int(here.sum())} pictures, {trained} to train on, "
             f"{enlarged} enlarged{lost}"

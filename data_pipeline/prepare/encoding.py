@@ -25,6 +25,7 @@ from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.counts import Counts
 from data_pipeline.prepare.recipe import Recipe
 from data_pipeline.prepare.survey import unreadable
+from data_pipeline.sources.animations import frames_of, load_clip
 from data_pipeline.sources.images import UNREADABLE, Picture, load_map, load_picture, mirror
 from data_pipeline.sources.items import ImageSource, Item, Skipped, hash_int
 from sharpmoe.errors import DataError
@@ -66,15 +67,15 @@ class _DecodedBatch(NamedTuple):
 
 
 def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, int]) -> Iterator[_DecodedBatch]:
-    """Decode in threads; every batch but the last holds `BATCH` images that could be read."""
-    batch = _DecodedBatch([], [], [])
+    """Decode in threads; every batch but the last holds `BATCH` images (of clips, frames) that could be read."""
+    batch, size = _DecodedBatch([], [], []), max(1, BATCH // worker.recipe.frames)
     for item, picture in decoded_pictures(worker.source, items, image_size, worker.threads, worker.recipe):
         if isinstance(picture, Skipped):
             batch.skipped.append(picture)
             continue
         batch.items.append(item)
         batch.pictures.append(picture)
-        if len(batch.items) == BATCH:
+        if len(batch.items) == size:
             yield batch
             batch = _DecodedBatch([], [], [])
     yield batch
@@ -83,12 +84,12 @@ def decoded_batches(worker: Worker, items: list[Item], image_size: tuple[int, in
 def decoded_pictures(
     source: ImageSource, items: list[Item], size: tuple[int, int], threads: int, recipe: Recipe
 ) -> Iterator[tuple[Item, Picture | Skipped]]:
-    """Yield items with their decoded images, in order; at most `_AHEAD` are in memory."""
+    """Yield items with their decoded images or clips, in order; at most `_AHEAD` images are in memory."""
     waiting: deque[tuple[Item, Future[Picture | Skipped]]] = deque()
-    left = iter(items)
+    left, ahead = iter(items), max(2, _AHEAD // recipe.frames)
     with ThreadPoolExecutor(threads) as pool:
         while True:
-            for item in islice(left, _AHEAD - len(waiting)):
+            for item in islice(left, ahead - len(waiting)):
                 waiting.append((item, pool.submit(_try_load, source, item, size, recipe)))
             if not waiting:
                 return
@@ -100,7 +101,11 @@ def _try_load(source: ImageSource, item: Item, size: tuple[int, int], recipe: Re
     """Return the image with its maps, or why it cannot be used. Raises DataError where the disk itself fails."""
     what = ""
     try:
-        picture = load_picture(source.read(item), size, recipe.fit)
+        content = source.read(item)
+        if recipe.frames == 1:
+            picture = load_picture(content, size, recipe.fit)
+        else:
+            picture = load_clip(content, size, recipe.fit, recipe.frames)
         if item.saliency is not None:
             what = "its saliency map is "
             assert picture.view is not None
@@ -118,23 +123,16 @@ def _try_load(source: ImageSource, item: Item, size: tuple[int, int], recipe: Re
 
 
 def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -> Iterator[Encoded | Skipped]:
-    """Encode every image of a batch; one whose saliency map is not finite is left out.
+    """Encode every image or clip of a batch; one whose saliency map is not finite is left out.
+
+    Clips are encoded frame by frame, as images, and so are their maps.
 
     Raises DataError where another result is not finite.
     """
     images = torch.from_numpy(np.stack([picture.pixels for picture in batch.pictures]))
     latents = _latents(worker, batch.items, images)
     texts = _texts(worker, batch.items)
-    seen = EncodedImages(
-        images=images,
-        pictures=batch.pictures,
-        grid=resolution.grid,
-        latents=latents["latent"],
-        texts=texts,
-        labels=[item.label for item in batch.items],
-        numbers=[hash_int(item.key) >> 2 for item in batch.items],
-    )
-    saliency, substituted = worker.recipe.saliency.maps(worker.make_maps, seen)
+    saliency, substituted = _saliency(worker, resolution, batch, images, latents["latent"], texts)
     for row, item in enumerate(batch.items):
         if not saliency[row].isfinite().all():
             yield Skipped(item.name, "its saliency map is not finite")
@@ -143,7 +141,8 @@ def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -
         arrays |= {"saliency": saliency[row], **texts[row]}
         alpha = batch.pictures[row].alpha
         if alpha is not None:
-            arrays["foreground"] = token_mask(torch.from_numpy(alpha)[None], resolution.grid)[0]
+            parts = [torch.from_numpy(frame.alpha) for frame in frames_of(batch.pictures[row])]
+            arrays["foreground"] = token_mask(torch.stack(parts), _of_frame(resolution)).flatten()
         longest = max(len(arrays[_numbered("text", number)]) for number in range(len(item.captions)))
         counts = replace(
             _counted(worker.encoder, item, batch.pictures[row]),
@@ -151,6 +150,38 @@ def encode_batch(worker: Worker, resolution: Resolution, batch: _DecodedBatch) -
             substituted=int(substituted[row]),
         )
         yield Encoded(item.key, _members(item, arrays), longest, counts)
+
+
+def _of_frame(resolution: Resolution) -> tuple[int, int]:
+    """Return the tokens (h, w) of an image, or of a frame."""
+    height, width = resolution.grid[-2:]
+    return height, width
+
+
+def _saliency(
+    worker: Worker,
+    resolution: Resolution,
+    batch: _DecodedBatch,
+    images: Tensor,
+    latents: Tensor,
+    texts: list[dict[str, Tensor]],
+) -> tuple[Tensor, list[bool]]:
+    """Return the maps (B, N), made of every frame as of an image, and which are substitutes in a frame or more."""
+    frames = worker.recipe.frames
+    pictures = [frame for picture in batch.pictures for frame in frames_of(picture)]
+    keys = [item.key if frames == 1 else f"{item.key}/{at}" for item in batch.items for at in range(frames)]
+    seen = EncodedImages(
+        images=images if frames == 1 else _frames(images),
+        pictures=pictures,
+        grid=_of_frame(resolution),
+        latents=latents if frames == 1 else _frames(latents),
+        texts=[text for text in texts for _ in range(frames)],
+        labels=[item.label for item in batch.items for _ in range(frames)],
+        numbers=[hash_int(key) >> 2 for key in keys],
+    )
+    saliency, substituted = worker.recipe.saliency.maps(worker.make_maps, seen)
+    by_item = [any(substituted[at : at + frames]) for at in range(0, len(keys), frames)]
+    return saliency.reshape(len(batch.items), -1), by_item
 
 
 def _counted(encoder: TextEncoder, item: Item, picture: Picture) -> Counts:
@@ -166,7 +197,7 @@ def _counted(encoder: TextEncoder, item: Item, picture: Picture) -> Counts:
 
 
 def _latents(worker: Worker, items: list[Item], images: Tensor) -> dict[str, Tensor]:
-    """Return latents (B, C, h, w) float16 by the names of their members."""
+    """Return latents (B, C, [T,] h, w) float16 by the names of their members."""
     stored = _stored(worker, items, _posterior(worker, items, images, flip=False), "latent")
     if worker.recipe.flip_pair:
         stored |= _stored(worker, items, _posterior(worker, items, images, flip=True), "latent_flip")
@@ -192,9 +223,24 @@ def _noise(key: str, shape: torch.Size) -> Tensor:
 
 
 def _posterior(worker: Worker, items: list[Item], images: Tensor, flip: bool) -> Posterior:
-    """Encode images (B, 3, H, W), or with `flip` their mirror images."""
+    """Encode images (B, 3, [T,] H, W), or with `flip` their mirror images; clips frame by frame."""
     cached = [CachedLatent(item.name, item.latent, item.flip != flip) for item in items]
-    return worker.codec.posterior(images.flip(-1) if flip else images, cached)
+    images = images.flip(-1) if flip else images
+    if images.ndim == 4:
+        return worker.codec.posterior(images, cached)
+    mean, std = worker.codec.posterior(_frames(images))
+    clips = len(items), images.shape[2]
+    return Posterior(_clips(mean, clips), None if std is None else _clips(std, clips))
+
+
+def _frames(clips: Tensor) -> Tensor:
+    """Return all frames (B T, C, H, W) of clips (B, C, T, H, W)."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(frames: Tensor, clips: tuple[int, int]) -> Tensor:
+    """Return clips (B, C, T, H, W), given (B, T), of all their frames (B T, C, H, W)."""
+    return frames.unflatten(0, clips).transpose(1, 2).contiguous()
 
 
 def _texts(worker: Worker, items: list[Item]) -> list[dict[str, Tensor]]:

@@ -22,7 +22,7 @@ _VERSION = 1
 # They decide whether there are shards, not what these hold; the identity of a given codec holds a hash of it.
 _NOT_CONTENT = ("max_bad_share", "allow_missing", "given_codec", "like_saliency")
 # Newer than the first folders; left out at their default.
-_ADDED = ("buckets", "posterior", "flip_pair", "fit", "bucket_step", "saliency", "text_dtype")
+_ADDED = ("buckets", "posterior", "flip_pair", "fit", "bucket_step", "saliency", "text_dtype", "frames")
 
 
 def _default_codec() -> Identity:
@@ -53,6 +53,7 @@ class Recipe:
     bucket_step: int | None = None  # buckets: all of about the area of a square, with sides that are multiples of it
     saliency: SaliencyChoice = LAPLACIAN  # where the maps M come from
     text_dtype: str = "float16"  # of stored token states; large decoders leave the range of float16
+    frames: int = 1  # of a clip, taken from animations (sources/animations.py); 1: still images
     like_saliency: Identity | None = None  # kind of maps of the shards that `--like` names
 
 
@@ -83,6 +84,7 @@ def recipe_of(options: Mapping[str, Any], kinds: Mapping[str, SaliencyKind] = SA
                 "fit",
                 "bucket_step",
                 "text_dtype",
+                "frames",
             )
         },
     )
@@ -120,6 +122,11 @@ def _latents_and_texts(options: Mapping[str, Any]) -> tuple[Identity, Identity, 
         return origin.codec_identity, encoder_settings(options), origin.codec
     if options["encoder"]:
         raise DataError(f"{option}: it takes the encoder from there; leave out --encoder, or use --codec-from")
+    if origin.frames not in (1, options["frames"]):
+        raise DataError(
+            f"{option}: has clips of {origin.frames} frames, asked for {options['frames']}; add --frames "
+            f"{origin.frames}, or take its codec alone with --codec-from"
+        )
     if origin.encoder is None:
         raise DataError(f"{option}: a codec file names no text encoder; use --codec-from, and --encoder")
     return origin.codec_identity, origin.encoder, origin.codec
@@ -128,7 +135,7 @@ def _latents_and_texts(options: Mapping[str, Any]) -> tuple[Identity, Identity, 
 def check_recipe(recipe: Recipe) -> None:
     """Raise a DataError for a value outside its range, or a posterior that the codec does not have."""
     check_buckets(recipe.buckets, recipe.bucket_step)
-    for name in ("image_size", "patch_size", "shard_samples", "limit"):
+    for name in ("image_size", "patch_size", "shard_samples", "limit", "frames"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise DataError(f"{name} {value}: expected a whole number from 1 up")
@@ -139,6 +146,8 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.text_dtype not in TEXT_DTYPES:
         raise DataError(f"text_dtype {recipe.text_dtype!r}: expected {', '.join(TEXT_DTYPES)}")
     kind = recipe.codec["kind"]
+    if recipe.frames > 1 and kind in CODECS and CODECS[kind].is_cached:
+        raise DataError(f"frames {recipe.frames}: cached latents are those of still images; use --frames 1")
     if recipe.fit != "crop" and kind in CODECS and CODECS[kind].is_cached:
         raise DataError(f"fit {recipe.fit}: cached latents are those of cropped images; use --fit crop")
     if recipe.posterior != "mean" and kind in CODECS and not CODECS[kind].has_std:

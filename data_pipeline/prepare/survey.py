@@ -14,6 +14,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from data_pipeline.prepare.ranks import Rank, pulse, wait
+from data_pipeline.sources.animations import TooFewFramesError
 from data_pipeline.sources.images import FORMATS, UNREADABLE, upright_size
 from data_pipeline.sources.items import ImageSource, Item, Skipped, Unit, from_json, hash_int, shown, to_json
 from sharpmoe.durable import publish_once
@@ -205,6 +206,8 @@ def _size(source: ImageSource, item: Item) -> tuple[int, int]:
 
 def unreadable(error: Exception) -> str:
     """Say why an image cannot be used, in the same words for the same file on every machine."""
+    if isinstance(error, TooFewFramesError):
+        return str(error)
     if isinstance(error, UnidentifiedImageError):  # its own message holds a memory address
         return f"unreadable: not a picture of a known kind ({', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.errno is not None:  # their message holds a path

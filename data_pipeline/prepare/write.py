@@ -67,6 +67,7 @@ from data_pipeline.prepare.plan import ShardPlan, plans_of_rank, shard_plans
 from data_pipeline.prepare.ranks import Rank, heartbeat, lock, pulse, wait
 from data_pipeline.prepare.recipe import RECIPE_FILE, Recipe, check_recipe, content_request, refuse_mixing
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
+from data_pipeline.sources.animations import frames_of
 from data_pipeline.sources.images import Picture
 from data_pipeline.sources.items import ImageSource, Skipped, hash_text, source_identity
 from sharpmoe.console import progress_bar
@@ -195,10 +196,14 @@ def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:
 
 
 def recipe_resolutions(recipe: Recipe, codec: Codec) -> list[Resolution]:
-    """Return the buckets of a recipe. Raises DataError where the codec or the patch size does not divide a side."""
-    return bucket_resolutions(
+    """Return the buckets of a recipe, with its frames.
+
+    Raises DataError where the codec or the patch size does not divide a side.
+    """
+    still = bucket_resolutions(
         recipe.buckets, recipe.image_size, recipe.patch_size, codec.latent_shape, recipe.bucket_step
     )
+    return [resolution.with_frames(recipe.frames) for resolution in still]
 
 
 def bucket_report(catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray, recipe: Recipe) -> list[str]:
@@ -269,17 +274,18 @@ def _text_encoder(recipe: Recipe, device: str) -> TextEncoder:
 
 
 def training_images(source: ImageSource, catalog: Catalog, recipe: Recipe, machine: Machine) -> Iterator[Tensor]:
-    """Yield images of the training split, (1, 3, H, W) each."""
+    """Yield images of the training split, (1, 3, H, W) each; of clips the frames, (T, 3, H, W)."""
     if "train" not in catalog.split_names:
         return
-    rows = np.flatnonzero(catalog.split == catalog.split_names.index("train"))[:_FIT_IMAGES]
+    rows = np.flatnonzero(catalog.split == catalog.split_names.index("train"))
+    rows = rows[: -(-_FIT_IMAGES // recipe.frames)]
     size = (recipe.image_size, recipe.image_size)
     pictures = decoded_pictures(source, catalog.items(rows), size, machine.threads, recipe)
     with progress_bar("fitting the codec", len(rows), quiet=not machine.progress) as advance:
         for _, picture in pictures:
             advance(1)
             if isinstance(picture, Picture):
-                yield torch.from_numpy(picture.pixels)[None]
+                yield torch.from_numpy(np.stack([frame.pixels for frame in frames_of(picture)]))
 
 
 def _record_recipe(folder: Path, worker: Worker, asked: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -
     """Format an index and the statistics of some samples of every split, as lines of text."""
     size = sum(shard.size for shard in index.shards)
     count = sum(index.splits.values())
+    latent = "latent (C, h, w)" if index.frames == 1 else "latent (C, T, h, w)"
     lines = [
         f"{location}",
         f"  samples    {count} in {len(index.shards)} shards, {size / 2**20:.1f} MiB",
@@ -77,10 +78,11 @@ def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -
         f"  encoder    {_identity(index.encoder)}",
         f"  saliency   kind {saliency_line(index.saliency)}",
         f"  source     {_identity(index.source)}",
-        f"  {'bucket':<10} {'pixels (H x W)':<16} {'latent (C, h, w)':<18} {'tokens':<10} {'samples':>9} {'share':>7}",
+        *([f"  frames     {index.frames} of each animation"] if index.frames > 1 else []),
+        f"  {'bucket':<10} {'pixels (H x W)':<16} {latent:<18} {'tokens':<10} {'samples':>9} {'share':>7}",
     ]
     for name, bucket in index.buckets.items():
-        pixels, tokens = ("{} x {}".format(*pair) for pair in (bucket.image, bucket.grid))
+        pixels, tokens = (" x ".join(map(str, sizes)) for sizes in (bucket.image, bucket.grid))
         share = bucket.num_samples / max(count, 1)
         lines.append(
             f"  {name:<10} {pixels:<16} {bucket.latent!s:<18} {tokens:<10} {bucket.num_samples:>9} {share:>7.1%}"

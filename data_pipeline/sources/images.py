@@ -30,10 +30,10 @@ class View(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A decoded image at the trained resolution (H, W)."""
+    """A decoded image at the trained resolution (H, W), or the frames of a clip."""
 
-    pixels: np.ndarray  # (3, H, W) float32 in [-1, 1], composited on white
-    alpha: np.ndarray | None  # (1, H, W) float32 in [0, 1]; None where the file has no transparency
+    pixels: np.ndarray  # (3, H, W) float32 in [-1, 1], composited on white; of a clip (3, T, H, W)
+    alpha: np.ndarray | None  # (1, [T,] H, W) float32 in [0, 1]; None where the file has no transparency
     enlarged: bool = False  # the file has fewer pixels than the trained resolution, each way
     view: View | None = None
     saliency: np.ndarray | None = None  # (1, H, W) float32 in [0, 1]; None where the source has no map of the image
@@ -49,11 +49,15 @@ def load_picture(source: Path | bytes, size: tuple[int, int], fit: str = "crop")
     so the colours of transparent pixels have no effect. A file that is opaque everywhere has no alpha: its mask
     would hold no information.
     """
-    with _open(source) as opened:
-        whole = _to_eight_bit(ImageOps.exif_transpose(opened))
-        box = _crop_box(whole, size) if fit == "crop" else (0, 0, whole.width, whole.height)
-        part = whole.crop(box) if fit == "crop" else whole
-    image = _to_srgb(part)
+    with open_image(source) as opened:
+        return fit_picture(opened, size, fit)
+
+
+def fit_picture(opened: Image.Image, size: tuple[int, int], fit: str) -> Picture:
+    """Do what `load_picture` does to the present frame of an opened image."""
+    whole = _to_eight_bit(ImageOps.exif_transpose(opened))
+    box = _crop_box(whole, size) if fit == "crop" else (0, 0, whole.width, whole.height)
+    image = _to_srgb(whole.crop(box) if fit == "crop" else whole)
     inner = size if fit == "crop" else _inner(image, size)
     enlarged = image.height < inner[0] or image.width < inner[1]
     shares = box[0] / whole.width, box[1] / whole.height, box[2] / whole.width, box[3] / whole.height
@@ -67,7 +71,7 @@ def load_map(content: bytes, view: View) -> np.ndarray:
     0 is black and 1 is white, with 8 or 16 bits; colours become grey, transparency is ignored, and bars beside a
     padded image are 0. Raises one of `UNREADABLE` where it cannot be decoded.
     """
-    with _open(content) as opened:
+    with open_image(content) as opened:
         grey = _grey(ImageOps.exif_transpose(opened))
     left, top, right, bottom = view.box
     box = left * grey.width, top * grey.height, right * grey.width, bottom * grey.height
@@ -100,7 +104,7 @@ def _on_white(image: Image.Image, size: tuple[int, int]) -> Picture:
     return Picture(pixels, None if opaque else _levels(alpha, size)[None])
 
 
-def _open(source: Path | bytes) -> Image.Image:
+def open_image(source: Path | bytes) -> Image.Image:
     """Read the header of an image, but not its pixels."""
     if isinstance(source, bytes) and source.startswith(LFS_POINTER):
         raise ValueError("a pointer of Git LFS, not the picture itself (git lfs pull)")
@@ -136,7 +140,7 @@ def upright_size(content: bytes) -> tuple[int, int]:
 
     Raises one of `UNREADABLE` where the header cannot be read.
     """
-    with _open(content) as opened:
+    with open_image(content) as opened:
         sideways = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return (opened.width, opened.height) if sideways else (opened.height, opened.width)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from data_pipeline.identity import Identity
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".apng", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # Suffixes of image files that are not read; a source lists them as skipped.
 OTHER_IMAGES = frozenset({".avif", ".eps", ".heic", ".jp2", ".jxl", ".psd", ".svg", ".svgz"})
 UNIT_RECORDS = 4096  # records of a unit

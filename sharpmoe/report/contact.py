@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipeline.encode.codecs import frame_by_frame
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.evaluation.held_out import spread
 from sharpmoe.report.figures import GAP, Pixels, load_font, to_pixels, wrap
@@ -18,13 +19,14 @@ _SIDE = 132  # pixels of a picture's longer side
 _TEXT, _SMALL = 12, 10  # font sizes
 _BETWEEN = 4  # pixels
 _LINES = 3  # of a caption
+_FRAMES = 8  # at most, of a clip
 
 
 class SampleCard(NamedTuple):
-    """One sample of the sheet."""
+    """One sample of the sheet: an image, or some frames of a clip."""
 
-    picture: Pixels
-    saliency: np.ndarray  # (h, w) in [0, 1]
+    frames: list[Pixels]
+    saliency: np.ndarray  # (T, h, w) in [0, 1], T = 1 for an image
     caption: str
     note: str  # largest saliency, class, key
 
@@ -36,24 +38,30 @@ def sample_cards(shards: ShardSet, count: int) -> list[SampleCard]:
     for index in spread(shards.num_samples, count):
         batch, bucket = shards.batch([index]), shards.buckets[shards.bucket_of(index)]
         label = int(batch.label[0])
-        saliency = batch.saliency[0].reshape(bucket.grid).numpy()
+        saliency = batch.saliency[0].reshape(bucket.frames, *bucket.grid[-2:]).numpy()
         known = [] if label < 0 else [f"class {label}"]
         note = " · ".join([f"M to {saliency.max():.2f}", *known, batch.keys[0]])
-        found.append(SampleCard(to_pixels(codec.decode(batch.latent))[0], saliency, batch.captions[0], note))
+        images = frame_by_frame(codec.decode, batch.latent)
+        frames = to_pixels(images if bucket.frames == 1 else images[0].transpose(0, 1))
+        shown = spread(bucket.frames, _FRAMES)
+        found.append(SampleCard([frames[at] for at in shown], saliency[shown], batch.captions[0], note))
     return found
 
 
 def contact_sheet(samples: Sequence[SampleCard], title: str, columns: int | None = None) -> Pixels:
     """Draw the samples (H, W, 3) uint8: image and saliency M side by side, caption and note below.
 
-    M is drawn over the grey image, scaled to the largest value of the image, which the note gives.
+    M is drawn over the grey image, scaled to the largest value of the image, which the note gives. Of a clip the frames
+    are drawn beside each other, with the saliency of each below it.
     """
-    columns = min(columns or max(2, round(math.sqrt(len(samples) * 0.8))), len(samples))
+    shown = max(len(card.frames) for card in samples)
+    columns = min(columns or max(2, round(math.sqrt(len(samples) * 0.8) / math.sqrt(shown))), len(samples))
     font, small = load_font(_TEXT), load_font(_SMALL)
-    wide = 2 * _SIDE + _BETWEEN
+    across, down = (2, 1) if shown == 1 else (shown, 2)
+    wide, high = (count * (_SIDE + _BETWEEN) - _BETWEEN for count in (across, down))
     captions = [wrap(card.caption, wide, font, _LINES) or ["(empty caption)"] for card in samples]
     rows = [range(start, min(start + columns, len(samples))) for start in range(0, len(samples), columns)]
-    heights = [_SIDE + 8 + max(len(captions[i]) for i in row) * (_TEXT + 4) + _SMALL + 8 for row in rows]
+    heights = [high + 8 + max(len(captions[i]) for i in row) * (_TEXT + 4) + _SMALL + 8 for row in rows]
     top = GAP + _TEXT + 10
     size = (columns * (wide + 2 * GAP), top + sum(heights) + GAP * len(rows))
     sheet = Image.new("RGB", size, "white")
@@ -76,23 +84,28 @@ def _draw(
     fonts: tuple[ImageFont.FreeTypeFont, ImageFont.FreeTypeFont],
 ) -> None:
     left, top = at
-    for number, pixels in enumerate((card.picture, _overlay(card.picture, card.saliency))):
+    heat = card.saliency / max(float(card.saliency.max()), 1e-6)
+    maps = [_overlay(frame, each) for frame, each in zip(card.frames, heat, strict=True)]
+    is_clip = len(card.frames) > 1
+    for number, pixels in enumerate([*card.frames, *maps]):
         picture = _fitted(pixels)
-        x = left + number * (_SIDE + _BETWEEN)
-        pen.rectangle((x, top, x + _SIDE - 1, top + _SIDE - 1), fill="#f2f2f2")
-        sheet.paste(picture, (x + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
-    y = top + _SIDE + 5
+        column, row = (number % len(maps), number // len(maps)) if is_clip else (number, 0)
+        x, y = left + column * (_SIDE + _BETWEEN), top + row * (_SIDE + _BETWEEN)
+        pen.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), fill="#f2f2f2")
+        sheet.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
+    wide = max(2, len(maps) if is_clip else 2) * (_SIDE + _BETWEEN) - _BETWEEN
+    y = top + (2 if is_clip else 1) * (_SIDE + _BETWEEN) - _BETWEEN + 5
     for line in caption:
         pen.text((left, y), line, fill="#222222", font=fonts[0])
         y += _TEXT + 4
-    (note,) = wrap(card.note, 2 * _SIDE, fonts[1], 1)
+    (note,) = wrap(card.note, wide - _BETWEEN, fonts[1], 1)
     pen.text((left, y), note, fill="#888888", font=fonts[1])
 
 
-def _overlay(picture: Pixels, saliency: np.ndarray) -> Pixels:
-    """Draw the saliency map over the grey picture: every token in the colour of its value, the largest brightest."""
+def _overlay(picture: Pixels, levels: np.ndarray) -> Pixels:
+    """Draw levels (h, w) in [0, 1] over the grey picture: every token in the colour of its value, 1 the brightest."""
     height, width = picture.shape[:2]
-    heat = matplotlib.colormaps["magma"](saliency / max(float(saliency.max()), 1e-6))[..., :3]
+    heat = matplotlib.colormaps["magma"](levels)[..., :3]
     large = np.asarray(Image.fromarray((heat * 255).astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
     grey = picture.mean(-1, keepdims=True)
     return (0.7 * large + 0.3 * grey).round().astype(np.uint8)

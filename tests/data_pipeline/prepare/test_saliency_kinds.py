@@ -194,7 +194,7 @@ def test_the_kind_is_part_of_recipe_and_shards(
     assert "saliency   kind supplied" in capsys.readouterr().out
     assert shards_main(["verify", folders[0], "--quiet"]) == 0
     card = sample_cards(supplied, 1)[0]
-    assert card.saliency[:, 0].min() > 0.99  # contact sheets draw what is stored
+    assert card.saliency[0, :, 0].min() > 0.99  # contact sheets draw what is stored
 
 
 def test_file_is_another_word_for_supplied(folder: Path, tmp_path: Path) -> None:
