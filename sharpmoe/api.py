@@ -219,7 +219,7 @@ def sample(
     coders: ShardSet | OriginCoders
     if shards is not None:
         coders = _opened(shards)
-        check_shards(model, coders)
+        check_shards(model, coders, model.origin)
     elif "codec" in model.origin:
         coders = _coders(tuple(sorted(model.origin.items())))
     else:

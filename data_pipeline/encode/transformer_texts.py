@@ -2,7 +2,8 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,26 @@ class TransformerTextEncoder(TextEncoder):
         return pooled
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Have transformers log errors alone and show no bars for as long as this is entered; its settings are global."""
+    from transformers.utils import logging  # noqa: PLC0415  (seconds to import)
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _load(where: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """Load tokenizer and model. Raises ValueError where weights are missing."""
     from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415  (seconds to import)
-    from transformers.utils import logging  # noqa: PLC0415
 
-    logging.disable_progress_bar()  # a bar per rank for a load of one second
     where, words = _places(where)
     check_model_is_had(where)
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
@@ -178,14 +193,10 @@ def _load(where: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     tokenizer.padding_side = "right"  # decoders pad on the left, which shifts absolute positions
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a table of weights that only the answers of a chat need
-    try:
+    with quiet_transformers():  # else a bar per rank, and a table of weights that only the answers of a chat need
         model, found = _loader(config).from_pretrained(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    finally:
-        logging.set_verbosity(verbosity)
     lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
     if lacking:  # they would be random numbers, and nobody would notice
         raise ValueError(f"{len(lacking)} weights of {type(model).__name__} are missing, {lacking[0]} among them")

@@ -8,6 +8,7 @@ import numpy as np
 from data_pipeline.prepare.buckets import Resolution
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog
+from data_pipeline.read.shards import check_split_name
 
 
 class ShardPlan(NamedTuple):
@@ -23,7 +24,12 @@ class ShardPlan(NamedTuple):
 def shard_plans(
     catalog: Catalog, resolutions: list[Resolution], chosen: np.ndarray, shard_samples: int
 ) -> list[ShardPlan]:
-    """Return all shards of all splits and buckets, in the order in which the index lists them."""
+    """Return all shards of all splits and buckets, in the order in which the index lists them.
+
+    Raises DataError for the name of a split that a reader could not ask for.
+    """
+    for split in catalog.split_names:
+        check_split_name(split)
     return [
         ShardPlan(name, split, resolution, rows, _digest(name, catalog, rows))
         for split in sorted(catalog.split_names)

@@ -4,6 +4,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,14 @@ class SplitPart(NamedTuple):
         if part is None or part.number > part.of:
             raise ValueError(f"split {text!r}: expected SPLIT or SPLIT:I/N with I up to N, such as unseen:1/2")
         return part
+
+
+def check_split_name(name: str) -> None:
+    """Raise DataError where no reader could name a split so: it is stored in no other way than it is read."""
+    with suppress(ValueError):
+        if SplitPart.read(name) == SplitPart(name):
+            return
+    raise DataError(f"split {name!r}: a name of a split has no blanks, `/` or `:`; give it another, such as train")
 
 
 class ShardSet:

@@ -10,11 +10,19 @@ from typing import Any
 from sharpmoe.errors import DataError, first_line
 
 CAPTIONS_FILES = "captions*.json"  # in a folder of pictures: file name -> caption; of several parts, one each
+_NOT_LINES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml")
 METADATA_FILE = "metadata.jsonl"  # of GenEval, in the folder above that of the pictures
 
 
 def read_captions(path: Path | str) -> tuple[str, ...]:
-    """Read the captions of a text file, one per line; skip blank lines. Raises DataError."""
+    """Read the captions of a text file, one per line; skip blank lines.
+
+    Raises DataError for what is none, also for JSON and tables, whose lines would be drawn as they are.
+    """
+    if Path(path).suffix.lower() in _NOT_LINES:
+        raise DataError(
+            f"{path}: is no text file with one caption per line, which is expected here; write the captions to a .txt"
+        )
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from data_pipeline.encode.transformer_texts import quiet_transformers
 from sharpmoe.errors import ConfigError, DataError, first_line
 from sharpmoe.evaluation.classifier import load_classifier
 from sharpmoe.evaluation.inception import load_inception
@@ -201,12 +202,11 @@ def _transformer(options: ExtractorOptions, kind: str, what: str) -> tuple[Any, 
     import transformers  # noqa: PLC0415  (slow to import)
 
     folder = _needed(options, f"the folder of {what}")
-    transformers.logging.set_verbosity_error()  # else it lists every weight of the tower that is not loaded
-    transformers.logging.disable_progress_bar()
     try:
-        model, found = getattr(transformers, kind).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **_width_of(folder)
-        )
+        with quiet_transformers():  # else it lists every weight of the tower that is not loaded
+            model, found = getattr(transformers, kind).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **_width_of(folder)
+            )
         if lacking := sorted(found["missing_keys"]):  # they would be random numbers, and nobody would notice
             raise ValueError(f"{len(lacking)} weights are missing, {lacking[0]} among them")
     except (OSError, ValueError, RuntimeError) as error:

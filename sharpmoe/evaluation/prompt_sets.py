@@ -62,6 +62,11 @@ def open_prompts(place: Path, each: int | None = None) -> PromptSet:
         return _dpg(place, each)
     if place.suffix == ".jsonl":
         return _geneval(place, each)
+    if place.suffix != ".txt":
+        raise DataError(
+            f"{place}: --prompts reads GenEval's .jsonl, a folder of .txt files (DPG-bench), or a .txt with one caption"
+            " per line; write the prompts as one of them"
+        )
     captions = read_captions(place)
     keys = tuple(f"{number:05}" for number in range(len(captions)))
     return PromptSet(layout="captions", prompts=captions, keys=keys, metadata=(), each=each or 1)
@@ -73,7 +78,7 @@ def _geneval(path: Path, each: int | None) -> PromptSet:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
                 entry = json.loads(line)
-                if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+                if not isinstance(entry, dict) or not _is_prompt(entry.get("prompt")):
                     raise DataError(f"{path}, line {number}: expected an object with a prompt, as GenEval has it")
                 found.append(entry)
     except (OSError, ValueError) as error:
@@ -89,6 +94,10 @@ def _geneval(path: Path, each: int | None) -> PromptSet:
     )
 
 
+def _is_prompt(found: object) -> bool:
+    return isinstance(found, str) and bool(found.strip())
+
+
 def _dpg(folder: Path, each: int | None) -> PromptSet:
     files = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
     if not files:
@@ -99,6 +108,9 @@ def _dpg(folder: Path, each: int | None) -> PromptSet:
         prompts = tuple(" ".join(path.read_text(encoding="utf-8").split()) for path in files)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{folder}: a prompt cannot be read ({first_line(error)})") from None
+    for path, prompt in zip(files, prompts, strict=True):
+        if not prompt:
+            raise DataError(f"{path}: holds no prompt; write one, or remove the file")
     keys = tuple(path.stem for path in files)
     return PromptSet(layout="dpg", prompts=prompts, keys=keys, metadata=(), each=each or _DPG_IMAGES)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from data_pipeline.encode.like import origin_in
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import DataConfig
 from sharpmoe.console import print_note
@@ -19,7 +20,7 @@ from sharpmoe.report.compute_sheet import draw_compute_sheet
 from sharpmoe.report.figures import allocation_curves, save_png
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet, observe_routing
 from sharpmoe.report.runs import SavedModel
-from sharpmoe.report.samples import check_shards, slug
+from sharpmoe.report.samples import check_shards, other_origin, slug
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,14 @@ def compare_models(
         raise ConfigError(f"--names: {len(models)} models need as many different names, got {', '.join(names)}")
     found = Comparison({}, {})
     for name, saved in zip(names, models, strict=True):
-        model, _ = load_model(saved.weights)
+        model, header = load_model(saved.weights)
         check_shards(model, shards)
+        differs = other_origin(origin_in(header), shards)
+        if differs is not None:
+            print_note(
+                f"warning: {name}: trained with {differs.what} {differs.key} {differs.here!r}, {shards.location} has "
+                f"{differs.there!r}: what follows is not what it does on its own latents or texts"
+            )
         model.to(settings.device)
         images = min(settings.images, shards.num_samples)
         twice = ", with fixed and with Markov noise" if settings.with_markov_noise else ""

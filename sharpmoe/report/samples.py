@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -57,14 +57,60 @@ class Prompts(NamedTuple):
         return self.captions or tuple(f"class {label}" for label in self.labels)
 
 
-def check_shards(model: Backbone, shards: ShardSet) -> None:
-    """Raise DataError where a model does not fit the codec or the text encoder of the shards."""
+def check_shards(model: Backbone, shards: ShardSet, header: Mapping[str, str] | None = None) -> None:
+    """Raise DataError where a model does not fit the codec or the text encoder of the shards.
+
+    header: of the model's weights, which says with which ones it was trained; without it shapes alone are compared.
+    """
     wrong = shape_mismatch(shards, model.config, any_size=True)
     if wrong is not None:
         raise DataError(
             f"{shards.location}: made for model.{wrong.key} {wrong.data}, the model has {wrong.model}; name the shards "
             "the model was trained on (--shards)"
         )
+    differs = other_origin(header or {}, shards)
+    if differs is not None:
+        raise DataError(
+            f"{shards.location}: made with {differs.what} {differs.key} {differs.there!r}, the model was trained with "
+            f"{differs.here!r}; name the shards the model was trained on (--shards)"
+        )
+
+
+class OriginDifference(NamedTuple):
+    """The first key in which a codec or text encoder is another than that of a model."""
+
+    what: str  # codec | encoder
+    key: str
+    there: Any
+    here: Any  # of the model
+
+
+def other_origin(own: Mapping[str, str], other: ShardSet | Mapping[str, str]) -> OriginDifference | None:
+    """Compare the codec and text encoder that a model was trained with to those of shards, or of other weights.
+
+    own, other: headers of weights. What a header does not say is not compared. Two fits that differ by rounding are one
+    codec, weights of one hash are one model whatever their folder is called, and texts may be cut at other lengths.
+    """
+    if isinstance(other, Mapping):
+        theirs, kept, coders = other, other, lambda: OriginCoders(own).codec_object()
+    else:
+        theirs, kept, coders = _identities(other), own, other.codec_object
+    for what, keys in (("codec", None), ("encoder", ("kind", "sha256"))):
+        if what not in own or what not in theirs:
+            continue
+        here, there = json.loads(own[what]), json.loads(theirs[what])
+        differ = [key for key in keys or sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        if differ == ["name"] and "sha256" in here:
+            differ = []
+        if differ == ["sha256"] and is_fitted(here) and keeps_codec(own):
+            differ = [] if same_fit(kept, coders()) else differ
+        if differ:
+            return OriginDifference(what, differ[0], there.get(differ[0]), here.get(differ[0]))
+    return None
+
+
+def _identities(shards: ShardSet) -> dict[str, str]:
+    return {"codec": json.dumps(shards.codec), "encoder": json.dumps(shards.encoder)}
 
 
 def open_coders(
@@ -87,28 +133,21 @@ def open_coders(
             return OriginCoders(own, where)
     else:
         found = ShardSet.open(shards or data.first_place, data.train_split, data.remote.options())
-    check_shards(model, found)
+    check_shards(model, found, own)
     return found
 
 
 def check_weak_origin(weak: Mapping[str, str], own: Mapping[str, str]) -> None:
     """Raise ConfigError where a weak model was trained on latents of another codec, or texts of another encoder.
 
-    weak, own: headers of the weights of the weak model and of the model. What a header does not say is not compared,
-    and two fits that differ by rounding are one codec.
+    weak, own: headers of the weights of the weak model and of the model; see `other_origin`.
     """
-    for what, keys in (("codec", None), ("encoder", ("kind", "sha256"))):
-        if what not in weak or what not in own:
-            continue
-        there, here = json.loads(weak[what]), json.loads(own[what])
-        differ = [key for key in keys or sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-        if what == "codec" and differ == ["sha256"] and is_fitted(here) and keeps_codec(own):
-            differ = [] if same_fit(weak, OriginCoders(own).codec_object()) else differ
-        if differ:
-            raise ConfigError(
-                f"weak model: trained with {what} {differ[0]} {there.get(differ[0])!r}, the model with "
-                f"{here.get(differ[0])!r}; take weights of the same data, such as the base of the model"
-            )
+    differs = other_origin(own, weak)
+    if differs is not None:
+        raise ConfigError(
+            f"weak model: trained with {differs.what} {differs.key} {differs.there!r}, the model with {differs.here!r}"
+            "; take weights of the same data, such as the base of the model"
+        )
 
 
 class Size(NamedTuple):

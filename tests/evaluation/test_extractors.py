@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+from transformers.utils import logging
 
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.extractors import ExtractorOptions, open_extractor
@@ -44,7 +45,9 @@ def test_clip_features_are_normalised_embeddings(tmp_path: Path) -> None:
 def test_dino_features_are_the_class_token(tmp_path: Path) -> None:
     model = Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=2, image_size=28)).eval()
     model.save_pretrained(tmp_path / "tiny")
+    settings = (logging.get_verbosity(), logging.is_progress_bar_enabled())
     found = open_extractor(ExtractorOptions("dinov2", tmp_path / "tiny")).compute(IMAGES).pool
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == settings  # of the whole process
     mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     pixels = (pillow(IMAGES, 224) - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     with torch.no_grad():

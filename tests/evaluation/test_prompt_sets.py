@@ -74,7 +74,7 @@ def test_captions_have_a_picture_each_or_several(tmp_path: Path) -> None:
     assert image_path(open_prompts(tmp_path / "c.txt", 3), tmp_path, 4) == tmp_path / "00001_01.png"
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"text": "a"}', "no json"])
+@pytest.mark.parametrize("content", ["", "[1]", '{"text": "a"}', '{"prompt": " "}', "no json"])
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "p.jsonl").write_text(content)
     with pytest.raises(DataError, match=r"p\.jsonl"):
@@ -82,3 +82,17 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"expected NAME\.txt files"):
         open_prompts(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.csv", "p.JSONL", "p.md", "p"])
+def test_what_is_no_list_of_prompts_is_not_drawn_line_by_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('["a cat", "a dog"]')
+    with pytest.raises(DataError, match=r"--prompts reads GenEval's \.jsonl, a folder of \.txt"):
+        open_prompts(tmp_path / name)
+
+
+def test_an_empty_prompt_is_named_and_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "1.txt").write_text("a cat")
+    (tmp_path / "2.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"2\.txt: holds no prompt; write one, or remove the file"):
+        open_prompts(tmp_path)

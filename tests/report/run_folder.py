@@ -34,7 +34,8 @@ def make_run_folder(root: Path, model: Backbone | None = None, init: str = "base
     checkpoint = root / "toy" / "checkpoints" / "step00000002"
     save_weights(checkpoint / "ema.safetensors", model.state_dict(), model.config)
     with torch.no_grad():
-        next(model.parameters()).add_(0.01)
+        parameters = dict(model.named_parameters())
+        parameters.get("final_layer.linear.bias", [*parameters.values()][-1]).add_(0.5)
     save_weights(checkpoint / "live.safetensors", model.state_dict(), model.config)
     (root / "toy" / "checkpoints" / "latest").write_text("step00000002\n")
     (root / "toy" / "config.yaml").write_text(dump_run_config(run))

@@ -1,13 +1,23 @@
+import json
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.encode.like import origin_header
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.report.runs import find_saved_model
-from sharpmoe.report.samples import Prompts, check_shards, check_weak_origin, encode_prompts, override_sampling
+from sharpmoe.report.samples import (
+    Prompts,
+    check_shards,
+    check_weak_origin,
+    encode_prompts,
+    other_origin,
+    override_sampling,
+)
+from tests.fixtures_data import make_shards
 from tests.report.run_folder import make_run_folder
 from tests.toys import toy_config, toy_model
 
@@ -37,6 +47,31 @@ def test_a_weak_model_of_another_codec_or_encoder_is_refused() -> None:
         check_weak_origin({"codec": '{"kind": "patch_pca"}'}, own)
     with pytest.raises(ConfigError, match="weak model: trained with encoder kind 'transformers'"):
         check_weak_origin({"encoder": '{"kind": "transformers"}'}, own)
+
+
+def test_shards_of_another_codec_or_encoder_are_refused_whatever_their_shapes(run_folder: Path, tmp_path: Path) -> None:
+    shards = ShardSet.open(find_saved_model(run_folder).run.data.shards, "train")
+    model, own = toy_model("diffmoe", text_width=32, pooled_width=32), origin_header(shards)
+    check_shards(model, shards, own)
+    check_shards(model, shards)  # weights that do not say with which ones they were trained
+    other = ShardSet.open(
+        make_shards(tmp_path / "other", codec={"kind": "patch_pca", "patch": 4, "channels": 4, "whiten": 0.0}), "train"
+    )
+    check_shards(model, other)
+    assert other.latent_shape == shards.latent_shape
+    with pytest.raises(DataError, match=r"other: made with codec \w+ .*, the model was trained with .*--shards"):
+        check_shards(model, other, own)
+    encoder = json.loads(own["encoder"])
+    longer = own | {"encoder": json.dumps(encoder | {"max_length": 77, "name": "elsewhere"})}
+    check_shards(model, shards, longer)
+    with pytest.raises(DataError, match="made with encoder kind 'hash', the model was trained with 'transformers'"):
+        check_shards(model, shards, own | {"encoder": json.dumps(encoder | {"kind": "transformers"})})
+
+
+def test_a_codec_is_told_by_its_numbers_not_by_its_place() -> None:
+    here = {"codec": '{"kind": "autoencoder_kl", "name": "a/vae", "sha256": "12"}'}
+    assert other_origin(here, {"codec": '{"kind": "autoencoder_kl", "name": "/b/vae", "sha256": "12"}'}) is None
+    assert other_origin({"codec": '{"kind": "x", "name": "a"}'}, {"codec": '{"kind": "x", "name": "b"}'}) is not None
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ _MICRO = 1_000_000
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start with deepspeed or torchrun"
 _TIMEOUT = timedelta(seconds=COLLECTIVE_SECONDS)
+_TORCH_TIMEOUTS = (distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout)
 # This rank's number on its machine, as torchrun and deepspeed, Slurm, Open MPI and MPICH name it, and what else is set
 # where the launcher has started this very process: a batch script of Slurm has a SLURM_LOCALID, too.
 _LOCAL_RANKS = {
@@ -110,12 +111,17 @@ def _tell_deepspeed(index: int) -> None:
 
 def _start_group(backend: str, rank: int, size: int) -> None:
     """Create the group of all ranks, and have every group after it, DeepSpeed's too, give up after the same time."""
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = _TIMEOUT
+    _set_timeouts((_TIMEOUT, _TIMEOUT))
     if size == 1 and "MASTER_PORT" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
         return
     with _name_taken_port():
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def _set_timeouts(timeouts: tuple[timedelta, timedelta | None]) -> None:
+    """Set after which time groups give up that are created without one; torch keeps that in two variables."""
+    distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout = timeouts
 
 
 def _check_devices_differ(own: str, rank: int, size: int) -> None:
@@ -170,6 +176,7 @@ def stop(clean: bool = True) -> None:
     """
     if dist.is_initialized() and (clean or dist.get_world_size() == 1):
         dist.destroy_process_group()
+        _set_timeouts(_TORCH_TIMEOUTS)
 
 
 def leave(code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from data_pipeline.prepare.plan import plans_of_rank, shard_plans
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog, survey
 from data_pipeline.sources.items import source_identity
+from sharpmoe.errors import DataError
 from tests.fixtures_data import ShapesSource
 
 
@@ -43,3 +44,11 @@ def test_ranks_share_the_shards(catalog: Catalog) -> None:
     dealt = [plans_of_rank(plans, Rank(rank, 3)) for rank in range(3)]
     assert sorted(plan.name for part in dealt for plan in part) == sorted(plan.name for plan in plans)
     assert max(len(part) for part in dealt) - min(len(part) for part in dealt) <= 1
+
+
+@pytest.mark.parametrize("name", ["held out", "a/b", "unseen:1/2", "a:b", ""])
+def test_a_split_that_no_reader_could_name_is_refused(catalog: Catalog, name: str) -> None:
+    catalog.split_names[0] = name
+    resolutions = bucket_resolutions("", 32, 2, latent_shape)
+    with pytest.raises(DataError, match="a name of a split has no blanks"):
+        shard_plans(catalog, resolutions, np.zeros(60, np.int16), 5)

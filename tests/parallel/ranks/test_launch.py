@@ -135,6 +135,16 @@ def test_every_group_gives_up_when_the_configuration_says() -> None:
     assert run_ranks(time_outs, 2) == [[COLLECTIVE_SECONDS] * 4] * 2
 
 
+def test_a_stopped_process_has_the_time_outs_of_torch_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = (distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout)
+    launch._start_group("gloo", 0, 1)
+    assert distributed_c10d.default_pg_timeout.total_seconds() == COLLECTIVE_SECONDS
+    launch.stop()
+    assert (distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout) == before
+
+
 def fail_beside_a_collective(world: World, folder: Path) -> None:
     """As a command: rank 1 makes a mistake while rank 0 sits in a collective. NCCL would not destroy a group then."""
     dist.destroy_process_group = lambda *_: time.sleep(1000)  # type: ignore[assignment]
