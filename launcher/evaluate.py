@@ -15,7 +15,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.bounds import NOT_NEGATIVE, POSITIVE, SEED
+from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, SEED
 from launcher.command import Command
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe.console import print_note
@@ -50,6 +50,19 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--chunk", type=POSITIVE, default=16, help="images per model call: the pool of DiffMoE")
     add("--sheet-images", type=NOT_NEGATIVE, default=8, help="images on a routing sheet; 0 draws none")
+    add(
+        "--sheet-blocks",
+        nargs="+",
+        type=NOT_NEGATIVE,
+        default=(),
+        metavar="N",
+        help="also a routing sheet, and the difference of two models, of the MoE layer of each of these blocks",
+    )
+    add(
+        "--sheet-scale",
+        type=POSITIVE_REAL,
+        help="end of the colours of routing sheets, so that those of several calls can be compared (the largest count)",
+    )
     add("--seed", type=SEED, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path("evaluation"), help="folder for the results")
     add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
@@ -151,6 +164,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         images=arguments.images or 128,
         chunk=arguments.chunk,
         sheet_images=arguments.sheet_images,
+        sheet_blocks=tuple(arguments.sheet_blocks),
         seed=arguments.seed,
         device=arguments.device,
     )
@@ -158,7 +172,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(allocation_table(found.allocations))
     for saved in models:
         print_note(average_note(saved))
-    print(f"written: {write_comparison(arguments.out, found)}")
+    print(f"written: {write_comparison(arguments.out, found, arguments.sheet_scale)}")
 
 
 main = Command(text=__doc__, arguments=_arguments, act=_act)

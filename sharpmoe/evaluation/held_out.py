@@ -99,14 +99,15 @@ def observe(
     share: Share = ALONE,
     noise: Noise = "fixed",
     quiet: bool = False,
+    layers: slice = slice(None),
 ) -> Observed:
     """Roll the model out over held-out samples at fixed descending times in (0, 1], as it was trained.
 
     x0_prev is x_t itself at step 1 and the model's own x0_hat of step k - 1 at step k; a model without a saliency
     router reads none. noise: one x1 per image, an independent one at each step, or that of a Markov chain
     (`flow.markov_noise`), in which x0_prev tells nothing about x0 that x_t does not, as in sampling. Captions are kept,
-    noise is keyed by (seed, sample index), `chunk` images share a model call; quiet: no
-    progress bar.
+    noise is keyed by (seed, sample index), `chunk` images share a model call; quiet: no progress bar; layers: MoE
+    layers, in depth order, whose experts per token are counted.
     Runs in eval mode without gradients and restores the mode. Communicates by `share.reduce` alone, once per table.
     """
     if not len(indices):
@@ -130,7 +131,7 @@ def observe(
                 routers[rows.start : rows.stop] = _influences(model, item, steps)
                 if steps[0].routing:
                     loads[rows.start : rows.stop] = _loads(steps)
-                first, parts = runs[number].start, _of_tokens(batch, item, steps, model.config.patch_size)
+                first, parts = runs[number].start, _of_tokens(batch, item, steps, model.config.patch_size, layers)
                 for table, part in zip(tables[number], parts, strict=True):
                     table[rows.start - first : rows.stop - first] = part
             advance(1)
@@ -253,7 +254,9 @@ def _influences(model: Backbone, item: TrajectoryBatch, steps: Sequence[StepOutp
     return torch.stack(found, 1).unflatten(1, (len(steps), len(layers))).float()
 
 
-def _of_tokens(batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput], patch_size: int) -> TokenTables:
+def _of_tokens(
+    batch: Batch, item: TrajectoryBatch, steps: Sequence[StepOutput], patch_size: int, layers: slice
+) -> TokenTables:
     dense = torch.zeros_like(item.saliency)  # no MoE layer: no token is taken by an expert
-    experts = torch.stack([_experts_per_token(step.routing) if step.routing else dense for step in steps], 1)
+    experts = torch.stack([_experts_per_token(step.routing[layers]) if step.routing else dense for step in steps], 1)
     return TokenTables(experts, batch.saliency, batch.foreground, _flow_of_tokens(item, steps, patch_size))

@@ -14,6 +14,7 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.model.embed import FREQUENCIES
 
 _Part = Literal["dense", "routed", "router"]
+_Use = Literal["attention", "mlp", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Product(NamedTuple):
     in_block: bool = True  # computed again where blocks are recomputed
     layers: tuple[str, ...] = ()  # the linear layers, by their names in a block or, outside of blocks, in the model
     frozen_gradients: int = 1  # of `gradients`, those that stay where nothing but adapters in blocks is trained
+    use: _Use = "other"  # of a dense product
 
     @property
     def forward(self) -> float:
@@ -176,13 +178,15 @@ def _block_of_dit(config: ModelConfig, call: Call) -> Iterator[Product]:
     """What every block has: modulation, attention, attention to text."""
     width, tokens = config.width, call.images * call.tokens
     yield Product("dense", 1, call.images, width, 6 * width, layers=("modulation",), frozen_gradients=0)
-    yield Product("dense", 1, tokens, width, 3 * width, layers=("attn.qkv",))
+    yield Product("dense", 1, tokens, width, 3 * width, layers=("attn.qkv",), use="attention")
     yield from _attention(config, call, call.tokens)
-    yield Product("dense", 1, tokens, width, width, layers=("attn.proj",))
+    yield Product("dense", 1, tokens, width, width, layers=("attn.proj",), use="attention")
     if config.conditioning == "text":
-        yield Product("dense", 2, tokens, width, width, layers=("cross_attn.q", "cross_attn.proj"))
+        yield Product("dense", 2, tokens, width, width, layers=("cross_attn.q", "cross_attn.proj"), use="attention")
         text = call.images * call.text_tokens
-        yield Product("dense", 1, text, width, 2 * width, layers=("cross_attn.kv",), frozen_gradients=0)
+        yield Product(
+            "dense", 1, text, width, 2 * width, layers=("cross_attn.kv",), frozen_gradients=0, use="attention"
+        )
         yield from _attention(config, call, call.text_tokens)
 
 
@@ -198,10 +202,14 @@ def _block_of_nucleus(config: ModelConfig, call: Call) -> Iterator[Product]:
     width, tokens, text = config.width, call.images * call.tokens, call.images * call.text_tokens
     shared = width // config.num_heads * config.kv_heads  # width of keys, and of values
     yield Product("dense", 1, call.images, width, 4 * width, layers=("modulation",), frozen_gradients=0)
-    yield Product("dense", 1, text, config.text_width, width, layers=("text_proj",), frozen_gradients=0)
-    yield Product("dense", 2, text, width, shared, layers=("attn.text_k", "attn.text_v"), frozen_gradients=0)
-    yield Product("dense", 2, tokens, width, width, layers=("attn.q", "attn.proj"))
-    yield Product("dense", 2, tokens, width, shared, layers=("attn.k", "attn.v"))
+    yield Product(
+        "dense", 1, text, config.text_width, width, layers=("text_proj",), frozen_gradients=0, use="attention"
+    )
+    yield Product(
+        "dense", 2, text, width, shared, layers=("attn.text_k", "attn.text_v"), frozen_gradients=0, use="attention"
+    )
+    yield Product("dense", 2, tokens, width, width, layers=("attn.q", "attn.proj"), use="attention")
+    yield Product("dense", 2, tokens, width, shared, layers=("attn.k", "attn.v"), use="attention")
     yield from _attention(config, call, call.tokens + call.text_tokens)
 
 
@@ -220,8 +228,8 @@ _TRUNKS = {  # by backbone
 
 def _attention(config: ModelConfig, call: Call, keys: int) -> Iterator[Product]:
     heads, head_width = call.images * config.num_heads, config.width // config.num_heads
-    yield Product("dense", 1, call.tokens, head_width, keys, batch=heads, frozen_gradients=2)
-    yield Product("dense", 1, call.tokens, keys, head_width, batch=heads, frozen_gradients=2)
+    yield Product("dense", 1, call.tokens, head_width, keys, batch=heads, frozen_gradients=2, use="attention")
+    yield Product("dense", 1, call.tokens, keys, head_width, batch=heads, frozen_gradients=2, use="attention")
 
 
 def _feed_forward(config: ModelConfig, call: Call, name: str, kind: str, hidden: int) -> Iterator[Product]:
@@ -230,8 +238,10 @@ def _feed_forward(config: ModelConfig, call: Call, name: str, kind: str, hidden:
         return
     tokens = call.images * call.tokens
     *first, last = ("gate_proj", "up_proj", "down_proj") if kind == "swiglu" else ("fc1", "fc2")
-    yield Product("dense", len(first), tokens, config.width, hidden, layers=tuple(f"{name}.{each}" for each in first))
-    yield Product("dense", 1, tokens, hidden, config.width, layers=(f"{name}.{last}",))
+    yield Product(
+        "dense", len(first), tokens, config.width, hidden, layers=tuple(f"{name}.{each}" for each in first), use="mlp"
+    )
+    yield Product("dense", 1, tokens, hidden, config.width, layers=(f"{name}.{last}",), use="mlp")
 
 
 def _moe(config: ModelConfig, call: Call) -> Iterator[Product]:

@@ -26,6 +26,7 @@ Pixels = np.ndarray  # (H, W, 3) uint8
 CELL = 144  # pixels of one image in a sample grid, each way
 GAP = 10  # pixels between pictures
 _FONT_SIZE = 13
+_INTERVAL = 1.96  # standard errors
 _LEGEND_COLUMNS = 4
 _CAPTION_LINES = 3  # at most
 
@@ -92,13 +93,16 @@ def drawable(text: str) -> str:
 
 
 def allocation_curves(results: Mapping[str, Allocation]) -> Pixels:
-    """Plot allocations to compare: Spearman's correlation with M by t, and experts per token by saliency."""
-    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
+    """Plot allocations to compare: Spearman's correlation with M by t, and experts per token by saliency.
+
+    Bands are 95 % intervals of the means: 1.96 standard errors over images either way, of each model by itself.
+    """
+    figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
     by_time, by_fifth = figure.subplots(1, 2)
     for name, result in ((drawable(name).replace("$", r"\$"), result) for name, result in results.items()):
-        _error_line(by_time, list(result.times), list(result.saliency_by_time.values()), name)
+        _banded_line(by_time, list(result.times), list(result.saliency_by_time.values()), name)
         fifths = result.experts_by_saliency["all t"]
-        _error_line(by_fifth, list(range(1, len(fifths) + 1)), list(fifths), name)
+        _banded_line(by_fifth, list(range(1, len(fifths) + 1)), list(fifths), name)
     by_time.invert_xaxis()
     by_time.axhline(0, color="#999999", linewidth=0.8)
     by_time.set(
@@ -109,6 +113,7 @@ def allocation_curves(results: Mapping[str, Allocation]) -> Pixels:
     for axis in (by_time, by_fifth):
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
+    figure.supxlabel("bands: 95 % intervals, 1.96 standard errors over images", fontsize=7.5, color="#555555")
     return render_figure(figure)
 
 
@@ -131,9 +136,12 @@ def step_curves(
     return render_figure(figure)
 
 
-def _error_line(axis: Axes, x: Sequence[float], estimates: Sequence[ImageMean], name: str) -> None:
-    errors = [0.0 if math.isnan(e.error) else e.error for e in estimates]
-    axis.errorbar(x, [e.mean for e in estimates], yerr=errors, label=name, marker="o", markersize=4, capsize=2)
+def _banded_line(axis: Axes, x: Sequence[float], estimates: Sequence[ImageMean], name: str) -> None:
+    """Plot means over images with the band of their 95 % interval."""
+    means = np.array([each.mean for each in estimates])
+    errors = _INTERVAL * np.array([0.0 if math.isnan(each.error) else each.error for each in estimates])
+    (line,) = axis.plot(x, means, label=name, marker="o", markersize=3.5, linewidth=1.4)
+    axis.fill_between(x, means - errors, means + errors, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:

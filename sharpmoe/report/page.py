@@ -113,7 +113,7 @@ def _single(run: _Json, budget: PictureBudget, folds: bool) -> Markup:
         section("Samples at equal seeds", _samples(run, budget)),
         section("Inside sampling", *_looks(run, budget)),
         section("Experts and saliency routers", health_charts(run), _plain(layer_table(run))),
-        section("FLOPs", _plain(flop_table(run))),
+        section("FLOPs", _plain(flop_table(run)), *_token_flops(run, budget)),
         section("Speed, memory and optimizer", curve_charts(run, ("throughput", "memory", "optim"))),
         section("Configuration", *_configuration(run)),
         section("What happened", _events(run)),
@@ -139,6 +139,12 @@ def _samples(run: _Json, budget: PictureBudget) -> Markup:
 def _looks(run: _Json, budget: PictureBudget) -> list[Markup]:
     """Return what `sample.py --film` and `--counterfactual` drew."""
     return [budget.file(path, path.stem) for path in sorted((Path(run["folder"]) / "looks").glob("*.png"))]
+
+
+def _token_flops(run: _Json, budget: PictureBudget) -> list[Markup]:
+    """Return where a token's FLOPs went, as `evaluate.py --out` a folder of the run drew it."""
+    found = sorted(path for pattern in ("flops_*.png", "*/flops_*.png") for path in Path(run["folder"]).glob(pattern))
+    return [budget.file(path, f"FLOPs of a token: {path.stem.removeprefix('flops_')}") for path in found]
 
 
 def _sheets(run: _Json, budget: PictureBudget) -> Markup:

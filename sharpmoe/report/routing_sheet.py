@@ -72,15 +72,24 @@ class RoutingSheet:
 
 
 def observe_routing(
-    model: Backbone, shards: ShardSet, codec: Codec, images: int = 8, seed: int = 0, share: Share = ALONE
+    model: Backbone,
+    shards: ShardSet,
+    codec: Codec,
+    images: int = 8,
+    seed: int = 0,
+    share: Share = ALONE,
+    layers: slice = slice(None),
 ) -> RoutingSheet:
     """Roll the model out over `images` held-out samples, spread over the main bucket, and return their routing.
 
-    Eval mode, fixed noise, one call per time for all images. Communicates only through `share.reduce`.
+    Eval mode, fixed noise, one call per time for all images. `layers`: MoE layers in depth order. Communicates only
+    through `share.reduce`.
     """
     rows = shards.indices_of(shards.main_bucket)
     indices = [rows[i] for i in spread(len(rows), images)]
-    (seen,) = observe(model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share).tokens
+    (seen,) = observe(
+        model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share, layers=layers
+    ).tokens
     batch = shards.batch(indices)
     return RoutingSheet(
         images=codec.decode(batch.latent),
@@ -92,14 +101,16 @@ def observe_routing(
     )
 
 
-def draw_routing_sheet(sheet: RoutingSheet, title: str = "", most: float | None = None) -> Pixels:
+def draw_routing_sheet(
+    sheet: RoutingSheet, title: str = "", most: float | None = None, label: str = "experts per token, all MoE layers"
+) -> Pixels:
     """Draw one row per image: image, M, foreground mask, then experts per token of every denoising step.
 
     All steps share one colour scale from 0 to `most` (default: the largest count), so rows and steps can be compared.
     M is scaled to the largest value of its image.
     """
     most = most or max(float(sheet.experts.max()), 1.0)
-    scale = _Scale(_HEAT, 0, most, "experts per token, all MoE layers")
+    scale = _Scale(_HEAT, 0, most, label)
     return _draw_steps(sheet, sheet.experts, title, scale)
 
 

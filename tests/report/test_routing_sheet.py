@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sharpmoe.errors import DataError
+from sharpmoe.evaluation.held_out import observe
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet
+from tests.toys import ToySamples, toy_model
 
 
 def sheet(images: int = 2, most: int = 5) -> RoutingSheet:
@@ -79,3 +81,13 @@ def test_a_damaged_sheet_is_an_error_of_the_data(tmp_path: Path, content: bytes)
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"x\.npz: not the content of a routing sheet"):
         RoutingSheet.load(path)
+
+
+def test_sheets_of_single_layers_add_up_to_that_of_all() -> None:
+    model, samples, times = toy_model(), ToySamples(), (0.9, 0.5)
+    whole, first, second = (
+        observe(model, samples, [1, 2], times, layers=layers).tokens[0].experts
+        for layers in (slice(None), slice(0, 1), slice(1, 2))
+    )
+    assert not torch.equal(first, second)
+    assert torch.equal(first + second, whole)
