@@ -318,6 +318,15 @@ class LogConfig(Section):
     validate_every: int = Field(100, ge=0)  # held-out flow loss
     validation_images: int = Field(128, ge=1)  # held-out images of it
     sample_every: int = Field(0, ge=0)  # fixed samples and a routing sheet
+    metrics_every: int = Field(0, ge=0)  # judge samples of held-out captions or classes (docs/evaluation.md)
+    # What of them, against the images of those captions: a list of fd, kid, pr, cmmd; also the accuracy where
+    # metrics_extractor is a classifier of the classes.
+    metrics: tuple[Literal["fd", "kid", "pr", "cmmd"], ...] = Field(("fd", "kid"), min_length=1)
+    metrics_images: int = Field(64, ge=4)  # samples, each of another held-out image
+    metrics_steps: int | None = Field(None, ge=1)  # denoising steps of them; null: sample.num_steps
+    # The network whose features are compared; on every rank for the whole run.
+    metrics_extractor: Literal["efficientnet-lite0", "inception", "clip", "dinov2", "classifier"] = "efficientnet-lite0"
+    metrics_weights: str | None = None  # its weights, where they come in no package: a file or folder
     allocation: bool = True  # print the allocation table before and after
     allocation_images: int = Field(128, ge=1)  # held-out images of the table
     # What measurements run, in float32: the whole model on every rank (4 bytes per parameter), or one block at a time,

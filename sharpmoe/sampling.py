@@ -182,7 +182,7 @@ def _calls(
     model: Denoiser, branches: tuple[Condition, ...], pool: str, saliency_router: bool, is_swapped: bool = False
 ) -> _Calls:
     """Return a function that computes the velocity of every branch in one call of the model."""
-    condition = _join(branches)
+    condition = join_conditions(branches)
     fixed = model.prepare(condition) if isinstance(model, Backbone) else condition
 
     def call(x: Tensor, t: Tensor, x0_prev: tuple[Tensor, ...]) -> _Called:
@@ -415,7 +415,8 @@ def _rows_of(cond: Condition, rows: slice) -> Condition:
     return map_condition(cond, lambda part: part[rows])
 
 
-def _join(branches: tuple[Condition, ...]) -> Condition:
+def join_conditions(branches: tuple[Condition, ...]) -> Condition:
+    """Return conditions one after the other as one, captions padded to the longest."""
     if isinstance(branches[0], ClassCondition):
         return ClassCondition(torch.cat([b[0] for b in branches]))
     texts = [b for b in branches if isinstance(b, TextCondition)]

@@ -118,7 +118,7 @@ def observe(
     flow = torch.zeros(len(indices), len(times))
     routers = torch.zeros(len(indices), len(times), len(model.moe_layers()), INFLUENCE_COLUMNS)
     loads = torch.zeros(*routers.shape[:3], model.config.total_experts)
-    chunks = _chunks_of_rank(runs, chunk, share)
+    chunks = chunks_of_rank(runs, chunk, share)
     what = "measuring held-out images" + (f", {noise} noise" if noise != "fixed" else "")
     with evaluating(model), progress_bar(what, len(chunks), "chunk", quiet=quiet) as advance:
         for number, rows, counted in chunks:
@@ -152,7 +152,7 @@ def _runs(names: Sequence[str]) -> list[range]:
     return [range(start, stop) for start, stop in pairwise([0, *edges, len(names)])]
 
 
-def _chunks_of_rank(runs: Sequence[range], chunk: int, share: Share) -> list[_Chunk]:
+def chunks_of_rank(runs: Sequence[range], chunk: int, share: Share) -> list[_Chunk]:
     """Return the chunks of one rank: every world-th of all; the last chunk again, uncounted, where it would have fewer.
 
     `runs`: rows of one resolution each, as a chunk is.
@@ -205,10 +205,10 @@ def _held_out_batch(
         x1 = draws.fresh_noise(seed, indices, len(times), x0.shape[1:], purpose).to(device)
     if noise == "markov":
         x1 = markov_noise(x1, steps)
-    return TrajectoryBatch(x0, x1, steps, _condition(batch, config, device), batch.saliency.to(device))
+    return TrajectoryBatch(x0, x1, steps, held_out_condition(batch, config, device), batch.saliency.to(device))
 
 
-def _condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
+def held_out_condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
     """Build the condition of a batch that the model takes: its class labels or its captions, nothing dropped."""
     if config.conditioning == "class":
         return ClassCondition(batch.label.to(device))

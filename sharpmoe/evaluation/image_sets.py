@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.encode.codecs import Codec
 from data_pipeline.index import INDEX_FILE
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.console import print_note
@@ -168,8 +169,7 @@ def _shard_images(folder: str, split: str) -> ImageSet:
 
     def batches(size: int) -> Iterator[Tensor]:
         for start in range(0, len(rows), size):
-            images = codec.decode(shards.batch(list(rows[start : start + size])).latent)
-            yield (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+            yield decoded_pixels(codec, shards.batch(list(rows[start : start + size])).latent)
 
     def captions() -> tuple[str, ...]:
         return tuple(caption for index in rows for caption in shards.batch([index]).captions)
@@ -179,6 +179,11 @@ def _shard_images(folder: str, split: str) -> ImageSet:
         about["bucket"] = f"{shards.main_bucket} alone, {len(rows)} of {shards.num_samples} images"
         print_note(f"note: {folder}:{split}: images of {about['bucket']}: a set has images of one size")
     return ImageSet(f"{Path(folder).name}:{split}", len(rows), batches, about, captions)
+
+
+def decoded_pixels(codec: Codec, latents: Tensor) -> Tensor:
+    """Decode latents (B, C, H, W) to images (B, 3, H, W) uint8, rounded as the ADM evaluator's batches are."""
+    return (127.5 * codec.decode(latents) + 128).clamp(0, 255).to(torch.uint8)
 
 
 def _digest(path: Path) -> str:

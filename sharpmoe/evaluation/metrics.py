@@ -42,6 +42,7 @@ class JudgedSets(NamedTuple):
     samples: Features
     captions: tuple[str, ...] = ()  # of the samples, where a metric is of captions
     space: TextSpace | None = None
+    labels: Tensor | None = None  # (M,) of the samples; None: image i has class i mod K, as `adm` draws them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +121,10 @@ def _gaussian_mmd(sets: JudgedSets, settings: MetricSettings) -> Mapping[str, Fi
 
 
 def _accuracy(sets: JudgedSets, settings: MetricSettings) -> Mapping[str, Figure]:
-    """Share of class-conditional samples that have their class: image i has class i mod K, as `adm` draws them."""
+    """Share of class-conditional samples that have their class."""
     assert sets.samples.logits is not None
     asked = torch.arange(len(sets.samples.logits)) % sets.samples.logits.shape[1]
+    asked = asked if sets.labels is None else sets.labels
     hits = (sets.samples.logits.argmax(1) == asked).double()
     return {"accuracy": Figure(float(hits.mean()), float(hits.std() / math.sqrt(len(hits))))}
 

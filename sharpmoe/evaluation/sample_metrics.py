@@ -195,7 +195,7 @@ def _judge(samples: ImageSet, captions: tuple[str, ...], shared: _Shared, settin
         protocol["captions"] = _about_captions(captions, extractor, settings)
     return SampleFigures(
         samples=samples.name,
-        figures={_full_name(name, extractor): figure for name, figure in figures.items()},
+        figures={full_name(name, extractor): figure for name, figure in figures.items()},
         protocol=protocol,
     )
 
@@ -276,7 +276,7 @@ def _first(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
             return
 
 
-def _full_name(name: str, extractor: Extractor) -> str:
+def full_name(name: str, extractor: Extractor) -> str:
     """Return the name of a figure: a Frechet distance is FID with Inception's features alone."""
     return "fid" if name == "fd" and extractor.is_inception else name
 

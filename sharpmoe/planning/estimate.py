@@ -22,6 +22,7 @@ from sharpmoe.planning.memory import Memory, StepNeeds, rank_memory
 from sharpmoe.planning.traffic import Traffic, traffic
 from sharpmoe.train.looks import looks_by_block
 from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
+from sharpmoe.train.sample_judge import extractor_bytes
 from sharpmoe.train.shapes import shape_mismatch, token_counts
 
 _USUAL_TEXT_TOKENS = 32
@@ -112,7 +113,7 @@ class Planner:
         if zero.stage == 3:
             gathers = count_gathers(run, parts, schedule, layout)
         graphs = self._measured(layout.micro_batch).of(schedule)
-        step = StepNeeds(graphs, layout.accumulation, gathers, self._monitored)
+        step = StepNeeds(graphs, layout.accumulation, gathers, self._monitored, extractor_bytes(run.log))
         memory = rank_memory(parts, zero, step)
         sent = traffic(run, layout, parts, schedule, gathers, self._tokens.image)
         return Estimate(layout=layout, schedule=schedule, memory=memory, traffic=sent)
@@ -121,7 +122,7 @@ class Planner:
     def _monitored(self) -> int:
         """Most parameters of the monitor's model that are whole at a time; 0 where nothing is measured."""
         log = self.run.log
-        if not (log.validate_every or log.sample_every or log.allocation):
+        if not (log.validate_every or log.sample_every or log.metrics_every or log.allocation):
             return 0
         parts = rank_parameters(self.run, 1, 1)
         whole = sum(part.numel for part in parts)

@@ -36,12 +36,13 @@ class Memory:
     backward: int  # what a backward adds to the state at the most: all of these, as far as they are there together
     update: int  # flat gradients of the optimizer call, when activations and whole gradients are gone
     look: int  # of the monitor: a whole averaged model; nothing else is held then
+    judge: int  # the network that judges samples (log.metrics_every)
     host: int  # what of the above is in host memory because it is offloaded
 
     @property
     def state(self) -> int:
         """Bytes that stay from step to step."""
-        return self.weights + self.training
+        return self.weights + self.training + self.judge
 
     @property
     def training(self) -> int:
@@ -93,6 +94,7 @@ class StepNeeds(NamedTuple):
     accumulation: int
     gathers: Gathers
     monitored: int  # parameters of the model that the monitor makes whole; 0 where it does nothing
+    judge: int = 0  # bytes of the network that judges samples
 
     @property
     def backwards(self) -> int:
@@ -130,6 +132,7 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
         backward=backward,
         update=_update(size, zero) + _orthogonalised(trained, zero),
         look=step.monitored * _MASTER,
+        judge=step.judge,
         host=_offloaded(zero, weights, masters + gradients + optimizer + size.shard * _MASTER),
     )
 

@@ -111,7 +111,9 @@ def _check_start(plan: RunPlan, initial: InitialModel, planned: World, target: T
             "checked on a machine without a GPU: packages that need one (optim.impl) are not checked"
             + ("" if target.device_memory else ", nor the memory of the devices; give it with --device-memory GIB")
         )
-    Monitor.open(run, plan.data.held_out, plan.folder, torch.device("cpu"), Share(), None)
+    monitor = Monitor.open(run, plan.data.held_out, plan.folder, torch.device("cpu"), Share(), None)
+    if monitor.judges:
+        notes.append(f"judges {monitor.judges} every {run.log.metrics_every} steps")
     batches = stream(
         plan.data.train,
         seed=run.seed,

@@ -77,6 +77,8 @@ def memory_lines(run: RunConfig, estimate: Estimate, device_memory: float | None
         )
     if memory.look:
         lines.append(f"  {'':<11}{_size(memory.look)} while it measures (log.*)")
+    if memory.judge:
+        lines.append(f"  {'':<11}{_size(memory.judge)} of what stays are the network of log.metrics_extractor")
     if memory.host:
         lines.append(f"  {'':<11}{_size(memory.host)} per rank in host memory (offloaded)")
     return lines
@@ -106,6 +108,7 @@ def _state(memory: Memory, budget: Budget) -> str:
         "optimizer": budget.run.optim.name,
     }
     rows = [(name.format(**names), getattr(memory, field)) for field, name in _STATE.items()]
+    rows += [("network of log.metrics_extractor", memory.judge)] if memory.judge else []
     rows.append(("from step to step", memory.state))
     rows += [("in host memory", memory.host)] if memory.host else []
     lines = [f"  {name:<32}{_size(value):>12}" for name, value in rows]

@@ -14,7 +14,7 @@ from sharpmoe.report.svg import Curve, line_chart, named_curves
 
 _Json = dict[str, Any]
 
-_MIXED = ("optim", "throughput", "memory")  # groups of tags whose figures have several units: a chart each
+_MIXED = ("optim", "throughput", "memory", "metrics")  # groups of tags whose figures have several units: a chart each
 _UNITS = {
     "optim/lr": "learning rate",
     "optim/grad_norm": "before clipping",
@@ -26,6 +26,10 @@ _UNITS = {
     "throughput/mfu": "share of the peak rate",
     "throughput/hfu": "share of the peak rate",
     "memory/peak_mib": "MiB",
+    "metrics/fd": "Frechet distance of samples to held-out images",
+    "metrics/fid": "Frechet distance of samples to held-out images",
+    "metrics/kid": "kernel distance of samples to held-out images",
+    "metrics/accuracy": "share of the samples that have their class",
     "validation": "flow loss",
     "validation_live": "flow loss of live weights",
 }
@@ -46,6 +50,10 @@ _OVERLAID = (
     "loss/flow",
     "loss/routing",
     "validation/flow",
+    "metrics/fd",
+    "metrics/fid",
+    "metrics/kid",
+    "metrics/accuracy",
     "optim/grad_norm",
     "optim/lr",
     "throughput/images_per_second",

@@ -110,7 +110,7 @@ def _single(run: _Json, budget: PictureBudget, folds: bool) -> Markup:
         section("Where compute goes: before and after", compute_maps(routing), _sheets(run, budget)),
         section("Loss and validation", curve_charts(run, ("loss", "validation", "validation_live"))),
         section("Allocation", allocation_charts(run["allocation"]["results"]), folded("all figures", *tables)),
-        section("Samples at equal seeds", _samples(run, budget)),
+        section("Samples at equal seeds", curve_charts(run, ("metrics",)), _samples(run, budget)),
         section("Inside sampling", *_looks(run, budget)),
         section("Experts and saliency routers", health_charts(run), _plain(layer_table(run))),
         section("FLOPs", _plain(flop_table(run)), *_token_flops(run, budget)),

@@ -199,6 +199,7 @@ def _facts(run: _Json) -> dict[str, str]:
         "started": f"{starts[0]['time']}{again}" if starts else "",
         "loss": _first_and_last(run["curves"].get("loss/total")),
         "held-out flow loss": _first_and_last(run["curves"].get("validation/flow")),
+        "samples against held-out images": _sample_metrics(run["curves"]),
         "images per second": interval_text(speed.get("images_per_second"), "") if speed else "",
         "waiting for data": _share(speed.get("data_wait_share")),
         "peak memory": f"{short_number(float(speed['peak_mib']))} MiB of a rank" if "peak_mib" in speed else "",
@@ -210,6 +211,12 @@ def _facts(run: _Json) -> dict[str, str]:
 
 def _share(value: Mapping[str, Any] | None) -> str:
     return "" if value is None else f"{value['mean']:.1%} of a step"
+
+
+def _sample_metrics(curves: Mapping[str, _Json]) -> str:
+    """Return the figures of judged samples, first and last."""
+    found = {tag.partition("/")[2]: curve for tag, curve in curves.items() if tag.startswith("metrics/")}
+    return "; ".join(f"{name} {_first_and_last(curve)}" for name, curve in found.items())
 
 
 def _first_and_last(curve: _Json | None) -> str:

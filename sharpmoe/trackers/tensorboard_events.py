@@ -25,6 +25,11 @@ _CHARTS = {
         "held-out flow loss, averaged and live weights": r"validation(_live)?/flow$",
         "held-out flow loss by t": r"validation/flow_t",
     },
+    "Samples": {
+        "Frechet distance to held-out images": r"metrics/f(i)?d$",
+        "other distances": r"metrics/(kid|cmmd)$",
+        "accuracy, precision, recall": r"metrics/(accuracy|precision|recall)$",
+    },
     "Learning rate": {"learning rate": r"optim/lr(/|$)", "weight of the routing loss": r"optim/routing_weight$"},
     "Throughput": {
         "images per second": r"throughput/images_per_second$",

@@ -35,6 +35,7 @@ from sharpmoe.trackers.record import TrackedTable
 from sharpmoe.train.callbacks import CallbackCalls, TrainingLook
 from sharpmoe.train.metrics import due
 from sharpmoe.train.runlog import RunLog
+from sharpmoe.train.sample_judge import SampleJudge, metrics_line
 
 _SHEET_IMAGES = 8
 
@@ -49,6 +50,7 @@ class _Material:
     held_out: ShardSet
     codec: Codec
     request: sampling.Request | None  # the fixed captions, encoded; None where none are to be drawn
+    judge: SampleJudge | None  # None where samples are not judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +93,23 @@ class Monitor:
             callbacks=callbacks or CallbackCalls({}),
         )
 
+    @property
+    def judges(self) -> str:
+        """Which samples are judged and by what; "" where none are."""
+        return "" if self.material is None or self.material.judge is None else self.material.judge.title
+
     def before_training(self, build: Callable[[], Backbone]) -> None:
         """Measure and draw the model that a run starts from (not one that it resumes): allocation/before.json."""
         log = self.run.log
         measured = log.allocation and self.run.model.family.has_experts
-        if self.material is None or not (measured or log.sample_every):
+        if self.material is None or not (measured or log.sample_every or log.metrics_every):
             return
         model = build()
         if measured:
             self._allocation_before(model, self.material)
         if log.sample_every:
             self._draw(model, self.material, 0)
+        self._judge(model, self.material, 0)
 
     def after_step(
         self, step: int, build: Callable[[], Backbone], build_live: Callable[[], Backbone] | None = None
@@ -113,8 +121,9 @@ class Monitor:
         log, last = self.run.log, step == self.run.train.steps
         validated = log.validate_every > 0 and (last or due(step, log.validate_every))
         drawn = log.sample_every > 0 and (last or step % log.sample_every == 0)
+        judged = log.metrics_every > 0 and (last or step % log.metrics_every == 0)
         measured = last and log.allocation and self.run.model.family.has_experts
-        if self.material is None or not (validated or drawn or measured):
+        if self.material is None or not (validated or drawn or judged or measured):
             return
         compared = validated and build_live is not None and self.run.optim.ema_start_share(step) > EARLY_AVERAGE
         live = self._validate(build_live(), self.material) if compared and build_live is not None else None
@@ -125,6 +134,8 @@ class Monitor:
             self._tell(step, "validation", result.scalars() | ({} if live is None else live.scalars("validation_live")))
         if drawn:
             self._draw(model, self.material, step)
+        if judged:
+            self._judge(model, self.material, step)
         if measured:
             self._allocation_after(model, self.material)
 
@@ -199,6 +210,24 @@ class Monitor:
         for kind, draw in pictures.items():
             self._report(f"the picture of {kind}", partial(self._show, step, kind, draw))
 
+    def _judge(self, model: Backbone, material: _Material, step: int) -> None:
+        """Draw samples of held-out captions or classes over the ranks; rank 0 compares them with held-out images."""
+        judge, share = material.judge, self.share
+        if judge is None:
+            return
+        samples = self._attempt("the judged samples", lambda: judge.draw(model, share))
+        if samples is None:
+            return
+
+        def write(log: RunLog) -> None:
+            found = judge.judge(samples)
+            figures = {f"metrics/{name}": figure.value for name, figure in found.items()}
+            log.scalars(step, figures)
+            log.say(f"samples after step {step}: {metrics_line(found)} ({judge.title})")
+            self._tell(step, "metrics", figures)
+
+        self._report("the figures of samples", write)
+
     def _keep(self, step: int, sheet: RoutingSheet) -> None:
         """Save what a routing sheet shows, so that a report draws those of two steps on one colour scale."""
         sheet.save(self.folder / "routing" / f"step{step:08}.npz")
@@ -265,7 +294,8 @@ def _reason(error: Exception) -> str:
 def measures(run: RunConfig) -> bool:
     """Whether a run measures or draws anything, for which it needs a held-out split."""
     log = run.log
-    return log.validate_every > 0 or log.sample_every > 0 or (log.allocation and run.model.family.has_experts)
+    is_asked = log.validate_every > 0 or log.sample_every > 0 or log.metrics_every > 0
+    return is_asked or (log.allocation and run.model.family.has_experts)
 
 
 def _open_material(run: RunConfig, held_out: ShardSet, device: torch.device) -> _Material:
@@ -273,7 +303,9 @@ def _open_material(run: RunConfig, held_out: ShardSet, device: torch.device) -> 
         held_out.batch([index])
     wanted = run.log.sample_every > 0 and run.sample.captions and run.model.conditioning == "text"
     request = encode_prompts(run.model, held_out, Prompts(run.sample.captions), device) if wanted else None
-    return _Material(held_out=held_out, codec=held_out.codec_object(), request=request)
+    codec = held_out.codec_object()
+    judge = SampleJudge.open(run, held_out, codec, device) if run.log.metrics_every else None
+    return _Material(held_out=held_out, codec=codec, request=request, judge=judge)
 
 
 def _measured(run: RunConfig, num_samples: int) -> list[int]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sharpmoe.evaluation.held_out import Observed, Share, _chunks_of_rank, _held_out_batch, _runs, observe, spread
+from sharpmoe.evaluation.held_out import Observed, Share, _held_out_batch, _runs, chunks_of_rank, observe, spread
 from sharpmoe.flow import markov_noise
 from sharpmoe.rollout import rollout
 from tests.toys import ToySamples, toy_model
@@ -94,7 +94,7 @@ def test_chunks_cover_every_row_once() -> None:
         counted = [
             row
             for rank in range(world)
-            for chunk in _chunks_of_rank(_runs(["64x64"] * 6 + ["32x96"] * 5), 4, Share(rank, world))
+            for chunk in chunks_of_rank(_runs(["64x64"] * 6 + ["32x96"] * 5), 4, Share(rank, world))
             if chunk.counted
             for row in chunk.rows
         ]
