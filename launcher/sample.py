@@ -145,6 +145,8 @@ def _act(arguments: argparse.Namespace) -> None:
     saved = find_saved_model(arguments.model, arguments.weights)
     settings = override_sampling(saved.run.sample if saved.run else SampleConfig(), _overrides(arguments))
     model, header = load_model(saved.weights)
+    if not arguments.npz and not arguments.prompts:
+        _prompts(arguments, settings).check(model.config)  # before shards, which may be missing too
     shards = open_coders(saved, model, header, arguments.shards)
     model = model.to(arguments.device)
     weak = _weak_model(arguments, header)

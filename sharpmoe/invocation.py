@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sharpmoe.shipped_files import IS_INSTALLED
+from sharpmoe.shipped_files import IS_INSTALLED, SHIPPED_ROOT
 
 _PACKAGE = "launcher"
 _IN_TEXT = re.compile(rf"(?:(deepspeed|torchrun)\s|python\s)?{_PACKAGE}/(\w+)\.py")
@@ -16,8 +16,8 @@ _IN_TEXT = re.compile(rf"(?:(deepspeed|torchrun)\s|python\s)?{_PACKAGE}/(\w+)\.p
 def spell_command(name: str) -> str:
     """Return what starts the launcher `name` ("sample", "gpu-check") as this process was started.
 
-    `sharpmoe sample` where the console command or an installed package runs, `python launcher/sample.py` in a checkout,
-    and with the path of that checkout where another folder is the working folder.
+    `sharpmoe sample` where the console command or an installed package runs, else `python launcher/sample.py`, with the
+    path of the checkout where that is not the working folder.
     """
     script = _script(name)
     return f"sharpmoe {name}" if script is None else f"python {script}"
@@ -54,14 +54,11 @@ class CommandSpellings(Mapping[str, str]):
 
 
 def _script(name: str) -> Path | None:
-    """Return the script of a launcher, None where there is only the console command."""
-    started = Path(sys.argv[0]) if sys.argv else Path()
-    if IS_INSTALLED or started.stem == "sharpmoe":
+    """Return the script of a launcher, None where the console command is what the user calls."""
+    if IS_INSTALLED or (sys.argv and Path(sys.argv[0]).stem == "sharpmoe"):
         return None
-    for folder in (Path(_PACKAGE), started.parent):
-        if folder.name == _PACKAGE and (folder / f"{_module(name)}.py").is_file():
-            return folder / f"{_module(name)}.py"
-    return None
+    here = Path(_PACKAGE, f"{_module(name)}.py")
+    return here if here.is_file() else SHIPPED_ROOT / here
 
 
 def _module(name: str) -> str:

@@ -198,7 +198,7 @@ def test_commands_read_the_folder(
     one, other = (sorted((tmp_path / str(number)).glob("*.png")) for number in (0, 1))
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
     assert identify([str(exported)]) == 2
-    assert "export.py of this project has written; sharpmoe.load" in capsys.readouterr().err
+    assert "is a model that this project has exported; sharpmoe.load" in capsys.readouterr().err
     assert export([str(exported), str(tmp_path / "file.safetensors")]) == 0
     assert same_bits(sharpmoe.load(exported), sharpmoe.load(tmp_path / "file.safetensors"))
 

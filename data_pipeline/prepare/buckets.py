@@ -244,7 +244,7 @@ def _small_buckets(pairs: list[tuple[str, int]]) -> list[str]:
     kept = [name for name, count in pairs if count >= _SMALL]
     without = f" (--buckets {','.join(kept)})" if len(kept) > 1 else ""
     return [
-        f"small buckets, below {_SMALL} pictures to train on: {', '.join(small)}; a step of more pictures than its "
-        "bucket has (train.global_batch) repeats some: lower it, add pictures of these shapes, or leave the buckets "
-        f"out{without}"
+        f"small buckets, below {_SMALL} pictures to train on: {', '.join(small)}; a run whose train.global_batch is "
+        "larger than a bucket takes some of its pictures twice in a step: add pictures of these shapes, or leave the "
+        f"buckets out{without}"
     ]

@@ -42,15 +42,31 @@ class Prompts(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Sequence[str | int], config: ModelConfig) -> Prompts:
-        """Return captions, or the labels of a class-conditional model. Raises ConfigError for a wrong label."""
+        """Return captions and labels by their types. Raises ConfigError for those that the model does not take."""
         captions = tuple(each for each in prompts if isinstance(each, str))
         labels = tuple(int(each) for each in prompts if not isinstance(each, str))
-        if config.conditioning == "text" and labels:
-            raise ConfigError(f"sample: the model is text-conditional, got label {labels[0]}; give captions")
-        for label in labels:
-            if not 0 <= label < config.num_classes:
-                raise ConfigError(f"sample: label {label}, the model has classes 0 to {config.num_classes - 1}")
-        return cls(captions, labels)
+        found = cls(captions, labels)
+        found.check(config)
+        return found
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError where a model does not take these prompts."""
+        if config.conditioning == "class":
+            if not self.labels:
+                raise ConfigError("the model is class-conditional: give --labels, not captions")
+            for label in self.labels:
+                if not 0 <= label < config.num_classes:
+                    raise ConfigError(f"label {label}, the model has classes 0 to {config.num_classes - 1}")
+            return
+        if self.labels:
+            raise ConfigError(f"the model is text-conditional, got label {self.labels[0]}; give captions")
+        if not self.captions:
+            raise ConfigError(
+                "no captions to draw: give --captions, --captions-file, or sample.captions in the run file"
+            )
+        for number, caption in enumerate(self.captions, 1):
+            if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+                raise ConfigError(f"caption {number} is {caption!r}: not UTF-8 text; write it again")
 
     def titles(self) -> tuple[str, ...]:
         """Return the text below each image."""
@@ -227,20 +243,12 @@ class TextSource(Protocol):
 def encode_prompts(
     config: ModelConfig, shards: TextSource, prompts: Prompts, device: torch.device | str = "cpu"
 ) -> sampling.Request:
-    """Encode prompts with the text encoder of the shards, to `device`. Raises ConfigError where there are none."""
+    """Encode prompts with the text encoder of the shards, to `device`. Raises ConfigError as `Prompts.check`."""
+    prompts.check(config)
     if config.conditioning == "class":
-        if not prompts.labels:
-            raise ConfigError("the model is class-conditional: give --labels, not captions")
         cond = ClassCondition(torch.tensor(prompts.labels, device=device))
         empty = sampling.empty_condition(cond, config, None) if config.class_dropout else None
         return sampling.Request(cond, empty, tuple(range(len(prompts.labels))))
-    if prompts.labels:
-        raise ConfigError("the model is text-conditional: give --captions, not --labels")
-    if not prompts.captions:
-        raise ConfigError("no captions to draw: give --captions, --captions-file, or sample.captions in the run file")
-    for number, caption in enumerate(prompts.captions, 1):
-        if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise ConfigError(f"caption {number} is {caption!r}: not UTF-8 text; write it again")
     text = TextCondition(*(part.to(device) for part in shards.text_encoder().encode(list(prompts.captions))))
     return sampling.Request(
         text, sampling.empty_condition(text, config, shards.empty_text()), tuple(range(len(prompts.captions)))

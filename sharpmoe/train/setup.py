@@ -123,9 +123,24 @@ def make_plan(
         run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], readers or world
     )
     identity = RunIdentity.of(run, data.train.fingerprint)
+    notes = (*notes, *_small_bucket_notes(data.train, batch))
     plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, identity=identity, notes=notes)
     found = Checkpoints.find(plan.checkpoints, run.checkpoint.resume)
     return _resume(next(iter(found.readable), None), replace(plan, found=found))
+
+
+def _small_bucket_notes(train: Mixture, batch: BatchLayout) -> tuple[str, ...]:
+    """Return a note where a step takes more samples than its bucket has; none where there is one bucket."""
+    sizes: dict[str, int] = {}
+    for stream in train.streams:
+        sizes[stream.bucket] = sizes.get(stream.bucket, 0) + stream.num_samples
+    small = [f"{name} ({count})" for name, count in sizes.items() if count < batch.global_batch]
+    if len(sizes) < 2 or not small:
+        return ()
+    return (
+        f"a step takes {batch.global_batch} samples of one bucket (train.global_batch), and these have fewer, so "
+        f"that it takes some twice: {', '.join(small)}",
+    )
 
 
 def _check_output(folder: Path) -> None:

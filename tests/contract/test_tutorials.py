@@ -55,7 +55,7 @@ def test_python_api(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, "python-api", "exec"), {"__name__": "tutorial"})  # noqa: S102
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("0 {'total': ")
-    assert printed[-1] == "sample: the model is text-conditional, got label 3; give captions"
+    assert printed[-1] == "the model is text-conditional, got label 3; give captions"
     assert Image.open("runs/apple.png").size == (64, 64)
     base, own = sharpmoe.load("assets/base.safetensors"), sharpmoe.load("runs/own.safetensors")
     assert own.origin == base.origin

@@ -54,7 +54,9 @@ def test_they_come_back_as_they_were_written() -> None:
 def test_an_index_edited_by_hand_is_refused() -> None:
     edited = FILES[INDEX_FILE].replace(b'"text_length":4', b'"text_length":8')
     assert edited != FILES[INDEX_FILE]
-    with pytest.raises(DataError, match=r"here: damaged, or edited by hand; delete it and run launcher/prepare.py"):
+    with pytest.raises(
+        DataError, match=r"here: damaged, or edited by hand; delete it and run `python launcher/prepare.py`"
+    ):
         parse_index(edited, "here")
 
 

@@ -79,7 +79,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("shards verify nowhere", "nowhere: no index.json"),
     ("report nowhere", "nowhere"),
     ("prepare --source nowhere --out @/out", "nowhere: no such folder"),
-    ("convert @/class.safetensors @/o.safetensors", "is a weights file of this project already; start a run from it"),
+    ("convert @/class.safetensors @/o.safetensors", "is a weights file of this project already; sharpmoe.load"),
     ("convert @/class.safetensors @/folder --to promoe", "@/folder: is a folder, expected a file"),
     ("convert @/empty.pt @/o.safetensors", "@/empty.pt: is empty, as a broken download leaves it; download it again"),
     ("convert @/pointer.pt @/o.safetensors", "is a pointer of Git LFS, not the file itself; fetch it with `git lfs"),

@@ -200,7 +200,7 @@ REFUSALS: dict[str, tuple[Break, str]] = {
         new("--rollout.merged_steps", "3", "--rollout.schedule", "two_pass", "--model.capacity", "1.03"),
         "rollout.merged_steps is 3",
     ),
-    "no shards": (new("--data.shards", "nothere"), "nothere: no index.json; run `python launcher/prepare.py --out"),
+    "no shards": (new("--data.shards", "nothere"), "nothere: no index.json; run `python "),
     "no such split": (new("--data.train_split", "nothing"), "no samples in split 'nothing'"),
     "a shard is missing": (broken(lambda place: tar(place, "train").unlink()), "shard is missing"),
     "a shard is cut short": (
@@ -449,4 +449,4 @@ def test_a_shipped_run_file_lacks_nothing_but_its_data(
     monkeypatch.chdir(tmp_path)  # neither data nor weights are here
     words = ["--deepspeed", str(CONFIGS / "zero3.json"), "--config", str(path), "--dry-run", "--world", "8"]
     assert main(words) == 2
-    assert "no index.json; run `python launcher/prepare.py --out" in last_line(capfd)
+    assert "/launcher/prepare.py --out" in last_line(capfd)

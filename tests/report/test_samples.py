@@ -86,3 +86,19 @@ def test_a_bad_setting_is_told_in_the_words_of_the_run_file(given: dict[str, obj
     with pytest.raises(ConfigError, match=words) as caught:
         override_sampling(SampleConfig(), given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "prompts", "words"),
+    [
+        ("class", Prompts(labels=(0, 3)), "label 3, the model has classes 0 to 2"),
+        ("class", Prompts(("a cat",)), "class-conditional: give --labels"),
+        ("text", Prompts(labels=(1,)), "text-conditional, got label 1; give captions"),
+        ("text", Prompts(), "no captions to draw"),
+        ("text", Prompts(("\ud800",)), "caption 1 is .*: not UTF-8 text"),
+    ],
+)
+def test_prompts_that_a_model_does_not_take(conditioning: str, prompts: Prompts, words: str) -> None:
+    config = toy_config(conditioning=conditioning, num_classes=3)
+    with pytest.raises(ConfigError, match=words):
+        prompts.check(config)

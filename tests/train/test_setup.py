@@ -8,11 +8,14 @@ from torch import Tensor
 
 from data_pipeline.encode.like import fitted_header
 from data_pipeline.encode.patch_pca import PatchPCA
+from data_pipeline.read.mixture import Mixture
+from data_pipeline.read.shards import ShardSet
+from sharpmoe.config_io import BatchLayout
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.weights import save_weights
 from sharpmoe.train.monitor import Monitor, measures
-from sharpmoe.train.setup import InitialModel, _origin_notes, initial_model
+from sharpmoe.train.setup import InitialModel, _origin_notes, _small_bucket_notes, initial_model
 from tests.fixtures_data import make_unequal_shards
 from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
@@ -141,3 +144,14 @@ def test_an_output_that_cannot_be_a_folder_is_found_before_the_first_step(shards
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"output: .*file/run cannot be made: .*file is not a folder; set output to"):
         plan_for(make_run(shards, tmp_path / "file"), ALONE)
+
+
+def test_a_step_of_more_samples_than_its_bucket_has_is_noted(tmp_path: Path) -> None:
+    data = Mixture([ShardSet.open(make_unequal_shards(tmp_path / "mine"), "train")])
+    counts = {stream.bucket: stream.num_samples for stream in data.streams}
+    assert len(counts) == 3
+    least, most = min(counts.values()), max(counts.values())
+    assert _small_bucket_notes(data, BatchLayout(least, 1, least, 1)) == ()
+    (note,) = _small_bucket_notes(data, BatchLayout(most + 1, 1, most + 1, 1))
+    assert f"a step takes {most + 1} samples" in note
+    assert all(f"{name} ({count})" in note for name, count in counts.items())

@@ -137,7 +137,7 @@ def test_the_report_counts_and_warns() -> None:
     # What is left of one shape alone is no advice: buckets are there to keep shapes.
     assert all_train[3].startswith("small buckets, below 64 pictures to train on: 128x512 (3);")
     assert all_train[3].endswith(
-        "(train.global_batch) repeats some: lower it, add pictures of these shapes, or leave the buckets out"
+        "takes some of its pictures twice in a step: add pictures of these shapes, or leave the buckets out"
     )
     many = np.repeat([0, 1, 2], [100, 70, 2])
     lines = bucket_lines(resolutions, many, np.array([[300, 300]] * 172), many < 3)

@@ -236,7 +236,9 @@ def test_a_split_that_does_not_exist(folder: Path) -> None:
 
 def test_a_missing_shard(folder: Path) -> None:
     (folder / "train-00001.tar").unlink()
-    with pytest.raises(DataError, match=r"train-00001.tar: shard is missing; run launcher/prepare.py") as error:
+    with pytest.raises(
+        DataError, match=r"train-00001.tar: shard is missing; run `python launcher/prepare.py`"
+    ) as error:
         ShardSet.open(folder, "train")
     one_line(error)
     ShardSet.open(folder, "unseen")
