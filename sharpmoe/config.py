@@ -329,6 +329,7 @@ class LogConfig(Section):
     metrics_weights: str | None = None  # its weights, where they come in no package: a file or folder
     allocation: bool = True  # print the allocation table before and after
     allocation_images: int = Field(128, ge=1)  # held-out images of the table
+    report: bool = True  # write report.html and report.json after the last step (docs/report.md)
     # What measurements run, in float32: the whole model on every rank (4 bytes per parameter), or one block at a time,
     # summed from the ranks' shards at every call; the same numbers. auto: blocks above 2^29 parameters.
     look_weights: Literal["auto", "whole", "blocks"] = "auto"

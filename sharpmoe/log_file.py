@@ -2,9 +2,10 @@
 
 The file is only ever appended to, one JSON object per line. `{"run": id, "step": n, "<tag>": value, ...}` holds figures
 of step n. `{"event": name, "run": id, "step": n, ...}` is an event after step n: "start" (with all settings) where a
-process begins to write, "resume", "fault", "warning" (its text). The id is one per process, so that the lines of one
-process can be selected. Where steps were done twice, because a process died after its last checkpoint and another one
-continued from there, `read_log` returns the figures that the run continued from, as TensorBoard shows them.
+process begins to write, "resume", "fault", "warning" (its text), "validation" (the flow loss of every held-out image).
+The id is one per process, so that the lines of one process can be selected. Where steps were done twice, because a
+process died after its last checkpoint and another one continued from there, `read_log` returns the figures that the run
+continued from, as TensorBoard shows them.
 """
 
 from __future__ import annotations

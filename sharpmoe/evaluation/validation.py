@@ -20,6 +20,7 @@ class Validation(NamedTuple):
     mean: float  # over the times
     error: float  # standard error of that mean, over images
     images: int
+    per_image: tuple[float, ...] = ()  # the mean over the times of each, for differences paired by image
 
     def scalars(self, group: str = "validation") -> dict[str, float]:
         """Return the figures under the tags of the log: validation/flow and validation/flow_t<time>."""
@@ -42,4 +43,4 @@ def validate(
     per_image = losses.mean(1)
     error = (per_image.std() / len(per_image) ** 0.5).item() if len(per_image) > 1 else math.nan
     by_time = dict(zip(VALIDATION_TIMES, losses.mean(0).tolist(), strict=True))
-    return Validation(by_time, per_image.mean().item(), error, len(per_image))
+    return Validation(by_time, per_image.mean().item(), error, len(per_image), tuple(per_image.tolist()))

@@ -16,7 +16,7 @@ import yaml
 
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import Allocation, ImageMean, paired_interval
-from sharpmoe.evaluation.statistics import interval_over_steps, plain_interval
+from sharpmoe.evaluation.statistics import interval_over_images, interval_over_steps, plain_interval
 from sharpmoe.flow import TIME_RANGES
 from sharpmoe.log_file import LOG_FILE, read_log, read_log_lines
 from sharpmoe.report.routing_sheet import RoutingSheet
@@ -46,6 +46,7 @@ def describe_run(folder: Path | str) -> Json:
     curves, lines = read_log(log), read_log_lines(log)
     starts = [line for line in lines if line.get("event") == "start"]
     settings = _settings(starts, folder / "config.yaml", notes)
+    validations = _validations(lines)
     done = max((step for points in curves.values() for step in points), default=0)
     return {
         "name": folder.resolve().name,
@@ -58,7 +59,8 @@ def describe_run(folder: Path | str) -> Json:
         },
         "events": _events(lines),
         "warnings": list(dict.fromkeys(str(line.get("text", "")) for line in lines if line.get("event") == "warning")),
-        "curves": {tag: _thinned(points) for tag, points in reduced_curves(curves).items()},
+        "curves": _with_errors({tag: _thinned(points) for tag, points in reduced_curves(curves).items()}, validations),
+        "validation": _validation_change(validations),
         "layers": _layers(curves),
         "speed": _speed(curves),
         "flops": _flops(curves, settings, done),
@@ -144,6 +146,43 @@ def _events(lines: Sequence[Json]) -> list[Json]:
     """Return what happened beside steps: stops, faults, checkpoints that could not be saved."""
     kept = [line for line in lines if line.get("event") in _SHOWN_EVENTS]
     return [{key: value for key, value in line.items() if key != "run"} for line in kept]
+
+
+def _validations(lines: Sequence[Json]) -> dict[int, list[float]]:
+    """Return the flow loss of every held-out image by step, of the steps that the run continued from."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        if line.get("event") == "start":
+            found = {step: values for step, values in found.items() if step <= line["step"]}
+        elif line.get("event") == "validation" and line.get("per_image"):
+            found[line["step"]] = [float(value) for value in line["per_image"]]
+    return dict(sorted(found.items()))
+
+
+def _with_errors(curves: dict[str, Json], validations: Mapping[int, Sequence[float]]) -> dict[str, Json]:
+    """Add the standard errors over images to the curve of the held-out flow loss, where there are several images."""
+    curve = curves.get("validation/flow")
+    if curve is not None:
+        known = {step: values for step, values in validations.items() if len(values) > 1}
+        errors = [
+            statistics.stdev(known[step]) / math.sqrt(len(known[step])) if step in known else None
+            for step in curve["steps"]
+        ]
+        if any(error is not None for error in errors):
+            curve["errors"] = errors
+    return curves
+
+
+def _validation_change(validations: Mapping[int, Sequence[float]]) -> Json:
+    """Return the change of the held-out flow loss from the first to the last validation, paired by image."""
+    if not validations:
+        return {}
+    first, last = min(validations), max(validations)
+    found: Json = {"first": first, "last": last, "per_image": list(validations[last])}
+    if last > first and len(validations[first]) == len(validations[last]):
+        differences = [b - a for a, b in zip(validations[first], validations[last], strict=True)]
+        found["change"] = plain_interval(interval_over_images(differences))
+    return found
 
 
 def _thinned(points: Mapping[int, float]) -> Json:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpmoe.evaluation.allocation import ALLOCATION_RANGES
-from sharpmoe.evaluation.statistics import interval_over_steps, plain_interval
+from sharpmoe.evaluation.statistics import interval_over_images, interval_over_steps, plain_interval
 from sharpmoe.report.run_figures import AFTER, changes_of, describe_run, load_allocation
 from sharpmoe.report.run_verdict import verdict_of_change, verdict_of_run
 
@@ -17,6 +17,7 @@ FORMAT = 1  # of the document; rises where a reader of an earlier one would misr
 NOT_SET = "(not set)"  # of a key that a run lacks
 _NAMES = ("name", "output")  # keys that differ between any two runs
 _ENVIRONMENT = ("version.", "world", "device")  # beginnings of keys that say where a run ran
+_HELD_OUT = ("data.shards", "data.validation_split", "log.validation_images")  # say which images are validated
 _BY_STEP = ("loss/", "throughput/", "optim/grad_norm")  # curves that two runs have at the same steps
 
 
@@ -85,9 +86,25 @@ def _by_step(first: _Json, other: _Json) -> _Json:
         if later and any(here[step] or there[step] for step in later):
             interval = interval_over_steps([here[step] - there[step] for step in later])
             found[tag] = {**(plain_interval(interval) or {}), "steps": len(later), "first": there[later[-1]]}
+    paired = _validation_of(first, other)
+    if paired is not None:
+        return found | {"validation/flow": paired}
     last = [(run["curves"].get("validation/flow") or {"steps": [], "values": []}) for run in (first, other)]
     if all(each["steps"] for each in last) and last[0]["steps"][-1] == last[1]["steps"][-1]:
         values = [each["values"][-1] for each in last]
         bounds = {"low": None, "high": None, "steps": 1, "first": values[0]}
         found["validation/flow"] = {"mean": values[1] - values[0], **bounds}
     return found
+
+
+def _validation_of(first: _Json, other: _Json) -> _Json | None:
+    """Return the change of the last held-out flow loss, paired by image; None where images or steps differ."""
+    one, two = first["validation"], other["validation"]
+    images = [[run["settings"].get(key) for key in _HELD_OUT] for run in (first, other)]
+    if not one or not two or images[0] != images[1] or one["last"] != two["last"]:
+        return None
+    before, after = one["per_image"], two["per_image"]
+    if len(before) != len(after) or len(before) < 2:
+        return None
+    interval = interval_over_images([b - a for a, b in zip(before, after, strict=True)])
+    return {**(plain_interval(interval) or {}), "steps": 1, "first": sum(before) / len(before)}

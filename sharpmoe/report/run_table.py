@@ -192,6 +192,7 @@ def _facts(run: _Json) -> dict[str, str]:
     again = f", {len(starts) - 1} time(s) again" if starts[1:] else ""
     ranks = f"{settings['world']} x {settings.get('device', '?')}" if "world" in settings else ""
     flops = run["flops"].get("total")
+    change = run["validation"].get("change")
     versions = {name: settings.get(f"version.{name}") for name in ("sharpmoe", "torch", "deepspeed", "commit")}
     return {
         "run": ", ".join(str(part) for part in kind if part),
@@ -199,6 +200,7 @@ def _facts(run: _Json) -> dict[str, str]:
         "started": f"{starts[0]['time']}{again}" if starts else "",
         "loss": _first_and_last(run["curves"].get("loss/total")),
         "held-out flow loss": _first_and_last(run["curves"].get("validation/flow")),
+        "its change, paired by image": interval_text(change) if change else "",
         "samples against held-out images": _sample_metrics(run["curves"]),
         "images per second": interval_text(speed.get("images_per_second"), "") if speed else "",
         "waiting for data": _share(speed.get("data_wait_share")),
@@ -223,7 +225,12 @@ def _first_and_last(curve: _Json | None) -> str:
     if curve is None:
         return ""
     steps, values = curve["steps"], curve["values"]
-    return f"{values[0]:.4g} (step {steps[0]}) to {values[-1]:.4g} (step {steps[-1]})"
+    errors = curve.get("errors") or [None] * len(steps)
+    first, last = (
+        f"{values[at]:.4g}" + ("" if errors[at] is None else f" ± {errors[at]:.2g}") + f" (step {steps[at]})"
+        for at in (0, -1)
+    )
+    return f"{first} to {last}"
 
 
 def _as_text(table: ReportTable) -> str:

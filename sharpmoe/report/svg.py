@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
@@ -165,6 +166,13 @@ def _legend(curves: Sequence[Curve]) -> Markup:
     return element("div", *keys, class_="legend")
 
 
-def named_curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Curve]:
-    """Return curves of a report's document: {name: {"steps": ..., "values": ...}}."""
-    return [Curve(name=name, x=line["steps"], y=line["values"]) for name, line in lines.items()]
+def named_curves(lines: Mapping[str, Mapping[str, Any]]) -> list[Curve]:
+    """Return curves of a report's document: {name: {"steps": ..., "values": ...}}, "errors" where they have bars."""
+    return [
+        Curve(name=name, x=line["steps"], y=line["values"], errors=_half_bars(line.get("errors")))
+        for name, line in lines.items()
+    ]
+
+
+def _half_bars(errors: Sequence[float | None] | None) -> list[float] | None:
+    return None if errors is None else [error or 0.0 for error in errors]

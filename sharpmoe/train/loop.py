@@ -23,6 +23,8 @@ from sharpmoe.parallel.ranks import watchdog
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
 from sharpmoe.parallel.ranks.signals import StopAskedError
 from sharpmoe.parallel.zero.settings import zero_title
+from sharpmoe.report.page import write_report
+from sharpmoe.trackers.mirror import one_line
 from sharpmoe.train import faults
 from sharpmoe.train.callbacks import CallbackError, TrainingEnd, TrainingStep
 from sharpmoe.train.flops import peak_tflops, rows_expected, step_flops
@@ -31,6 +33,7 @@ from sharpmoe.train.metrics import Effort, StepStats, due, routing_scalars, rows
 from sharpmoe.train.owner import run_folder_owned
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import rollout_steps
+from sharpmoe.train.runlog import RunLog
 from sharpmoe.train.session import Session, ema_model, ensure_saved, live_model, log_save, open_session
 from sharpmoe.train.setup import RunPlan, choose_checkpoint, initial_model
 from sharpmoe.train.shapes import token_counts
@@ -267,8 +270,18 @@ def _finish(session: Session, progress: Progress) -> _Ended:
     watchdog.mark(f"the save of step {progress.step}")
     folder = ensure_saved(session, progress)
     if session.log is not None:
+        if session.plan.run.log.report:
+            _write_report(session.plan.folder, session.log)
         session.log.conclude(closing_summary(session.plan.run, session.plan.folder, folder, session.log))
     return _Ended(folder)
+
+
+def _write_report(folder: Path, log: RunLog) -> None:
+    """Write the page of the finished run, without communication. What fails is noted: it ends no run."""
+    try:
+        write_report([folder])
+    except Exception as error:  # noqa: BLE001 - a report that fails must not end a run
+        log.say(f"note: the report could not be written: {one_line(error)}; the run is complete")
 
 
 def _stop(session: Session, progress: Progress, name: str, monitored: bool) -> _Ended:

@@ -87,8 +87,10 @@ class RunLog:
         before = min(self.validations.values(), default=math.inf)
         self.validations[step] = result.mean
         self.scalars(step, result.scalars())
+        self.event("validation", step, per_image=list(result.per_image))
         note = "best so far" if result.mean < before else f"best {before:.4f}"
-        line = f"validation after step {step}: flow loss {result.mean:.4f} ± {result.error:.4f} ({note})"
+        error = f" ± {result.error:.4f}" if math.isfinite(result.error) else ""  # one image has none
+        line = f"validation after step {step}: flow loss {result.mean:.4f}{error} ({note})"
         if live is not None:
             self.scalars(step, live.scalars("validation_live"))
             line += f"; of the live weights {live.mean:.4f}"

@@ -20,6 +20,7 @@ def closing_summary(run: RunConfig, folder: Path, checkpoint: Path, log: RunLog)
     """Return the lines after the last step; commands can be pasted."""
     rows = {"trained": _trained(log), "validation": _validation(log.validations), "weights": _weights(checkpoint)}
     places = {"samples": folder / _SAMPLES, "allocation": folder / _ALLOCATION, "curves": folder / "tensorboard"}
+    places["report"] = folder / "report.html"
     rows |= {name: str(place) for name, place in places.items() if place.exists()}
     lines = [f"done: {checkpoint}", *(f"  {name:<11}{text}" for name, text in rows.items() if text)]
     return "\n".join([*lines, "next:", *(f"  {command}" for command in _next_commands(run, folder))])

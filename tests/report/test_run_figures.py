@@ -70,3 +70,35 @@ def test_settings_come_from_the_run_file_where_the_log_has_none(tmp_path: Path) 
 def test_a_folder_without_a_log_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no log.jsonl; expected the folder of a run"):
         describe_run(tmp_path)
+
+
+def add_validations(folder: Path, by_step: dict[int, list[float]]) -> None:
+    with (folder / "log.jsonl").open("a") as log:
+        for step, values in by_step.items():
+            log.write(json.dumps({"run": "r", "step": step, "validation/flow": sum(values) / len(values)}) + "\n")
+            log.write(json.dumps({"event": "validation", "run": "r", "step": step, "per_image": values}) + "\n")
+
+
+def test_validation_has_errors_over_images_and_a_paired_change(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    add_validations(folder, {90: [0.0, 9.0]})
+    with (folder / "log.jsonl").open("a") as log:  # step 90 was done by a process that died
+        log.write(json.dumps({"event": "start", "run": "s", "step": 70, "settings": {}}) + "\n")
+    add_validations(folder, {80: [0.5, 0.7, 0.9], 90: [0.4, 0.5, 0.6]})
+    run = describe_run(folder)
+    curve, change = run["curves"]["validation/flow"], run["validation"]
+    errors = dict(zip(curve["steps"], curve["errors"], strict=True))
+    assert errors[80] == pytest.approx(0.2 / 3**0.5)
+    assert errors[90] == pytest.approx(0.1 / 3**0.5)
+    assert (change["first"], change["last"], change["per_image"]) == (80, 90, [0.4, 0.5, 0.6])
+    assert change["change"]["mean"] == pytest.approx(-0.2)
+    assert change["change"]["low"] < -0.2 < change["change"]["high"]
+
+
+def test_validation_of_one_image_has_no_error(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    add_validations(folder, {90: [0.5]})
+    run = describe_run(folder)
+    assert "errors" not in run["curves"]["validation/flow"]
+    assert "change" not in run["validation"]
+    json.dumps(run, allow_nan=False)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,3 +46,15 @@ def test_allocations_of_other_images_are_not_paired(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / place / "toy") for place in "ab"]
     assert [run["name"] for run in describe_runs(runs)["runs"]] == [str(run) for run in runs]
+
+
+def test_validation_of_the_same_images_is_paired(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, **{"data.shards": "d"}) for name in "abc"]
+    for folder, values in zip(runs, ([0.1, 0.5, 0.9], [0.2, 0.61, 1.0], [0.2]), strict=True):
+        with (folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps({"event": "validation", "run": "a", "step": 6, "per_image": values}) + "\n")
+    same, fewer = (each["by_step"]["validation/flow"] for each in describe_runs(runs)["comparisons"])
+    assert same["mean"] == pytest.approx(0.31 / 3)
+    assert 0.08 < same["low"] < same["mean"] < same["high"] < 0.13  # the images vary by a hundred times more
+    assert same["first"] == pytest.approx(0.5)
+    assert fewer["low"] is None

@@ -29,7 +29,7 @@ def make_run(shards: Path, output: Path, router: str = "diffmoe", **sections: di
         "loss": {"capacity_weight": 0.3} | weight,
         "optim": {"lr": 0.01, "clip_norm": 0.5, "ema_decay": 0.9, "threshold_decay": 0.8},
         "train": {"steps": 4, "global_batch": 8, "micro_batch": 4},
-        "log": {"every": 1, "validate_every": 0, "validation_images": 4, "allocation": False},
+        "log": {"every": 1, "validate_every": 0, "validation_images": 4, "allocation": False, "report": False},
         "checkpoint": {"every": 0, "resume": "none"},
     }
     for name, section in sections.items():

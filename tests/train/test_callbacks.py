@@ -294,3 +294,21 @@ def test_there_need_be_no_callback() -> None:
     assert not CallbackCalls({})
     with pytest.raises(ConfigError, match="callback 1 \\(builtins:object\\): has no method that is called"):
         open_callbacks([], [object()])
+
+
+def test_a_run_writes_its_report_and_one_that_fails_is_a_note(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(folders: object) -> None:
+        raise KeyError("x")
+
+    for name in ("well", "broken"):
+        if name == "broken":
+            monkeypatch.setattr(loop, "write_report", broken)
+        run = small_run(shards, tmp_path, name=name, train={"steps": 1}, log={"report": True, "validate_every": 1})
+        loop.train(plan_for(run, ALONE), ALONE)
+    assert (tmp_path / "well" / "report.html").is_file()
+    said = capsys.readouterr().out
+    assert f"  report     {tmp_path}/well/report.html" in said
+    assert "note: the report could not be written: KeyError: 'x'; the run is complete" in said
+    assert "done: " in said[said.index("note: the report") :]

@@ -285,3 +285,12 @@ def test_what_concludes_a_run_is_the_last_thing_on_a_terminal(tmp_path: Path, mo
     log.conclude("done: folder\nnext:")
     log.close()
     assert stream.getvalue().endswith("GiB\n\r\x1b[Kdone: folder\nnext:\n")
+
+
+def test_validation_of_one_image_has_no_standard_error(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, 2, stream=stream, trackers=())
+    log.validation(1, Validation({0.5: 0.25}, 0.25, math.nan, 1, (0.25,)))
+    log.close()
+    assert "validation after step 1: flow loss 0.2500 (best so far)\n" in stream.getvalue()
+    assert "nan" not in stream.getvalue() + (tmp_path / "log.jsonl").read_text()
