@@ -36,7 +36,7 @@ def _act(arguments: argparse.Namespace) -> int:
     overrides = _overrides(arguments)
     run = load_run_config(DEFAULT_RUN_CONFIG, overrides)
     folder = Path(run.output) / run.name
-    latest, grid = folder / "checkpoints" / "latest", folder / "samples" / "drawn" / "grid.png"
+    latest = folder / "checkpoints" / "latest"
     print("== 1/3 data: images and captions to shards", flush=True)
     code = prepare.main(_prepare_words(arguments, run.data.first_place))
     if code:
@@ -46,11 +46,19 @@ def _act(arguments: argparse.Namespace) -> int:
     if code:
         return code
     print("== 3/3 samples", flush=True)
-    if not grid.exists() or grid.stat().st_mtime < latest.stat().st_mtime:
-        grid.unlink(missing_ok=True)
+    drawn = _last_drawn(folder)
+    if drawn is None or drawn.stat().st_mtime < latest.stat().st_mtime:
         code = sample.main([str(folder)])
-    print(_places(folder, run.data.first_place, latest, grid))
-    return code
+        if code:
+            return code
+    print(_places(folder, run.data.first_place, latest, _last_drawn(folder)))
+    return 0
+
+
+def _last_drawn(folder: Path) -> Path | None:
+    """Return the newest grid of samples of a run: a call after more training is numbered, as it overwrites nothing."""
+    grids = sorted((folder / "samples" / "drawn").glob("grid*.png"), key=lambda grid: grid.stat().st_mtime)
+    return grids[-1] if grids else None
 
 
 def _overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -85,7 +93,7 @@ def _train(overrides: tuple[str, ...]) -> int:
     return subprocess.run([sys.executable, *words], env=environment, check=False).returncode
 
 
-def _places(folder: Path, shards: str, latest: Path, grid: Path) -> str:
+def _places(folder: Path, shards: str, latest: Path, grid: Path | None) -> str:
     """Return the table of the run, and where its results are."""
     figures = folder / "allocation"
     table = next((each for each in (figures / "summary.txt", figures / "table.txt") if each.is_file()), None)
