@@ -70,7 +70,8 @@ class _Call:
         """Return the options of drawing a part of the images."""
         given = self.arguments
         pixels = Size(given.height, given.width)
-        return DrawOptions(part, given.batch_size, given.pool_per_image, pixels, self.weak and self.weak.model)
+        weak = self.weak and self.weak.model
+        return DrawOptions(part, given.batch_size, given.pool_per_image, pixels, weak, given.fps)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +108,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--width", type=POSITIVE, help="pixels (default: the square of the model; any multiple of a token's pixels)")
     add("--height", type=POSITIVE, help="pixels, as --width")
+    add(
+        "--fps",
+        type=POSITIVE_REAL,
+        default=DrawOptions().fps,
+        help="a model with frames: of the animations (default: 8)",
+    )
     add("--steps", type=POSITIVE, help="sampling steps (default: sample.num_steps of the run)")
     add("--method", choices=("euler", "heun"), help="sampler (default: sample.method)")
     add("--cfg-scale", type=NOT_NEGATIVE_REAL, help="classifier-free guidance, 1 is none (default: sample.cfg_scale)")
@@ -155,6 +162,8 @@ def _act(arguments: argparse.Namespace) -> None:
     draw = _npz if arguments.npz else _prompt_folder if arguments.prompts else _files
     if arguments.film or arguments.counterfactual:
         draw = _look
+    if draw is not _files:
+        sampling.require_still(model.config, "--npz, --prompts, --film and --counterfactual")
     drawn = draw(_Call(arguments=arguments, settings=settings, model=model, shards=shards, saved=saved, weak=weak))
     print_note(average_note(saved))
     print(drawn)

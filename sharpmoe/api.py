@@ -39,7 +39,7 @@ from sharpmoe.report.samples import (
     override_sampling,
 )
 from sharpmoe.rollout import TrajectoryBatch
-from sharpmoe.sampling import SamplingCallback
+from sharpmoe.sampling import SamplingCallback, require_still
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments, with_schedule
 from sharpmoe.train.terms import LossTerms, routing_weight, steers_alone
@@ -213,6 +213,7 @@ def sample(
     i). `callback` is called with a `SamplingStep` once per step and batch; what it raises ends the sampling. The mode
     of the models is restored. Raises ConfigError and DataError. No communication.
     """
+    require_still(model.config, "sharpmoe.sample")
     given: dict[str, object] = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
     given |= {"guidance_source": guidance_source, "cfg_norm": cfg_norm, "cfg_interval": cfg_interval}
     settings = override_sampling(SampleConfig(), given | {"shift": None if shift is None else {"factor": shift}})

@@ -27,6 +27,7 @@ from sharpmoe.model.build import build_model
 from sharpmoe.model.published.own import CODE_FILES, json_file_text, own_index
 from sharpmoe.report.figures import to_pixels
 from sharpmoe.report.samples import Prompts, Size, draw_images, encode_prompts, override_sampling
+from sharpmoe.sampling import require_still
 
 Prompt = str | int | Sequence[str] | Sequence[int]
 
@@ -107,6 +108,7 @@ class SharpMoEPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type is {output_type!r}, expected pil, np, pt or latent")
         model, coders = self.transformer.backbone, self._origin()
+        require_still(model.config, "the pipeline of diffusers")
         given = {"num_steps": num_inference_steps, "cfg_scale": guidance_scale, "seed": seed, **settings}
         sample = override_sampling(SampleConfig(**self.config.sample), given)
         many = [prompt] if isinstance(prompt, str | int) else [*prompt]

@@ -189,7 +189,7 @@ def _calls(
         rows = len(branches) * len(x)
         x0_prev_all = torch.cat(_swapped(x0_prev) if is_swapped else x0_prev) if saliency_router else None
         pools = {"all": 1, "call": len(branches), "image": rows}[pool]
-        x_t = x.repeat(len(branches), 1, 1, 1)
+        x_t = x.repeat(len(branches), *[1] * (x.ndim - 1))
         output = model(x_t, t.to(x).expand(rows), fixed, x0_prev_all, CallMode(pools=pools))
         return _Called(output.v.float().chunk(len(branches)), output.routing)
 
@@ -358,6 +358,15 @@ def generate(
             observe = partial(_observed, advance, reader)
             parts.append(SAMPLERS[sample.method](field, x1, times.to(x1), x0_prev, observe))
     return torch.cat(parts)
+
+
+def require_still(config: ModelConfig, what: str) -> None:
+    """Raise ConfigError for a model with frames, where `what` is made for still images."""
+    if config.latent_frames > 1:
+        raise ConfigError(
+            f"{what}: takes still images alone, the model has clips of {config.latent_frames} frames "
+            "(model.latent_frames); draw clips with `sharpmoe sample MODEL --captions ...`"
+        )
 
 
 def _weak_model(weak: Backbone, config: ModelConfig) -> WeakModel:

@@ -391,3 +391,17 @@ def test_what_the_saliency_routers_read_is_an_argument(saliency: str) -> None:
         expected = model(own.x_t, torch.ones(3), asked.cond, own.x0_prev[[2, 0, 1]]).routing
         for a, b in zip(other.routing, expected, strict=True):
             torch.testing.assert_close(a.logits, b.logits)
+
+
+@pytest.mark.parametrize("norm", ["none", "tokens"])
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_a_model_with_frames_draws_clips(method: str, norm: str) -> None:
+    """One frame is the still image, bit for bit; of several each gets noise of its own and hears of the others."""
+    settings = SampleConfig(num_steps=2, method=method, cfg_scale=3.0, cfg_norm=norm)
+    still, model = toy_model("ec"), toy_model("ec", latent_frames=3)
+    clips = generate(model, model.config, settings, request(2))
+    assert clips.shape == (2, 4, 3, 8, 8)
+    assert not torch.equal(clips[:, :, 0], clips[:, :, 1])
+    noise = torch.randn(2, 4, 1, 8, 8)
+    drawn = generate(still, still.config, settings, request(2), noise=noise[:, :, 0])
+    assert torch.equal(generate(still, still.config, settings, request(2), noise=noise)[:, :, 0], drawn)

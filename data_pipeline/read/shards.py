@@ -158,6 +158,14 @@ class ShardSet:
         if encoder is not None:
             check_identity("text encoder", self.location, found=self.encoder, expected=encoder)
 
+    def require_still(self, what: str) -> None:
+        """Raise a DataError where samples are clips, and `what` is made for still images."""
+        if self.frames > 1:
+            raise DataError(
+                f"{self.location}: holds clips of {self.frames} frames; {what} takes still images alone: prepare some "
+                "without --frames"
+            )
+
     def codec_object(self, device: str = "cpu") -> Codec:
         """Load the codec that made the latents, to decode samples to images. Raises DataError."""
         where = f"{self.location}/{CODEC_FILE}"

@@ -75,6 +75,7 @@ def draw_adm_batch(
     Raises ConfigError for a model with another conditioning, and where another process draws the same file.
     """
     config = model.config
+    sampling.require_still(config, "--npz")
     if config.conditioning != "class":
         raise ConfigError("--npz needs a class-conditional model; draw captions with --captions or --captions-file")
     drawing = batch.file.with_name(f"{batch.file.name}.drawing")

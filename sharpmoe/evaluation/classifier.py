@@ -119,6 +119,7 @@ def load_classifier(path: Path) -> tuple[Classifier, Mapping[str, Any]]:
 
 def _read(shards: ShardSet, count: int | None) -> tuple[Tensor, Tensor]:
     """Return images (N, 3, H, W) uint8 and labels (N,) of the first `count` samples of the main bucket."""
+    shards.require_still("a classifier")
     rows = shards.indices_of(shards.main_bucket)[:count]
     codec, images, labels = shards.codec_object(), [], []
     with progress_bar(f"reading split {shards.split}", len(rows)) as advance:

@@ -165,6 +165,7 @@ def _pixels(path: Path) -> np.ndarray:
 def _shard_images(folder: str, split: str) -> ImageSet:
     """The main bucket of a split, decoded: what a model could reach at best with this codec."""
     shards = ShardSet.open(folder, split)
+    shards.require_still("a set of images")
     codec, rows = shards.codec_object(), shards.indices_of(shards.main_bucket)
 
     def batches(size: int) -> Iterator[Tensor]:

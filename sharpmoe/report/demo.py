@@ -35,6 +35,9 @@ class DemoModel:
     settings: SampleConfig  # where the page says nothing else
     name: str
 
+    def __post_init__(self) -> None:
+        sampling.require_still(self.model.config, "the demo")
+
     @property
     def has_routers(self) -> bool:
         """Whether there are saliency routers to turn off."""

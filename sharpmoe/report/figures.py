@@ -29,6 +29,7 @@ _FONT_SIZE = 13
 _INTERVAL = 1.96  # standard errors
 _LEGEND_COLUMNS = 4
 _CAPTION_LINES = 3  # at most
+_MOST_FRAMES = 16  # of a clip in a grid
 
 
 def to_pixels(images: Tensor) -> list[Pixels]:
@@ -44,8 +45,30 @@ def save_png(pixels: Pixels, path: Path | str) -> Path:
     return path
 
 
+def save_animation(frames: Sequence[Pixels], path: Path | str, milliseconds: int) -> Path:
+    """Write frames as an endless animated WebP without loss, complete or not at all; return the path. Raises OSError.
+
+    Equal frames that follow each other become one that lasts as long.
+    """
+    first, *rest = (Image.fromarray(pixels) for pixels in frames)
+    options = {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0, "lossless": True}
+    path = Path(path)
+    write_atomically(path, lambda draft: first.save(draft, format="WEBP", **options))
+    return path
+
+
+def clip_pixels(clips: Tensor) -> list[list[Pixels]]:
+    """Convert clips (B, 3, T, H, W) in [-1, 1] to their frames, as `to_pixels`."""
+    return [to_pixels(clip.transpose(0, 1)) for clip in clips]
+
+
 def sample_grid(images: Tensor, captions: Sequence[str], columns: int | None = None) -> Pixels:
-    """Draw images (B, 3, H, W) in [-1, 1] in a grid on white, each above its caption of at most three lines."""
+    """Draw images (B, 3, H, W) in [-1, 1] in a grid on white, each above its caption of at most three lines.
+
+    Of clips (B, 3, T, H, W) every row is one, with its frames beside each other, at most 16 of them, evenly spread.
+    """
+    if images.ndim == 5:
+        return _clip_grid(clip_pixels(images), captions)
     columns = columns or min(len(captions), max(4, math.ceil(math.sqrt(len(captions) * 1.6))))
     rows = math.ceil(len(captions) / columns)
     font = load_font(_FONT_SIZE)
@@ -62,6 +85,26 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int | None = N
         for line, text in enumerate(lines):
             y = top + CELL + 5 + line * (_FONT_SIZE + 4)
             pen.text((left + CELL / 2, y), text, fill="#222222", font=font, anchor="ma")
+    return np.asarray(sheet)
+
+
+def _clip_grid(clips: Sequence[Sequence[Pixels]], captions: Sequence[str]) -> Pixels:
+    count = min(len(clips[0]), _MOST_FRAMES)
+    shown = [at * len(clips[0]) // count for at in range(count)]
+    font, side = load_font(_FONT_SIZE), CELL * 2 // 3
+    row_height = side + _FONT_SIZE + 8
+    size = (max(count, 4) * (side + GAP // 2) + GAP * 3 // 2, len(clips) * (row_height + GAP) + GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (frames, caption) in enumerate(zip(clips, captions, strict=True)):
+        top = GAP + row * (row_height + GAP)
+        for column, at in enumerate(shown):
+            left = GAP + column * (side + GAP // 2)
+            picture = ImageOps.contain(Image.fromarray(frames[at]), (side, side), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+            pen.rectangle((left - 1, top - 1, left + side, top + side), outline="#dddddd")
+        (line,) = wrap(caption, size[0] - 2 * GAP, font, 1) or ["(empty caption)"]
+        pen.text((GAP, top + side + 5), line, fill="#222222", font=font)
     return np.asarray(sheet)
 
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from data_pipeline.encode.codecs import Codec
+from data_pipeline.encode.codecs import Codec, frame_by_frame
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
@@ -31,7 +31,7 @@ _MAPS = ("saliency", "foreground", "experts")  # fields of a sheet by token
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingSheet:
-    """Content of a routing sheet: I images of one resolution, T denoising steps, N tokens."""
+    """Content of a routing sheet: I images of one resolution, or frames of clips, T denoising steps, N tokens."""
 
     images: Tensor  # (I, 3, H, W) in [-1, 1]
     saliency: Tensor  # (I, N)
@@ -82,22 +82,42 @@ def observe_routing(
 ) -> RoutingSheet:
     """Roll the model out over `images` held-out samples, spread over the main bucket, and return their routing.
 
-    Eval mode, fixed noise, one call per time for all images. `layers`: MoE layers in depth order. Communicates only
-    through `share.reduce`.
+    Of clips a sheet has a row per frame, evenly spread, and as many rows as of images: of one clip, or of more where
+    they are shorter. Eval mode, fixed noise, one call per time for all images. `layers`: MoE layers in depth order.
+    Communicates only through `share.reduce`.
     """
-    rows = shards.indices_of(shards.main_bucket)
-    indices = [rows[i] for i in spread(len(rows), images)]
+    rows, frames = shards.indices_of(shards.main_bucket), shards.buckets[shards.main_bucket].frames
+    indices = [rows[i] for i in spread(len(rows), max(1, images // frames))]
     (seen,) = observe(
-        model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=images, share=share, layers=layers
+        model, shards, indices, ALLOCATION_TIMES, seed=seed, chunk=len(indices), share=share, layers=layers
     ).tokens
     batch = shards.batch(indices)
-    return RoutingSheet(
-        images=codec.decode(batch.latent),
+    sheet = RoutingSheet(
+        images=frame_by_frame(codec.decode, batch.latent),
         saliency=seen.saliency,
         foreground=seen.foreground,
         experts=seen.experts,
         times=ALLOCATION_TIMES,
         captions=batch.captions,
+    )
+    return sheet if frames == 1 else _by_frame(sheet, frames, spread(frames, images))
+
+
+def _by_frame(sheet: RoutingSheet, frames: int, shown: list[int]) -> RoutingSheet:
+    """Return the sheet of some frames of clips (I, 3, T, H, W), each as an image with its tokens."""
+
+    def cut(values: Tensor) -> Tensor:
+        """Cut (I, ..., N) into (I F, ..., N / T)."""
+        by_frame = values.unflatten(-1, (frames, -1))[..., shown, :].movedim(-2, 1)
+        return by_frame.flatten(0, 1)
+
+    return RoutingSheet(
+        images=sheet.images[:, :, shown].transpose(1, 2).flatten(0, 1),
+        saliency=cut(sheet.saliency),
+        foreground=cut(sheet.foreground),
+        experts=cut(sheet.experts),
+        times=sheet.times,
+        captions=tuple(f"{at + 1}/{frames}: {caption}" for caption in sheet.captions for at in shown),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -12,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from pydantic import ValidationError
 from torch import Tensor
 
-from data_pipeline.encode.codecs import Codec
+from data_pipeline.encode.codecs import Codec, frame_by_frame
 from data_pipeline.encode.like import OriginCoders, is_fitted, keeps_codec, origin_in, same_fit
 from data_pipeline.encode.texts import TextEncoder
 from data_pipeline.index import MAX_TOKENS
@@ -186,10 +187,11 @@ class Size(NamedTuple):
                     f"{config.patch_size}); take {max(round(side / step), 1) * step}"
                 )
         rows, columns = (config.latent_size if side is None else side // factor for side in self)
-        tokens = (rows // config.patch_size) * (columns // config.patch_size)
+        tokens = math.prod(config.shape_of_latent((rows, columns))[1:]) // config.patch_size**2
         if tokens > MAX_TOKENS:
+            clip = f", {config.latent_frames} frames" if config.latent_frames > 1 else ""
             raise ConfigError(
-                f"{rows * factor} x {columns * factor} pixels (H x W): {tokens} tokens, at most {MAX_TOKENS}"
+                f"{rows * factor} x {columns * factor} pixels (H x W){clip}: {tokens} tokens, at most {MAX_TOKENS}"
             )
         return rows, columns
 
@@ -208,7 +210,7 @@ def unknown_size(latents: tuple[int, int], shards: ShardSet | OriginCoders) -> s
     A model has not seen the positions of tokens beyond the sizes that it was trained on (docs/design/0011). Weights
     do not say which sizes these are.
     """
-    if isinstance(shards, OriginCoders) or any(bucket.latent[1:] == latents for bucket in shards.buckets.values()):
+    if isinstance(shards, OriginCoders) or any(bucket.latent[-2:] == latents for bucket in shards.buckets.values()):
         return ""
     sizes = ", ".join(shards.buckets)
     return (
@@ -270,6 +272,7 @@ def draw_images(
 ) -> Tensor:
     """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the mode of the models.
 
+    A model with frames draws clips (B, 3, T, H, W), which are decoded frame by frame.
     `size` is (h, w) of the latents, by default the model's square. `weak`: a model to guide away from. `callback` is
     called once per step and batch (`sampling.SamplingStep`). `saliency`: what the saliency routers read.
     `noise`: see `sampling.generate`.
@@ -288,7 +291,7 @@ def draw_images(
             saliency=saliency,
             noise=noise,
         )
-    return decode(latents.cpu())
+    return frame_by_frame(decode, latents.cpu())
 
 
 class DrawOptions(NamedTuple):
@@ -299,6 +302,7 @@ class DrawOptions(NamedTuple):
     pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
     size: Size = Size()
     weak: Backbone | None = None  # a model to guide away from, on the device of the other
+    fps: float = 8.0  # frames of a clip that its file shows per second
 
 
 def draw_to_files(
@@ -312,6 +316,7 @@ def draw_to_files(
 ) -> Path | None:
     """Draw one PNG per prompt and a grid, which have the same numbers and names whatever the part.
 
+    A clip is an animated WebP, and a row of the grid.
     The model is on its device already; `note` is called with what the user should know. Returns the grid, or None where
     the part has no images. Raises ConfigError where there are no prompts or a side is no multiple of the pixels of a
     token.
@@ -337,36 +342,51 @@ def draw_to_files(
         options.weak,
     )
     folder, titles = Path(folder), prompts.titles()[rows.start : rows.stop]
-    pictures = {
-        f"{i:03}_{slug(title)}": pixels
-        for i, pixels, title in zip(rows, figures.to_pixels(images), titles, strict=True)
-    }
+    names = [f"{i:03}_{slug(title)}" for i, title in zip(rows, titles, strict=True)]
     grid = "grid" if part.of == 1 else f"grid_part{part.number}of{part.of}"
-    pictures[grid] = figures.sample_grid(images, titles)
-    again = _call_number(folder, pictures)
-    for name, pixels in pictures.items():
-        figures.save_png(pixels, folder / f"{name}{again}.png")
-    return folder / f"{grid}{again}.png"
+    pictures: dict[str, list[figures.Pixels]] = {}
+    if images.ndim == 4:
+        pictures |= {f"{name}.png": [pixels] for name, pixels in zip(names, figures.to_pixels(images), strict=True)}
+    else:
+        clips = zip(names, figures.clip_pixels(images), strict=True)
+        pictures |= {f"{name}.webp": frames for name, frames in clips}
+    pictures[f"{grid}.png"] = [figures.sample_grid(images, titles)]
+    milliseconds = max(1, round(1000 / options.fps))
+    number = _call_number(folder, pictures, milliseconds)
+    for name, frames in pictures.items():
+        place = _numbered(folder / name, number)
+        if place.suffix == ".png":
+            figures.save_png(frames[0], place)
+        else:
+            figures.save_animation(frames, place, milliseconds)
+    return _numbered(folder / f"{grid}.png", number)
 
 
-def _call_number(folder: Path, pictures: Mapping[str, figures.Pixels]) -> str:
-    """Return what names get so that no other picture of an earlier call is lost: nothing, or _2, _3, and so on."""
+def _numbered(path: Path, number: int) -> Path:
+    return path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+
+
+def _call_number(folder: Path, pictures: Mapping[str, Sequence[figures.Pixels]], milliseconds: int) -> int:
+    """Return what names get so that no other picture of an earlier call is lost: 1 is nothing, then _2, _3, ..."""
     for number in itertools.count(1):
-        again = "" if number == 1 else f"_{number}"
-        if all(_is_free(folder / f"{name}{again}.png", pixels) for name, pixels in pictures.items()):
-            return again
+        if all(_is_free(_numbered(folder / name, number), found, milliseconds) for name, found in pictures.items()):
+            return number
     raise AssertionError
 
 
-def _is_free(path: Path, pixels: figures.Pixels) -> bool:
+def _is_free(path: Path, frames: Sequence[figures.Pixels], milliseconds: int) -> bool:
     """Whether a picture can be written without a loss: there is none, or it is the same."""
     if not path.is_file():
         return True
+    found: list[figures.Pixels] = []
     try:
         with Image.open(path) as image:
-            return np.array_equal(np.asarray(image.convert("RGB")), pixels)
+            for frame in ImageSequence.Iterator(image):
+                pixels = np.asarray(frame.convert("RGB"))
+                found += [pixels] * max(1, round(frame.info.get("duration", 0) / milliseconds))  # equal ones are one
     except OSError:
         return False
+    return len(found) == len(frames) and all(map(np.array_equal, found, frames))
 
 
 def parse_part(text: str) -> sampling.ImagePart:

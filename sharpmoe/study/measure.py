@@ -179,6 +179,7 @@ def _classifier_file(study: Study) -> Path:
 
 def _write_reference(path: Path, shards: ShardSet) -> None:
     """Write the images of a part of a split, of its main bucket, as arr_0 (N, H, W, 3) uint8."""
+    shards.require_still("a reference set")
     rows, codec, found = shards.indices_of(shards.main_bucket), shards.codec_object(), []
     for start in range(0, len(rows), 256):
         images = codec.decode(shards.batch(rows[start : start + 256]).latent)

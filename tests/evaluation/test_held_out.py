@@ -59,6 +59,15 @@ def test_images_of_unequal_token_counts_are_shared_between_ranks(world: int) -> 
     torch.testing.assert_close(of_images, next(sums), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("router", ["ec", "diffmoe"])
+def test_clips_are_measured_by_tokens_of_all_frames(router: str) -> None:
+    clips, still = ToySamples(4, ((3, 8, 8),)), ToySamples(4, ((8, 8),))
+    seen = observe(toy_model(router, latent_frames=3), clips, range(4), TIMES, chunk=2)
+    assert seen.tokens[0].experts.shape == (4, 3, 48)
+    torch.testing.assert_close(seen.tokens[0].flow.mean(-1), seen.flow, rtol=1e-5, atol=1e-6)
+    assert observe(toy_model(router, latent_frames=3), still, range(4), TIMES).tokens[0].experts.shape == (4, 3, 16)
+
+
 def test_the_flow_loss_of_an_image_is_the_mean_of_its_tokens() -> None:
     seen = observe(toy_model(), mixed(), range(12), TIMES, chunk=3)
     of_tokens = torch.cat([tables.flow.mean(-1) for tables in seen.tokens])

@@ -75,3 +75,24 @@ def test_pictures_of_another_aspect_are_not_stretched() -> None:
     black = (grid == 0).all(axis=-1)
     assert black.any(axis=0).sum() == CELL
     assert black[GAP : GAP + CELL, GAP : GAP + CELL].any(axis=1).sum() == CELL // 2
+
+
+def test_a_grid_of_clips_has_a_row_for_each_with_its_frames_in_turn() -> None:
+    levels = torch.linspace(-1, 1, 5)
+    clips = levels.view(1, 1, 5, 1, 1).expand(2, 3, 5, 8, 8)
+    grid = figures.sample_grid(clips, ["up", "again " * 60])
+    side, step = CELL * 2 // 3, CELL * 2 // 3 + GAP // 2
+    seen = [int(grid[GAP + side // 2, GAP + side // 2 + at * step, 0]) for at in range(5)]
+    assert seen == [0, 64, 128, 191, 255]
+    assert figures.sample_grid(clips.repeat(1, 1, 40, 1, 1), ["up", "down"]).shape[1] < 17 * step + 3 * GAP
+
+
+def test_an_animation_comes_back_frame_by_frame(tmp_path: Path) -> None:
+    (frames,) = figures.clip_pixels(torch.rand(1, 3, 4, 8, 12) * 2 - 1)
+    path = figures.save_animation(frames, tmp_path / "new" / "clip.webp", 70)
+    with Image.open(path) as image:
+        assert (image.n_frames, image.format, image.info["loop"]) == (4, "WEBP", 0)
+        for number, frame in enumerate(frames):
+            image.seek(number)
+            assert np.array_equal(np.asarray(image.convert("RGB")), frame)
+            assert image.info["duration"] == 70

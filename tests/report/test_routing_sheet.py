@@ -7,7 +7,7 @@ import torch
 
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import observe
-from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet
+from sharpmoe.report.routing_sheet import RoutingSheet, _by_frame, draw_difference_sheet, draw_routing_sheet
 from tests.toys import ToySamples, toy_model
 
 
@@ -91,3 +91,25 @@ def test_sheets_of_single_layers_add_up_to_that_of_all() -> None:
     )
     assert not torch.equal(first, second)
     assert torch.equal(first + second, whole)
+
+
+def test_a_sheet_of_clips_has_a_row_per_frame() -> None:
+    clips, frames, steps, tokens = 2, 3, 2, 4
+    images = torch.arange(clips * frames, dtype=torch.float32).view(clips, 1, frames, 1, 1).expand(-1, 3, -1, 8, 8) / 10
+    maps = torch.arange(clips * frames * tokens, dtype=torch.float32).view(clips, frames * tokens)
+    experts = torch.stack([maps, maps + 100], dim=1)
+    whole = RoutingSheet(
+        images=images,
+        saliency=maps,
+        foreground=torch.full_like(maps, torch.nan),
+        experts=experts,
+        times=(0.9, 0.1),
+        captions=("a", "b"),
+    )
+    sheet = _by_frame(whole, frames, [0, 2])
+    assert sheet.captions == ("1/3: a", "3/3: a", "1/3: b", "3/3: b")
+    assert sheet.images[:, 0, 0, 0].tolist() == pytest.approx([0.0, 0.2, 0.3, 0.5])
+    assert sheet.saliency.tolist() == [[4.0 * at + token for token in range(tokens)] for at in (0, 2, 3, 5)]
+    assert sheet.experts.shape == (4, steps, tokens)
+    assert torch.equal(sheet.experts[:, 1], sheet.saliency + 100)
+    assert draw_routing_sheet(sheet).shape[2] == 3

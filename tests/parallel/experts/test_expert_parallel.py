@@ -12,7 +12,7 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.experts.groups import check_ep_size
 from tests.distributed import run_ranks
-from tests.fixtures_data import make_unequal_shards
+from tests.fixtures_data import make_clips, make_unequal_shards
 from tests.parallel.reference import Case, Trace, assert_same, unchanged, with_engine, with_plain_torch
 from tests.selection import selected, sweep
 from tests.train.setting import make_run
@@ -156,6 +156,23 @@ def test_unequal_token_counts_equal_one_process(tmp_path: Path) -> None:
         for layout in layouts:
             if layout[0] == router:
                 assert_same(traces[layout], expected)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_clips_equal_one_process(tmp_path: Path) -> None:
+    """Steps on four frames of 16 tokens, over two ranks that share the experts."""
+    data = {"shards": str(make_clips(tmp_path / "clips", frames=4))}
+
+    def make_case(router: str, ep_size: int) -> RunConfig:
+        train = {"steps": 3, "global_batch": 8, "micro_batch": 4}
+        sections = {"optim": SGD, "model": {"depth": 2, "latent_frames": 4}, "data": data, "train": train}
+        return make_run(tmp_path, tmp_path, router, parallel={"ep_size": ep_size}, **sections)
+
+    cases = {router: Case(make_case(router, 2), steps=3) for router in ("diffmoe",)}
+    traces = run_ranks(with_engine, 2, cases, timeout=400)[0]
+    for router, trace in traces.items():
+        assert_same(trace, with_plain_torch(make_case(router, 1), 3))
 
 
 @pytest.mark.dist
