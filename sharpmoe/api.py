@@ -27,9 +27,12 @@ from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.model.backbone import Backbone, map_condition
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import update_routers
+from sharpmoe.report.counterfactual import draw_counterfactual, write_counterfactual
 from sharpmoe.report.figures import to_pixels
+from sharpmoe.report.film import record_film, write_film
 from sharpmoe.report.runs import find_origin, find_saved_model
 from sharpmoe.report.samples import (
+    DrawOptions,
     Prompts,
     Size,
     check_shards,
@@ -202,6 +205,9 @@ def sample(
     weak_model: Backbone | None = None,
     seed: int | None = None,
     callback: SamplingCallback | None = None,
+    film: str | Path | None = None,
+    film_frames: int = 8,
+    counterfactual: str | Path | None = None,
 ) -> list[Image.Image]:
     """Draw one image per caption, or per label of a class-conditional model, on the model's device.
 
@@ -212,6 +218,10 @@ def sample(
     (autoguidance, arXiv 2406.02070); it is moved to the device of the model. The noise of image i is keyed by (seed,
     i). `callback` is called with a `SamplingStep` once per step and batch; what it raises ends the sampling. The mode
     of the models is restored. Raises ConfigError and DataError. No communication.
+
+    `film`: a folder for film.png and film.json, what the saliency routers read at `film_frames` steps above the experts
+    per token. `counterfactual`: a folder for counterfactual.png and .json, the same noise with the saliency routers on,
+    off and guided by another image; the images are those with them on. One of `film`, `counterfactual`, `callback`.
     """
     require_still(model.config, "sharpmoe.sample")
     given: dict[str, object] = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
@@ -233,7 +243,21 @@ def sample(
     if weak_model is not None:
         check_weak_origin(weak_model.origin, model.origin)
         weak = weak_model.to(_device(model))
-    images = draw_images(model, request, settings, codec.decode, batch_size, size=latents, weak=weak, callback=callback)
+    if sum(look is not None for look in (film, counterfactual, callback)) > 1:
+        raise ConfigError("sample: film, counterfactual and callback are of one call each; give one of them")
+    options, titles = DrawOptions(batch_size=batch_size, weak=weak), Prompts.of(many, model.config).titles()
+    if film is not None:
+        strip = record_film(model, request, settings, codec.decode, film_frames, options=options, size=latents)
+        write_film(Path(film), strip, titles, "sample", settings.seed)
+        images = strip.images
+    elif counterfactual is not None:
+        found = draw_counterfactual(model, request, settings, codec.decode, options=options, size=latents)
+        write_counterfactual(Path(counterfactual), found, titles, "sample", settings.seed)
+        images = found.images["on"]
+    else:
+        images = draw_images(
+            model, request, settings, codec.decode, batch_size, size=latents, weak=weak, callback=callback
+        )
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
 

@@ -1,6 +1,7 @@
 """The Python interface: light to import, the trainer's numbers, models that remember codec and encoder."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -366,6 +367,23 @@ def test_samples_are_those_of_the_command(run_folder: Path, tmp_path: Path) -> N
         assert wide.size == (48, 16)
         with pytest.raises(ConfigError, match=r"width 20: not a multiple of 8 .*take 16"):
             sharpmoe.sample(model, "a red circle", shards=source, width=20, **given)
+
+
+def test_looks_are_drawn_beside_the_same_images(run_folder: Path, tmp_path: Path) -> None:
+    model, captions = sharpmoe.load(run_folder), ["a red circle", "a blue square"]
+    given: dict[str, Any] = {"num_steps": 2, "cfg_scale": 1.0, "shards": run_folder.parent / "shards"}
+    drawn = pixels_of(sharpmoe.sample(model, captions, **given))
+    film = sharpmoe.sample(model, captions, film=tmp_path, film_frames=2, **given)
+    both = sharpmoe.sample(model, captions, counterfactual=tmp_path, **given)
+    assert np.array_equal(pixels_of(film), drawn)
+    assert np.array_equal(pixels_of(both), drawn)
+    told = json.loads((tmp_path / "film.json").read_text())
+    assert (told["captions"], len(told["times"])) == (captions, 2)
+    assert set(json.loads((tmp_path / "counterfactual.json").read_text())["changes"]) == {"off", "swapped"}
+    for name in ("film", "counterfactual"):
+        assert (tmp_path / f"{name}.png").is_file()
+    with pytest.raises(ConfigError, match="give one of them"):
+        sharpmoe.sample(model, captions, film=tmp_path, counterfactual=tmp_path, **given)
 
 
 def test_classes_are_drawn_by_label(shards: Path, tmp_path: Path) -> None:

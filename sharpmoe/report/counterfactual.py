@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.flow import TIME_RANGES
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import Pixels, drawable, render_figure, save_png, to_pixels
+from sharpmoe.report.sampled_routing import SampledRouting
 from sharpmoe.report.samples import DrawOptions, draw_images
 
 _VARIANTS: dict[str, sampling.SaliencyInput] = {"on": "own", "off": "off", "swapped": "swapped"}
@@ -85,14 +85,7 @@ def draw_counterfactual(
     found = {}
     compared = {round(i * (settings.num_steps - 1) / (_MAX_STEPS - 1)) for i in range(_MAX_STEPS)}
     for name, saliency in _VARIANTS.items():
-        chosen: list[Tensor] = []
-        times: list[float] = []
-
-        def keep(step: sampling.SamplingStep, chosen: list[Tensor] = chosen, times: list[float] = times) -> None:
-            if step.step in compared:
-                chosen.append(torch.stack([layer.routing_map for layer in step.routing]).cpu())
-                times.append(step.t)
-
+        kept = SampledRouting(compared, with_choices=True)
         images = draw_images(
             model,
             request,
@@ -102,10 +95,10 @@ def draw_counterfactual(
             options.pool_per_image,
             size,
             options.weak,
-            callback=keep,
+            callback=kept,
             saliency=saliency,
         )
-        found[name] = _Variant(images=images, chosen=torch.stack(chosen), times=tuple(times))
+        found[name] = _Variant(images=images, chosen=kept.choices(), times=kept.times)
     return Counterfactual(
         images={name: each.images for name, each in found.items()},
         experts={name: each.chosen.sum(-1).float().mean((0, 1)) for name, each in found.items()},

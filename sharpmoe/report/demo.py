@@ -17,6 +17,7 @@ from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import Pixels, to_pixels
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_routing_sheet
+from sharpmoe.report.sampled_routing import SampledRouting
 from sharpmoe.report.samples import Prompts, draw_images, encode_prompts, override_sampling
 from sharpmoe.saliency import saliency_map
 
@@ -66,30 +67,24 @@ class DemoModel:
         codec = self.shards.codec_object()
         images: list[torch.Tensor] = []
         experts: list[torch.Tensor | None] = []
-        times: list[float] = []
+        steps = settings.num_steps
         ways: tuple[sampling.SaliencyInput, ...] = ("own", "off") if self.has_routers else ("own",)
         for saliency in ways:
-            taken: list[torch.Tensor] = []
-            times = []
-
-            def keep(
-                step: sampling.SamplingStep, taken: list[torch.Tensor] = taken, times: list[float] = times
-            ) -> None:
-                if step.routing and step.step % max(1, -(-step.steps // _MAX_STEPS)) == 0:
-                    taken.append(torch.stack([each.routing_map.sum(-1) for each in step.routing]).sum(0)[0].cpu())
-                    times.append(step.t)
-
+            kept = SampledRouting(range(0, steps, -(-steps // _MAX_STEPS)))
             images.append(
                 draw_images(
-                    self.model, request, settings, codec.decode, pool_per_image=True, callback=keep, saliency=saliency
+                    self.model, request, settings, codec.decode, pool_per_image=True, callback=kept, saliency=saliency
                 )
             )
-            experts.append(torch.stack(taken) if taken else None)
+            found = kept.experts()
+            experts.append(None if found is None else found[:, 0])
         pixels = [_enlarged(each) for each in to_pixels(torch.cat(images))]
         shown = pixels[1] if len(pixels) > 1 else None
-        return pixels[0], shown, self._sheet(torch.cat(images), experts, times), ""
+        return pixels[0], shown, self._sheet(torch.cat(images), experts, kept.times), ""
 
-    def _sheet(self, images: torch.Tensor, experts: list[torch.Tensor | None], times: list[float]) -> Pixels | None:
+    def _sheet(
+        self, images: torch.Tensor, experts: list[torch.Tensor | None], times: tuple[float, ...]
+    ) -> Pixels | None:
         counted = [each for each in experts if each is not None]
         if not counted:
             return None
@@ -99,7 +94,7 @@ class DemoModel:
             saliency=saliency_map(images, (side, side)),
             foreground=torch.full((len(images), side * side), float("nan")),
             experts=torch.stack(counted),
-            times=tuple(times),
+            times=times,
             captions=("saliency routers on", "saliency routers off")[: len(images)],
         )
         return draw_routing_sheet(sheet)

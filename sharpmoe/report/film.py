@@ -19,6 +19,7 @@ from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.report.figures import Pixels, drawable, render_figure, save_png, to_pixels
+from sharpmoe.report.sampled_routing import SampledRouting
 from sharpmoe.report.samples import DrawOptions, draw_images
 
 _HEAT = "magma"  # dark: no experts; as on routing sheets
@@ -53,19 +54,9 @@ def record_film(
     Raises ConfigError for a model without experts.
     """
     if not model.moe_layers():
-        raise ConfigError("--film shows routing, but the model has no MoE layer")
+        raise ConfigError("a film strip (--film) shows routing, but the model has no MoE layer; draw without it")
     count = settings.num_steps
-    chosen = sorted({round(i * (count - 1) / max(frames - 1, 1)) for i in range(frames)})
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {step: [] for step in chosen}
-    times: dict[int, float] = {}
-
-    def keep(step: sampling.SamplingStep) -> None:
-        if step.step in kept:
-            latents = step.x0_hat if step.x0_prev is None else step.x0_prev
-            experts = torch.stack([layer.routing_map.sum(-1) for layer in step.routing]).sum(0)
-            kept[step.step].append((latents.cpu(), experts.cpu()))
-            times[step.step] = step.t
-
+    kept = SampledRouting(round(i * (count - 1) / max(frames - 1, 1)) for i in range(frames))
     images = draw_images(
         model,
         request,
@@ -75,13 +66,14 @@ def record_film(
         options.pool_per_image,
         size,
         options.weak,
-        callback=keep,
+        callback=kept,
     )
-    latents, experts = ([torch.cat([each[k] for each in kept[step]]) for step in chosen] for k in (0, 1))
+    experts = kept.experts()
+    assert experts is not None
     return Film(
-        times=tuple(times[step] for step in chosen),
-        seen=torch.stack([decode(each) for each in latents]),
-        experts=torch.stack(experts),
+        times=kept.times,
+        seen=torch.stack([decode(each) for each in kept.read()]),
+        experts=experts,
         images=images,
         reads=model.config.saliency_router,
     )
