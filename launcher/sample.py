@@ -71,7 +71,14 @@ class _Call:
         given = self.arguments
         pixels = Size(given.height, given.width)
         weak = self.weak and self.weak.model
-        return DrawOptions(part, given.batch_size, given.pool_per_image, pixels, weak, given.fps)
+        return DrawOptions(
+            part=part,
+            batch_size=given.batch_size,
+            pool_per_image=given.pool_per_image,
+            size=pixels,
+            weak=weak,
+            fps=given.fps,
+        )
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -294,13 +295,14 @@ def draw_images(
     return frame_by_frame(decode, latents.cpu())
 
 
-class DrawOptions(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
     """How images are drawn to files."""
 
-    part: sampling.ImagePart = sampling.ImagePart()  # which of the images
+    part: sampling.ImagePart = field(default_factory=sampling.ImagePart)  # which of the images
     batch_size: int = 16  # images per model call
     pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
-    size: Size = Size()
+    size: Size = field(default_factory=Size)
     weak: Backbone | None = None  # a model to guide away from, on the device of the other
     fps: float = 8.0  # frames of a clip that its file shows per second
 
