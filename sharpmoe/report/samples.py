@@ -226,9 +226,9 @@ def override_sampling(settings: SampleConfig, given: Mapping[str, object]) -> Sa
     Raises ConfigError for a bad value.
     """
     fields = settings.model_dump()
-    for field, value in given.items():
+    for name, value in given.items():
         if value is not None:
-            fields[field] = fields[field] | value if isinstance(value, dict) else value
+            fields[name] = fields[name] | value if isinstance(value, dict) else value
     try:
         return SampleConfig(**fields)
     except ValidationError as error:
