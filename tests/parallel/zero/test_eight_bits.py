@@ -82,7 +82,9 @@ def _train(world: World, run: RunConfig, stage: int) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), pytest.param(1, 2, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(2, 2), *(pytest.param(*each, marks=pytest.mark.sweep) for each in ((1, 2), (2, 3)))]
+)
 def test_a_resumed_run_goes_on_bit_for_bit(ranks: int, stage: int, shards: Path, tmp_path: Path) -> None:
     def named(name: str, steps: int) -> RunConfig:
         run = make_run(
