@@ -96,6 +96,13 @@ def _profile(asked: Asked) -> list[Step]:
     return [_own("profile", "step_profile", asked, 100)]
 
 
+def _compiled(asked: Asked) -> list[Step]:
+    return [
+        _own("compiled", "compiled_blocks", asked, 80, "--work", work, name=f"compiled_{work}")
+        for work in ("training", "sampling")
+    ]
+
+
 def _benchmarks(asked: Asked) -> list[Step]:
     precision = ("--dtype", "bf16", "--rounds", "7") if asked.device == "cuda" else ("--tiny", "--rounds", "2")
     return [
@@ -117,6 +124,7 @@ PARTS: dict[str, Callable[[Asked], list[Step]]] = {
     "tests": _tests,
     "train": _train,
     "profile": _profile,
+    "compiled": _compiled,
     "benchmarks": _benchmarks,
 }
 

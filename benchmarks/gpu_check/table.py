@@ -111,6 +111,13 @@ def _graph(fact: Fact) -> Iterator[Row]:
         yield f"CUDA graph of a step, {fact['case']}", f"{fact['graph_ms']:.2f} ms; {ratio}", ""
 
 
+def _compiled(fact: Fact) -> Iterator[Row]:
+    kind = f"{fact['work']}, {fact['case']}, {fact['backend']}" + ", combo kernels" * fact["combo_kernels"]
+    ratio = f"eager is {fact['eager_over_compiled']:.2f} times as long"
+    rest = f"compiling took {fact['compiling_seconds']:.0f} s, results differ by {fact['distance']:.1e}"
+    yield f"compiled blocks, {kind}", f"{fact['compiled_ms']:.2f} ms; {ratio}; {rest}", ""
+
+
 def _waits(fact: Fact) -> Iterator[Row]:
     if fact["count"] is not None:
         yield (
@@ -127,12 +134,13 @@ _TEXTS: dict[str, Callable[[Fact], Iterator[Row]]] = {
     "gemm": lambda fact: iter([(f"one product {fact['shape']}, bf16", f"{fact['tflops']:.4g} TFLOP/s", "")]),
     "step": _step,
     "graph": _graph,
+    "compiled": _compiled,
     "waits": _waits,
 }
 
 
 def _name(fact: Fact) -> str:
-    rest = [str(fact[key]) for key in ("case", "router", "run") if key in fact]
+    rest = [str(fact[key]) for key in ("work", "case", "router", "run") if key in fact]
     products = {"high": "TF32", "highest": "fp32"}.get(fact.get("fp32_products", ""), "")
     kind = "rollout step" if fact["fact"] == "step" else fact["fact"]
     return ", ".join(filter(None, [kind, *rest, products and f"routers in {products}"]))

@@ -10,5 +10,6 @@ import sys
 
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
-    work = importlib.import_module("tests.pretend_cuda.work")
+    name = "lowered" if sys.argv[2].startswith("compiled") else "work"
+    work = importlib.import_module(f"tests.pretend_cuda.{name}")
     json.dump(dict(work.GROUPS[sys.argv[2]]()), sys.stdout)

@@ -68,10 +68,10 @@ def condition(model: ModelConfig, images: int = IMAGES) -> Condition:
     return TextCondition(tokens, mask, torch.empty(images, model.pooled_width, device="cuda"))
 
 
-def trajectories(model: ModelConfig, steps: int = 2) -> TrajectoryBatch:
-    latent = torch.empty(IMAGES, model.latent_channels, model.latent_size, model.latent_size, device="cuda")
-    times, maps = torch.empty(steps, IMAGES, device="cuda"), torch.empty(IMAGES, model.num_tokens, device="cuda")
-    return TrajectoryBatch(latent, torch.empty_like(latent), times, condition(model), maps)
+def trajectories(model: ModelConfig, steps: int = 2, images: int = IMAGES) -> TrajectoryBatch:
+    latent = torch.empty(images, model.latent_channels, model.latent_size, model.latent_size, device="cuda")
+    times, maps = torch.empty(steps, images, device="cuda"), torch.empty(images, model.num_tokens, device="cuda")
+    return TrajectoryBatch(latent, torch.empty_like(latent), times, condition(model, images), maps)
 
 
 def observed(rows: int, build: Callable[[], Callable[[], object]]) -> Outcome:
@@ -168,7 +168,7 @@ def block(model: ModelConfig, guided: bool) -> dict[str, Outcome]:
             on_device(network, torch.bfloat16).train(mode == "forward")
             part = network.blocks[-1]
             with watch:  # it answers reads
-                inputs = _inputs_of(network, part, guided)
+                inputs = inputs_of(network, part, guided)
                 watch.clear()
                 with torch.set_grad_enabled(mode == "forward"):
                     y, record = part(*inputs)
@@ -178,11 +178,11 @@ def block(model: ModelConfig, guided: bool) -> dict[str, Outcome]:
     return outcomes
 
 
-def _inputs_of(network: Backbone, part: nn.Module, guided: bool) -> Any:
+def inputs_of(network: Backbone, part: nn.Module, guided: bool, images: int = IMAGES) -> Any:
     """What a call of the model gives to a block, as leaves that want a gradient where the model would send one on."""
     given: list[Any] = []
     hook = part.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
-    item = trajectories(network.config)
+    item = trajectories(network.config, images=images)
     network(item.x0, item.times[0], item.condition, item.x0 if guided else None)
     hook.remove()
 
@@ -194,14 +194,17 @@ def _inputs_of(network: Backbone, part: nn.Module, guided: bool) -> Any:
 
 def _backward(watch: Watch, y: Tensor, record: Routing | None) -> Outcome:
     """Backward of all through which losses of a step send gradients into a block."""
-    outputs = [y]
-    if record is not None:
-        outputs += [each for each in (record.gates, record.capacity_logits) if each is not None]
+    outputs = with_gradients(y, record)
     gradients = [torch.empty_like(each) for each in outputs]
     watch.clear()
     with watch:
         torch.autograd.backward(outputs, gradients)
     return outcome(watch)
+
+
+def with_gradients(y: Tensor, record: Routing | None) -> list[Tensor]:
+    read = () if record is None else (record.gates, record.capacity_logits)
+    return [y, *(each for each in read if each is not None)]
 
 
 def _conditionings(router: str) -> tuple[str, ...]:
@@ -252,16 +255,21 @@ def _steps() -> Iterator[tuple[str, Outcome]]:
     yield "diffmoe, with routing", whole_step(model_config("diffmoe"), "plain", 1, with_routing=True)
 
 
-def _blocks() -> Iterator[tuple[str, Outcome]]:
+def block_cases(**fields: Any) -> Iterator[tuple[str, ModelConfig, bool]]:
+    """Name, model and whether the block is guided."""
     for router in FAMILIES:
         several = _conditionings(router)
         conditionings = several if router in ("dense", "diffmoe") else several[:1]
         for conditioning, guided in itertools.product(conditionings, (False, True)):
             if guided and router == "dense":
                 continue
-            model = model_config(router, conditioning)
             name = f"{router} {conditioning} {'guided' if guided else 'base'}"
-            yield from ((f"{name} {part}", found) for part, found in block(model, guided).items())
+            yield name, model_config(router, conditioning, **fields), guided
+
+
+def _blocks() -> Iterator[tuple[str, Outcome]]:
+    for name, model, guided in block_cases():
+        yield from ((f"{name} {part}", found) for part, found in block(model, guided).items())
 
 
 @contextmanager
