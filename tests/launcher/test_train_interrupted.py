@@ -132,7 +132,10 @@ def test_a_second_ctrl_c_ends_at_once(form: Form, training: "subprocess.Popen[st
     time.sleep(signals._SAME_REQUEST + 0.1)
     press(training)
     out, _ = training.communicate(timeout=60)
-    assert (out, training.returncode) == ("second signal, SIGINT: leaving at once\n", 130)
+    assert (out, training.returncode) == (
+        "second signal, SIGINT: leaving at once, not saved since the last checkpoint\n",
+        130,
+    )
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
@@ -150,3 +153,19 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line() -> None:
     press(process)
     out, _ = process.communicate(timeout=60)
     assert (out, process.returncode) == ("interrupted\n", -signal.SIGINT)  # 130 for a shell
+
+
+SLOW_STEPS = {name: FORMS[name]._replace(batch=(256, 4)) for name in ("python", "deepspeed", "torchrun")}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("form", sweep(SLOW_STEPS.values(), []), ids=SLOW_STEPS)
+def test_sigterm_to_the_group_saves(form: Form, training: "subprocess.Popen[str]", tmp_path: Path) -> None:
+    """What `timeout` and schedulers send: the ranks get it, and once more from the launcher, which got it too."""
+    read_to(training, r"step +1/")
+    os.killpg(training.pid, signal.SIGTERM)
+    out, _ = training.communicate(timeout=120)
+    assert "leaving at once" not in out
+    assert len(re.findall("^stopped by SIGTERM after step .*", out, re.M)) == 1, out
+    latest = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    assert manifest.verify_checkpoint(latest).progress.step >= 1

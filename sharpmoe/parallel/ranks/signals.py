@@ -15,6 +15,9 @@ from contextlib import contextmanager, suppress
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CLEARED = "\r\x1b[K"  # a terminal: the line that the cursor is in, with ^C in it, is written anew
 _SAME_REQUEST = 1.0  # seconds: a scheduler, or Ctrl-C, may reach a process twice, itself and through its launcher
+_FORWARDED = (
+    30.0  # seconds in which a launcher may forward SIGTERM again: DeepSpeed's and torchrun's wait before SIGKILL
+)
 
 _asked: signal.Signals | None = None
 
@@ -32,8 +35,10 @@ def asked() -> int:
 def listening(announce: bool = False) -> Iterator[None]:
     """Within the context, store SIGTERM, SIGUSR1 and SIGINT (`asked`); a second ends the process with 128 + its number.
 
-    For the main thread. Signals within a second of the first count as the same request; a signal that was blocked
-    before (launcher/hold_signals.py) counts as the first. announce: print one line on stderr when the first arrives.
+    For the main thread. Signals within a second of the first count as the same request, SIGTERM and SIGUSR1 within 30
+    seconds: `timeout` and schedulers signal a whole process group, and a launcher in it forwards what it got when the
+    machine lets it. A signal that was blocked before (launcher/hold_signals.py) counts as the first.
+    announce: print one line on stderr when the first arrives.
     """
     global _asked
     _asked = None
@@ -72,9 +77,13 @@ def _read(pipe: socket.socket, announce: bool) -> None:
             if _asked is None:
                 _asked, first = signal.Signals(number), time.monotonic()
                 if announce:
-                    _write_line(f"{_asked.name}: the run ends after this step and saves; a second one ends it at once")
-            elif time.monotonic() - first > _SAME_REQUEST:
-                _write_line(f"second signal, {signal.Signals(number).name}: leaving at once")
+                    again = "" if _asked == signal.SIGINT else f" after {_FORWARDED:.0f} s"
+                    _write_line(
+                        f"{_asked.name}: the run ends after this step and saves; a second one{again} ends it at once"
+                    )
+            elif time.monotonic() - first > (_SAME_REQUEST if number == signal.SIGINT else _FORWARDED):
+                name = signal.Signals(number).name
+                _write_line(f"second signal, {name}: leaving at once, not saved since the last checkpoint")
                 os._exit(128 + number)
 
 

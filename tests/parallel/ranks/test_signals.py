@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,8 +14,9 @@ from sharpmoe.parallel.ranks import signals
 
 # The main thread waits in one C call that Python's own handlers cannot interrupt.
 BUSY = """
-import ctypes, threading
+import ctypes, sys, threading
 from sharpmoe.parallel.ranks import signals
+signals._FORWARDED = float(sys.argv[1])
 with signals.listening():
     print("listening", flush=True)
     def tell():
@@ -28,32 +30,46 @@ with signals.listening():
 """
 
 
-@pytest.fixture
-def busy() -> "Iterator[subprocess.Popen[str]]":
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+@contextmanager
+def _busy(forwarded: float) -> "Iterator[subprocess.Popen[str]]":
+    words = [sys.executable, "-c", BUSY, str(forwarded)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     assert process.stdout is not None
     assert process.stdout.readline() == "listening\n"
-    yield process
-    process.kill()
-    process.communicate()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_the_first_signal_is_remembered_and_the_second_ends(
-    busy: "subprocess.Popen[str]", second: signal.Signals
-) -> None:
-    assert busy.stdout is not None
-    busy.send_signal(signal.SIGUSR1)
-    assert busy.stdout.readline() == f"asked {int(signal.SIGUSR1)}\n"
-    busy.send_signal(signal.SIGTERM)  # the same request by another way
-    time.sleep(signals._SAME_REQUEST + 0.3)
-    assert busy.poll() is None
-    busy.send_signal(second)
-    assert busy.wait(20) == 128 + second
-    _, err = busy.communicate()
-    assert err == f"second signal, {second.name}: leaving at once\n"
+def test_the_first_signal_is_remembered_and_the_second_ends(second: signal.Signals) -> None:
+    with _busy(forwarded=signals._SAME_REQUEST) as busy:
+        assert busy.stdout is not None
+        busy.send_signal(signal.SIGUSR1)
+        assert busy.stdout.readline() == f"asked {int(signal.SIGUSR1)}\n"
+        busy.send_signal(signal.SIGTERM)  # the same request by another way
+        time.sleep(signals._SAME_REQUEST + 0.3)
+        assert busy.poll() is None
+        busy.send_signal(second)
+        assert busy.wait(20) == 128 + second
+        _, err = busy.communicate()
+        assert err == f"second signal, {second.name}: leaving at once, not saved since the last checkpoint\n"
+
+
+def test_what_a_launcher_forwards_late_is_the_same_request() -> None:
+    with _busy(forwarded=signals._FORWARDED) as busy:
+        assert busy.stdout is not None
+        busy.send_signal(signal.SIGTERM)  # `timeout` signals the group: the rank, and the launcher, which forwards it
+        assert busy.stdout.readline() == f"asked {int(signal.SIGTERM)}\n"
+        time.sleep(signals._SAME_REQUEST + 0.5)
+        busy.send_signal(signal.SIGTERM)
+        busy.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        assert busy.poll() is None
+        busy.send_signal(signal.SIGINT)  # Ctrl-C by hand is meant
+        assert busy.wait(20) == 128 + signal.SIGINT
 
 
 def test_other_signals_are_not_requests_and_handlers_come_back() -> None:
