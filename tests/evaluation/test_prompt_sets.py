@@ -84,7 +84,7 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
         open_prompts(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("name", ["p.json", "p.csv", "p.JSONL", "p.md", "p"])
+@pytest.mark.parametrize("name", ["p.json", "p.csv", "p.JSONL", "p.yaml", "p"])
 def test_what_is_no_list_of_prompts_is_not_drawn_line_by_line(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('["a cat", "a dog"]')
     with pytest.raises(DataError, match=r"--prompts reads GenEval's \.jsonl, a folder of \.txt"):
