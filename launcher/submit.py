@@ -15,6 +15,7 @@ from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, Whole
 from launcher.command import Command
 from sharpmoe import slurm
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG
+from sharpmoe.console import print_note
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,8 @@ def _act(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(batch.text, end="")
         return
+    if batch.check and not arguments.no_check:
+        print_note("checking that the run will start, as `train --dry-run` does (--no-check submits without it) ...")
     said = "" if arguments.no_check else slurm.check_start(batch)
     if said:
         print(said, flush=True)

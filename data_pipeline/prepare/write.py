@@ -127,12 +127,19 @@ def prepare_shards(
 
 
 def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
-    """Compare with the recipe of an earlier call, which was written before anything else."""
+    """Compare with the recipe of an earlier call, which was written before anything else.
+
+    Raises DataError where they differ, or where a folder without a recipe holds anything but hidden files.
+    """
     begun = _read_json(folder / RECIPE_FILE)
     if begun is not None:
         refuse_mixing(folder, begun["request"], asked)
     elif next(folder.glob("*.tar"), None) or (folder / INDEX_FILE).exists():
         raise DataError(f"{folder}: holds shards but no {RECIPE_FILE}; choose another --out, or delete the folder")
+    elif found := next((path.name for path in folder.iterdir() if not path.name.startswith(".")), None):
+        raise DataError(
+            f"{folder}: holds other files ({found!r}), among which shards would be mixed; choose another --out"
+        )
 
 
 def _work(

@@ -11,6 +11,7 @@ from scipy.stats import t as student
 
 _LEVEL = 0.95
 _BLOCKS = 10  # of a series of steps, at most
+_FEWEST = 4  # steps: of two or three, Student's interval is so wide that it says nothing
 
 
 class Interval(NamedTuple):
@@ -79,11 +80,14 @@ def interval_over_images(values: Sequence[float]) -> Interval:
 def interval_over_steps(values: Sequence[float]) -> Interval:
     """Return the mean of a series (S,) with Student's interval over the means of at most ten consecutive blocks of it.
 
-    Neighbouring steps are alike, and means of blocks much less so (batch means). `images` of the result is 0.
+    Neighbouring steps are alike, and means of blocks much less so (batch means). Less than four steps have no interval.
+    `images` of the result is 0.
     """
     series = np.asarray(values, dtype=np.float64)
     if not series.size:
         return _UNKNOWN
+    if len(series) < _FEWEST:
+        return Interval(float(series.mean()), math.nan, math.nan, 1, 0)
     blocks = [float(block.mean()) for block in np.array_split(series, min(_BLOCKS, len(series)))]
     return interval_over_images(blocks)._replace(mean=float(series.mean()), images=0)
 

@@ -19,6 +19,7 @@ _NAMES = ("name", "output")  # keys that differ between any two runs
 _ENVIRONMENT = ("version.", "world", "device")  # beginnings of keys that say where a run ran
 _HELD_OUT = ("data.shards", "data.validation_split", "log.validation_images")  # say which images are validated
 _BY_STEP = ("loss/", "throughput/", "optim/grad_norm")  # curves that two runs have at the same steps
+_DRAWN = ("stage", "seed", "data.shards", "data.train_split", "train.global_batch")  # say what a step is trained on
 
 
 def describe_runs(folders: Sequence[Path | str]) -> _Json:
@@ -75,10 +76,15 @@ def _in_order(ranges: Mapping[str, Any]) -> _Json:
 
 
 def _by_step(first: _Json, other: _Json) -> _Json:
-    """Return changes over the later half of the steps that both curves have, with intervals over blocks of steps."""
+    """Return changes over the later half of the steps that both curves have, with intervals over blocks of steps.
+
+    Losses and gradients only where a step of both runs is trained on the same images.
+    """
     found: _Json = {}
+    drawn = [[run["settings"].get(key) for key in _DRAWN] for run in (first, other)]
+    kinds = _BY_STEP if drawn[0] == drawn[1] else ("throughput/",)
     for tag, curve in other["curves"].items():
-        if not tag.startswith(_BY_STEP) or tag not in first["curves"]:
+        if not tag.startswith(kinds) or tag not in first["curves"]:
             continue
         here, there = (dict(zip(each["steps"], each["values"], strict=True)) for each in (curve, first["curves"][tag]))
         common = sorted(here.keys() & there.keys())

@@ -62,6 +62,14 @@ def test_steps_that_are_alike_do_not_narrow_an_interval() -> None:
     assert found.high - found.low > 5 * (naive.high - naive.low)
 
 
+def test_a_few_steps_have_no_interval() -> None:
+    few, more = interval_over_steps([0.4, 0.5, 0.4]), interval_over_steps([0.4, 0.5, 0.4, 0.5])
+    assert few.mean == pytest.approx(1.3 / 3)
+    assert math.isnan(few.low)
+    assert math.isnan(few.high)
+    assert more.low < more.mean < more.high
+
+
 def test_undefined_parts_are_null() -> None:
     assert plain_interval(interval_over_images([1.0])) == {
         "mean": 1.0,

@@ -177,7 +177,8 @@ def test_a_run_is_checked_before_it_is_submitted(
     assert (tmp_path / "ran").read_text() == "ran\n"
     shutil.rmtree(tmp_path / "runs")
     assert main([*words, "--data.shards", "nothere"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    note, line = capsys.readouterr().err.splitlines()
+    assert note.startswith("checking that the run will start")
     assert line.startswith("error: not submitted: nothere: no index.json; run `python launcher/prepare.py")
     assert not (tmp_path / "runs").exists()
     assert main([*words, "--data.shards", "nothere", "--no-check"]) == 0

@@ -37,6 +37,16 @@ def test_changes_are_paired_by_image_and_by_step(tmp_path: Path) -> None:
     assert "loss/balance" not in comparison["by_step"]  # a loss that neither uses
 
 
+def test_losses_of_other_batches_are_not_paired(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, **{"data.shards": place}) for name, place in (("a", "d"), ("b", "d"), ("c", "e"))
+    ]
+    same, other = (comparison["by_step"] for comparison in describe_runs(runs)["comparisons"])
+    assert any(tag.startswith("loss/") for tag in same)
+    assert "throughput/data_wait_share" in other
+    assert not any(tag.startswith(("loss/", "optim/")) for tag in other)
+
+
 def test_allocations_of_other_images_are_not_paired(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in "ab"]
     replace(allocation(0.3), split="other").save(runs[1] / "allocation" / "after.json")

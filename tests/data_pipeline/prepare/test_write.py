@@ -169,6 +169,17 @@ def test_shards_without_a_recipe_are_not_trusted(tmp_path: Path) -> None:
         make_shards(folder)
 
 
+def test_shards_are_not_mixed_with_other_files(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / ".DS_Store").touch()  # hidden files are no reason
+    (folder / "cat.jpg").touch()
+    with pytest.raises(DataError, match=r"d: holds other files \('cat.jpg'\), no place for shards; choose another"):
+        make_shards(folder)
+    (folder / "cat.jpg").unlink()
+    assert make_shards(folder) == folder
+
+
 def test_a_refused_configuration_leaves_the_folder_free(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="patch size 3 does not divide the 8x8 latent"):
         make_shards(tmp_path / "d", patch_size=3)
