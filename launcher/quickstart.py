@@ -20,7 +20,11 @@ from launcher import prepare, sample
 from launcher.bounds import POSITIVE
 from launcher.command import OVERRIDES_HELP, Command
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG, PROJECT_ROOT, load_run_config
+from sharpmoe.invocation import spell_command
+from sharpmoe.log_file import LOG_FILE
 from sharpmoe.overrides import parse_overrides
+from sharpmoe.report.run_set import describe_runs
+from sharpmoe.report.run_table import verdict_text
 
 _BASE = "assets/base.safetensors"
 
@@ -94,17 +98,22 @@ def _train(overrides: tuple[str, ...]) -> int:
 
 
 def _places(folder: Path, shards: str, latest: Path, grid: Path | None) -> str:
-    """Return the table of the run, and where its results are."""
+    """Return the table of the run, what it shows, where its results are, and what to do next."""
     figures = folder / "allocation"
     table = next((each for each in (figures / "summary.txt", figures / "table.txt") if each.is_file()), None)
     checkpoint = latest.parent / latest.read_text(encoding="utf-8").strip()
     lines = ["", table.read_text(encoding="utf-8"), ""] if table else [""]
+    if (folder / LOG_FILE).is_file():
+        (run,) = describe_runs([folder])["runs"]
+        lines += ["Verdict:", *verdict_text(run["verdict"]), ""]
     lines += [
         f"data          {shards}",
         f"weights       {checkpoint / 'ema.safetensors'} (live.safetensors beside it)",
         f"samples       {grid}",
         f"allocation    {figures}/ (table, curves, JSON)",
+        f"report        {folder / 'report.html'}",
         f"curves        tensorboard --logdir {folder.parent}/",
+        f'more samples  {spell_command("sample")} {folder} --captions "a caption" "another one"',
     ]
     return "\n".join(lines)
 

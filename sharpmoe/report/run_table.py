@@ -54,10 +54,15 @@ def console_report(document: _Json) -> str:
     """Return verdicts and tables as text."""
     lines = []
     for run in document["runs"]:
-        lines += [run["name"], *(f"  {_MARKS[each['level']]} {each['text']}" for each in run["verdict"])]
+        lines += [run["name"], *verdict_text(run["verdict"])]
     for comparison in document["comparisons"]:
-        lines += [f"  {_MARKS[each['level']]} {each['text']}" for each in comparison["verdict"]]
+        lines += verdict_text(comparison["verdict"])
     return "\n".join([*lines, *(_as_text(table) for table in console_tables(document))])
+
+
+def verdict_text(findings: Sequence[_Json]) -> list[str]:
+    """Return the sentences of a verdict as lines, each with the mark of its level."""
+    return [f"  {_MARKS[each['level']]} {each['text']}" for each in findings]
 
 
 def console_tables(document: _Json) -> Iterator[ReportTable]:
