@@ -21,6 +21,7 @@ from sharpmoe import draws, flow
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.console import progress_bar
 from sharpmoe.errors import ConfigError
+from sharpmoe.invocation import spell_command
 from sharpmoe.model.backbone import (
     Backbone,
     ClassCondition,
@@ -365,7 +366,7 @@ def require_still(config: ModelConfig, what: str) -> None:
     if config.latent_frames > 1:
         raise ConfigError(
             f"{what}: takes still images alone, the model has clips of {config.latent_frames} frames "
-            "(model.latent_frames); draw clips with `sharpmoe sample MODEL --captions ...`"
+            f"(model.latent_frames); draw clips with `{spell_command('sample')} MODEL --captions ...`"
         )
 
 

@@ -1,4 +1,4 @@
-"""The rest of the code uses one class of the checkpoint package, records, and the export of adapters."""
+"""The rest of the code uses one class of the checkpoint package, records, and two functions."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CLASS, RECORDS = (
     "Checkpoints",
-    {"export_adapters", "Contents", "Found", "Manifest", "Outcome", "Progress", "RunIdentity", "Watch"},
+    {
+        "export_adapters",
+        "generators_kept",
+        "Contents",
+        "Found",
+        "Manifest",
+        "Outcome",
+        "Progress",
+        "RunIdentity",
+        "Watch",
+    },
 )
 SOURCES = [
     path

@@ -249,7 +249,13 @@ def test_what_a_device_has_left_of_a_step_is_charged_to_that_step(ranks: int, mo
     start = SimpleNamespace(step=0, watch=())
     plan = SimpleNamespace(run=run, start=start, data=SimpleNamespace(empty_text=None))
     session: Any = SimpleNamespace(
-        plan=plan, world=ALONE._replace(size=ranks), log=None, engine=None, objective=None, ema=None
+        plan=plan,
+        world=ALONE._replace(size=ranks),
+        log=None,
+        engine=None,
+        objective=None,
+        ema=None,
+        callbacks=SimpleNamespace(check=lambda: None),
     )
     for _ in loop._steps(session):
         device.now += 2  # a save or a look, in which the device works on

@@ -110,7 +110,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 REASONS = {
-    "drawing.svg": ".svg is not read; expected .bmp .gif .jpeg .jpg .png .tif .tiff .webp",
+    "drawing.svg": ".svg is not read; expected .apng .bmp .gif .jpeg .jpg .png .tif .tiff .webp",
     "uncaptioned.png": "no caption in uncaptioned.txt",
     "blank.png": "no caption in blank.txt",
     "notes.txt": "a caption without a picture of its name",
