@@ -137,9 +137,7 @@ def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
     elif next(folder.glob("*.tar"), None) or (folder / INDEX_FILE).exists():
         raise DataError(f"{folder}: holds shards but no {RECIPE_FILE}; choose another --out, or delete the folder")
     elif found := next((path.name for path in folder.iterdir() if not path.name.startswith(".")), None):
-        raise DataError(
-            f"{folder}: holds other files ({found!r}), among which shards would be mixed; choose another --out"
-        )
+        raise DataError(f"{folder}: holds other files ({found!r}), no place for shards; choose another --out")
 
 
 def _work(

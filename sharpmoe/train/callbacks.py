@@ -72,7 +72,7 @@ class TrainingCallback:
 
     Calls are on rank 0 alone: communicating would wait for ever. Training waits for them, and other ranks give up after
     `peers.stuck_after` seconds, so that what takes long, such as an upload, belongs in a thread.
-    `signal.raise_signal(signal.SIGTERM)` lets the run save and end after this step.
+    `signal.raise_signal(signal.SIGTERM)` lets the run save and end after this step or the next.
     """
 
     def on_step(self, step: TrainingStep) -> object:

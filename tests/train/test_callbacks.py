@@ -4,6 +4,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,8 @@ def test_a_signal_that_a_callback_raises_stops_the_run(
         def on_step(self, step: TrainingStep) -> None:
             if step.step == 2:
                 signal.raise_signal(signal.SIGTERM)
+                while not signals.asked():  # a thread reads it, on a busy machine not at once
+                    time.sleep(0.01)
 
     seen = Stopping()
     with signals.listening():
