@@ -1,4 +1,4 @@
-"""Training from Python: the example of docs/callbacks.md runs and says what it is told."""
+"""Training from Python: the example of docs/callbacks.md runs and prints each call."""
 
 import re
 from pathlib import Path

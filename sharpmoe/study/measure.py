@@ -65,8 +65,8 @@ def measure_part(study: Study, part: Part, split: str, device: str) -> Path:
     _begin(folder, wanted)
     data = study.measured_data
     shards = ShardSet.open(data.first_place, getattr(settings, split), data.remote.options())
-    model = load_model(weights_of(study, part))[0].to(device)
-    check_shards(model, shards)
+    model, header = load_model(weights_of(study, part))
+    check_shards(model.to(device), shards, header)
     measure_allocation(
         model,
         shards,

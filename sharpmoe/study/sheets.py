@@ -54,6 +54,6 @@ def _shown(study: Study) -> list[Part]:
 def _observe(study: Study, part: Part, split: str, images: int) -> RoutingSheet:
     data = study.measured_data
     shards = ShardSet.open(data.first_place, getattr(study.evaluate, split), data.remote.options())
-    model = load_model(weights_of(study, part))[0]
-    check_shards(model, shards)
+    model, header = load_model(weights_of(study, part))
+    check_shards(model, shards, header)
     return observe_routing(model, shards, shards.codec_object(), images, study.evaluate.seed)

@@ -35,7 +35,7 @@ def _alone() -> Iterator[None]:
 
 
 class Watching(TrainingCallback):
-    """Keeps everything it is told."""
+    """Keeps the record of every call."""
 
     def __init__(self) -> None:
         self.steps: list[TrainingStep] = []

@@ -15,9 +15,7 @@ from contextlib import contextmanager, suppress
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CLEARED = "\r\x1b[K"  # a terminal: the line that the cursor is in, with ^C in it, is written anew
 _SAME_REQUEST = 1.0  # seconds: a scheduler, or Ctrl-C, may reach a process twice, itself and through its launcher
-_FORWARDED = (
-    30.0  # seconds in which a launcher may forward SIGTERM again: DeepSpeed's and torchrun's wait before SIGKILL
-)
+_FORWARDED = 30.0  # seconds in which a launcher may forward SIGTERM again: as long it waits before SIGKILL
 
 _asked: signal.Signals | None = None
 
