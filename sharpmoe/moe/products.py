@@ -165,6 +165,7 @@ def _widens(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not _amx_in_use()
 
 
+@torch.compiler.assume_constant_result  # asked while a block is traced: the question is no part of a graph
 def _amx_in_use() -> bool:
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # `sharpmoe.parallel.ranks.launch` sets it
     return torch.cpu._is_amx_tile_supported() and (most in ("", "ALL", "DEFAULT") or "AMX" in most)

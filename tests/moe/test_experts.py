@@ -147,6 +147,15 @@ def test_bf16_is_multiplied_in_float32_on_a_cpu_without_tiles(
     assert {p.grad.dtype for p in experts.parameters()} == {rows.grad.dtype} == {torch.bfloat16}
 
 
+@pytest.mark.slow
+def test_bf16_experts_are_one_graph_on_a_cpu() -> None:
+    """What the CPU can do is asked while they are traced."""
+    experts, rows = experts_of("gelu", torch.bfloat16), rows_of([3, 3, 3, 3])[0].bfloat16()
+    torch._dynamo.reset()
+    compiled = torch.compile(experts.forward, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(rows, 3), experts(rows, 3))
+
+
 @pytest.mark.parametrize("each", [2, 129])
 @pytest.mark.parametrize("inner", [256, 257, 700])
 def test_rows_gradients_of_a_long_contraction(each: int, inner: int) -> None:

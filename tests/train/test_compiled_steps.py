@@ -34,6 +34,11 @@ LAYOUTS = {
     "zero2 two_pass": Layout(1, 2, 4, {"rollout": {"schedule": "two_pass"}}),
     "zero3 checkpoint": Layout(1, 3, 2, {"rollout": {"schedule": "checkpoint"}}),
     "zero3 two ranks share experts": Layout(2, 3, 12, {"parallel": {"ep_size": 2}}),
+    "zero3 megatron": Layout(2, 3, 12, {"parallel": {"ep_size": 2, "dispatcher": "megatron"}}),
+    # A first pass, a replay and a kept step; dense blocks do not tell a replay from a kept step.
+    "zero2 hybrid": Layout(1, 2, 5, {"rollout": {"schedule": "hybrid", "kept_steps": 1}}),
+    "zero3 segments": Layout(1, 3, 4, {"rollout": {"schedule": "segments", "segment_steps": 1}}),
+    "zero3 bf16": Layout(1, 3, 2, {"train": {"precision": "bf16"}}),  # each operator rounds as it does uncompiled
 }
 SMALL = {"model": {"depth": 2}, "rollout": {"num_steps": 2}}
 
