@@ -28,9 +28,15 @@ from sharpmoe.evaluation.metrics import METRICS, MetricSettings
 from sharpmoe.evaluation.routing_record import record_routing
 from sharpmoe.evaluation.sample_metrics import SampleFigures, figures_table, judge_sets
 from sharpmoe.model.weights import load_model
-from sharpmoe.report.comparison import ComparisonSettings, compare_models, held_out_shards, write_comparison
+from sharpmoe.report.comparison import (
+    ComparisonSettings,
+    check_held_out,
+    compare_models,
+    held_out_shards,
+    write_comparison,
+)
 from sharpmoe.report.runs import average_note, find_saved_model
-from sharpmoe.report.samples import check_shards, slug
+from sharpmoe.report.samples import slug
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +151,7 @@ def _record(arguments: argparse.Namespace) -> None:
     saved = find_saved_model(Path(arguments.models[0]), arguments.weights)
     shards = held_out_shards([saved], arguments.shards, arguments.split)
     model, _ = load_model(saved.weights)
-    check_shards(model, shards)
+    check_held_out(model.config, shards, arguments.images or 128)
     record = record_routing(
         model.to(arguments.device),
         shards,

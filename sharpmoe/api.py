@@ -230,7 +230,7 @@ def sample(
     coders: ShardSet | OriginCoders
     if shards is not None:
         coders = _opened(shards)
-        check_shards(model, coders, model.origin)
+        check_shards(model.config, coders, model.origin)
     elif "codec" in model.origin:
         coders = _coders(tuple(sorted(model.origin.items())))
     else:

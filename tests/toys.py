@@ -37,11 +37,14 @@ def toy_model(router: str = "diffmoe", **fields: object) -> Backbone:
 class ToySamples:
     """Held-out samples drawn from their index; every fifth has no foreground mask.
 
-    `sizes` of latents, (H, W) or (T, H, W): as many samples of each, one size after the other.
+    `sizes` of latents, (H, W) or (T, H, W): as many samples of each, one size after the other. `labels`: how many there
+    are; None: no sample has one.
     """
 
-    def __init__(self, num_samples: int = 11, sizes: Sequence[tuple[int, ...]] = ((8, 8),)) -> None:
-        self.num_samples, self._each = num_samples, -(-num_samples // len(sizes))
+    def __init__(
+        self, num_samples: int = 11, sizes: Sequence[tuple[int, ...]] = ((8, 8),), labels: int | None = None
+    ) -> None:
+        self.num_samples, self._each, self._labels = num_samples, -(-num_samples // len(sizes)), labels
         self.buckets = {}
         for *frames, h, w in sizes:
             bucket = Bucket((8 * h, 8 * w), (4, *frames, h, w), (*frames, h // 2, w // 2), self._each)
@@ -58,7 +61,7 @@ class ToySamples:
             text=text,
             text_mask=torch.ones(count, TEXT_LENGTH, dtype=torch.bool),
             pooled=pooled,
-            label=torch.full((count,), -1),
+            label=torch.tensor([-1 if self._labels is None else index % self._labels for index in indices]),
             saliency=saliency,
             foreground=foreground,
             position=torch.tensor(indices),

@@ -28,6 +28,7 @@ from sharpmoe.evaluation.held_out import evaluating
 from sharpmoe.model.backbone import Backbone, ClassCondition
 
 _FULL = 50_000  # images of FID-50K
+_BALANCED = "balanced: image i has class i mod "  # of a protocol, before the number of classes
 _WHOLE = sampling.ImagePart()
 
 
@@ -242,7 +243,7 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
     content: dict[str, Any] = {
         "figure": _figure_name(batch.num_images),
         "images": batch.num_images,
-        "labels": f"balanced: image i has class i mod {model.num_classes}",
+        "labels": f"{_BALANCED}{model.num_classes}",
         "steps": sample.num_steps,
         "grid": f"linspace(1, 0, {sample.num_steps} + 1), 1 is noise{_shift_text(model, sample)}",
         "method": sample.method,
@@ -259,6 +260,15 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
         "reference batch",
     }
     write_atomically(batch.path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
+
+
+def classes_of_batch(path: Path) -> int | None:
+    """Return over how many classes a batch is spread, as the protocol beside it says; None without one."""
+    try:
+        labels = str(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["labels"])
+        return int(labels.removeprefix(_BALANCED))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _shift_text(model: ModelConfig, sample: SampleConfig) -> str:

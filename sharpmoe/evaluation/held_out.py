@@ -22,6 +22,7 @@ from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
 from sharpmoe.console import progress_bar
+from sharpmoe.evaluation.labels import check_labels_of_batch
 from sharpmoe.flow import markov_noise
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
 from sharpmoe.moe.influence import INFLUENCE_COLUMNS, choice_of_gate, influence
@@ -209,8 +210,12 @@ def _held_out_batch(
 
 
 def held_out_condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
-    """Build the condition of a batch that the model takes: its class labels or its captions, nothing dropped."""
+    """Build the condition of a batch that the model takes: its class labels or its captions, nothing dropped.
+
+    Raises DataError for a label that the model has no class for.
+    """
     if config.conditioning == "class":
+        check_labels_of_batch(config, batch.label, batch.keys)
         return ClassCondition(batch.label.to(device))
     return TextCondition(batch.text.to(device), batch.text_mask.to(device), batch.pooled.to(device))
 

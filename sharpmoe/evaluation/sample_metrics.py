@@ -16,6 +16,7 @@ from torch import Tensor
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError, DataError
+from sharpmoe.evaluation.adm import classes_of_batch
 from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.evaluation.extractors import Extractor, ExtractorOptions, Features, open_extractor
 from sharpmoe.evaluation.image_sets import ImageSet, Statistics, has_images, open_images, read_statistics
@@ -66,6 +67,7 @@ def judge_sets(
             f"--metrics {compared[0]} needs --reference: real images (SET.npz, a folder, SHARDS:SPLIT) or statistics"
         )
     target = _open_reference(reference, extractor, settings.metrics) if reference is not None and compared else None
+    _check_classes(places, extractor, settings)
     sets = [open_images(place) for place in places]
     sets = [each._replace(name=name) for each, name in zip(sets, _names(sets, places, names), strict=True)]
     _check_counts([*sets, target] if isinstance(target, ImageSet) else sets, settings)
@@ -244,6 +246,19 @@ def _check_metrics(extractor: Extractor, settings: MetricSettings) -> None:
             )
         if METRICS[name].of_captions and extractor.embed_texts is None and not METRICS[name].maps_captions:
             raise ConfigError(f"--metrics {name} needs --extractor clip, got {extractor.name}: it knows no text")
+
+
+def _check_classes(places: Sequence[str], extractor: Extractor, settings: MetricSettings) -> None:
+    """Raise ConfigError where a batch was drawn of other classes than the extractor knows, which would misjudge it."""
+    for name in settings.metrics:
+        for place in places if METRICS[name].of_classes else ():
+            drawn = classes_of_batch(Path(place))
+            if drawn not in (None, extractor.num_classes):
+                raise ConfigError(
+                    f"--metrics {name}: {place} was drawn of {drawn} classes, {extractor.name} knows "
+                    f"{extractor.num_classes}; give a classifier of the data that the model was trained on, or leave "
+                    f"{name} out"
+                )
 
 
 def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, count: int | None = None) -> Features:

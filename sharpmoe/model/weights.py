@@ -269,6 +269,11 @@ def _open_weights(path: str | Path, expected: ModelConfig) -> _Source:
     return folder
 
 
+def read_architecture(path: str | Path) -> ModelConfig:
+    """Return the architecture of a file or folder that `load_model` takes, without its tensors. CheckpointError."""
+    return PublishedFolder(path).config if is_published_folder(path) else WeightsFile(path).config
+
+
 class StartingWeights:
     """The values of a model's tensors before the first step: those of a weights file, or drawn where it has none.
 

@@ -16,7 +16,9 @@ from sharpmoe.config import DataConfig, ModelConfig
 from sharpmoe.console import print_note
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES, Allocation, measure_allocation
-from sharpmoe.model.weights import load_model
+from sharpmoe.evaluation.held_out import spread
+from sharpmoe.evaluation.labels import check_labels
+from sharpmoe.model.weights import load_model, read_architecture
 from sharpmoe.report.compute_sheet import draw_compute_sheet
 from sharpmoe.report.figures import allocation_curves, save_png
 from sharpmoe.report.routing_sheet import RoutingSheet, draw_difference_sheet, draw_routing_sheet, observe_routing
@@ -53,6 +55,15 @@ def held_out_shards(models: Sequence[SavedModel], location: str | None = None, s
     return ShardSet.open(location or data.first_place, split or data.validation_split, data.remote.options())
 
 
+def check_held_out(model: ModelConfig, shards: ShardSet, images: int, header: Mapping[str, str] | None = None) -> None:
+    """Raise DataError where a model does not fit shards, or has no class for a label of the images to be measured.
+
+    Those are `images`, spread over the split. header: see `check_shards`.
+    """
+    check_shards(model, shards, header)
+    check_labels(model, shards, spread(shards.num_samples, images), is_trained=True)
+
+
 def compare_models(
     models: Sequence[SavedModel], names: Sequence[str] | None, shards: ShardSet, settings: ComparisonSettings
 ) -> Comparison:
@@ -64,10 +75,14 @@ def compare_models(
     names = names or (["before", "after"] if len(models) == 2 else [saved.name for saved in models])
     if len(set(names)) != len(models):
         raise ConfigError(f"--names: {len(models)} models need as many different names, got {', '.join(names)}")
+    for saved in models:
+        config = read_architecture(saved.weights)
+        check_held_out(config, shards, settings.images)
+        for block in settings.sheet_blocks:
+            _layer_of(config, block)
     found = Comparison({}, {}, {block: {} for block in settings.sheet_blocks}, {})
     for name, saved in zip(names, models, strict=True):
         model, header = load_model(saved.weights)
-        check_shards(model, shards)
         differs = other_origin(origin_in(header), shards)
         if differs is not None:
             print_note(

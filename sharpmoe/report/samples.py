@@ -75,12 +75,12 @@ class Prompts(NamedTuple):
         return self.captions or tuple(f"class {label}" for label in self.labels)
 
 
-def check_shards(model: Backbone, shards: ShardSet, header: Mapping[str, str] | None = None) -> None:
+def check_shards(model: ModelConfig, shards: ShardSet, header: Mapping[str, str] | None = None) -> None:
     """Raise DataError where a model does not fit the codec or the text encoder of the shards.
 
     header: of the model's weights, which says with which ones it was trained; without it shapes alone are compared.
     """
-    wrong = shape_mismatch(shards, model.config, any_size=True)
+    wrong = shape_mismatch(shards, model, any_size=True)
     if wrong is not None:
         raise DataError(
             f"{shards.location}: made for model.{wrong.key} {wrong.data}, the model has {wrong.model}; name the shards "
@@ -151,7 +151,7 @@ def open_coders(
             return OriginCoders(own, where)
     else:
         found = ShardSet.open(shards or data.first_place, data.train_split, data.remote.options())
-    check_shards(model, found, own)
+    check_shards(model.config, found, own)
     return found
 
 

@@ -22,8 +22,9 @@ from sharpmoe.evaluation.metrics import MetricSettings
 from sharpmoe.evaluation.sample_metrics import judge_sets
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import load_model
+from sharpmoe.report.comparison import check_held_out
 from sharpmoe.report.runs import find_saved_model
-from sharpmoe.report.samples import check_shards, pixels_per_latent
+from sharpmoe.report.samples import pixels_per_latent
 from sharpmoe.study.plan import EvaluateConfig, Part, Study
 
 _ALLOCATION, _FIGURES, _BEGUN = "allocation.json", "figures.json", "settings.json"
@@ -66,7 +67,8 @@ def measure_part(study: Study, part: Part, split: str, device: str) -> Path:
     data = study.measured_data
     shards = ShardSet.open(data.first_place, getattr(settings, split), data.remote.options())
     model, header = load_model(weights_of(study, part))
-    check_shards(model.to(device), shards, header)
+    check_held_out(model.config, shards, settings.images, header)
+    model = model.to(device)
     measure_allocation(
         model,
         shards,

@@ -55,5 +55,5 @@ def _observe(study: Study, part: Part, split: str, images: int) -> RoutingSheet:
     data = study.measured_data
     shards = ShardSet.open(data.first_place, getattr(study.evaluate, split), data.remote.options())
     model, header = load_model(weights_of(study, part))
-    check_shards(model, shards, header)
+    check_shards(model.config, shards, header)
     return observe_routing(model, shards, shards.codec_object(), images, study.evaluate.seed)

@@ -31,7 +31,7 @@ from sharpmoe.parallel.experts.groups import check_ep_size
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.trackers.registry import check_trackers
 from sharpmoe.train.callbacks import check_callbacks
-from sharpmoe.train.labels import check_labels
+from sharpmoe.train.labels import check_training_labels
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.rollout_schedules import check_schedule
 from sharpmoe.train.shapes import shape_mismatch, token_counts
@@ -119,7 +119,7 @@ def make_plan(
     batch = batch_arithmetic(run, world.size)
     data = _open_data(run)
     check_schedule(run, batch.micro_batch, token_counts(data.train.buckets))
-    check_labels(
+    check_training_labels(
         run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], readers or world
     )
     identity = RunIdentity.of(run, data.train.fingerprint)

@@ -9,9 +9,9 @@ from torch import Tensor
 from data_pipeline.schema import Batch
 from sharpmoe import draws, flow
 from sharpmoe.config import RunConfig
+from sharpmoe.evaluation.labels import check_label
 from sharpmoe.model.backbone import ClassCondition, Condition, TextCondition
 from sharpmoe.rollout import TrajectoryBatch
-from sharpmoe.train.labels import check_label
 
 EmptyText = tuple[Tensor, Tensor, Tensor]  # stored embedding of the empty caption: (L, D_text), (L,), (D_pooled)
 

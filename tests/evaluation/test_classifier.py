@@ -59,6 +59,12 @@ def test_accuracy_of_samples_follows_their_order(
     assert turned.figures["accuracy"].value < 0.1
     assert right.figures["fd"].value == pytest.approx(0, abs=1e-3)
     assert right.protocol["name"] == "FD, classifier, 20 images"
+    (tmp_path / "right.json").write_text('{"labels": "balanced: image i has class i mod 4"}')
+    (tmp_path / "turned.json").write_text('{"labels": "balanced: image i has class i mod 10"}')
+    with pytest.raises(
+        ConfigError, match=r"--metrics accuracy: .*turned\.npz was drawn of 10 classes, classifier knows"
+    ):
+        judge_sets(places, None, options, MetricSettings(metrics=("accuracy",)))
 
 
 def test_accuracy_needs_an_extractor_that_knows_classes(tmp_path: Path) -> None:

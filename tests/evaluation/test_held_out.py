@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sharpmoe.errors import DataError
 from sharpmoe.evaluation.held_out import Observed, Share, _held_out_batch, _runs, chunks_of_rank, observe, spread
 from sharpmoe.flow import markov_noise
 from sharpmoe.rollout import rollout
@@ -141,6 +142,19 @@ def test_guided_models_are_asked_with_their_own_prediction() -> None:
     unguided = observe(toy_model("ec", saliency_router=False), ToySamples(), [1, 2], TIMES)
     other_order = observe(toy_model("ec", saliency_router=False), ToySamples(), [1, 2], TIMES[1:])
     torch.testing.assert_close(unguided.flow[:, 1:], other_order.flow)
+
+
+def test_a_label_that_the_model_has_no_row_for_is_named_before_its_call() -> None:
+    samples = ToySamples(labels=4)
+    for classes, is_known in [(4, True), (3, False)]:
+        model = toy_model("ec", conditioning="class", num_classes=classes, class_dropout=False)
+        if is_known:
+            observe(model, samples, [3], TIMES)
+        else:
+            with pytest.raises(DataError, match="sample sample3 has label 3, model.num_classes is 3 .labels 0 to 2"):
+                observe(model, samples, [3], TIMES)
+    with pytest.raises(DataError, match="sample sample3 has no class label, but the model takes classes: name the sha"):
+        observe(model, ToySamples(), [3], TIMES)
 
 
 def test_a_dense_model_has_losses_and_no_experts() -> None:

@@ -23,6 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run_folder(root)
     model = toy_model("ec", conditioning="class", num_classes=4)
     save_weights(root / "class.safetensors", model.state_dict(), model.config)
+    model = toy_model("ec", conditioning="class", num_classes=3)
+    save_weights(root / "few.safetensors", model.state_dict(), model.config)
     (root / "empty.pt").touch()
     (root / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (root / "page.pth").write_text("<!DOCTYPE html>\n<html>404</html>\n")
@@ -96,6 +98,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("sample @/toy --batch-size 0", "--batch-size: got '0', allowed: a whole number >= 1"),
     ("sample @/toy --labels 1", "captions"),
     ("sample @/class.safetensors --shards @/shards --captions x", "give --labels, not captions"),
+    ("sample @/class.safetensors --shards @/shards --labels 0 4", "label 4, the model has classes 0 to 3"),
+    ("evaluate @/few.safetensors --shards @/shards", "has label 3, model.num_classes is 3 (labels 0 to 2); name the"),
+    ("evaluate @/toy @/few.safetensors --shards @/shards", "has label 3, model.num_classes is 3 (labels 0 to 2); na"),
+    ("evaluate @/few.safetensors --shards @/shards --record-routing @/r.json", "has label 3, model.num_classes is 3"),
     ("evaluate @/toy --image 8 --chunk 0", "--chunk: got '0', allowed: a whole number >= 1"),
     ("prepare --source @/pictures --out @/out --threads 0", "--threads: got '0', allowed: a whole number >= 1"),
     ("plan --worlds 8", "--worlds: unknown key; here it is: the launcher decides"),
@@ -118,6 +124,7 @@ def test_a_mistake_is_one_line_with_the_fix(
     assert line.replace("@", str(place)) in errors[0]
     assert "Traceback" not in said
     assert "usage:" not in said
+    assert "measuring" not in said
 
 
 # Commands that write files through `durable`, and the file that each begins with.

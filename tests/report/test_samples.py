@@ -30,7 +30,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_models_of_other_shards_and_prompts_of_another_kind(run_folder: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(find_saved_model(run_folder).run.data.shards, "train")
     with pytest.raises(DataError, match=r"model\.text_width 32, the model has 6; name the shards"):
-        check_shards(toy_model(), shards)
+        check_shards(toy_config(), shards)
     with pytest.raises(ConfigError, match="class-conditional"):
         encode_prompts(toy_config(conditioning="class"), shards, Prompts(("a cat",)))
     empty = tmp_path / "empty.txt"
@@ -52,20 +52,20 @@ def test_a_weak_model_of_another_codec_or_encoder_is_refused() -> None:
 def test_shards_of_another_codec_or_encoder_are_refused_whatever_their_shapes(run_folder: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(find_saved_model(run_folder).run.data.shards, "train")
     model, own = toy_model("diffmoe", text_width=32, pooled_width=32), origin_header(shards)
-    check_shards(model, shards, own)
-    check_shards(model, shards)  # weights that do not say with which ones they were trained
+    check_shards(model.config, shards, own)
+    check_shards(model.config, shards)  # weights that do not say with which ones they were trained
     other = ShardSet.open(
         make_shards(tmp_path / "other", codec={"kind": "patch_pca", "patch": 4, "channels": 4, "whiten": 0.0}), "train"
     )
-    check_shards(model, other)
+    check_shards(model.config, other)
     assert other.latent_shape == shards.latent_shape
     with pytest.raises(DataError, match=r"other: made with codec \w+ .*, the model was trained with .*--shards"):
-        check_shards(model, other, own)
+        check_shards(model.config, other, own)
     encoder = json.loads(own["encoder"])
     longer = own | {"encoder": json.dumps(encoder | {"max_length": 77, "name": "elsewhere"})}
-    check_shards(model, shards, longer)
+    check_shards(model.config, shards, longer)
     with pytest.raises(DataError, match="made with encoder kind 'hash', the model was trained with 'transformers'"):
-        check_shards(model, shards, own | {"encoder": json.dumps(encoder | {"kind": "transformers"})})
+        check_shards(model.config, shards, own | {"encoder": json.dumps(encoder | {"kind": "transformers"})})
 
 
 def test_a_codec_is_told_by_its_numbers_not_by_its_place() -> None:
