@@ -18,8 +18,10 @@ from sharpmoe.evaluation.held_out import Share
 from sharpmoe.log_file import read_log
 from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks import launch
+from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop, sample_judge
 from sharpmoe.train.sample_judge import SampleJudge, extractor_bytes, metrics_line
+from tests.distributed import run_ranks
 from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
 LOG: dict[str, Any] = {"metrics_every": 2, "metrics_images": 6, "metrics_steps": 2}
@@ -89,6 +91,42 @@ def test_a_run_that_judges_trains_the_same_and_resume_keeps_its_curve(shards: Pa
         assert sorted(curves["whole"][tag]) == [0, 2, 4]
         assert curves["whole"][tag] == curves["resumed"][tag]
     assert len(set(curves["whole"]["metrics/fd"].values())) > 1
+
+
+def judged(world: World, run: RunConfig, stage: int) -> dict[str, dict[int, float]]:
+    """Train on `world` and return the figures of the samples by tag and step. A rank imports the table anew."""
+    EXTRACTORS["efficientnet-lite0"] = lambda options: Extractor(name="rows", compute=rows_of, about={})
+    loop.train(plan_for(run, world, stage), world)
+    curves = read_log(Path(run.output) / run.name / "log.jsonl")
+    return {tag: curves[tag] for tag in ("metrics/fd", "metrics/kid")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ep_size"), [(3, 1), (2, 2)])
+def test_two_ranks_judge_as_one(shards: Path, tmp_path: Path, stage: int, ep_size: int) -> None:
+    """Weights divided among ranks, or experts: each draws its share, and all find what one would."""
+
+    def run(name: str, ep: int) -> RunConfig:
+        # SGD: layouts differ by rounding alone, which the normalised steps of Adam would enlarge.
+        optim = {"name": "sgd", "lr": 1.0, "ema_decay": 0.1}
+        parallel = {"ep_size": ep}
+        return make_run(
+            shards,
+            tmp_path,
+            name=name,
+            log=LOG,
+            train={"steps": 2},
+            rollout={"num_steps": 2},
+            optim=optim,
+            parallel=parallel,
+        )
+
+    alone = judged(ALONE, run("one", 1), 3)
+    first, second = run_ranks(judged, 2, run("two", ep_size), stage)
+    assert first == second
+    for tag, curve in alone.items():
+        assert first[tag] == pytest.approx(curve, rel=1e-4)
+        assert curve[0] != pytest.approx(curve[2], rel=1e-3), "training moves the figures by more than that"
 
 
 def test_a_classifier_says_how_many_samples_have_their_class(
