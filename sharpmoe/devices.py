@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharpmoe.errors import ConfigError
 
@@ -56,6 +57,16 @@ def wait_for(device: torch.device) -> None:
     """Wait until a device has computed all that it was given; nothing to wait for on the host."""
     if device.type == _CUDA:
         torch.cuda.synchronize(device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, through pinned memory: the host does not wait for the copy.
+
+    From pageable memory it would wait until the device has done everything before. A tensor that is there stays.
+    """
+    if device.type != _CUDA or tensor.is_cuda or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def why_no_cuda(environment: Mapping[str, str] = os.environ) -> str:

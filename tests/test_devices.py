@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sharpmoe.devices import default_device, deterministic_algorithms, device_count, device_of_rank
+from sharpmoe.devices import default_device, deterministic_algorithms, device_count, device_of_rank, send
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
@@ -50,6 +50,17 @@ def test_an_accelerator_that_is_not_here_is_one_line(accelerator: str, monkeypat
     machine_with(monkeypatch, 0, accelerator)
     with pytest.raises(ConfigError, match=f"DS_ACCELERATOR is '{accelerator}', allowed: cpu, or cuda where"):
         device_of_rank(0)
+
+
+def test_a_copy_to_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: done.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *given, **more: done.append((*given, more)) or x)
+    host, device = torch.device("cpu"), torch.device("cuda", 0)
+    send(torch.ones(2), host)
+    send(torch.ones(0), device)  # nothing to pin
+    send(torch.ones(2), device)
+    assert done == [(host, {}), (device, {}), "pinned", (device, {"non_blocking": True})]
 
 
 def refuse(*_: object) -> None:

@@ -2,19 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.models import drawn_model
 from benchmarks.rollout import SCHEDULES, TOY, Rollout, Size, make_model, make_rollout
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.model.backbone import Backbone, ClassCondition
+from sharpmoe.train.trajectories import draw_trajectories
 from tests.gpu.place import DEVICES, synchronise
 from tests.memory import LiveBytes
 from tests.moe.test_counters import Waits
+from tests.train.setting import ALONE, make_run, plan_for
 
 SAMPLED = {"width": 64, "depth": 2, "num_heads": 2, "latent_size": 16, "num_experts": 4, "num_classes": 5}
 IMAGES = 4
@@ -55,6 +59,22 @@ def test_the_host_never_waits_in_a_rollout(device: str, router: str, schedule: s
     gradients = [p.grad for p in rollout.objective.parameters() if p.grad is not None]
     assert gradients
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("conditioning", ["text", "class"])
+def test_the_host_never_waits_while_it_draws_trajectories(conditioning: str, shards: Path, tmp_path: Path) -> None:
+    """Without a device: tests/train/test_trajectories.py."""
+    run = make_run(shards, tmp_path, model={"conditioning": conditioning}, rollout={"num_steps": 3, "noise": "markov"})
+    data = plan_for(run, ALONE).data
+    batch, device = data.train.sources[0].batch([0, 1, 2], [40, 41, 42]), torch.device("cuda")
+    draw_trajectories([batch], data.empty_text, run, device)
+    synchronise("cuda")
+    with no_waits("cuda"):
+        (item,) = draw_trajectories([batch], data.empty_text, run, device)
+    (expected,) = draw_trajectories([batch], data.empty_text, run, torch.device("cpu"))
+    for there, here in zip(tree_leaves(item), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(there.cpu(), here)
 
 
 def test_a_wait_would_be_noticed_on_the_cpu() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sharpmoe.flow import markov_noise, shift_factor, shift_times
 from sharpmoe.train.trajectories import draw_trajectories
@@ -76,3 +77,18 @@ def test_pretraining_takes_logit_normal_times_or_uniform_ones(shards: Path, tmp_
     for item, quarter in ((normal, 0.139), (uniform, 0.25)):  # P(sigmoid(n) < 1/4) = P(n < -log 3)
         assert item.times.shape == (1, 1000)
         assert abs(float((item.times < 0.25).float().mean()) - quarter) < 0.04
+
+
+@pytest.mark.parametrize("conditioning", ["text", "class"])
+@pytest.mark.parametrize("noise", ["fixed", "markov"])
+def test_the_host_does_not_wait_for_the_device(conditioning: str, noise: str, shards: Path, tmp_path: Path) -> None:
+    """A tensor of the meta device has nothing that could be read."""
+    model, rollout = {"conditioning": conditioning}, {"num_steps": 3, "noise": noise, "caption_dropout": 0.5}
+    run = make_run(shards, tmp_path, model=model, rollout=rollout)
+    data = plan_for(run, ALONE).data
+    batch = data.train.sources[0].batch([0, 1, 2], [40, 41, 42])
+    (there,), (here,) = (
+        draw_trajectories([batch], data.empty_text, run, torch.device(device)) for device in ("meta", "cpu")
+    )
+    for sent, kept in zip(tree_leaves(there), tree_leaves(here), strict=True):
+        assert (sent.device.type, sent.shape, sent.dtype) == ("meta", kept.shape, kept.dtype)
