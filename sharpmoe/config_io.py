@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sharpmoe.config import ModelConfig, OneOf, RunConfig
-from sharpmoe.config_names import meaning
+from sharpmoe.config_names import suggestion
 from sharpmoe.errors import ConfigError
 from sharpmoe.families import FAMILIES
 from sharpmoe.overrides import StrictLoader, entry_of_map, parse_overrides, yaml_problem
@@ -185,15 +185,9 @@ def _written_keys(node: Mapping[Any, Any], section: type[BaseModel], prefix: str
 
 
 def _suggest(dotted: str, known: Sequence[str]) -> str:
-    section, _, leaf = dotted.rpartition(".")
-    known_elsewhere = meaning(dotted)
-    if known_elsewhere is not None:
-        return f"; here it is: {known_elsewhere}"
-    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
+    section = dotted.rpartition(".")[0]
     neighbours = [key for key in known if key.rpartition(".")[0] == section]
-    return nearest(dotted, known) or f"; known here: {', '.join(neighbours) or ', '.join(_sections(RunConfig))}"
+    return suggestion(dotted, known) or f"; known here: {', '.join(neighbours) or ', '.join(_sections(RunConfig))}"
 
 
 def _place(dotted: str, path: str, given: Mapping[str, Any]) -> str:

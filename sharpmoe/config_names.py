@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 from sharpmoe.invocation import CommandSpellings
 
 # Name elsewhere (lower case, _ for -) -> our key, or a sentence that says what there is instead (it holds a space);
@@ -213,7 +216,48 @@ _ELSEWHERE: dict[str, str] = {
 }
 
 
-def meaning(dotted: str) -> str | None:
-    """Return what the last word of an unknown key is called here, or None where it is not known elsewhere either."""
-    known = _ELSEWHERE.get(dotted.rpartition(".")[2].lower().replace("-", "_"))
-    return None if known is None else known.format_map(CommandSpellings())
+_NEAR = 0.75  # likeness of a misspelt name, of 1: one letter in four
+
+
+def suggestion(dotted: str, known: Iterable[str]) -> str:
+    """Return what an unknown key may have meant, as the end of a message; "" where nothing is near.
+
+    known: all dotted keys of a run. First come keys of the same section that hold its words (rollout.steps:
+    rollout.num_steps), then what other trainers call a key, the same name in another section, a name that is nearly
+    one of the section, and the nearest name of any.
+    """
+    keys, (section, _, leaf) = tuple(known), dotted.rpartition(".")
+    word = leaf.lower().replace("-", "_")
+    beside = {_leaf(key): key for key in keys if section and key.rpartition(".")[0] == section}
+    same = [key for key in keys if _leaf(key) == word]
+    longer = [key for name, key in beside.items() if {*word.split("_")} < {*name.split("_")}]
+    if longer:
+        return _did_you_mean([*longer, *same][:3])
+    if word in _ELSEWHERE:
+        return f"; here it is: {_here(word)}"
+    found = _closest(dotted, same, 0.0) or [beside[name] for name in _closest(word, beside)]
+    if found:
+        return _did_you_mean(found)
+    names = {_leaf(key): key for key in reversed(keys)}
+    for name in _closest(word, [*_ELSEWHERE, *names], _NEAR):
+        if name in _ELSEWHERE:
+            return f"{_did_you_mean([name])} here it is: {_here(name)}"
+        return _did_you_mean([names[name]])
+    return _did_you_mean(_closest(dotted, keys))
+
+
+def _did_you_mean(names: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def _here(name: str) -> str:
+    return _ELSEWHERE[name].format_map(CommandSpellings())
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _closest(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Return the name that is most like `word`, or nothing where none is."""
+    return difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)

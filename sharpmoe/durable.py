@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,8 +71,25 @@ def check_folder(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not takes_files(existing):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
+def takes_files(folder: Path) -> bool:
+    """Whether files can be made in a folder that exists.
+
+    Rights do not tell root of a file system that holds no files, such as /proc: it says that it has no room at all, as
+    some network file systems do, so that there a folder is made and removed.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    if shutil.disk_usage(folder).total:
+        return True
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def write_atomically(path: Path, content: Content) -> None:

@@ -235,7 +235,10 @@ def _render(template: str, options: Mapping[str, str | None], settings: Mapping[
 def submit(batch: BatchFile) -> int:
     """Write a batch file to its run folder, submit it and return the job number. Raises ConfigError."""
     write_atomically(batch.path, batch.text)  # creates the folder, which Slurm does not do for its log
-    return int(_output_of(["sbatch", "--parsable", str(batch.path)]).split(";")[0])
+    try:
+        return int(_output_of(["sbatch", "--parsable", str(batch.path)]).split(";")[0])
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the batch file is {batch.path}") from None
 
 
 def commands_for(batch: BatchFile, job: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import _dotted_keys, load_run_config
-from sharpmoe.config_names import _ELSEWHERE, meaning
+from sharpmoe.config_names import _ELSEWHERE, suggestion
 from sharpmoe.errors import ConfigError
 
 SECTIONS = "|".join(RunConfig.model_fields)
@@ -50,5 +50,25 @@ def test_a_name_from_elsewhere_is_answered(words: list[str], hint: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_nobody_uses_has_no_meaning() -> None:
-    assert meaning("train.stepz") is None
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("learning_rat", "did you mean learning_rate? here it is: optim.lr"),
+        ("lerning-rate", "did you mean learning_rate? here it is: optim.lr"),
+        ("rollout.steps", "did you mean rollout.num_steps or rollout.kept_steps or rollout.segment_steps?"),
+        ("rollout.num_step", "did you mean rollout.num_steps?"),
+        ("optim.warmup", "did you mean optim.warmup_steps?"),
+        ("sample.cfg", "did you mean sample.cfg_scale or sample.cfg_norm or sample.cfg_interval?"),
+        ("train.batch", "did you mean train.global_batch or train.micro_batch?"),
+        ("smaple.seed", "did you mean sample.seed?"),
+        ("moel.num_expertz", "did you mean model.num_experts?"),
+        ("lrr", "did you mean optim.lr?"),
+        ("train.steps.x", "did you mean train.steps?"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(key: str, hint: str) -> None:
+    assert suggestion(key, _dotted_keys(RunConfig)) == f"; {hint}"
+
+
+def test_a_name_that_nobody_uses_has_no_suggestion() -> None:
+    assert suggestion("qqq", _dotted_keys(RunConfig)) == ""

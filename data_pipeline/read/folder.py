@@ -19,8 +19,9 @@ def read_index(store: Store) -> tuple[Index, str]:
         content = store.small(INDEX_FILE)
     except DamageError:
         raise DataError(
-            f"{store.location}: no {INDEX_FILE}; run `{spell_command('prepare')} --out {store.location}`, which also "
-            "finishes what an earlier run began"
+            f"{store.location}: no {INDEX_FILE}; run `{spell_command('prepare')} --out {store.location} "
+            "[--source FOLDER]`, which also finishes what an earlier run began, or name the place that the "
+            "shards were moved to (--data.shards of a run, --shards of other commands)"
         ) from None
     return parse_index(content, f"{store.location}/{INDEX_FILE}"), hashlib.sha256(content).hexdigest()
 

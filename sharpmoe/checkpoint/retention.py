@@ -81,18 +81,22 @@ def set_aside(folder: Path) -> Path:
 
 
 def check_room(root: Path, need: int) -> None:
-    """Raise CheckpointError where the disk of `root`, which need not exist, has no room for `need` bytes of tensors."""
+    """Raise CheckpointError where the disk of `root`, which need not exist, has no room for `need` bytes of tensors.
+
+    File systems that do not tell their size, some of the network, are believed to have room.
+    """
     free, need = free_bytes(root), int(need * _SLACK)
-    if free < need:
+    if free is not None and free < need:
         raise CheckpointError(
             f"{root}: a checkpoint takes {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free space, lower "
             "checkpoint.keep, or change output"
         )
 
 
-def free_bytes(root: Path) -> int:
-    """Return the free bytes of the disk that a folder is on, or would be on."""
-    return shutil.disk_usage(next(place for place in (root, *root.absolute().parents) if place.exists())).free
+def free_bytes(root: Path) -> int | None:
+    """Return the free bytes of the disk that a folder is on, or would be on; None where the system does not know."""
+    found = shutil.disk_usage(next(place for place in (root, *root.absolute().parents) if place.exists()))
+    return found.free if found.total else None
 
 
 def _is_name(name: str) -> bool:

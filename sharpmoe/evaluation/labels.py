@@ -37,10 +37,13 @@ def check_label(
     advice is to take other data, not another model.
     """
     place = f"{where}: " if where else ""
+    if label < 0 and is_trained:
+        raise DataError(f"{place}sample {key} has no class label, but the model takes classes: {_OTHER_SHARDS}")
     if label < 0:
-        needs = "the model takes classes" if is_trained else "model.conditioning is class"
-        fix = _OTHER_SHARDS if is_trained else "use conditioning text, or prepare the data with labels"
-        raise DataError(f"{place}sample {key} has no class label, but {needs}: {fix}")
+        raise DataError(
+            f"{place}sample {key} has no class label, but model.conditioning is class: use conditioning text, or "
+            "prepare the data with labels"
+        )
     if label >= model.num_classes:
         needed = max(label, largest or 0) + 1
         fix = f"set --model.num_classes {needed}, or prepare the data with fewer classes"

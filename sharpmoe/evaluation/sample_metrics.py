@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.read.shards import ShardSet
+from sharpmoe.config_io import nearest
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.adm import classes_of_batch
@@ -24,6 +25,19 @@ from sharpmoe.evaluation.metrics import METRICS, Figure, JudgedSets, MetricSetti
 from sharpmoe.evaluation.text_metrics import CLIP_SCORE_SCALE, fit_caption_map
 
 _FULL = 50_000  # images of FID-50K
+# What other tools call a metric -> how it is asked for here.
+_ELSEWHERE = {
+    "fid": "fd with --extractor inception --extractor-weights FILE (the Inception of pytorch-fid, docs/evaluation.md)",
+    "fdd": "fd with --extractor dinov2 --extractor-weights FOLDER",
+    "fd_dinov2": "fd with --extractor dinov2 --extractor-weights FOLDER",
+    "isc": "is with --extractor inception --extractor-weights FILE (the Inception of pytorch-fid, docs/evaluation.md)",
+    "mmd": "kid, or cmmd with --extractor clip",
+    "prc": "pr",
+    "precision": "pr",
+    "recall": "pr",
+    "clip": "clipscore with --extractor clip --extractor-weights FOLDER",
+    "clip_score": "clipscore with --extractor clip --extractor-weights FOLDER",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +251,8 @@ def _check_metrics(extractor: Extractor, settings: MetricSettings) -> None:
     """Raise ConfigError for an unknown metric, and for one that this extractor does not have."""
     for name in settings.metrics:
         if name not in METRICS:
-            raise ConfigError(f"--metrics {name}: expected some of {', '.join(METRICS)}")
+            hint = f"; here it is: {_ELSEWHERE[name]}" if name in _ELSEWHERE else nearest(name, METRICS)
+            raise ConfigError(f"--metrics {name}: expected some of {', '.join(METRICS)}{hint}")
         if METRICS[name].of_inception and not extractor.is_inception:
             raise ConfigError(f"--metrics {name} is defined with --extractor inception, got {extractor.name}")
         if METRICS[name].of_classes and extractor.num_classes is None:

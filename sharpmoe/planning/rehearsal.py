@@ -158,8 +158,8 @@ def _check_disk(plan: RunPlan) -> str:
     if not _is_finished(plan):
         Checkpoints.check_room(plan.checkpoints, max(1, more) * size)
     free = Checkpoints.free_bytes(plan.checkpoints)
-    most = max(wanted, there)
-    return f"  {'disk':<11}{size / 1e9:.3g} GB per checkpoint, at most {most} at a time; {free / 1e9:.3g} GB are free"
+    most, room = max(wanted, there), "free space is not known" if free is None else f"{free / 1e9:.3g} GB are free"
+    return f"  {'disk':<11}{size / 1e9:.3g} GB per checkpoint, at most {most} at a time; {room}"
 
 
 def _most_checkpoints(run: RunConfig, done: int) -> int:

@@ -35,6 +35,8 @@ from sharpmoe.report import figures
 from sharpmoe.report.runs import SavedModel
 from sharpmoe.train.shapes import shape_mismatch
 
+_MOST_SQUARES = 64  # times the tokens of a model's square: far beyond, positions say nothing and a step takes minutes
+
 
 class Prompts(NamedTuple):
     """What to draw: captions for a text-conditional model, or class labels; one image each."""
@@ -189,10 +191,12 @@ class Size(NamedTuple):
                 )
         rows, columns = (config.latent_size if side is None else side // factor for side in self)
         tokens = math.prod(config.shape_of_latent((rows, columns))[1:]) // config.patch_size**2
-        if tokens > MAX_TOKENS:
+        most = min(MAX_TOKENS, _MOST_SQUARES * config.num_tokens)
+        if tokens > most:
             clip = f", {config.latent_frames} frames" if config.latent_frames > 1 else ""
             raise ConfigError(
-                f"{rows * factor} x {columns * factor} pixels (H x W){clip}: {tokens} tokens, at most {MAX_TOKENS}"
+                f"{rows * factor} x {columns * factor} pixels (H x W){clip}: {tokens} tokens, at most {most} (the "
+                f"model's square has {config.num_tokens}); lower --height and --width"
             )
         return rows, columns
 

@@ -18,7 +18,7 @@ from sharpmoe.checkpoint.manifest import Manifest, Progress, RunIdentity
 from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout, batch_arithmetic
-from sharpmoe.durable import sha256_of
+from sharpmoe.durable import sha256_of, takes_files
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.invocation import spell_command
 from sharpmoe.log_file import LOG_FILE
@@ -149,7 +149,7 @@ def _check_output(folder: Path) -> None:
     Also where a file or folder of an earlier start in it cannot be written any more.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    if not there.is_dir() or not takes_files(there):
         reason = "cannot be written to" if there.is_dir() else "is not a folder"
         raise ConfigError(f"output: {folder} cannot be made: {there} {reason}; set output to a folder of your own")
     for place in (folder / name for name in (*_FILES, *_FOLDERS) if (folder / name).exists()):

@@ -121,6 +121,11 @@ def test_statistics_replace_the_images_where_they_suffice(rows: ExtractorOptions
             ["--metrics", "fd,fid50k", "--reference", "SET"],
             "--metrics fid50k: expected some of fd, sfid, is, kid, pr, cmmd",
         ),
+        (
+            ["--metrics", "fid"],
+            "; here it is: fd with --extractor inception --extractor-weights FILE (the Inception of",
+        ),
+        (["--metrics", "retrival"], "; did you mean retrieval?"),
         (["--metrics", "sfid", "--reference", "SET"], "--metrics sfid is defined with --extractor inception"),
         (["--metrics", "fd", "--reference", "SET", "--extractor", "inception"], "needs --extractor-weights"),
         (["--metrics", "fd", "--reference", "gone.npz"], "gone.npz: no set of images"),

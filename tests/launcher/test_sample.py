@@ -152,7 +152,11 @@ def test_captions_from_a_file_and_weights_by_kind_and_path(run_folder: Path, tmp
         (["RUN", "--shards", "nowhere"], "nowhere: no index.json"),
         (["RUN", "--width", "60"], "width 60: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 64"),
         (["RUN", "--height", "3"], "height 3: not a multiple of 8 (pixels of a token: codec 4 x patch 2); take 8"),
-        (["RUN", "--width", "8000000"], "32 x 8000000 pixels (H x W): 4000000 tokens, at most 262144"),
+        (
+            ["RUN", "--width", "8000000"],
+            "32 x 8000000 pixels (H x W): 4000000 tokens, at most 1024 (the model's square has 16); ",
+        ),
+        (["RUN", "--width", "2056"], "32 x 2056 pixels (H x W): 1028 tokens, at most 1024"),
         (["RUN", "--labels", "3"], "the model is text-conditional, got label 3; give captions"),
         (["RUN", "--height", "0"], "--height: got '0', allowed: a whole number >= 1"),
         (["RUN", "--npz", "a.npz", "--width", "64"], "--npz draws the square of the model"),

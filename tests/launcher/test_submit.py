@@ -185,6 +185,18 @@ def test_a_run_is_checked_before_it_is_submitted(
     assert "submitted job 7" in capsys.readouterr().out
 
 
+def test_a_refusal_of_slurm_names_the_batch_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path / "sbatch", "echo 'sbatch: error: invalid partition: x' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["--output", str(tmp_path), "--name", "a", "--no-check"]) == 2
+    line = capsys.readouterr().err
+    file = tmp_path / "a" / "slurm" / "posttrain.sbatch"
+    assert line == f"error: sbatch refused: sbatch: error: invalid partition: x; the batch file is {file}\n"
+    assert file.is_file()
+
+
 def test_a_machine_without_slurm(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("train --output_dir out", "here it is: output (the folder of all runs) and name (the folder of this one)"),
     ("train --gradient_accumulation_steps 2", "here it is: train.micro_batch"),
     # keys and values
+    ("train --learning_rat 1e-3", "did you mean learning_rate? here it is: optim.lr"),
+    ("train --rollout.steps 3", "did you mean rollout.num_steps or"),
     ("train --train.stepz 3", "did you mean train.steps?"),
     ("train --train.steps", "--train.steps has no value; write --train.steps VALUE"),
     ("train --train.steps 0", "--train.steps: got 0, allowed: a whole number >= 1; change train.steps"),
@@ -80,6 +82,15 @@ MISTAKES: list[tuple[str, str]] = [
     ("shards show @/shards --out @/folder", "allowed: a file whose name ends in .png"),
     ("shards verify nowhere", "nowhere: no index.json"),
     ("report nowhere", "nowhere"),
+    (
+        "train --data.shards nowhere",
+        "--source FOLDER]`, which also finishes what an earlier run began, or name the place",
+    ),
+    (
+        "train --data.shards @/shards --output /proc/x",
+        "output: /proc/x/quickstart cannot be made: /proc cannot be written",
+    ),
+    ("sample @/toy --out /proc/x", "/proc: permission denied; choose another place"),
     ("prepare --source nowhere --out @/out", "nowhere: no such folder"),
     ("convert @/class.safetensors @/o.safetensors", "is a weights file of this project already; sharpmoe.load"),
     ("convert @/class.safetensors @/folder --to promoe", "@/folder: is a folder, expected a file"),
