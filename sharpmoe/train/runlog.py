@@ -216,10 +216,13 @@ class _ProgressLine:
         self.total_steps, self.first_step, self.stream = total_steps, first_step, stream
         self.live = stream.isatty()
         self.started = time.monotonic()
+        self.after_first: float | None = None  # when the first step had ended
         self.line = ""
 
     def update(self, stats: StepStats, written: bool) -> None:
         """Show a step: always on a terminal, elsewhere where its figures were `written`."""
+        if self.after_first is None:
+            self.after_first = time.monotonic()
         if self.live:  # a line that wraps could not be written over
             self.line = _fitting(self.columns(stats), shutil.get_terminal_size().columns - 1)
             self._write("\r\x1b[K" + self.line)
@@ -229,8 +232,7 @@ class _ProgressLine:
 
     def columns(self, stats: StepStats) -> list[str]:
         """Return counter, time left, speed, losses, gradient norm, learning rates, utilisation, data wait, memory."""
-        done = stats.step - self.first_step + 1
-        left = clock((time.monotonic() - self.started) / done * (self.total_steps - stats.step))
+        left = self._left(stats.step)
         speed = stats.images / max(stats.seconds, 1e-9)
         wait = stats.wait_seconds / max(stats.seconds, 1e-9)
         scaled = "".join(f" ({name} {stats.lr * factor:.2e})" for name, factor in stats.lr_scale.items())
@@ -245,6 +247,15 @@ class _ProgressLine:
             f"data {wait:3.0%}",
             f"{stats.memory_mib / 1024:.2f} GiB",
         ]
+
+    def _left(self, step: int) -> str:
+        """Return the time left by the steps after the first, which warms up; `?` after that one."""
+        done, more = step - self.first_step, self.total_steps - step
+        if not more:
+            return clock(0)
+        if not done or self.after_first is None:
+            return "?"
+        return clock((time.monotonic() - self.after_first) / done * more)
 
     def say(self, text: str) -> None:
         """Print text on lines of its own."""

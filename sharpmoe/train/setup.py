@@ -130,13 +130,19 @@ def make_plan(
 
 
 def _small_bucket_notes(train: Mixture, batch: BatchLayout) -> tuple[str, ...]:
-    """Return a note where a step takes more samples than its bucket has; none where there is one bucket."""
+    """Return a note where a step takes more samples than its bucket, or the whole split, has."""
     sizes: dict[str, int] = {}
     for stream in train.streams:
         sizes[stream.bucket] = sizes.get(stream.bucket, 0) + stream.num_samples
     small = [f"{name} ({count})" for name, count in sizes.items() if count < batch.global_batch]
-    if len(sizes) < 2 or not small:
+    if not small:
         return ()
+    if len(sizes) == 1:
+        (count,) = sizes.values()
+        return (
+            f"a step takes {batch.global_batch} samples (train.global_batch), more than the {count} of the training "
+            "split, so that it takes some twice: lower it, or prepare more pictures",
+        )
     return (
         f"a step takes {batch.global_batch} samples of one bucket (train.global_batch), and these have fewer, so "
         f"that it takes some twice: {', '.join(small)}",

@@ -103,11 +103,24 @@ def test_a_file_gets_one_line_per_written_step(tmp_path: Path) -> None:
     lines = stream.getvalue().splitlines()
     assert len(lines) == 4
     assert "\r" not in stream.getvalue()
-    start = (
-        r"step  1/20   \d:\d\d left   64.0 images/s  total   1.000  grad  0.2500  lr 1.00e-04  data 20%  \d+.\d\d GiB"
-    )
+    start = r"step  1/20      \? left   64.0 images/s  total   1.000  grad  0.2500  lr 1.00e-04  data 20%  \d+.\d\d GiB"
     assert re.fullmatch(start, lines[0]), lines[0]
+    assert re.match(r"step 10/20   \d:\d\d left ", lines[1])
     assert lines[-1] == "saved"
+
+
+def test_the_time_left_is_that_of_the_steps_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step warms up: it takes half a minute here, each of the others two seconds."""
+    now, stream = [100.0], io.StringIO()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    log = RunLog(tmp_path, 14, first_step=5, every=1, stream=stream)
+    now[0] += 28
+    for step in range(5, 15):
+        now[0] += 2
+        log.step(stats(step))
+    log.close()
+    left = [re.match(r"step .{5} +(\S+) left", line) for line in stream.getvalue().splitlines()]
+    assert [each and each[1] for each in left] == ["?", *(f"0:{2 * more:02}" for more in range(8, -1, -1))]
 
 
 def test_the_line_shows_the_utilisation_where_the_peak_is_known(tmp_path: Path) -> None:
@@ -266,7 +279,7 @@ def test_a_narrow_terminal_gets_a_line_that_does_not_wrap(tmp_path: Path, monkey
     RunLog(tmp_path, 3, every=10, stream=stream).step(stats(1))
     line = stream.getvalue().removeprefix("\r\x1b[K")
     assert len(line) <= 39
-    assert line == "step 1/3   0:00 left   64.0 images/s"  # figures are whole or left out
+    assert line == "step 1/3      ? left   64.0 images/s"  # figures are whole or left out
     monkeypatch.setenv("COLUMNS", "78")  # the learning rate does not fit any more, the data wait does
     stream = Terminal()
     RunLog(tmp_path, 3, every=10, stream=stream).step(stats(1))

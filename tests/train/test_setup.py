@@ -16,7 +16,7 @@ from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.weights import save_weights
 from sharpmoe.train.monitor import Monitor, measures
 from sharpmoe.train.setup import InitialModel, _origin_notes, _small_bucket_notes, initial_model
-from tests.fixtures_data import make_unequal_shards
+from tests.fixtures_data import make_shards, make_unequal_shards
 from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
 
@@ -152,6 +152,12 @@ def test_a_step_of_more_samples_than_its_bucket_has_is_noted(tmp_path: Path) -> 
     assert len(counts) == 3
     least, most = min(counts.values()), max(counts.values())
     assert _small_bucket_notes(data, BatchLayout(least, 1, least, 1)) == ()
+    one = Mixture([ShardSet.open(make_shards(tmp_path / "one"), "train")])
+    (stream,) = one.streams
+    count = stream.num_samples
+    assert _small_bucket_notes(one, BatchLayout(count, 1, count, 1)) == ()
+    (note,) = _small_bucket_notes(one, BatchLayout(count + 1, 1, count + 1, 1))
+    assert f"a step takes {count + 1} samples (train.global_batch), more than the {count} of the training split" in note
     (note,) = _small_bucket_notes(data, BatchLayout(most + 1, 1, most + 1, 1))
     assert f"a step takes {most + 1} samples" in note
     assert all(f"{name} ({count})" in note for name, count in counts.items())
