@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.members import encode_json
-from data_pipeline.sources.items import Skipped
+from data_pipeline.sources.items import Skipped, shown
 from sharpmoe.durable import publish_once
 
 _REASONS = 20  # that a table lists
@@ -88,9 +88,8 @@ def left_out_lines(skipped: Iterable[Skipped], taken: int, splits: dict[str, int
 
 def reason_of(entry: Skipped) -> str:
     """Return a reason without what differs from picture to picture: the name and the numbers of rows and bytes."""
+    reason = entry.reason
     stem = PurePosixPath(entry.name).stem
-    words = [
-        _NUMBER.sub("N", word.replace(f"{stem}.", "NAME.").replace(f"/{stem}", "/NAME"))
-        for word in entry.reason.split()
-    ]
-    return " ".join(words)
+    for name in dict.fromkeys((stem, shown(stem))) if stem else ():  # it may hold spaces, brackets and dots
+        reason = re.sub(rf"(?<!\w){re.escape(name)}(?=\.)|(?<=/){re.escape(name)}(?!\w)", "NAME", reason)
+    return " ".join(_NUMBER.sub("N", word) for word in reason.split())

@@ -86,7 +86,11 @@ def _counts(catalog: Catalog) -> list[str]:
     splits = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     reasons = Counter(reason_of(entry) for entry in catalog.left_out())
     left_out = [f"left out: {count} x {reason}" for reason, count in reasons.most_common(20)]
-    return [f"{len(catalog)} of {catalog.total} pictures: {splits}", *left_out]
+    bad = sum(1 for _ in catalog.bad())
+    unused = [f"{bad} cannot be used"] if bad else []
+    if catalog.total > len(catalog):
+        unused.append(f"--limit leaves out {catalog.total - len(catalog)}")
+    return ["; ".join([f"{len(catalog)} of {catalog.total + bad} pictures: {splits}", *unused]), *left_out]
 
 
 def _sizes(source: ImageSource, catalog: Catalog) -> list[str]:

@@ -14,6 +14,8 @@ from data_pipeline.sources.files import Files
 from data_pipeline.sources.items import Place
 from sharpmoe.errors import DamageError, DataError, first_line
 
+SALIENCY = "saliency"  # column of saliency maps: their files' names, or the pictures themselves
+MAPS = f"#{SALIENCY}"  # ends the file of a place that is in this column of a table
 _NAMES = ("image", "img", "jpg", "png", "webp", "file", "picture")  # of columns that may hold images
 
 
@@ -37,23 +39,30 @@ class EmbeddedImages:
         self._lock = threading.Lock()
 
     def read(self, place: Place, limit: int | None = None) -> bytes:
-        """Return the image of row `place.offset` (from 1) of the table `place.file`, or the first `limit` bytes."""
+        """Return the image of row `place.offset` (from 1) of the table `place.file`, or the first `limit` bytes.
+
+        Where `place.file` ends in MAPS it is the row's saliency map.
+        """
         with self._lock:
             if place.file not in self._copies:
-                self._copies[place.file] = _copied(self._folder / place.file, self._files)
+                table = self._folder / place.file.removesuffix(MAPS)
+                column = SALIENCY if place.file.endswith(MAPS) else None
+                self._copies[place.file] = _copied(table, column, self._files)
         file, ends = self._copies[place.file]
         start, end = (ends[place.offset - 1], ends[place.offset]) if place.offset < len(ends) else (0, -1)
         if end - start != place.size:
-            raise DataError(f"{self._folder / place.file}: changed since it was listed; prepare into another --out")
+            table = self._folder / place.file.removesuffix(MAPS)
+            raise DataError(f"{table}: changed since it was listed; prepare into another --out")
         return os.pread(file.fileno(), end - start if limit is None else min(limit, end - start), start)
 
 
-def _copied(table: Path, files: Files) -> tuple[BinaryIO, list[int]]:
+def _copied(table: Path, column: str | None, files: Files) -> tuple[BinaryIO, list[int]]:
+    """Copy the pictures of a column, by default of that of the images; return the copy, and where each ends."""
     copy = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the source)
     ends = [0]
     # What was listed of a damaged table lies before its damage, and listing read larger batches than these.
     with suppress(DamageError), opened(table, "", files) as file:
-        column = image_columns(file)[0]
+        column = column or image_columns(file)[0]
         for batch in file.iter_batches(batch_size=64, columns=[column]):
             for value in _bytes_of(batch, column):
                 content = value.as_buffer() if value.is_valid else b""
@@ -118,7 +127,12 @@ class _ArrowFile:
 
 
 def image_columns(file: Any) -> list[str]:
-    """Return the columns that hold images; a struct of bytes and path, or plain bytes."""
+    """Return the columns that hold images."""
+    return [name for name in _NAMES if holds_images(file, name)]
+
+
+def holds_images(file: Any, column: str) -> bool:
+    """Whether a table has a column of pictures: a struct of bytes and path, or plain bytes."""
     from pyarrow import types  # noqa: PLC0415  (optional)
 
     def holds_bytes(kind: Any) -> bool:
@@ -127,7 +141,7 @@ def image_columns(file: Any) -> list[str]:
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     schema = file.schema_arrow
-    return [name for name in _NAMES if name in schema.names and holds_bytes(schema.field(name).type)]
+    return column in schema.names and holds_bytes(schema.field(column).type)
 
 
 def images_of(batch: Any, column: str) -> list[EmbeddedImage]:

@@ -14,10 +14,9 @@ from data_pipeline.sources.items import Captions, is_utf8, shown
 from sharpmoe.errors import DataError
 
 _FILE_FIELDS = ("file", "image", "path", "filename", "file_name")
-_SALIENCY = "saliency"  # column with the path of a saliency map
 ROW_FORM = 'expected {"file": "a.png", "caption": "..."} with an optional integer "label"'
 _COLUMNS = f"expected a column {' or '.join(_FILE_FIELDS)} and a column {' or '.join(FIELDS)}"
-_KNOWN = frozenset({*_FILE_FIELDS, *FIELDS, "label", _SALIENCY})
+_KNOWN = frozenset({*_FILE_FIELDS, *FIELDS, "label", embedded.SALIENCY})
 _FIELD_BYTES = 1 << 20  # of one cell
 _LINE_BYTES = 16 << 20  # of one line of a .jsonl
 
@@ -30,12 +29,15 @@ class Row(NamedTuple):
     captions: Captions | str  # a text says why the row cannot be used
     label: int
     size: int = -1  # bytes of an image that the table holds itself
-    saliency: str = ""  # file of its saliency map, where the row names one
+    saliency: str | int = ""  # file of its saliency map, or the bytes of one that the table holds; "": none
 
 
-def read_rows(table: Path, files: Files) -> Iterator[Row]:
-    """Yield the rows of a table. Raises DataError where the table itself cannot be read."""
-    for number, fields in TABLE_KINDS[table.suffix.lower()](table, files):
+def read_rows(table: Path, files: Files, *, maps: bool = False) -> Iterator[Row]:
+    """Yield the rows of a table; `maps`: with saliency maps that it holds itself.
+
+    Raises DataError where the table itself cannot be read.
+    """
+    for number, fields in TABLE_KINDS[table.suffix.lower()](table, files, maps):
         yield _row(table, number, fields)
 
 
@@ -58,11 +60,18 @@ def _row(table: Path, number: int, fields: Any) -> Row:
         return Row(number, row_name(table, number), fields if isinstance(fields, str) else _shown_row(fields), -1)
     label = label_of(tree.get("label"))
     found = from_object(tree) if isinstance(label, int) else label
-    saliency = tree.get(_SALIENCY)
-    if not isinstance(saliency, str) or "\0" in saliency or not is_utf8(saliency):
-        saliency = ""
     known = label if isinstance(label, int) else -1
-    return Row(number=number, file=file, captions=found, label=known, size=size, saliency=saliency)
+    return Row(number=number, file=file, captions=found, label=known, size=size, saliency=_saliency(tree))
+
+
+def _saliency(tree: dict[str, Any]) -> str | int:
+    """Return the file of a row's saliency map, or the bytes of one in the table; "" where there is none."""
+    found = tree.get(embedded.SALIENCY)
+    if isinstance(found, embedded.EmbeddedImage):
+        if found.size >= 0:
+            return found.size
+        found = found.path
+    return found if isinstance(found, str) and "\0" not in found and is_utf8(found) else ""
 
 
 def _shown_row(fields: Any) -> str:
@@ -72,7 +81,7 @@ def _shown_row(fields: Any) -> str:
 # --- .jsonl -----------------------------------------------------------------------------------------------------------
 
 
-def _jsonl(table: Path, files: Files) -> Iterator[tuple[int, Any]]:
+def _jsonl(table: Path, files: Files, maps: bool) -> Iterator[tuple[int, Any]]:
     with files.open(table) as file:
         for number, line in enumerate(_lines_of(file), start=1):
             if number == 1:
@@ -130,7 +139,7 @@ class _Lines:
         return self.number
 
 
-def _csv(table: Path, files: Files) -> Iterator[tuple[int, Any]]:
+def _csv(table: Path, files: Files, maps: bool) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a .csv or .tsv.
 
     A quote that is never closed would swallow the rest of the table: such a row is given up, and reading goes on at
@@ -197,21 +206,24 @@ def _typed(cells: dict[str, Any]) -> dict[str, Any]:
 # --- .parquet and .arrow ----------------------------------------------------------------------------------------------
 
 
-def _columnar(table: Path, files: Files) -> Iterator[tuple[int, Any]]:
+def _columnar(table: Path, files: Files, maps: bool) -> Iterator[tuple[int, Any]]:
     with embedded.opened(table, _COLUMNS, files) as file:
         names = file.schema_arrow.names
         columns = embedded.image_columns(file)
         class_names = embedded.class_names(file, "label")
         _need_columns(table, names, has_images=bool(columns), has_captions=bool(class_names))
-        wanted = [
-            name for name in (*_FILE_FIELDS, *FIELDS, "label", _SALIENCY) if name in names and name not in columns
-        ]
+        holds_maps = embedded.holds_images(file, embedded.SALIENCY)
+        texts = (*_FILE_FIELDS, *FIELDS, "label", *(() if holds_maps else (embedded.SALIENCY,)))
+        wanted = [name for name in texts if name in names and name not in columns]
+        pictures = [*columns[:1], *([embedded.SALIENCY] if holds_maps and maps else [])]
         number = 0
-        for batch in file.iter_batches(batch_size=512 if columns else 4096, columns=[*wanted, *columns[:1]]):
+        for batch in file.iter_batches(batch_size=512 if pictures else 4096, columns=[*wanted, *pictures]):
             images = embedded.images_of(batch, columns[0]) if columns else None
-            values = [embedded.values_of(batch.column(name)) for name in wanted]
+            values: dict[str, list[Any]] = {name: embedded.values_of(batch.column(name)) for name in wanted}
+            if embedded.SALIENCY in pictures:
+                values[embedded.SALIENCY] = embedded.images_of(batch, embedded.SALIENCY)
             for place in range(len(batch)):
-                fields = {name: column[place] for name, column in zip(wanted, values, strict=True)}
+                fields = {name: column[place] for name, column in values.items()}
                 number += 1
                 yield number, _with_image(fields, images[place] if images else None, class_names)
 
@@ -240,7 +252,7 @@ def _refuse_utf16(table: Path, start: bytes) -> None:
         raise DataError(f"{table}: not UTF-8 text (UTF-16?); save it as UTF-8")
 
 
-TABLE_KINDS: dict[str, Callable[[Path, Files], Iterator[tuple[int, Any]]]] = {
+TABLE_KINDS: dict[str, Callable[[Path, Files, bool], Iterator[tuple[int, Any]]]] = {
     ".jsonl": _jsonl,
     ".csv": _csv,
     ".tsv": _csv,

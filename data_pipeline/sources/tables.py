@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.identity import Identity
-from data_pipeline.sources.embedded import EmbeddedImages
+from data_pipeline.sources.embedded import MAPS, EmbeddedImages
 from data_pipeline.sources.files import LOCAL, Files, read_place
 from data_pipeline.sources.items import (
     Item,
@@ -49,7 +49,8 @@ class TableSource:
     Columns: file (or image, path, filename), caption (or text, prompt, captions), label (optional, an integer). An
     image may be in several rows: each is a sample of its own. Several captions of one sample are a list. A .parquet or
     .arrow may hold the images themselves, as Hugging Face writes them: a column of {"bytes", "path"}.
-    A column `saliency` is the path of a saliency map; without, it is NAME.saliency.png beside the image.
+    A column `saliency` is the path of a saliency map, or holds it as images are held; without, it is NAME.saliency.png
+    beside the image.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class TableSource:
         for unit in units_of(self._records()):
             for record in unit.records:
                 if self._whole_folder and len(named) < _NAMED:
-                    named.update(hash(os.path.normpath(file)) for file in (record[1], *record[7:]))
+                    files = (file for file in (record[1], *record[7:]) if isinstance(file, str))
+                    named.update(hash(os.path.normpath(file)) for file in files)
                 if isinstance(record[2], str):
                     first = first or f"{record[1]}: {record[2]}"
                 else:
@@ -116,21 +118,25 @@ class TableSource:
         return str(self._tables[0].path if len(self._tables) == 1 else self._folder)
 
     def _records(self) -> Iterator[Any]:
-        """Yield [row, file, captions or why there are none, label], with table, bytes, split and map where known."""
+        """Yield [row, file, captions or why there are none, label], with table, bytes, split and map where known.
+
+        The map is a file, or the bytes of one in the table.
+        """
         for table in self._tables:
             within = table.path.parent.relative_to(self._folder)
             for row in self._rows(table):
                 file = (within / row.file).as_posix() if within.parts else row.file
                 extra = [table.path.relative_to(self._folder).as_posix(), row.size, table.split]
-                if self._maps and row.saliency:
-                    extra.append((within / row.saliency).as_posix())
+                if self._maps and row.saliency != "":
+                    found = row.saliency
+                    extra.append((within / found).as_posix() if isinstance(found, str) else found)
                 known = row.size >= 0 or table.split or len(extra) > 3
                 yield [row.number, file, row.captions, row.label, *(extra if known else ())]
 
     def _rows(self, table: Table) -> Iterator[Row]:
         """Yield the rows of a table; of a damaged one among several those before the damage, and what is wrong."""
         try:
-            yield from read_rows(table.path, self._files)
+            yield from read_rows(table.path, self._files, maps=self._maps)
         except DamageError as error:
             if len(self._tables) == 1:
                 raise
@@ -166,7 +172,10 @@ class TableSource:
             else:
                 texts = tuple((text, weight) for text, weight in found)
                 split = split or held_out(file)
-                saliency = self._map(file, maps)
+                if maps and isinstance(maps[0], int):
+                    saliency: Place | str | None = Place(f"{table}{MAPS}", number, maps[0])
+                else:
+                    saliency = self._map(file, maps)
                 if isinstance(saliency, str):
                     yield Skipped(file, f"its saliency map{f' {shown(maps[0])}' if maps else ''} is {saliency}")
                     continue

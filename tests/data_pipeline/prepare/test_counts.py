@@ -9,7 +9,7 @@ from PIL import Image
 import data_pipeline.prepare.ranks as ranks
 import data_pipeline.prepare.write as write
 from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, reason_of, write_counts
-from data_pipeline.sources.items import Skipped
+from data_pipeline.sources.items import Skipped, shown
 from launcher.prepare import main
 
 OPTIONS = ("--encoder", "hash", "--codec", "pixel", "--patch-size", "4", "--size", "16", "--shard-samples", "3")
@@ -88,6 +88,16 @@ def test_reasons_are_grouped(tmp_path: Path) -> None:
     many = [Skipped("x", f"reason {'x' * n}") for n in range(1, 30)]
     assert left_out_lines(many, 0, {})[-1] == "          ... and 9 further reasons"
     assert reason_of(Skipped("a.png", "not a caption")) == "not a caption"
+    assert reason_of(Skipped("a.png", "no data. see a.txt")) == "no data. see NAME.txt"
+
+
+@pytest.mark.parametrize(
+    "stem", ["foto (1)", "ä b", "x [2] y", "日本 3", "a.b (c)", "IMG_1 copy", "10 20", "new\nline", "+*?"]
+)
+def test_a_name_with_spaces_brackets_or_other_letters_is_left_out_of_its_reason(stem: str) -> None:
+    for name in (f"{stem}.png", f"sub/{stem}.png"):
+        assert reason_of(Skipped(name, f"no caption in {shown(stem)}.txt")) == "no caption in NAME.txt"
+    assert reason_of(Skipped(f"{stem}.png", f"row 7: {stem}.png, 3 bytes")) == "row N: NAME.png, N bytes"
 
 
 def test_pad_enlarges_less_and_is_part_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,37 @@ def test_a_table_names_maps(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert all(saliency[:, 0].min() > 0.99 for saliency in found.values())
 
 
+def test_a_parquet_table_holds_maps(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As bytes beside images of the table; one row names its map, one has none, one is broken."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = tmp_path / "table"
+    table.mkdir()
+    rows = [
+        {
+            "image": {"bytes": (folder / f"{number}.png").read_bytes(), "path": f"{number}.png"},
+            "caption": f"picture {number}",
+            "saliency": {"bytes": (folder / f"{number}.saliency.png").read_bytes(), "path": None},
+        }
+        for number in range(COUNT)
+    ]
+    (folder / "1.saliency.png").rename(table / "one.png")
+    rows[1]["saliency"], rows[2]["saliency"] = {"bytes": None, "path": "one.png"}, None
+    rows[3]["saliency"] = {"bytes": b"no picture", "path": None}
+    parquet.write_table(arrow.Table.from_pylist(rows), table / "t.parquet", row_group_size=5)
+    assert prepare(table, tmp_path / "out", "--saliency", "file") == 0
+    output = capsys.readouterr()
+    assert "skipped t.parquet/3/2.png: no saliency map" in output.err
+    assert "skipped t.parquet/4/3.png: its saliency map is unreadable: not a picture of a known kind" in output.err
+    found = maps_of(tmp_path / "out")
+    for number in (2, 3):
+        (folder / f"{number}.png").unlink()
+    (table / "one.png").rename(folder / "1.saliency.png")
+    assert prepare(folder, tmp_path / "beside", "--saliency", "file") == 0
+    beside = maps_of(tmp_path / "beside")
+    assert len(found) == COUNT - 2
+    assert {name: m.tolist() for name, m in found.items()} == {name: m.tolist() for name, m in beside.items()}
+
+
 def test_the_kind_is_part_of_recipe_and_shards(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
