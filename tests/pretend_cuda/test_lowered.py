@@ -4,18 +4,24 @@ from collections.abc import Callable
 
 import pytest
 
+from sharpmoe.families import FAMILIES
 from tests.pretend_cuda.conftest import ROOT, Outcomes
 
 Pretended = Callable[[str], Outcomes]
 
 COUNTS = {  # compiled block in bf16, width 1024, 32 images of 256 tokens: forward, backward, forward of inference
+    "dense class base": (10, 29, 10),
+    "dense text base": (15, 44, 15),
     "tc class guided": (35, 49, 34),
     "ec class guided": (31, 50, 30),
     "diffmoe class guided": (36, 60, 53),
     "diffmoe text guided": (41, 75, 58),
     "promoe_tc class guided": (48, 61, 40),
     "promoe_ec class guided": (63, 73, 54),
+    "dsmoe class guided": (40, 59, 39),
+    "dit_moe class guided": (38, 59, 37),
     "race class guided": (45, 62, 45),
+    "nucleus text guided": (48, 78, 48),
 }
 PARTS = ("forward", "backward", "inference")
 
@@ -42,6 +48,10 @@ def test_the_block_of_the_goal(pretended: Pretended) -> None:
 def test_every_family(pretended: Pretended, family: str) -> None:
     outcomes = pretended(f"compiled {family}")
     check(outcomes, [block for block in COUNTS if block.split()[0] == family])
+
+
+def test_no_family_is_left_out() -> None:
+    assert {block.split()[0] for block in COUNTS} == set(FAMILIES)
 
 
 def test_the_documented_counts_are_these() -> None:
