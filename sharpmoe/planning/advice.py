@@ -20,6 +20,7 @@ class Advice(NamedTuple):
 
     warnings: tuple[str, ...]
     fits: tuple[Estimate, ...]  # where the run does not fit: layouts that do, the least traffic first
+    notes: tuple[str, ...] = ()  # what could be faster
 
 
 def usable(device_memory: float) -> float:
@@ -33,9 +34,28 @@ def advise(planner: Planner, budget: Budget, device_memory: float) -> Advice:
     warnings = [*_memory_warnings(own, device_memory), *_gather_warnings(own, budget), *_bucket_warnings(own, budget)]
     warnings += version_notes() if own.layout.zero.stage == 3 else ()
     if own.memory.peak <= usable(device_memory):
-        return Advice(tuple(warnings), ())
+        return Advice(tuple(warnings), (), stage_notes(planner, own, device_memory))
     fitting = [other for other in _neighbours(planner, budget) if other.memory.peak <= usable(device_memory)]
     return Advice(tuple(warnings), tuple(sorted(fitting, key=lambda other: other.traffic.total)[:_MOST_FITS]))
+
+
+def stage_notes(planner: Planner, own: Estimate, device_memory: float) -> tuple[str, ...]:
+    """Say where a run under ZeRO-3 also fits under ZeRO-2, which neither gathers nor runs hooks around its modules."""
+    layout, zero = own.layout, own.layout.zero
+    if zero.stage != 3 or zero.host_weights:
+        return ()
+    other = planner.estimate(layout._replace(zero=replace(zero, stage=2, double_buffer=False)), own.schedule)
+    room = usable(device_memory)
+    if other.memory.peak > room:
+        return ()
+    calls = own.schedule.model_uses * layout.accumulation
+    sends = [f"{each.traffic.total / _GIB:.2f} GiB" for each in (other, own)]
+    sent = f"; a rank sends {sends[0]} instead of {sends[1]}" if layout.world > 1 else ""
+    return (
+        f"ZeRO-2 fits too, {other.memory.peak / _GIB:.2f} GiB of {room / _GIB:.1f} usable: a step saves "
+        f"{own.traffic.fetches} gathers of blocks and embedders, and ZeRO-3's hooks around them in {calls} forwards "
+        f"and backwards{sent} (--deepspeed configs/zero2.json)",
+    )
 
 
 def _memory_warnings(own: Estimate, device_memory: float) -> Iterator[str]:

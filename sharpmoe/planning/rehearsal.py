@@ -24,7 +24,7 @@ from sharpmoe.model.trainable import planned_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
-from sharpmoe.planning.advice import usable
+from sharpmoe.planning.advice import stage_notes, usable
 from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.planning.estimate import Estimate, Planner, optimizer_bytes
 from sharpmoe.planning.table import memory_lines
@@ -72,7 +72,10 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
         notes = [*plan.notes, *initial.notes]
         if not _is_finished(plan):
             notes += _check_start(plan, initial, planned, target)
-    estimate = _estimate(plan, planned)
+    planner = Planner(plan.run, token_counts(plan.data.train.buckets)[-1])
+    estimate = planner.estimate(planner.layout(planned.size, plan.ds_config), schedule_of(plan.run))
+    if target.device_memory is not None:
+        notes += stage_notes(planner, estimate, target.device_memory)
     lines = [
         *memory_lines(run, estimate, target.device_memory),
         _check_disk(plan),
@@ -129,11 +132,6 @@ def _check_start(plan: RunPlan, initial: InitialModel, planned: World, target: T
     uses = schedule_of(run).model_uses * plan.batch.accumulation
     parameters = sum(parameter.numel() for parameter in initial.model.parameters())
     return [*notes, *regather_warnings(plan.ds_config, parameters, uses)]
-
-
-def _estimate(plan: RunPlan, planned: World) -> Estimate:
-    planner = Planner(plan.run, token_counts(plan.data.train.buckets)[-1])
-    return planner.estimate(planner.layout(planned.size, plan.ds_config), schedule_of(plan.run))
 
 
 def _check_memory(estimate: Estimate, target: Target) -> None:

@@ -47,11 +47,12 @@ def _size(count: float) -> str:
 
 def as_text(budget: Budget, advice: Advice, device_memory: float, notes: Sequence[str] = ()) -> str:
     """Return the plan as text: the run, what stays from step to step, each schedule, notes, warnings."""
+    said = [*notes, *advice.notes]
     blocks = [
         _head(budget),
         _state(budget.own.memory, budget),
         _schedules(budget, device_memory),
-        *(["\n".join(f"note: {note}" for note in notes)] if notes else []),
+        *(["\n".join(f"note: {note}" for note in said)] if said else []),
         *([_warnings(advice, device_memory)] if advice.warnings else []),
     ]
     return "\n\n".join(blocks)
@@ -167,7 +168,7 @@ def as_json(budget: Budget, advice: Advice, device_memory: float, notes: Sequenc
         "device_bytes": device_memory * 2**30,
         "usable_bytes": usable(device_memory),
         "schedules": [_estimate_json(estimate, device_memory) for estimate in budget.estimates],
-        "notes": list(notes),
+        "notes": [*notes, *advice.notes],
         "warnings": list(advice.warnings),
         "would_fit": [
             {"ep_size": other.layout.ep_size, "stage": other.layout.zero.stage, **_estimate_json(other, device_memory)}

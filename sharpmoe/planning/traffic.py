@@ -4,6 +4,7 @@ A gather of a tensor of S bytes from g ranks costs each rank (g - 1) / g of S, a
 twice that: what rings and direct exchanges both send.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Traffic(NamedTuple):
     exchanges: int  # tokens on their way to experts and back: all-to-all
     pool: int  # scores of a pool over all ranks (parallel.pool_scope: world)
     passes: float  # how many times a rank gathers the model
+    fetches: int  # gathers of a block, an embedder or the final layer as a whole (ZeRO-3)
 
     @property
     def total(self) -> int:
@@ -46,6 +48,7 @@ def traffic(
         exchanges=_exchanges(run, layout, calls, tokens),
         pool=_pool(run, layout, calls, tokens),
         passes=_passes(parts, gathers) if layout.zero.stage == 3 else 1.0,
+        fetches=_fetches(parts, gathers) if layout.zero.stage == 3 else 0,
     )
 
 
@@ -74,6 +77,14 @@ def _reductions(parts: Sequence[RankParameter], layout: RankLayout) -> int:
 def _passes(parts: Sequence[RankParameter], gathers: Gathers) -> float:
     total = sum(part.numel for part in parts)
     return sum(part.numel * n for part, n in zip(parts, gathers.times, strict=True)) / total
+
+
+def _fetches(parts: Sequence[RankParameter], gathers: Gathers) -> int:
+    """Add up how often each module is gathered: as often as those of its parameters that do not stay whole."""
+    times = Counter[int]()
+    for part, number in zip(parts, gathers.times, strict=True):
+        times[part.module] = max(times[part.module], number)
+    return times.total()
 
 
 class _Calls(NamedTuple):

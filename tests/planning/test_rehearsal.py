@@ -396,6 +396,7 @@ def test_it_plans_for_other_ranks(place: Path, capfd: pytest.CaptureFixture[str]
     assert "8 = 2 per rank x 1 accumulation x 4 rank(s)" in said
     assert "experts over 2 ranks" in said
     assert "of 16.0 GiB (fits)" in said
+    assert "  note: ZeRO-2 fits too, " in said
     assert in_place(place, ["--name", "new", "--dry-run", "--world", "3"]) == 2
     assert "train.global_batch" in last_line(capfd)
     assert in_place(place, [*words, "--device-memory", "0.0001"]) == 2
