@@ -20,6 +20,16 @@ def test_templates_are_batch_files_by_themselves(kind: str) -> None:
     assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= words
 
 
+@pytest.mark.parametrize("kind", ["posttrain", "sample"])
+def test_memory_of_the_device_grows_unless_told_otherwise(kind: str) -> None:
+    lines = (FOLDER / slurm.TEMPLATES[kind]).read_text().splitlines()
+    (export,) = (line for line in lines if line.startswith("export PYTORCH_ALLOC_CONF="))
+    given = [{}, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "b:1"}]  # the last is its older name
+    words = ["bash", "-uc", f"{export}; echo $PYTORCH_ALLOC_CONF"]
+    found = [subprocess.run(words, env=each, check=True, capture_output=True, text=True).stdout for each in given]
+    assert found == ["expandable_segments:True\n", "a:1\n", "b:1\n"]
+
+
 def test_a_hostfile_has_a_line_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.hostfile(["a", "b"], 2) == "a slots=2\nb slots=2\n"
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
