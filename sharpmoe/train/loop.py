@@ -41,7 +41,7 @@ from sharpmoe.train.step import StepResult, train_step
 from sharpmoe.train.summary import closing_summary
 from sharpmoe.train.target import with_target_scales
 from sharpmoe.train.terms import has_routing_loss, routing_weight
-from sharpmoe.train.trajectories import draw_trajectories
+from sharpmoe.train.trajectories import DrawnAhead, draw_trajectories
 
 _STOPPED_FILE = "stopped.json"  # in the run folder, after a signal: the run is to be started again
 
@@ -133,7 +133,7 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
     """Take the optimizer steps that are left; yields how far the run is after each. Communicates."""
     plan, world, run = session.plan, session.world, session.plan.run
     progress, damaged = plan.start, faults.DamagedSamples(plan, world, session.log)
-    with closing(_batches(session)) as batches:
+    with closing(_batches(session)) as batches, closing(DrawnAhead(run, plan.batch.global_batch)) as ahead:
         for step in range(plan.start.step, run.train.steps):
             done = step + 1
             watchdog.mark(f"step {done}")
@@ -145,7 +145,7 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
                 session.callbacks.check()
                 loaded = next(batches)
                 data_wait.seconds = time.monotonic() - began
-                items = draw_trajectories(loaded.batches, plan.data.empty_text, run, world.device)
+                items = draw_trajectories(loaded.batches, plan.data.empty_text, run, world.device, ahead)
             damaged.agree(loaded.damage, done)
             watch = Watch(*progress.watch)
             result = train_step(session.engine, session.objective, session.ema, items, step, logged, watch)

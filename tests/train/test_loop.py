@@ -19,7 +19,7 @@ from sharpmoe.errors import DataError, SharpMoEError
 from sharpmoe.log_file import read_log, read_log_lines
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
-from sharpmoe.train import loop, monitor
+from sharpmoe.train import loop, monitor, trajectories
 from sharpmoe.train.flops import rows_expected, step_flops
 from sharpmoe.train.setup import RunPlan
 from sharpmoe.train.step import StepResult, train_step
@@ -116,6 +116,26 @@ def test_ranks_agree_on_errors_of_the_system() -> None:
 def test_ranks_agree_on_errors() -> None:
     expected = ["rank 0: shard is missing", "rank 1: shard is missing", "shard is missing", "fine"]
     assert run_ranks(disagree, 2) == [expected, expected]
+
+
+def drawn_ahead(world: World, run: RunConfig) -> list[bool]:
+    """Whether the random numbers of each step were there."""
+    there: list[bool] = []
+    take = trajectories.DrawnAhead.take
+
+    def noted(self: trajectories.DrawnAhead, keys: list[Any]) -> list[Any]:
+        there.append(self._ahead[0] == keys)
+        return take(self, keys)
+
+    trajectories.DrawnAhead.take = noted  # type: ignore[method-assign]
+    loop.train(plan_for(run, world), world)
+    return there
+
+
+@pytest.mark.dist
+def test_numbers_of_the_next_step_are_drawn_meanwhile(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, train={"steps": 3, "global_batch": 8, "micro_batch": 2})
+    assert run_ranks(drawn_ahead, 2, run) == [[False, True, True]] * 2
 
 
 def looked_at(world: World, run: RunConfig) -> list[str]:
@@ -247,7 +267,8 @@ def test_what_a_device_has_left_of_a_step_is_charged_to_that_step(ranks: int, mo
         monkeypatch.setattr(launch, "_maxima", device.read_numbers)
     run = RunConfig.model_validate({"train": {"steps": 7, "global_batch": 8}, "log": {"every": 3}})
     start = SimpleNamespace(step=0, watch=())
-    plan = SimpleNamespace(run=run, start=start, data=SimpleNamespace(empty_text=None))
+    batch, data = SimpleNamespace(global_batch=8), SimpleNamespace(empty_text=None)
+    plan = SimpleNamespace(run=run, start=start, batch=batch, data=data)
     session: Any = SimpleNamespace(
         plan=plan,
         world=ALONE._replace(size=ranks),

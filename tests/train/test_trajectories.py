@@ -1,13 +1,15 @@
 """What is drawn for a trajectory."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from sharpmoe.config import RunConfig
 from sharpmoe.flow import markov_noise, shift_factor, shift_times
-from sharpmoe.train.trajectories import draw_trajectories
+from sharpmoe.train.trajectories import DrawnAhead, draw_trajectories
 from tests.train.setting import ALONE, make_run, plan_for
 
 
@@ -92,3 +94,33 @@ def test_the_host_does_not_wait_for_the_device(conditioning: str, noise: str, sh
     )
     for sent, kept in zip(tree_leaves(there), tree_leaves(here), strict=True):
         assert (sent.device.type, sent.shape, sent.dtype) == ("meta", kept.shape, kept.dtype)
+
+
+class Counted(DrawnAhead):
+    """Counts the steps whose numbers were there."""
+
+    def __init__(self, run: RunConfig, global_batch: int) -> None:
+        super().__init__(run, global_batch)
+        self.there = 0
+
+    def take(self, keys: list) -> list:
+        self.there += int(self._ahead[0] == keys)
+        return super().take(keys)
+
+
+def test_numbers_that_are_drawn_ahead_are_the_same(shards: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step; the fourth step is of wider images, which nobody knew, and the fifth like it."""
+    run = make_run(shards, tmp_path, rollout={"num_steps": 3, "noise": "markov", "caption_dropout": 0.5})
+    data, here = plan_for(run, ALONE).data, torch.device("cpu")
+    numbers = Counted(run, 4)
+    with closing(numbers):
+        for step in range(5):
+            batches = [
+                data.train.sources[0].batch([0, 1], [4 * step + first, 4 * step + first + 1]) for first in (0, 2)
+            ]
+            if step >= 3:
+                batches = [batch._replace(latent=batch.latent.repeat(1, 1, 1, 3)) for batch in batches]
+            found = draw_trajectories(batches, data.empty_text, run, here, numbers)
+            expected = draw_trajectories(batches, data.empty_text, run, here)
+            assert all(map(torch.equal, tree_leaves(found), tree_leaves(expected)))
+    assert numbers.there == 3
