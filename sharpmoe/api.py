@@ -26,7 +26,7 @@ from sharpmoe.config import LossConfig, ModelConfig, OptimConfig, RolloutConfig,
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.model.backbone import Backbone, map_condition
 from sharpmoe.model.weights import load_model, save_weights
-from sharpmoe.moe.thresholds import update_routers
+from sharpmoe.moe.thresholds import move_cutoffs, update_routers
 from sharpmoe.report.counterfactual import draw_counterfactual, write_counterfactual
 from sharpmoe.report.figures import to_pixels
 from sharpmoe.report.film import record_film, write_film
@@ -60,6 +60,7 @@ class RolloutLoss(NamedTuple):
     parts: LossTerms  # total, flow, routing, router, heads: 0-d, detached, unweighted but for total
     thresholds: Tensor | None  # (MoE layers, E) where the family has thresholds (DiffMoE, Expert Race)
     loads: Tensor | None  # (MoE layers, E) where a bias balances the loads (DSMoE)
+    cutoffs: Tensor | None  # (MoE layers, E) where the steps of a trajectory are one pool (rollout.pool)
 
 
 def load(path: str | Path, *, weights: Literal["ema", "live"] = "ema") -> Backbone:
@@ -125,6 +126,7 @@ def rollout_loss(
     empty_text: EmptyText | None = None,
     seed: int = 0,
     step: int | None = None,
+    cutoffs: Tensor | None = None,
 ) -> RolloutLoss:
     """Compute the loss of SharpMoE's post-training on a batch of images, as a run with these settings computes it.
 
@@ -144,6 +146,8 @@ def rollout_loss(
     `empty_text`: the empty caption (`shards.empty_text()`) for `rollout.caption_dropout`; by default it is encoded with
     the text encoder in `model.origin`. `step`: number of the optimizer step, 0 is the first; loss.routing_warmup_steps
     needs it, and schedule segments trains the segment that a run trains then (without it, one drawn by position).
+    `cutoffs` (MoE layers, E): with rollout.pool: trajectory, what `finish_step` returned for the step before; None in
+    the first step.
 
     With a schedule other than plain and checkpoint some of the backward is done here (rollout.schedule,
     docs/design/0003); `total.backward()` completes the gradient, whatever the schedule. Under torch.no_grad nothing is
@@ -170,21 +174,27 @@ def rollout_loss(
     check_schedule(run, len(item.x0), (item.saliency.shape[1],))
     segment = draws.rollout_block(seed, position if step is None else step, num_segments(run))
     weight = None if step is None else routing_weight(run, step)
-    answer = Objective(model, run)(StepRequest((item,), segment, routing_weight=weight))
+    answer = Objective(model, run)(StepRequest((item,), segment, routing_weight=weight, cutoffs=cutoffs))
     (record,) = answer.records
     total = answer.loss - answer.loss.detach() + record.terms.total  # the last pass has the graph, the record the value
-    return RolloutLoss(total, record.terms, record.thresholds, record.loads)
+    return RolloutLoss(total, record.terms, record.thresholds, record.loads, record.cutoffs)
 
 
-def finish_step(model: Backbone, *losses: RolloutLoss, optim: OptimConfig | None = None) -> None:
+def finish_step(
+    model: Backbone, *losses: RolloutLoss, optim: OptimConfig | None = None, cutoffs: Tensor | None = None
+) -> Tensor | None:
     """Move what moves once per optimizer step, after `optimizer.step()`: thresholds and balancing biases, in place.
 
-    `losses`: of all micro-batches of the step. `optim`: threshold_decay and bias_rate, by default those of a run. Does
-    nothing for families without either. No communication.
+    `losses`: of all micro-batches of the step. `optim`: threshold_decay and bias_rate, by default those of a run.
+    `cutoffs`: those that the step had. Returns the cutoffs of the next step (MoE layers, E) for `rollout_loss`, None
+    where the steps of a trajectory are no pool. Does nothing for families without any of these. No communication.
     """
+    optim = optim or OptimConfig()
     thresholds = [loss.thresholds for loss in losses if loss.thresholds is not None]
     loads = [loss.loads for loss in losses if loss.loads is not None]
-    update_routers(model.moe_layers(), _mean(thresholds), _mean(loads), optim or OptimConfig())
+    update_routers(model.moe_layers(), _mean(thresholds), _mean(loads), optim)
+    candidates = _mean([loss.cutoffs for loss in losses if loss.cutoffs is not None])
+    return None if candidates is None else move_cutoffs(cutoffs, candidates, optim.threshold_decay)
 
 
 def sample(

@@ -144,6 +144,9 @@ class RolloutConfig(Section):
     # fixed: one x1 per trajectory, as in the paper; fresh: an independent one at each step; markov: each x_t is the
     # next less noisy one with noise added, so the step before tells nothing new about x0 (docs/design/0010).
     noise: Literal["fixed", "fresh", "markov"] = "fixed"
+    # diffmoe, race: with which tokens those of a call compete: of the same rollout step, or of all steps, as in the
+    # base's training, where a call has all times in it (docs/design/0013). Other families and stage pretrain ignore it.
+    pool: Literal["step", "trajectory"] = "step"
     caption_dropout: float = Field(0.1, ge=0, lt=1)  # share of trajectories trained with the empty caption or class
     shift: ShiftConfig = ShiftConfig()  # of the times that are trained, in stage pretrain too
 
@@ -231,7 +234,8 @@ class OptimConfig(Section):
     final_lr: float = Field(0.0, ge=0)  # cosine: learning rate at the last step
     clip_norm: float = Field(1.0, ge=0)  # 0 turns clipping off
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # of the averaged weights
-    threshold_decay: float = Field(0.95, ge=0, lt=1)  # diffmoe capacity thresholds, race thresholds
+    # Of the moving averages of diffmoe's and race's thresholds, and of the cutoffs of rollout.pool: trajectory.
+    threshold_decay: float = Field(0.95, ge=0, lt=1)
     bias_rate: float = Field(0.001, ge=0)  # bias_balancing: step of an expert's bias per optimizer step
 
     def ema_start_share(self, steps: int) -> float:
@@ -403,6 +407,11 @@ class RunConfig(Section):
                 raise ValueError(f"{key} is {text!r}, expected the name of a folder, without line breaks; change {key}")
         if "://" in self.output:
             raise ValueError(f"output is {self.output!r}, expected a local folder; copy finished checkpoints elsewhere")
+        if self.rollout.pool == "trajectory" and self.parallel.pool_scope == "world":
+            raise ValueError(
+                "rollout.pool: trajectory compares each token with an expert's cutoff, so that tokens of other ranks "
+                "do not compete, as parallel.pool_scope: world asks; set that to rank, or rollout.pool to step"
+            )
         if self.train.compile and self.parallel.pool_scope == "world":
             raise ValueError(
                 "train.compile is true and parallel.pool_scope world, which exchanges scores between ranks in the "

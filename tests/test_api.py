@@ -19,6 +19,7 @@ from data_pipeline.encode.like import FITTED_KEY, origin_header
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.schema import Batch
 from sharpmoe import draws
+from sharpmoe.checkpoint.manifest import Cutoffs
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig, SampleConfig
 from sharpmoe.errors import CheckpointError, ConfigError, DataError, SharpMoEError
 from sharpmoe.model.backbone import Backbone, ClassCondition
@@ -81,12 +82,16 @@ def test_the_version_has_one_home() -> None:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
+_OTHERS = [("ec", "trajectory"), ("dsmoe", "step")]
+
+
 class Taken(NamedTuple):
     """What one step of the trainer gave: loss parts, gradients before clipping, and the moved buffers."""
 
     losses: dict[str, float]
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    cutoffs: Cutoffs
 
 
 def one_trained_step(world: World, run: RunConfig) -> Taken:
@@ -96,14 +101,15 @@ def one_trained_step(world: World, run: RunConfig) -> Taken:
     (items,) = items_of(plan, world, 1)
     watching = watched(engine, objective, gradients)
     result = train_step(watching, objective, ShardEma(engine, 0.9), items, 0, with_routing=False)
-    return Taken(result.losses, gradients, {name: value.clone() for name, value in objective.model.named_buffers()})
+    buffers = {name: value.clone() for name, value in objective.model.named_buffers()}
+    return Taken(result.losses, gradients, buffers, result.cutoffs)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("router", ["diffmoe", "ec", "dsmoe"])
-def test_the_loss_of_a_step_is_that_of_the_trainer(router: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("router", "pool"), [("diffmoe", "step"), ("diffmoe", "trajectory"), *_OTHERS])
+def test_the_loss_of_a_step_is_that_of_the_trainer(router: str, pool: str, shards: Path, tmp_path: Path) -> None:
     model_section = {"bias_balancing": True} if router == "dsmoe" else {}
-    run = make_run(shards, tmp_path, router, model=model_section, rollout={"caption_dropout": 0.5})
+    run = make_run(shards, tmp_path, router, model=model_section, rollout={"caption_dropout": 0.5, "pool": pool})
     (trained,) = run_ranks(one_trained_step, 1, run)
     model, data = stirred_model(run).train(), sharpmoe.open_shards(shards)
     found = []
@@ -117,7 +123,15 @@ def test_the_loss_of_a_step_is_that_of_the_trainer(router: str, shards: Path, tm
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, trained.gradients[name], rtol=1e-5, atol=1e-7)
-    sharpmoe.finish_step(model, *found, optim=run.optim)
+    cutoffs = sharpmoe.finish_step(model, *found, optim=run.optim)
+    assert (cutoffs is None) == (not trained.cutoffs) == (pool == "step" or router != "diffmoe")
+    if cutoffs is not None:
+        torch.testing.assert_close(cutoffs.double(), torch.tensor(trained.cutoffs, dtype=torch.float64))
+        later = sharpmoe.rollout_loss(model, batch, **settings, cutoffs=cutoffs)
+        again = sharpmoe.finish_step(model, later, optim=run.optim, cutoffs=cutoffs)
+        decay = run.optim.threshold_decay
+        torch.testing.assert_close(again, decay * cutoffs + (1 - decay) * later.cutoffs)
+        return
     moved = dict(model.named_buffers())
     assert [name for name, value in trained.buffers.items() if not torch.equal(value, moved[name])] == []
 

@@ -11,8 +11,10 @@ from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
 from sharpmoe.flow import descending_times
 from sharpmoe.model.backbone import TextCondition
 from sharpmoe.model.build import build_model
-from sharpmoe.moe.routing import Routing
-from sharpmoe.rollout import TrajectoryBatch, rollout
+from sharpmoe.moe.routing import CallMode, Routing
+from sharpmoe.moe.selection import RULES, RuleInput
+from sharpmoe.moe.thresholds import TrajectoryPool
+from sharpmoe.rollout import TrajectoryBatch, rollout, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.tally import StepRecord
 
@@ -57,10 +59,13 @@ def make_item(seed: int = 3, fresh: bool = False) -> TrajectoryBatch:
     return TrajectoryBatch(x0, x1, times, condition, torch.rand(BATCH, 16, generator=g))
 
 
-def gradients(run: RunConfig, block: int = 0, items: int = 1, fresh: bool = False) -> tuple[Tensor, StepRecord]:
+def gradients(
+    run: RunConfig, block: int = 0, items: int = 1, fresh: bool = False, cutoffs: Tensor | None = None
+) -> tuple[Tensor, StepRecord]:
     """Gradient of the mean over `items` micro-batches, and the record of the first."""
     objective = make_objective(run)
-    answer = objective(StepRequest(tuple(make_item(3 + i, fresh) for i in range(items)), block))
+    given = tuple(make_item(3 + i, fresh) for i in range(items))
+    answer = objective(StepRequest(given, block, cutoffs=cutoffs))
     assert all(p.grad is None for p in objective.parameters())
     answer.loss.backward()
     flat = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in objective.parameters()]
@@ -92,6 +97,47 @@ def test_every_schedule_has_the_gradient_of_plain(router: str, mass: str) -> Non
         told, expected = ((*each.terms, each.thresholds) for each in (other_record, record))
         for ours, theirs in zip(told, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", ["diffmoe", "race"])
+def test_steps_that_are_one_pool_have_the_gradient_of_plain_in_every_schedule(router: str) -> None:
+    run = make_run(router, "counts", pool="trajectory")
+    first = gradients(run)[1]
+    assert first.cutoffs is not None
+    plain, record = gradients(run, cutoffs=first.cutoffs)
+    assert distance(plain, gradients(make_run(router, "counts"))[0]) > 1e-2, "other tokens are served"
+    for name, fields in SCHEDULES.items():
+        other, told = gradients(make_run(router, "counts", pool="trajectory", **fields), cutoffs=first.cutoffs)
+        assert distance(other, plain) < 1e-10, name
+        for ours, theirs in ((told.cutoffs, record.cutoffs), (told.thresholds, record.thresholds)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(torch.stack(told.terms), torch.stack(record.terms), rtol=1e-10, atol=1e-12)
+    for block in range(STEPS // 2):  # a segment sees the scores of all steps, so its cutoffs are those of all
+        segments = make_run(router, "counts", pool="trajectory", schedule="segments", segment_steps=2)
+        part = gradients(segments, block, cutoffs=first.cutoffs)[1]
+        torch.testing.assert_close(part.cutoffs, record.cutoffs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", ["diffmoe", "race"])
+def test_cutoffs_of_the_same_trajectory_choose_as_one_pool(router: str) -> None:
+    """With the very cutoffs of its tokens a rollout serves, over all its steps, what one pool of them would."""
+    run = make_run(router, "counts", pool="trajectory")
+    model, item = make_objective(run).model, make_item()
+    pool = TrajectoryPool(run.model)
+    with torch.no_grad():
+        steps = rollout(model, item, uses_x0_prev=True)
+        for step in steps:
+            pool.add_scores(step.routing)
+        cutoffs = pool.cutoffs()
+        again = rollout_step(model, item, 0, item.x_t(0), CallMode(cutoffs=tuple(cutoffs))).routing
+    for record, cutoff in zip(again, cutoffs, strict=True):
+        assert torch.equal(record.routing_map, record.scores >= cutoff)
+        assert torch.equal(record.cutoff.flatten(), cutoff)
+    whole = torch.cat([step.routing[0].scores for step in steps])
+    expected = RULES[router].train(RuleInput(whole), run.model.moe_blocks[0])
+    assert torch.equal(whole >= cutoffs[0], expected)
+    loads = [(step.routing[0].scores >= cutoffs[0]).sum() for step in steps]
+    assert len(set(map(int, loads))) > 1, "steps get unequal shares"
 
 
 @pytest.mark.parametrize("router", ["ec", "diffmoe", "race"])

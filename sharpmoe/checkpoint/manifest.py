@@ -31,6 +31,10 @@ class Watch(NamedTuple):
     skipped: int = 0  # consecutive steps skipped
 
 
+# (MoE layers, E) scores that experts accept in the next step; () where the steps of a trajectory are no pool.
+Cutoffs = tuple[tuple[float, ...], ...]
+
+
 class Progress(NamedTuple):
     """How far a run has come."""
 
@@ -38,6 +42,7 @@ class Progress(NamedTuple):
     samples: int  # samples consumed, over all ranks: the position in the data order
     streams: tuple[int, ...] = ()  # of every bucket of every source, where there are several
     watch: Watch = Watch()
+    cutoffs: Cutoffs = ()
 
 
 class RunIdentity(NamedTuple):
@@ -134,9 +139,14 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
             f"{folder / MANIFEST}: schema {found!r}, expected {_SCHEMA}: another version wrote it; use that, {_OTHER}"
         )
     progress = content["progress"]
+    tuples = {
+        "streams": tuple(progress["streams"]),
+        "watch": Watch(**progress["watch"]),
+        "cutoffs": tuple(tuple(layer) for layer in progress.get("cutoffs", ())),
+    }
     return Manifest(
         folder=folder,
-        progress=Progress(**progress | {"streams": tuple(progress["streams"]), "watch": Watch(**progress["watch"])}),
+        progress=Progress(**progress | tuples),
         identity=RunIdentity(**content["layout"]),
         model=ModelConfig(**content["model"]),
         settings=content["settings"],

@@ -20,13 +20,23 @@ _INERT, _TAKES_OVER = 0.1, 3.0
 INFLUENCE_COLUMNS = 6  # of `influence`
 
 
-def choice_of_gate(record: Routing, config: ModelConfig, thresholds: Tensor | None = None, *, training: bool) -> Tensor:
+def choice_of_gate(
+    record: Routing,
+    config: ModelConfig,
+    thresholds: Tensor | None = None,
+    *,
+    training: bool,
+    by_cutoff: bool = False,
+) -> Tensor:
     """Return what the family's rule chooses in the same call by the gate's logits alone, (B, N, E) bool.
 
-    thresholds (E,): of the layer, for inference. Without the unconditional expert; no communication.
+    thresholds (E,): of the layer, for inference. by_cutoff: in training, experts took what reached `record.cutoff`.
+    Without the unconditional expert; no communication.
     """
     scores = score_logits(record.gate_logits, config.score)
     scores = scores if record.bias is None else scores + record.bias
+    if training and by_cutoff:
+        return scores >= record.cutoff
     if training:
         return RULES[config.router].train(RuleInput(scores), config)
     return RULES[config.router].infer(RuleInput(scores, record.capacity_logits, thresholds), config)

@@ -62,7 +62,9 @@ class MoELayer(Router):
             assert state is not None
             features = state.features()
         routing = self.route(features, x0_prev_tokens, unconditional, mode)
-        counts = self._fixed_counts(h, is_replay=mode.replayed is not None)
+        # With cutoffs every expert takes what reaches its own: nothing is known before.
+        by_cutoff = self.training and mode.cutoff is not None
+        counts = RowCounts() if by_cutoff else self._fixed_counts(h, is_replay=mode.replayed is not None)
         assignment = Assignment(routing.routing_map.flatten(0, 1), routing.gates.flatten(0, 1), counts)
         serve = self.serve if self._is_traceable(h, counts) else self.serve_untraced
         y = serve(h.flatten(0, 1), assignment).view_as(h)

@@ -48,8 +48,9 @@ class Router(nn.Module):
         a gate may read the state before modulation beside the time. x0_prev_tokens (B, N, D): the embedded clean
         latent of the step before, which the saliency router reads; None leaves the base routing. unconditional (B,)
         bool: images without class, where the layer has an expert of their own. mode: with this layer's own routing map
-        where a choice is replayed; without for_losses the capacity logits, the similarity of prototypes and the
-        layer's own prediction stay None in training.
+        where a choice is replayed, and its own cutoffs where tokens compete with those of other calls; without
+        for_losses the capacity logits, the similarity of prototypes and the layer's own prediction stay None in
+        training.
         """
         config = self.config
         # One copy in float32, where any is made: each reader would keep its own for backward.
@@ -64,7 +65,10 @@ class Router(nn.Module):
         if self.capacity_predictor is not None and (has_losses or not self.training):
             capacity_logits = self.capacity_predictor(read)
         chosen = mode.replayed
-        if chosen is None:
+        cutoff = mode.cutoff if self.training else None
+        if chosen is None and cutoff is not None:
+            chosen = scores.detach() >= cutoff
+        elif chosen is None:
             chosen = self._choose(scores.detach(), capacity_logits, mode.pools)
         steering = self._steering(gate_logits, x0_prev_tokens) if has_losses and mode.steering else None
         if unconditional is not None:
@@ -76,7 +80,7 @@ class Router(nn.Module):
             scores=scores,
             gates=self._gates(scores, chosen),
             routing_map=chosen,
-            cutoff=self._cutoff(scores, chosen),
+            cutoff=self._cutoff(scores, chosen) if cutoff is None else cutoff.view(1, 1, -1),
             capacity_logits=capacity_logits,
             similarity=self._similarity(read, chosen, gate_logits) if has_losses else None,
             prediction=self.gate.predict(read) if isinstance(self.gate, _MlpGate) and has_losses else None,

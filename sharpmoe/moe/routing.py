@@ -13,15 +13,25 @@ class CallMode(NamedTuple):
     for_losses: bool = True  # in training, compute what only losses and thresholds read; else those fields stay None
     steering: bool = False  # with for_losses: also the scores by which a loss trains the saliency routers alone
     routing_maps: tuple[Tensor, ...] | None = None  # per MoE layer (B, N, E) bool: choices to replay, none are made
+    # Per MoE layer (E,): in training, experts take the tokens whose score reaches it, instead of competing for a quota.
+    cutoffs: tuple[Tensor, ...] | None = None
 
     def for_layer(self, index: int) -> "CallMode":
-        """The mode as MoE layer `index` (in depth order) gets it: with its own routing map alone."""
-        return self if self.routing_maps is None else self._replace(routing_maps=(self.routing_maps[index],))
+        """The mode as MoE layer `index` (in depth order) gets it: with its own routing map and cutoffs alone."""
+        if self.routing_maps is None and self.cutoffs is None:
+            return self
+        maps, cutoffs = (None if each is None else (each[index],) for each in (self.routing_maps, self.cutoffs))
+        return self._replace(routing_maps=maps, cutoffs=cutoffs)
 
     @property
     def replayed(self) -> Tensor | None:
         """The choice (B, N, E) that a layer replays: in half precision a near-tie can flip between two passes."""
         return None if self.routing_maps is None else self.routing_maps[0]
+
+    @property
+    def cutoff(self) -> Tensor | None:
+        """The scores (E,) from which on a layer's experts take tokens in training; None: its rule chooses."""
+        return None if self.cutoffs is None else self.cutoffs[0]
 
 
 class Routing(NamedTuple):

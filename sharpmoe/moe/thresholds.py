@@ -1,4 +1,4 @@
-"""What moves once per optimizer step: thresholds for inference, and biases that balance loads."""
+"""What moves once per optimizer step: thresholds for inference, cutoffs of trajectories, biases that balance loads."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import ModelConfig, OptimConfig
-from sharpmoe.families import tokens_per_expert
+from sharpmoe.families import pairs_of_pool, tokens_per_expert
 from sharpmoe.moe.router import Router
 from sharpmoe.moe.routing import Routing
 
@@ -18,21 +18,72 @@ def threshold_candidates(records: Sequence[Routing], config: ModelConfig) -> Ten
     over the call, k being what an expert takes; "accepted": the lowest score that was accepted.
     """
     if config.family.thresholds == "predicted":
-        return _kth_probabilities(
-            [record.capacity_logits for record in records if record.capacity_logits is not None], config.moe_blocks
-        )
+        logits = [record.capacity_logits for record in records if record.capacity_logits is not None]
+        return _kth_largest(_tokens_last(logits), config.moe_blocks).sigmoid()
     return torch.stack([record.cutoff.flatten() for record in records])
 
 
-def _kth_probabilities(capacity_logits: Sequence[Tensor], layers: Sequence[ModelConfig]) -> Tensor:
-    """Return k-th largest probabilities (layers, E) of layers x (B, N, E), for all layers in one selection."""
-    stacked = torch.stack([logits.detach().flatten(0, 1).t() for logits in capacity_logits])  # (layers, E, B N)
+class TrajectoryPool:
+    """The tokens of all steps of a trajectory as one pool, as in the base's training, where a call has all times in it.
+
+    In a rollout the tokens of a call are about equally noisy. An expert that must take as many of them as in any other
+    call takes tokens that the base and the sampler would not send there (docs/design/0013).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._scores: list[Tensor] = []  # of every step (layers, E, B N)
+        self._capacity: list[Tensor] = []  # logits, the same of the trained steps
+
+    def add_scores(self, records: Sequence[Routing]) -> None:
+        """Add the scores of a step: one record per MoE layer. Once for every step."""
+        self._scores.append(_tokens_last([record.scores for record in records]))
+
+    def add_capacity(self, records: Sequence[Routing]) -> None:
+        """Add the predictions of a trained step, where the family has a predictor."""
+        if self._config.family.thresholds == "predicted":
+            self._capacity.append(_tokens_last([r.capacity_logits for r in records if r.capacity_logits is not None]))
+
+    def cutoffs(self) -> Tensor:
+        """Return the lowest scores (layers, E) that experts would accept if all tokens competed at once."""
+        scores, layers = torch.cat(self._scores, -1), self._config.moe_blocks
+        if self._config.family.competition == "call":
+            return _kth_largest(scores, layers)
+        pairs = scores.flatten(1)
+        counts = [pairs_of_pool(scores.shape[-1], each.num_experts, each.capacity) for each in layers]
+        lowest = [layer.kthvalue(len(layer) - count + 1).values for layer, count in zip(pairs, counts, strict=True)]
+        return torch.stack(lowest)[:, None].expand(scores.shape[:2]).contiguous()
+
+    def thresholds(self) -> Tensor:
+        """Return what the thresholds of inference are moved towards, (layers, E): see `threshold_candidates`."""
+        if self._config.family.thresholds == "predicted":
+            return _kth_largest(torch.cat(self._capacity, -1), self._config.moe_blocks).sigmoid()
+        return self.cutoffs()
+
+
+def move_cutoffs(cutoffs: Tensor | None, candidates: Tensor, decay: float) -> Tensor:
+    """Return the cutoffs (layers, E) of the next optimizer step; None: there were none, the candidates are the first.
+
+    Else decay * old + (1 - decay) * candidates, the mean over micro-batches and ranks, as thresholds are moved.
+    """
+    return candidates if cutoffs is None else decay * cutoffs + (1 - decay) * candidates
+
+
+def _tokens_last(fields: Sequence[Tensor]) -> Tensor:
+    """Stack layers x (B, N, E) as (layers, E, B N), detached."""
+    return torch.stack([field.detach().flatten(0, 1).t() for field in fields])
+
+
+def _kth_largest(stacked: Tensor, layers: Sequence[ModelConfig]) -> Tensor:
+    """Return the k-th largest values (layers, E) of (layers, E, pool), k being what an expert takes of such a pool.
+
+    In one selection where it is the same in all layers.
+    """
     pool = stacked.shape[-1]
     counts = [tokens_per_expert(pool, each.num_experts, each.capacity, each.family.rounding) for each in layers]
     if len(set(counts)) == 1:
-        return stacked.kthvalue(pool - counts[0] + 1).values.sigmoid()
-    found = [layer.kthvalue(pool - count + 1).values for layer, count in zip(stacked, counts, strict=True)]
-    return torch.stack(found).sigmoid()
+        return stacked.kthvalue(pool - counts[0] + 1).values
+    return torch.stack([layer.kthvalue(pool - k + 1).values for layer, k in zip(stacked, counts, strict=True)])
 
 
 def update_routers(

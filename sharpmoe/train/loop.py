@@ -148,13 +148,14 @@ def _steps(session: Session) -> Generator[Progress, None, None]:
                 items = draw_trajectories(loaded.batches, plan.data.empty_text, run, world.device, ahead)
             damaged.agree(loaded.damage, done)
             watch = Watch(*progress.watch)
-            result = train_step(session.engine, session.objective, session.ema, items, step, logged, watch)
+            cutoffs = progress.cutoffs
+            result = train_step(session.engine, session.objective, session.ema, items, step, logged, watch, cutoffs)
             tokens = items[0].saliency.shape[1]  # of an image: a step is of one resolution
             if logged:  # the update is part of this step
                 wait_for(world.device)
             _log_step(session, done, result, tokens, time.monotonic() - began, data_wait.seconds)
             _check(session, done, result, faults.Suspects(loaded.batches, items))
-            progress = Progress(done, *loaded.consumed, result.watch)
+            progress = Progress(done, *loaded.consumed, result.watch, result.cutoffs)
             yield progress
 
 

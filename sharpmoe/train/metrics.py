@@ -104,25 +104,35 @@ def due(step: int, every: int) -> bool:
     return every > 0 and (step == 1 or step % every == 0)
 
 
-def routing_sums(routing: Sequence[Sequence[Routing]], config: ModelConfig, times: Tensor, saliency: Tensor) -> Tensor:
+def routing_sums(
+    routing: Sequence[Sequence[Routing]],
+    config: ModelConfig,
+    times: Tensor,
+    saliency: Tensor,
+    *,
+    by_cutoff: bool = False,
+) -> Tensor:
     """Return the sums of the routing of T training steps x MoE layers: (layers, columns) float64, to add over ranks.
 
     times (T, B) and saliency (B, N), the maps M, of the same images. Columns: tokens, entropy of the scores in nats,
     choices, choices that the saliency router flipped (the same rule, applied to the call by the gate's logits alone,
-    would not make them); `influence` of each range of t; then tokens of each expert. Without gradient.
+    would not make them); `influence` of each range of t; then tokens of each expert. Without gradient. by_cutoff:
+    experts took what reached the cutoffs of the records.
     """
     with torch.no_grad():
         steps = [
-            torch.stack([_layer_sums(*layer, t, saliency) for layer in zip(step, config.moe_blocks, strict=True)])
+            torch.stack(
+                [_layer_sums(*layer, t, saliency, by_cutoff) for layer in zip(step, config.moe_blocks, strict=True)]
+            )
             for step, t in zip(routing, times, strict=True)
             if step
         ]
         return torch.stack(steps).sum(0) if steps else torch.zeros(0, _SUMS + config.total_experts, dtype=torch.float64)
 
 
-def _layer_sums(record: Routing, config: ModelConfig, t: Tensor, saliency: Tensor) -> Tensor:
+def _layer_sums(record: Routing, config: ModelConfig, t: Tensor, saliency: Tensor, by_cutoff: bool) -> Tensor:
     chosen = record.routing_map
-    by_gate = choice_of_gate(record, config, training=True)
+    by_gate = choice_of_gate(record, config, training=True, by_cutoff=by_cutoff)
     shares = record.logits.softmax(-1)
     entropy = -torch.special.xlogy(shares, shares).sum()
     flipped = (chosen[..., : config.num_experts] & ~by_gate).sum()

@@ -35,6 +35,9 @@ class StepRequest(NamedTuple):
     segment: int = 0  # which of the T / S segments is trained, the same on every rank; other schedules ignore it
     with_routing: bool = False  # the records hold sums of the routing
     routing_weight: float | None = None  # weight of L_routing in this step; None: loss.routing_weight
+    # (MoE layers, E) float32 scores that experts accept, where the steps of a trajectory are one pool. None, as in the
+    # first step of a run: the tokens of a call compete for the places of each expert.
+    cutoffs: Tensor | None = None
 
 
 class StepAnswer(NamedTuple):
@@ -96,11 +99,14 @@ class _Trajectory:
         """num_trained: rollout steps with a backward: T, or the S steps of a segment."""
         self._model, self._run, self._item = objective.model, objective.run, item
         self._uses_x0_prev = objective.uses_x0_prev
-        self._mode = CallMode(steering=steers_alone(objective.run))
+        cutoffs = None if request.cutoffs is None else tuple(request.cutoffs)
+        self._mode = CallMode(steering=steers_alone(objective.run), cutoffs=cutoffs)
         self._num_steps, self._num_trained = len(item.times), num_trained
         given = request.routing_weight
         self._routing_weight = self._run.loss.routing_weight if given is None else given
-        self._tally = Tally(objective.run, request.with_routing, item.saliency, self._routing_weight)
+        self._tally = Tally(
+            objective.run, request.with_routing, item.saliency, self._routing_weight, by_cutoff=cutoffs is not None
+        )
         self._x0_prev = first_x0_prev(item, self._uses_x0_prev)
         self._replays: dict[int, Replay] = {}  # by rollout step
         self._mass_weight: Tensor | None = None  # (B, N) w
@@ -133,12 +139,12 @@ class _Trajectory:
             mode = self._mode._replace(recompute=call.recompute, for_losses=not call.first_of_two)
             output = rollout_step(self._model, self._item, step, self._x0_prev, mode)
             if call.first_of_two:
-                self._tally.add_mass(step_mass(output.routing, self._run))
+                self._tally.add_choice(output.routing, step_mass(output.routing, self._run))
                 self._replays[step] = replay(output, self._x0_prev)
                 terms = []
             else:
                 terms = self._losses([output])
-                self._tally.add_mass(terms[0].mass)
+                self._tally.add_choice(output.routing, terms[0].mass)
         self._x0_prev = output.x0_hat if self._uses_x0_prev else None
         return terms if call.graph else []
 

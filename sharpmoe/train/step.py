@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sharpmoe import draws
+from sharpmoe.checkpoint.manifest import Cutoffs
 from sharpmoe.config import OptimConfig, RunConfig
-from sharpmoe.moe.thresholds import update_routers
+from sharpmoe.moe.thresholds import move_cutoffs, update_routers
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
@@ -21,7 +22,7 @@ from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.train.guard import Verdict, Watch, loss_fault, next_watch, norm_fault
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import num_segments
-from sharpmoe.train.tally import StepRecord
+from sharpmoe.train.tally import StepRecord, pools_trajectories
 from sharpmoe.train.terms import LossTerms, routing_weight
 
 
@@ -35,6 +36,7 @@ class StepResult(NamedTuple):
     verdict: Verdict
     watch: Watch  # for the next step
     terms: Tensor  # (micro-batches, 5) float64, the fields of `LossTerms` for this rank's own micro-batches
+    cutoffs: Cutoffs  # for the next step
 
 
 class _Exchange(NamedTuple):
@@ -44,6 +46,7 @@ class _Exchange(NamedTuple):
     thresholds: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
     loads: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
     routing: Tensor | None  # (MoE layers, columns) float64, `routing_sums` over micro-batches and ranks
+    cutoffs: Tensor | None  # (MoE layers, E) float64, mean over micro-batches and ranks
 
 
 def train_step(
@@ -54,16 +57,27 @@ def train_step(
     step: int,
     with_routing: bool,
     watch: Watch = Watch(),  # noqa: B008 (immutable)
+    cutoffs: Cutoffs = (),
 ) -> StepResult:
     """Train on the micro-batches `items` as optimizer step `step` (from 0); update weights, EMA, thresholds and biases.
 
+    watch, cutoffs: of the result of the step before, to begin with none. cutoffs (MoE layers, E): scores that experts
+    accept, where the steps of a trajectory are one pool (rollout.pool).
+
     A step whose losses, thresholds or gradient are not finite on any rank, or whose gradient norm is a spike that
-    guard.skip_spikes excludes, is skipped on all ranks: parameters, optimizer, EMA, thresholds and biases keep their
-    values, bit for bit. Communicates: the engine's collectives and one all-reduce of figures.
+    guard.skip_spikes excludes, is skipped on all ranks: parameters, optimizer, EMA, thresholds, cutoffs and biases keep
+    their values, bit for bit. Communicates: the engine's collectives and one all-reduce of figures.
     """
     run = objective.run
     engine.train()
-    answer = engine(StepRequest(tuple(items), _trained_segment(run, step), with_routing, routing_weight(run, step)))
+    request = StepRequest(
+        tuple(items),
+        _trained_segment(run, step),
+        with_routing,
+        routing_weight(run, step),
+        _on_device(cutoffs, items[0].x0.device) if pools_trajectories(run) else None,
+    )
+    answer = engine(request)
     engine.backward(answer.loss)
     terms = torch.stack([torch.stack(list(record.terms)).double() for record in answer.records])
     exchange = _exchange(answer.records, terms.mean(0), engine)
@@ -87,7 +101,21 @@ def train_step(
         verdict=Verdict(fault or norm_fault(norm, watch, run.guard), applied),
         watch=next_watch(watch, counted, applied, run.guard),
         terms=terms,
+        cutoffs=_moved(cutoffs, exchange, run.optim) if applied else cutoffs,
     )
+
+
+def _on_device(cutoffs: Cutoffs, device: torch.device) -> Tensor | None:
+    return torch.tensor(cutoffs, dtype=torch.float32).to(device, non_blocking=True) if cutoffs else None
+
+
+def _moved(cutoffs: Cutoffs, exchange: _Exchange, optim: OptimConfig) -> Cutoffs:
+    """Return the cutoffs of the next step; none where tokens of one call compete."""
+    if exchange.cutoffs is None:
+        return ()
+    before = torch.tensor(cutoffs, dtype=torch.float64) if cutoffs else None
+    moved = move_cutoffs(before, exchange.cutoffs.cpu(), optim.threshold_decay)
+    return tuple(tuple(layer) for layer in moved.tolist())
 
 
 def _learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -111,7 +139,7 @@ def _trained_segment(run: RunConfig, step: int) -> int:
 
 
 def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _Exchange:
-    """Average loss terms, threshold candidates and loads, and add up routing sums, over micro-batches and ranks.
+    """Average loss terms, candidates of thresholds and cutoffs, and loads, and add up routing sums, over all ranks.
 
     Communicates: one all-reduce of one float64 vector.
     """
@@ -119,8 +147,9 @@ def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _
     loads = _mean([record.loads for record in records], terms)
     sums = [record.routing for record in records if record.routing is not None]
     routing = torch.stack(sums).sum(0) if sums else terms.new_zeros(0)
+    cutoffs = _mean([record.cutoffs for record in records], terms)
     size = engine.world.size
-    parts = [terms / size, thresholds / size, loads / size, routing]
+    parts = [terms / size, thresholds / size, loads / size, routing, cutoffs / size]
     total = sum_over_ranks(torch.cat([part.flatten() for part in parts]), engine.world)
     pieces = total.split([part.numel() for part in parts])
     return _Exchange(
@@ -128,6 +157,7 @@ def _exchange(records: Sequence[StepRecord], terms: Tensor, engine: Engine) -> _
         pieces[1].view_as(thresholds) if thresholds.numel() else None,
         pieces[2].view_as(loads) if loads.numel() else None,
         pieces[3].view_as(routing) if routing.numel() else None,
+        pieces[4].view_as(cutoffs) if cutoffs.numel() else None,
     )
 
 
@@ -138,8 +168,9 @@ def _mean(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
 
 
 def _threshold_fault(exchange: _Exchange) -> str:
-    """Return what is wrong with the threshold candidates; an empty string if they are finite."""
-    is_finite = exchange.thresholds is None or bool(exchange.thresholds.isfinite().all())
+    """Return what is wrong with the candidates of thresholds and cutoffs; an empty string if they are finite."""
+    given = [each for each in (exchange.thresholds, exchange.cutoffs) if each is not None]
+    is_finite = not given or bool(torch.stack(given).isfinite().all())
     return "" if is_finite else "an expert's threshold is not finite"
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import RunConfig
-from sharpmoe.moe.thresholds import threshold_candidates
+from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.thresholds import TrajectoryPool, threshold_candidates
 from sharpmoe.rollout import StepOutput
 from sharpmoe.train.metrics import routing_sums
 from sharpmoe.train.terms import LossTerms, StepTerms, routing_loss
@@ -20,16 +21,23 @@ class StepRecord(NamedTuple):
     thresholds: Tensor | None  # (MoE layers, E) threshold candidates of families with thresholds, mean over T
     loads: Tensor | None  # (MoE layers, E) share of tokens that each expert took, if a bias balances the loads
     routing: Tensor | None  # (MoE layers, columns) `metrics.routing_sums` over T, if requested
+    cutoffs: Tensor | None  # (MoE layers, E) candidates for the next step, where the steps of a trajectory are a pool
 
 
 class Tally:
-    """Sums over the steps of one rollout. Each step calls `add_mass` once and `add` once.
+    """Sums over the steps of one rollout. Each step calls `add_choice` once, and `add` once if it is trained.
 
-    A step that is run twice calls `add_mass` in the first run and `add` in the second.
+    A step that is run twice calls `add_choice` in the first run and `add` in the second.
     """
 
-    def __init__(self, run: RunConfig, with_routing: bool, saliency: Tensor, routing_weight: float) -> None:
-        """Start with nothing. saliency (B, N): the maps M of the trajectories; routing_weight: of L_routing."""
+    def __init__(
+        self, run: RunConfig, with_routing: bool, saliency: Tensor, routing_weight: float, by_cutoff: bool
+    ) -> None:
+        """Start with nothing. saliency (B, N): the maps M of the trajectories; routing_weight: of L_routing.
+
+        by_cutoff: experts take what reaches their cutoffs, not a quota.
+        """
+        self._by_cutoff = by_cutoff
         self.run, self.with_routing, self._saliency, self._weight = run, with_routing, saliency, routing_weight
         self.mass: Tensor | None = None  # (B, N) A so far, detached
         self._steps: list[Tensor] = []  # (3,) flow, router, heads
@@ -37,9 +45,13 @@ class Tally:
         self._thresholds: list[Tensor] = []
         self._loads: list[Tensor] = []
         self._routing: Tensor | None = None
+        self._pool = TrajectoryPool(run.model) if pools_trajectories(run) else None
 
-    def add_mass(self, mass: Tensor | None) -> None:
-        """Add a step's summand (B, N) of A; None if L_routing does not apply."""
+    @torch.no_grad()
+    def add_choice(self, records: Sequence[Routing], mass: Tensor | None) -> None:
+        """Add what a step chose: a record per MoE layer, and its summand (B, N) of A; None: no L_routing applies."""
+        if self._pool is not None:
+            self._pool.add_scores(records)
         if mass is not None:
             self.mass = mass.detach() if self.mass is None else self.mass + mass.detach()
 
@@ -51,12 +63,15 @@ class Tally:
         self._steps.append(torch.stack([terms.flow, terms.router, terms.heads]))
         if not output.routing:
             return
-        if model.family.thresholds is not None:
+        if self._pool is not None:
+            self._pool.add_capacity(output.routing)
+        elif model.family.thresholds is not None:
             self._thresholds.append(threshold_candidates(output.routing, model))
         if model.bias_balancing:
             self._loads.append(torch.stack([r.routing_map.float().mean((0, 1)) for r in output.routing]))
         if self.with_routing:
-            sums = routing_sums([output.routing], model, output.t[None], self._saliency)
+            by_cutoff = self._by_cutoff
+            sums = routing_sums([output.routing], model, output.t[None], self._saliency, by_cutoff=by_cutoff)
             self._routing = sums if self._routing is None else self._routing + sums
 
     def record(self) -> StepRecord:
@@ -67,7 +82,15 @@ class Tally:
             routing = routing_loss(self.mass, self._saliency, self.run)
         total = torch.stack(self._totals).mean() + self._weight * routing
         terms = LossTerms(total=total, flow=flow, routing=routing, router=router, heads=heads)
-        return StepRecord(terms, _mean(self._thresholds), _mean(self._loads), self._routing)
+        thresholds, cutoffs = _mean(self._thresholds), None
+        if self._pool is not None:
+            thresholds, cutoffs = self._pool.thresholds(), self._pool.cutoffs()
+        return StepRecord(terms, thresholds, _mean(self._loads), self._routing, cutoffs)
+
+
+def pools_trajectories(run: RunConfig) -> bool:
+    """Whether the tokens of all steps of a trajectory compete, by cutoffs that are moved once per optimizer step."""
+    return run.stage == "posttrain" and run.rollout.pool == "trajectory" and run.model.family.pools_calls
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sharpmoe.evaluation.held_out import _held_out_batch
 from sharpmoe.moe.influence import choice_of_gate, influence, influence_figures
-from sharpmoe.moe.routing import Routing
+from sharpmoe.moe.routing import CallMode, Routing
 from sharpmoe.rollout import StepOutput, rollout
 from tests.toys import ToySamples, toy_config, toy_model
 
@@ -35,7 +35,10 @@ def test_what_is_not_defined_is_left_out() -> None:
     assert influence_figures(sums.sum(0).tolist()) == {"flipped": 0.0}
 
 
-def _last_step(router: str, training: bool, zero: bool) -> tuple[StepOutput, list[Tensor | None]]:
+def _last_step(
+    router: str, training: bool, zero: bool, cutoff: float | None = None
+) -> tuple[StepOutput, list[Tensor | None]]:
+    """cutoff: of every expert, of which experts take what reaches it."""
     model = toy_model(router).train(training)
     if zero:
         with torch.no_grad():
@@ -45,8 +48,23 @@ def _last_step(router: str, training: bool, zero: bool) -> tuple[StepOutput, lis
     batch = ToySamples().batch([0, 1, 2])
     item = _held_out_batch(batch, [0, 1, 2], (0.999, 0.4), model.config, 0, torch.device("cpu"))
     thresholds = [getattr(layer, "expert_threshold", None) for layer in model.moe_layers()]
+    layers = model.moe_layers()
+    cutoffs = None if cutoff is None else (torch.full((model.config.num_experts,), cutoff),) * len(layers)
     with torch.no_grad():
-        return rollout(model, item, uses_x0_prev=True)[-1], thresholds
+        return rollout(model, item, uses_x0_prev=True, mode=CallMode(cutoffs=cutoffs))[-1], thresholds
+
+
+@pytest.mark.parametrize("router", ["diffmoe", "race"])
+def test_a_router_that_adds_nothing_flips_nothing_where_experts_take_what_reaches_their_cutoff(router: str) -> None:
+    config = toy_config(router)
+    for zero in (True, False):
+        output, _ = _last_step(router, training=True, zero=zero, cutoff=0.26)
+        flips = 0.0
+        for record in output.routing:
+            assert torch.equal(record.routing_map, record.scores >= 0.26)
+            by_gate = choice_of_gate(record, config, training=True, by_cutoff=True)
+            flips += float(influence(record, by_gate, torch.rand(3, 16))[:, 2].sum())
+        assert (flips == 0) == zero
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -19,7 +19,7 @@ from sharpmoe.parallel.zero.patches import Admit, Update
 from sharpmoe.parallel.zero.placement import gather_experts, is_expert
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.setup import RunPlan
-from sharpmoe.train.step import _learning_rate, _trained_segment, train_step
+from sharpmoe.train.step import StepResult, _learning_rate, _trained_segment, train_step
 from sharpmoe.train.trajectories import draw_trajectories
 from tests.train.setting import ALONE, plan_for, stirred_model, worst
 
@@ -60,10 +60,10 @@ def one_case(world: World, case: Case) -> Trace:
     engine = Engine(objective, case.run, plan.ds_config, world)
     ema = ShardEma(engine, case.run.optim.ema_decay)
     taken: dict[str, Tensor] = {}
-    results = [
-        train_step(watched(engine, objective, taken), objective, ema, items, step, with_routing=False)
-        for step, items in enumerate(items_of(plan, world, case.steps))
-    ]
+    results: list[StepResult] = []
+    for step, items in enumerate(items_of(plan, world, case.steps)):
+        engine, cutoffs = watched(engine, objective, taken), results[-1].cutoffs if results else ()
+        results.append(train_step(engine, objective, ema, items, step, with_routing=False, cutoffs=cutoffs))
     weights, average = engine.full_weights(objective.model), ema.full_weights(objective.model)
     return Trace([r.losses["total"] for r in results], [r.grad_norm for r in results], weights, average, taken)
 
@@ -106,12 +106,13 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
     factors = [factor_of(name, run.optim.lr_scale) for name, _ in objective.named_parameters()]
     optimizer = torch.optim.SGD([{"params": [parameter]} for parameter in parameters], lr=run.optim.lr)
     average = {name: value.clone() for name, value in model.state_dict().items()}
-    losses, norms, taken = [], [], {}
+    losses, norms, taken, cutoffs = [], [], {}, None
     for step, items in enumerate(items_of(plan, ALONE, steps)):
         optimizer.zero_grad()
         warmup = run.loss.routing_warmup_steps
         weight = run.loss.routing_weight * (min(1.0, step / warmup) if warmup else 1.0)
-        answer = objective(StepRequest(tuple(items), _trained_segment(run, step), routing_weight=weight))
+        segment = _trained_segment(run, step)
+        answer = objective(StepRequest(tuple(items), segment, routing_weight=weight, cutoffs=cutoffs))
         answer.loss.backward()
         records = answer.records
         taken = taken or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -123,6 +124,9 @@ def with_plain_torch(run: RunConfig, steps: int = 10, prepare_model: Prepare = u
         if records[0].thresholds is not None:
             candidates = torch.stack([r.thresholds for r in records]).mean(0)
             update_thresholds([m.expert_threshold for m in model.moe_layers()], candidates, run.optim.threshold_decay)
+        if records[0].cutoffs is not None:
+            found, decay = torch.stack([r.cutoffs for r in records]).mean(0), run.optim.threshold_decay
+            cutoffs = found if cutoffs is None else decay * cutoffs + (1 - decay) * found
         for name, value in model.state_dict().items():
             average[name] = value.clone() if "threshold" in name else average[name].lerp(value, 1 - run.optim.ema_decay)
     return Trace(losses, norms, dict(model.state_dict()), average, taken)

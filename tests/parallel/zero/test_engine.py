@@ -21,6 +21,7 @@ from tests.train.setting import make_run, plan_for
 STEPS, FEW = 10, 3
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
 SCHEDULES_OF = dict.fromkeys(ROUTERS, ("plain", "two_pass")) | {"diffmoe": ("plain", "checkpoint", "two_pass")}
+POOLS = ("diffmoe", "race")  # families whose tokens compete with those of other images
 STEERING = {"routing_gradient": "saliency_routers"}
 SGD = {"name": "sgd", "lr": 0.05}
 
@@ -29,8 +30,8 @@ SGD = {"name": "sgd", "lr": 0.05}
 def make(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
     output = tmp_path_factory.mktemp("runs")
 
-    def make_case(router: str, schedule: str = "plain", **sections: dict[str, object]) -> RunConfig:
-        rollout = {"num_steps": 3, "schedule": schedule}
+    def make_case(router: str, schedule: str = "plain", pool: str = "step", **sections: dict[str, object]) -> RunConfig:
+        rollout = {"num_steps": 3, "schedule": schedule, "pool": pool}
         model = {} if router == "diffmoe" else {"depth": 2}
         return make_run(shards, output, router, optim=SGD, rollout=rollout, model=model, **sections)
 
@@ -45,6 +46,7 @@ def on_two_ranks(make: Callable[..., RunConfig]) -> dict[str, Trace]:
         for schedule in SCHEDULES_OF[router]
     }
     cases |= {f"zero2 {way}": Case(make("diffmoe", way), 2, FEW) for way in ("plain", "two_pass")}
+    cases |= {f"pool {router}": Case(make(router, "two_pass", "trajectory"), steps=FEW) for router in POOLS}
     return run_ranks(with_engine, 2, cases)[0]
 
 
@@ -57,6 +59,18 @@ def test_zero3_on_two_ranks_equals_plain_torch(
     few = with_plain_torch(make(router), FEW)
     for schedule in SCHEDULES_OF[router][1:]:  # they have equal gradients, see tests/test_rollout.py
         assert_same(on_two_ranks[f"{router} {schedule}"], few)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("router", POOLS)
+def test_steps_that_are_one_pool_equal_plain_torch(
+    router: str, on_two_ranks: dict[str, Trace], make: Callable[..., RunConfig]
+) -> None:
+    pooled = with_plain_torch(make(router, pool="trajectory"), FEW)
+    assert_same(on_two_ranks[f"pool {router}"], pooled)
+    by_step = with_plain_torch(make(router), FEW)
+    assert pooled.losses[0] == pytest.approx(by_step.losses[0]), "there are no cutoffs before the first step"
+    assert abs(pooled.losses[1] - by_step.losses[1]) > 1e-4
 
 
 @pytest.mark.dist
