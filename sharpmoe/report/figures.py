@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
@@ -28,6 +29,8 @@ GAP = 10  # pixels between pictures
 _FONT_SIZE = 13
 _INTERVAL = 1.96  # standard errors
 _LEGEND_COLUMNS = 4
+# Ten colours, which then come again with another kind of line.
+_LINES = cycler(linestyle=["-", "--", ":", "-."]) * matplotlib.rcParams["axes.prop_cycle"]
 _CAPTION_LINES = 3  # at most
 _MOST_FRAMES = 16  # of a clip in a grid
 
@@ -142,6 +145,8 @@ def allocation_curves(results: Mapping[str, Allocation]) -> Pixels:
     """
     figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
     by_time, by_fifth = figure.subplots(1, 2)
+    by_time.set_prop_cycle(_LINES)
+    by_fifth.set_prop_cycle(_LINES)
     for name, result in ((drawable(name).replace("$", r"\$"), result) for name, result in results.items()):
         _banded_line(by_time, list(result.times), list(result.saliency_by_time.values()), name)
         fifths = result.experts_by_saliency["all t"]
@@ -166,6 +171,7 @@ def step_curves(
     """Plot named curves {name: {step: value}} over the optimizer steps; the legend is below, where no curve is."""
     figure = Figure(figsize=(5.2, 3.2), dpi=110, layout="constrained")
     axis = figure.subplots()
+    axis.set_prop_cycle(_LINES)
     for name, points in lines.items():
         marker = "o" if len(points) == 1 else None
         axis.plot(list(points), list(points.values()), label=name, linewidth=1.2, marker=marker)

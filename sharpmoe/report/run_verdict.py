@@ -22,6 +22,7 @@ _ENOUGH_STEPS = 3  # logged steps after the first, for figures of speed
 _OVERLOAD = 4.0  # load of the most loaded expert over the mean, above which it is said
 _PAST_BEST = 0.02  # the last validation is worse than the best by more than this share of it
 _ALL = "all t"
+_CORRELATION = "rank correlation"  # of experts per token with saliency: the unit of how far compute moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +94,14 @@ def _change(change: Mapping[str, Any], reference: _Json, prefix: str) -> Iterato
         towards = "to" if moved["mean"] > 0 else "away from"
         level: _Level = "good" if moved["mean"] > 0 and judged != "bad" else "warning"
         joined = ", but" if judged == "bad" else " at" if price.startswith("equal") else ","
-        text = f"compute moved {towards} salient tokens: {interval_text(moved)}{joined} {price}"
+        text = f"compute moved {towards} salient tokens: {_CORRELATION} {interval_text(moved)}{joined} {price}"
         yield Finding(rule="allocation", level=level, text=prefix + text)
     elif moved is None or moved["low"] is None:
         text = "not enough measured to say whether compute moved: no two images with an allocation before and after"
         yield Finding(rule="allocation", level="unknown", text=prefix + text)
     else:
-        text = f"compute did not measurably move to salient tokens: {interval_text(moved)}{_by_time(change)}"
+        told = f"{_CORRELATION} {interval_text(moved)}{_by_time(change)}"
+        text = f"compute did not measurably move to salient tokens: {told}"
         yield Finding(rule="allocation", level="note", text=prefix + text)
         yield Finding(rule="flow", level=judged, text=prefix + price)
     spent = change.get("experts", {}).get(_ALL)

@@ -14,18 +14,20 @@ from sharpmoe.report.markup import element
 
 _WIDTH, _HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 34  # margins of the plane
-_NUM_COLOURS = 8  # classes c0 to c7 of `CHART_STYLE`; then dashed
+_NUM_COLOURS = 8  # classes c0 to c7 of `CHART_STYLE`
+_DASHES = ("", " dashed", " dotted")  # classes after which the colours come again
 _MARKED = 24  # points of a curve, up to which each has a mark with its value
 
 CHART_STYLE = """
 .chart svg { width: 100%; height: auto; display: block; font: 11px system-ui, sans-serif }
 .chart text { fill: var(--dim) } .chart .grid { stroke: var(--rule) } .chart polyline { fill: none; stroke-width: 1.6 }
 .chart .error { stroke-width: 1.2 } .chart .dashed { stroke-dasharray: 5 3 }
+.chart .dotted { stroke-dasharray: 1.5 3 } .chart.words p { margin: 4px 8px; font-size: 13px }
 .legend { display: flex; flex-wrap: wrap; gap: 0 12px; font-size: 12px; color: var(--dim); padding-left: 8px }
 .legend span { overflow-wrap: anywhere }
 .legend i { display: inline-block; width: 16px; border-width: 3px 0 0; border-style: solid; margin-right: 5px;
   vertical-align: middle }
-.legend i.dashed { border-style: dashed }
+.legend i.dashed { border-style: dashed } .legend i.dotted { border-style: dotted }
 """
 _LIGHT = ("#1f6fb4", "#d1630b", "#2a8a3a", "#b3262d", "#7a52a8", "#7b5040", "#c2478f", "#5f6770")
 _DARK = ("#6cb2ee", "#ff9d4d", "#6fce7c", "#ff7b7f", "#bda0ea", "#c9a08e", "#f08cc9", "#a9b2bd")
@@ -55,18 +57,28 @@ def line_chart(
 ) -> Markup:
     """Return a figure with a title, a chart and a legend below; nothing where no curve has a point.
 
+    Where none has two points there is nothing to draw: the figure says the values in words.
     descending: the axis runs from the largest x at the left to the smallest.
     """
     kept = [curve for curve in map(_finite, curves) if curve.x]
     if not kept:
         return Markup("")
+    caption = element("figcaption", title, element("small", f" {unit}") if unit else "")
+    if all(len(curve.x) == 1 for curve in kept):
+        return element("figure", caption, *_in_words(kept, x_title), class_="chart words")
     plane = _Plane.around(kept, descending)
     drawn = [part for number, curve in enumerate(kept) for part in _draw(plane, curve, number)]
     label = element("text", x_title, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 3, text_anchor="middle")
     box = f"0 0 {_WIDTH} {_HEIGHT}"
     svg = element("svg", *_axes(plane), *drawn, label, viewBox=box, role="img", aria_label=title)
-    caption = element("figcaption", title, element("small", f" {unit}") if unit else "")
     return element("figure", caption, svg, _legend(kept), class_="chart")
+
+
+def _in_words(curves: Sequence[Curve], x_title: str) -> Iterator[Markup]:
+    """Return a paragraph for each curve of one point."""
+    for curve in curves:
+        bar = f" ± {curve.errors[0]:.2g}" if curve.errors and curve.errors[0] else ""
+        yield element("p", f"{curve.name}: {curve.y[0]:.4g}{bar} ({x_title} {curve.x[0]:.6g})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +168,7 @@ def _draw(plane: _Plane, curve: Curve, number: int) -> Iterator[Markup]:
 
 
 def _colour(number: int) -> str:
-    return f"c{number % _NUM_COLOURS}" + (" dashed" if number // _NUM_COLOURS % 2 else "")
+    return f"c{number % _NUM_COLOURS}{_DASHES[number // _NUM_COLOURS % len(_DASHES)]}"
 
 
 def _legend(curves: Sequence[Curve]) -> Markup:

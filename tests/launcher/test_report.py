@@ -92,7 +92,7 @@ def test_several_runs_are_one_page_beside_the_first(tmp_path: Path, capsys: pyte
     runs = [str(write_run(tmp_path / name, shift=shift)) for name, shift in (("a", 0.1), ("b", 0.3))]
     assert main(runs) == 0
     shown = capsys.readouterr()
-    assert "b against a: compute moved to salient tokens: +0.2" in shown.out
+    assert "b against a: compute moved to salient tokens: rank correlation +0.2" in shown.out
     assert shown.err == f"written: {tmp_path / 'report.html'} and report.json\n"
     assert main([*runs, "--out", str(tmp_path / "elsewhere" / "x.html")]) == 0
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"x.html", "x.json"}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sharpmoe.evaluation.allocation import measure_allocation
 from sharpmoe.report import figures
-from sharpmoe.report.figures import CELL, GAP
+from sharpmoe.report.figures import _LINES, CELL, GAP
 from tests.toys import ToySamples, toy_model
 
 
@@ -96,3 +96,10 @@ def test_an_animation_comes_back_frame_by_frame(tmp_path: Path) -> None:
             image.seek(number)
             assert np.array_equal(np.asarray(image.convert("RGB")), frame)
             assert image.info["duration"] == 70
+
+
+def test_curves_after_the_last_colour_have_another_line() -> None:
+    looks = [(style["color"], style["linestyle"]) for style in _LINES]
+    assert len(set(looks)) == len(looks) == 40
+    assert {line for _, line in looks[:10]} == {"-"}  # as matplotlib draws a few
+    assert [colour for colour, _ in looks[:10]] == [colour for colour, _ in looks[10:20]]

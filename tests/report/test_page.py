@@ -97,7 +97,7 @@ def test_a_page_has_its_sections_and_pictures(runs: list[Path]) -> None:
         "What happened",
     ]
     assert page.index('class="verdict"') < page.index("<h2>")
-    assert "compute moved to salient tokens: +0.1" in page
+    assert "compute moved to salient tokens: rank correlation +0.1" in page
     maps = re.findall(r'class="map"', page)
     assert len(maps) == 2 * (1 + 2 * 4)  # of two images: M, then four ranges of t before and after
     for data in re.findall(r"data:image/png;base64,([^\"]+)", page):

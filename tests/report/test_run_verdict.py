@@ -24,7 +24,7 @@ def test_compute_that_moved_at_equal_loss_is_the_first_sentence(tmp_path: Path) 
     described = describe_run(write_run(tmp_path / "toy", shift=0.1))
     first = verdict_of_run(described)[0]
     assert (first["rule"], first["level"]) == ("allocation", "good")
-    assert first["text"].startswith("compute moved to salient tokens: +0.1")
+    assert first["text"].startswith("compute moved to salient tokens: rank correlation +0.1")
     assert "at equal flow loss to 2%" in first["text"]
     interval = described["allocation"]["change"]["saliency"]["all t"]
     assert interval["low"] < 0.1 < interval["high"] or interval["mean"] == pytest.approx(0.1, abs=0.01)
@@ -33,7 +33,7 @@ def test_compute_that_moved_at_equal_loss_is_the_first_sentence(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("after", "level", "words"),
     [
-        ({"shift": -0.1}, "warning", "compute moved away from salient tokens: -0.1"),
+        ({"shift": -0.1}, "warning", "compute moved away from salient tokens: rank correlation -0.1"),
         ({"shift": 0.1, "flow": 0.6}, "warning", ", but flow loss got worse: +0.1"),
         ({"shift": 0.1, "flow": 0.4}, "good", ", flow loss fell: -0.1"),
         ({"shift": 0.1, "flow": 0.505}, "good", "flow loss a little worse, within 2%"),
@@ -50,7 +50,10 @@ def test_the_price_of_moving_compute_is_in_its_sentence(
 def test_without_a_movement_the_loss_has_its_own_sentence(tmp_path: Path) -> None:
     run = describe_run(with_after(tmp_path, flow=0.6))
     run["allocation"]["change"]["saliency"]["all t"] |= {"mean": 0.01, "low": -0.02, "high": 0.04}
-    assert "did not measurably move to salient tokens: +0.01 [-0.02, 0.04]" in said(run, "allocation")[0][1]
+    assert (
+        "did not measurably move to salient tokens: rank correlation +0.01 [-0.02, 0.04]"
+        in said(run, "allocation")[0][1]
+    )
     ((level, text),) = said(run, "flow")
     assert level == "bad"
     assert text.startswith("flow loss got worse: +0.1")
@@ -118,7 +121,9 @@ def test_a_base_is_not_compared_with_its_random_start(tmp_path: Path) -> None:
 def test_runs_of_other_images_cannot_be_compared(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, shift=shift) for name, shift in (("a", 0.1), ("b", 0.3))]
     (comparison,) = describe_runs(runs)["comparisons"]
-    assert comparison["verdict"][0]["text"].startswith("b against a: compute moved to salient tokens: +0.2")
+    assert comparison["verdict"][0]["text"].startswith(
+        "b against a: compute moved to salient tokens: rank correlation +0.2"
+    )
     (told,) = verdict_of_change({}, None, ("b", "a"))
     assert told["level"] == "unknown"
     assert told["text"].startswith("b against a: not enough measured")

@@ -2,7 +2,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
-from sharpmoe.report.svg import Curve, line_chart
+from sharpmoe.report.svg import Curve, _colour, line_chart
 
 NASTY = '<script>"&'
 
@@ -28,8 +28,23 @@ def test_points_lie_where_their_values_are() -> None:
     assert float(first.split(",")[0]) > float(last.split(",")[0])
 
 
-def test_single_points_constant_and_undefined_values_are_drawn() -> None:
-    assert 'class="c0"' in line_chart([Curve(name="a", x=[3], y=[0.0])], "t")
+def test_a_chart_of_single_points_is_in_words() -> None:
+    curves = [Curve(name=NASTY, x=[100], y=[0.48175], errors=[0.0154]), Curve(name="b", x=[50], y=[2.0])]
+    tree = ET.fromstring(str(line_chart(curves, "validation_live", "flow loss")))
+    said = [NASTY + ": 0.4818 ± 0.015 (optimizer step 100)", "b: 2 (optimizer step 50)"]
+    assert [line.text for line in tree.iter("p")] == said
+    assert tree.find("svg") is None
+    both = [curves[0], Curve(name="b", x=[1, 2], y=[1, 2])]
+    assert ET.fromstring(str(line_chart(both, "t"))).find("svg") is not None
+
+
+def test_no_two_of_many_curves_look_alike() -> None:
+    looks = {_colour(number) for number in range(24)}
+    assert len(looks) == 24
+
+
+def test_constant_and_undefined_values_are_drawn() -> None:
+    assert 'class="c0"' in line_chart([Curve(name="a", x=[3, 4], y=[0.0, 0.0])], "t")
     assert "nan" not in line_chart([Curve(name="a", x=[1, 2, 3], y=[1.0, math.nan, 1.0], errors=[0, 0, math.nan])], "t")
     assert not line_chart([Curve(name="a", x=[1], y=[math.inf])], "t")
     assert not line_chart([], "t")
