@@ -169,8 +169,8 @@ def _act(arguments: argparse.Namespace) -> None:
     draw = _npz if arguments.npz else _prompt_folder if arguments.prompts else _files
     if arguments.film or arguments.counterfactual:
         draw = _look
-    if draw is not _files:
-        sampling.require_still(model.config, "--npz, --prompts, --film and --counterfactual")
+    if draw not in (_files, _npz):
+        sampling.require_still(model.config, "--prompts, --film and --counterfactual")
     drawn = draw(_Call(arguments=arguments, settings=settings, model=model, shards=shards, saved=saved, weak=weak))
     print_note(average_note(saved))
     print(drawn)
@@ -211,6 +211,7 @@ def _npz(call: _Call) -> Path:
         weights=call.saved.name,
         part=given.part or sampling.ImagePart(),
         weak_weights=weak and weak.name,
+        frames=call.model.config.latent_frames,
     )
     if given.join:
         return join_adm_batch(call.model.config, call.settings, batch, given.join)

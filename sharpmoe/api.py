@@ -10,10 +10,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,7 +27,7 @@ from sharpmoe.model.backbone import Backbone, map_condition
 from sharpmoe.model.weights import load_model, save_weights
 from sharpmoe.moe.thresholds import move_cutoffs, update_routers
 from sharpmoe.report.counterfactual import draw_counterfactual, write_counterfactual
-from sharpmoe.report.figures import to_pixels
+from sharpmoe.report.figures import to_pictures
 from sharpmoe.report.film import record_film, write_film
 from sharpmoe.report.runs import find_origin, find_saved_model
 from sharpmoe.report.samples import (
@@ -218,9 +217,10 @@ def sample(
     film: str | Path | None = None,
     film_frames: int = 8,
     counterfactual: str | Path | None = None,
-) -> list[Image.Image]:
+) -> list[Any]:
     """Draw one image per caption, or per label of a class-conditional model, on the model's device.
 
+    Returns PIL images; of a model with frames a list of the frames of each clip.
     `shards` decode the latents and encode the captions; by default the codec and the text encoder in `model.origin` do.
     `height` and `width` are pixels, by default those of the model's square. Settings that are not given have the
     defaults of the `sample` section (docs/configuration.md); `shift` is sample.shift.factor. `weak_model`: guidance
@@ -233,7 +233,8 @@ def sample(
     per token. `counterfactual`: a folder for counterfactual.png and .json, the same noise with the saliency routers on,
     off and guided by another image; the images are those with them on. One of `film`, `counterfactual`, `callback`.
     """
-    require_still(model.config, "sharpmoe.sample")
+    if film is not None or counterfactual is not None:
+        require_still(model.config, "sharpmoe.sample: film and counterfactual")
     given: dict[str, object] = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
     given |= {"guidance_source": guidance_source, "cfg_norm": cfg_norm, "cfg_interval": cfg_interval}
     settings = override_sampling(SampleConfig(), given | {"shift": None if shift is None else {"factor": shift}})
@@ -268,7 +269,7 @@ def sample(
         images = draw_images(
             model, request, settings, codec.decode, batch_size, size=latents, weak=weak, callback=callback
         )
-    return [Image.fromarray(pixels) for pixels in to_pixels(images)]
+    return to_pictures(images)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from PIL import Image
 from torch import Tensor
 
 from data_pipeline.encode.like import OriginCoders, origin_in
@@ -25,9 +24,8 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone, Condition, ModelOutput
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.own import CODE_FILES, json_file_text, own_index
-from sharpmoe.report.figures import to_pixels
+from sharpmoe.report.figures import to_pictures
 from sharpmoe.report.samples import Prompts, Size, draw_images, encode_prompts, override_sampling
-from sharpmoe.sampling import require_still
 
 Prompt = str | int | Sequence[str] | Sequence[int]
 
@@ -99,16 +97,16 @@ class SharpMoEPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images for captions, or for labels of a class-conditional model.
 
-        height, width: pixels, by default those of the model's square. The noise is `latents` (B, C, h, w) with unit
+        height, width: pixels, by default those of the model's square. Noise is `latents` (B, C, [T,] h, w) with unit
         variance, or drawn from `generator`, or that of `sharpmoe.sample` with `seed`. batch_size: images per model
-        call. output_type: pil, np (B, H, W, 3) in [0, 1], pt (B, 3, H, W) in [-1, 1], or latent. settings: further
-        fields of the section `sample`: method, cfg_interval, cfg_norm, guidance_source, shift.
+        call. output_type: pil, np (B, [T,] H, W, 3) in [0, 1], pt (B, 3, [T,] H, W) in [-1, 1], or latent; T frames of
+        a model that has them, whose pil clips are lists of frames. settings: further fields of the section `sample`:
+        method, cfg_interval, cfg_norm, guidance_source, shift.
         Raises ConfigError and DataError.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type is {output_type!r}, expected pil, np, pt or latent")
         model, coders = self.transformer.backbone, self._origin()
-        require_still(model.config, "the pipeline of diffusers")
         given = {"num_steps": num_inference_steps, "cfg_scale": guidance_scale, "seed": seed, **settings}
         sample = override_sampling(SampleConfig(**self.config.sample), given)
         many = [prompt] if isinstance(prompt, str | int) else [*prompt]
@@ -116,7 +114,7 @@ class SharpMoEPipeline(DiffusionPipeline):
         request = encode_prompts(model.config, coders, prompts, self.transformer.device)
         codec = coders.codec_object()
         size = Size(height, width).of_latents(model.config, codec)
-        shape = (len(request.indices), model.config.latent_channels, *size)
+        shape = (len(request.indices), *model.config.shape_of_latent(size))
         if generator is not None and latents is None:
             latents = torch.randn(shape, generator=generator, device=generator.device)
         if latents is not None and latents.shape != shape:
@@ -132,9 +130,9 @@ class SharpMoEPipeline(DiffusionPipeline):
         )
         images: Any = drawn
         if output_type == "np":
-            images = ((drawn + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+            images = ((drawn + 1) / 2).clamp(0, 1).movedim(1, -1).numpy()
         elif output_type == "pil":
-            images = [Image.fromarray(pixels) for pixels in to_pixels(drawn)]
+            images = to_pictures(drawn)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -272,3 +272,18 @@ def test_absolute_paths_in_a_folder_to_publish_are_told(
     else:
         assert told == ""
     assert f"`{name}`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_clips_are_lists_of_frames(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path, toy_model("diffmoe", text_width=32, pooled_width=32, latent_frames=2))
+    assert export([str(run), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    pipe, given = pipeline(tmp_path / "out"), {"num_inference_steps": 2, "seed": 1}
+    clips = pipe(WORDS, **given).images
+    expected = sharpmoe.sample(sharpmoe.load(run), WORDS, num_steps=2, seed=1)
+    assert [len(clip) for clip in clips] == [2, 2]
+    for clip, frames in zip(clips, expected, strict=True):
+        assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in zip(clip, frames, strict=True))
+    shapes = {kind: tuple(pipe(WORDS, **given, output_type=kind).images.shape) for kind in ("np", "pt", "latent")}
+    assert shapes == {"np": (2, 2, 32, 32, 3), "pt": (2, 3, 2, 32, 32), "latent": (2, 4, 2, 8, 8)}
+    with pytest.raises(ConfigError, match=r"latents: shape .*, expected \(2, 4, 2, 8, 8\)"):
+        pipe(WORDS, latents=torch.zeros(2, 4, 8, 8))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.encode.codecs import frame_by_frame
 from sharpmoe import flow, sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.console import print_note, progress_bar
@@ -43,6 +45,7 @@ class AdmBatch:
     weights: str  # description of the weights, for the protocol
     part: sampling.ImagePart = _WHOLE  # which of the images
     weak_weights: str | None = None  # description of the weak model's, where one guides
+    frames: int = 1  # of a clip; 1: still images
 
     @property
     def file(self) -> Path:
@@ -51,9 +54,14 @@ class AdmBatch:
         return self.path if of == 1 else self.path.with_name(f"{self.path.stem}.part{number}of{of}.npz")
 
     @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Return (H, W, 3) of an image, or (T, H, W, 3) of a clip."""
+        return (*([self.frames] if self.frames > 1 else []), self.image_size, self.image_size, 3)
+
+    @property
     def image_bytes(self) -> int:
-        """Bytes of one image."""
-        return 3 * self.image_size**2
+        """Bytes of one image or clip."""
+        return math.prod(self.image_shape)
 
     @property
     def rows(self) -> range:
@@ -70,13 +78,13 @@ def draw_adm_batch(
 ) -> Path:
     """Draw, decode and write a batch of a class-conditional model; return the .npz. A whole batch gets its protocol.
 
+    arr_0 is uint8 (N, H, W, 3); of a model with frames, whose clips no published evaluator takes, (N, T, H, W, 3).
     Image i is the same for every batch size (DiffMoE's pool is the exception): its noise is keyed by (seed, i). What is
     drawn stays in NAME.npz.drawing until the .npz is complete, so that the same call goes on where a killed one was; it
     takes as much of the disk again for a while. `weak`: a model to guide away from (`sampling.generate`).
     Raises ConfigError for a model with another conditioning, and where another process draws the same file.
     """
     config = model.config
-    sampling.require_still(config, "--npz")
     if config.conditioning != "class":
         raise ConfigError("--npz needs a class-conditional model; draw captions with --captions or --captions-file")
     drawing = batch.file.with_name(f"{batch.file.name}.drawing")
@@ -88,7 +96,7 @@ def draw_adm_batch(
         _lock(file, batch.file)
         begun = _images_begun(file, key, json.dumps(_draws_of(model, sample, batch, weak), sort_keys=True), batch)
         _draw_missing(file, _images(model, sample, decode, batch, begun, weak), batch, begun)
-        _write_images(batch.file, _pixels_drawn(file, batch), len(batch.rows), batch.image_size)
+        _write_images(batch.file, _pixels_drawn(file, batch), len(batch.rows), batch.image_shape)
         for done in (drawing, key):
             done.unlink()
     if batch.part.of == 1:
@@ -145,8 +153,8 @@ def _draw_missing(file: IO[bytes], missing: Iterator[Tensor], batch: AdmBatch, b
     with progress_bar("drawing", len(batch.rows) - begun) as advance:
         for images in missing:
             pixels = _to_bytes(images)
-            if pixels.shape[1:] != (batch.image_size, batch.image_size, 3):
-                raise ConfigError(f"{batch.file}: images of {pixels.shape[1:]} drawn, expected {batch.image_size}")
+            if pixels.shape[1:] != batch.image_shape:
+                raise ConfigError(f"{batch.file}: images of {pixels.shape[1:]} drawn, expected {batch.image_shape}")
             file.write(pixels.tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -156,7 +164,7 @@ def _draw_missing(file: IO[bytes], missing: Iterator[Tensor], batch: AdmBatch, b
 def _pixels_drawn(file: IO[bytes], batch: AdmBatch) -> Iterator[np.ndarray]:
     file.seek(0)
     while block := file.read(batch.image_bytes * batch.batch_size):
-        yield np.frombuffer(block, np.uint8).reshape(-1, batch.image_size, batch.image_size, 3)
+        yield np.frombuffer(block, np.uint8).reshape(-1, *batch.image_shape)
 
 
 def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, parts: int) -> Path:
@@ -165,7 +173,7 @@ def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, pa
     Raises ConfigError where a part is missing or has another size.
     """
     files = [replace(batch, part=sampling.ImagePart(number, parts)) for number in range(1, parts + 1)]
-    _write_images(batch.path, map(_pixels_of, files), batch.num_images, batch.image_size)
+    _write_images(batch.path, map(_pixels_of, files), batch.num_images, batch.image_shape)
     _write_protocol(model, sample, batch)
     return batch.path
 
@@ -188,7 +196,8 @@ def _images(
             cond = ClassCondition(labels[start:stop].to(device))
             empty = sampling.empty_condition(cond, model.config, None) if model.config.class_dropout else None
             request = sampling.Request(cond, empty, tuple(range(start, stop)))
-            yield decode(sampling.generate(model, model.config, sample, request, batch_size=size, weak=weak))
+            latents = sampling.generate(model, model.config, sample, request, batch_size=size, weak=weak)
+            yield frame_by_frame(decode, latents)
 
 
 def _balanced_labels(count: int, num_classes: int) -> tuple[int, ...]:
@@ -197,17 +206,17 @@ def _balanced_labels(count: int, num_classes: int) -> tuple[int, ...]:
 
 
 def _to_bytes(images: Tensor) -> np.ndarray:
-    """Convert images (B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8 by DiT's rule: truncate 127.5 x + 128."""
+    """Convert images (B, 3, [T,] H, W) in [-1, 1] to (B, [T,] H, W, 3) uint8 by DiT's rule: truncate 127.5 x + 128."""
     levels = (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
-    return np.ascontiguousarray(levels.permute(0, 2, 3, 1).cpu().numpy())
+    return np.ascontiguousarray(levels.movedim(1, -1).cpu().numpy())
 
 
-def _write_images(path: Path, batches: Iterable[np.ndarray], count: int, image_size: int) -> None:
-    """Write images (B, H, W, 3) uint8 as arr_0 (count, H, W, 3) of an .npz, one batch in memory at a time.
+def _write_images(path: Path, batches: Iterable[np.ndarray], count: int, shape: tuple[int, ...]) -> None:
+    """Write images (B, *shape) uint8 as arr_0 (count, *shape) of an .npz, one batch in memory at a time.
 
     The file gets its name when it is complete. Raises ConfigError where the batches hold another number of images.
     """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, 3)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
 
     def write(draft: Path) -> None:
         written = 0
@@ -230,7 +239,7 @@ def _pixels_of(batch: AdmBatch) -> np.ndarray:
         raise ConfigError(
             f"{batch.file}: missing or damaged; draw it with --part {batch.part.number}/{batch.part.of}"
         ) from None
-    expected = (len(batch.rows), batch.image_size, batch.image_size, 3)
+    expected = (len(batch.rows), *batch.image_shape)
     if pixels.shape != expected:
         raise ConfigError(
             f"{batch.file}: holds {pixels.shape}, expected {expected}; draw all parts with the same options"
@@ -243,6 +252,7 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
     content: dict[str, Any] = {
         "figure": _figure_name(batch.num_images),
         "images": batch.num_images,
+        **({"frames": batch.frames} if batch.frames > 1 else {}),
         "labels": f"{_BALANCED}{model.num_classes}",
         "steps": sample.num_steps,
         "grid": f"linspace(1, 0, {sample.num_steps} + 1), 1 is noise{_shift_text(model, sample)}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -63,6 +64,13 @@ def save_animation(frames: Sequence[Pixels], path: Path | str, milliseconds: int
 def clip_pixels(clips: Tensor) -> list[list[Pixels]]:
     """Convert clips (B, 3, T, H, W) in [-1, 1] to their frames, as `to_pixels`."""
     return [to_pixels(clip.transpose(0, 1)) for clip in clips]
+
+
+def to_pictures(images: Tensor) -> list[Any]:
+    """Convert images (B, 3, H, W) in [-1, 1] to PIL images, clips (B, 3, T, H, W) to lists of their frames."""
+    if images.ndim == 5:
+        return [[Image.fromarray(pixels) for pixels in frames] for frames in clip_pixels(images)]
+    return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
 
 def sample_grid(images: Tensor, captions: Sequence[str], columns: int | None = None) -> Pixels:

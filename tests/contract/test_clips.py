@@ -1,5 +1,6 @@
 """Animated images from files to samples: prepare, train from a still base, evaluate, draw, look at the result."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,8 +106,38 @@ def test_what_does_not_fit_is_one_line(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds clips of 4 frames; a classifier takes still images alone"):
         clips.require_still("a classifier")
     model = build_model(run_on(shards, tmp_path).model)
-    with pytest.raises(ConfigError, match=r"sharpmoe\.sample: takes still images alone"):
-        sharpmoe.sample(model, "a red square", shards=clips)
+    with pytest.raises(ConfigError, match=r"sharpmoe\.sample: film and counterfactual: takes still images alone"):
+        sharpmoe.sample(model, "a red square", shards=clips, film=tmp_path / "film")
+
+
+def test_clips_from_python_are_their_frames(shards: Path, tmp_path: Path) -> None:
+    model, clips = stirred_model(run_on(shards, tmp_path)).eval(), ShardSet.open(shards, "train")
+    first, second = sharpmoe.sample(model, ["a red square", "a blue square"], shards=clips, num_steps=2, seed=3)
+    assert [frame.size for frame in (*first, *second)] == [(32, 32)] * (2 * FRAMES)
+    request = encode_prompts(model.config, clips, Prompts(("a red square", "a blue square")))
+    drawn = draw_images(model, request, SampleConfig(num_steps=2, seed=3), clips.codec_object().decode)
+    for found, frames in zip((first, second), clip_pixels(drawn), strict=True):
+        assert all(np.array_equal(np.asarray(one), other) for one, other in zip(found, frames, strict=True))
+
+
+def test_a_batch_of_clips_is_an_array_of_frames(shards: Path, tmp_path: Path) -> None:
+    """Drawn at once, in two parts, and as single requests: the same numbers."""
+    model = stirred_model(run_on(shards, tmp_path, model={"conditioning": "class", "num_classes": 3}))
+    save_weights(tmp_path / "class.safetensors", model.state_dict(), model.config)
+    words = [str(tmp_path / "class.safetensors"), "--shards", str(shards), "--num", "5", "--steps", "2", "--seed", "3"]
+    words += ["--batch-size", "2"]
+    assert sample.main([*words, "--npz", str(tmp_path / "whole.npz")]) == 0
+    for part in ("1/2", "2/2"):
+        assert sample.main([*words, "--npz", str(tmp_path / "parts.npz"), "--part", part]) == 0
+    assert sample.main([*words, "--npz", str(tmp_path / "parts.npz"), "--join", "2"]) == 0
+    whole, parts = (np.load(tmp_path / name)["arr_0"] for name in ("whole.npz", "parts.npz"))
+    assert (whole.shape, whole.dtype) == ((5, FRAMES, 32, 32, 3), np.uint8)
+    assert np.array_equal(whole, parts)
+    model, _ = load_model(tmp_path / "class.safetensors")
+    drawn = sharpmoe.sample(model, [0, 1, 2, 0, 1], shards=shards, num_steps=2, seed=3, batch_size=2)
+    near = [[np.asarray(frame).astype(int) for frame in frames] for frames in drawn]
+    assert np.abs(np.array(near) - whole).max() <= 1  # rounded there, truncated here
+    assert json.loads((tmp_path / "whole.json").read_text())["frames"] == FRAMES
 
 
 def test_the_loss_of_a_batch_of_clips(shards: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_batch_is_the_same_whatever_its_chunks(tmp_path: Path) -> None:
 
 def test_a_wrong_number_and_a_wrong_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected 3"):
-        _write_images(tmp_path / "a.npz", [np.zeros((2, 4, 4, 3), np.uint8)], 3, 4)
+        _write_images(tmp_path / "a.npz", [np.zeros((2, 4, 4, 3), np.uint8)], 3, (4, 4, 3))
     assert list(tmp_path.iterdir()) == []  # no draft either
     with pytest.raises(ConfigError, match="class-conditional"):
         draw_adm_batch(toy_model("ec"), SampleConfig(), lambda z: z, toy_batch(tmp_path / "b.npz", 1, 1))
