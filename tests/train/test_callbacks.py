@@ -212,11 +212,7 @@ def test_a_run_that_a_callback_ended_goes_on_as_if_it_had_not(shards: Path, tmp_
         assert identical(load_file(whole / f"{kind}.safetensors"), load_file(again / f"{kind}.safetensors"))
 
 
-def test_a_signal_that_a_callback_raises_stops_the_run(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(signals, "_asked", None)  # and back to it, for the tests after this one
-
+def test_a_signal_that_a_callback_raises_stops_the_run(shards: Path, tmp_path: Path) -> None:
     class Stopping(Watching):
         def on_step(self, step: TrainingStep) -> None:
             if step.step == 2:

@@ -59,6 +59,7 @@ def listening(announce: bool = False) -> Iterator[None]:
         theirs.close()
         reader.join()
         ours.close()
+        _asked = None  # of this context: the next run of the process starts without it
 
 
 def _ignore(number: int, frame: object) -> None:

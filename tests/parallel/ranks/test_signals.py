@@ -72,6 +72,15 @@ def test_what_a_launcher_forwards_late_is_the_same_request() -> None:
         assert busy.wait(20) == 128 + signal.SIGINT
 
 
+def test_a_request_ends_with_its_context() -> None:
+    with signals.listening():
+        signal.raise_signal(signal.SIGUSR1)
+        while not signals.asked():  # a thread reads it
+            time.sleep(0.01)
+        assert signals.asked() == signal.SIGUSR1
+    assert signals.asked() == 0
+
+
 def test_other_signals_are_not_requests_and_handlers_come_back() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: seen.append(number))
