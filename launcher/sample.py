@@ -84,6 +84,25 @@ class _Call:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="run folder, checkpoint folder or .safetensors file")
+    _prompt_arguments(parser)
+    add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
+    add(
+        "--shards",
+        help="prepared shards, for codec and text encoder (default: those of the run, else what the weights name)",
+    )
+    _sampling_arguments(parser)
+    _look_arguments(parser)
+    add(
+        "--out",
+        type=Path,
+        help="folder for the images (default: samples/drawn in the run folder; looks, of --film and so on)",
+    )
+    add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
+
+
+def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is drawn."""
+    add = parser.add_argument
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--captions", nargs="+", help="one image each (default: sample.captions of the run)")
     prompts.add_argument("--captions-file", type=Path, help="text file with one caption per line")
@@ -108,11 +127,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--join", type=POSITIVE, metavar="N", help="join the N parts of --npz that were drawn, and draw nothing")
     add("--num", type=POSITIVE, default=50_000, help="images of --npz")
-    add("--weights", choices=("ema", "live"), default="ema", help="which weights of a run")
-    add(
-        "--shards",
-        help="prepared shards, for codec and text encoder (default: those of the run, else what the weights name)",
-    )
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how it is drawn."""
+    add = parser.add_argument
     add("--width", type=POSITIVE, help="pixels (default: the square of the model; any multiple of a token's pixels)")
     add("--height", type=POSITIVE, help="pixels, as --width")
     add(
@@ -133,6 +152,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=POSITIVE, default=16, help="images per model call")
     add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so the batch size has no effect")
     add("--compile", action="store_true", help="compile the blocks first, for many images (equal to rounding)")
+
+
+def _look_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is shown of sampling itself."""
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument(
         "--film",
@@ -147,12 +170,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="draw from the same noise with the saliency routers on, off and guided by another image, and compare",
     )
-    add(
-        "--out",
-        type=Path,
-        help="folder for the images (default: samples/drawn in the run folder; looks, of --film and so on)",
-    )
-    add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -249,13 +266,13 @@ def _look(call: _Call) -> Path:
         )
     prompts, codec = _prompts(given, call.settings), call.shards.codec_object()
     request = encode_prompts(call.model.config, call.shards, prompts, next(call.model.parameters()).device)
-    options = call.options(sampling.ImagePart())
-    size = options.size.of_latents(call.model.config, codec)
+    pixels = call.options(sampling.ImagePart())
+    options = pixels.of_latents(pixels.size.of_latents(call.model.config, codec))
     folder, titles, seed = given.out or call.saved.folder / "looks", prompts.titles(), call.settings.seed
     if given.film:
-        film = record_film(call.model, request, call.settings, codec.decode, given.film, options=options, size=size)
+        film = record_film(call.model, request, call.settings, codec.decode, given.film, options)
         return write_film(folder, film, titles, call.saved.name, seed)
-    found = draw_counterfactual(call.model, request, call.settings, codec.decode, options=options, size=size)
+    found = draw_counterfactual(call.model, request, call.settings, codec.decode, options)
     print(counterfactual_table(found))
     return write_counterfactual(folder, found, titles, call.saved.name, seed)
 

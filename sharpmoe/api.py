@@ -31,7 +31,6 @@ from sharpmoe.report.figures import to_pictures
 from sharpmoe.report.film import record_film, write_film
 from sharpmoe.report.runs import find_origin, find_saved_model
 from sharpmoe.report.samples import (
-    DrawOptions,
     Prompts,
     Size,
     check_shards,
@@ -41,7 +40,7 @@ from sharpmoe.report.samples import (
     override_sampling,
 )
 from sharpmoe.rollout import TrajectoryBatch
-from sharpmoe.sampling import SamplingCallback, require_still
+from sharpmoe.sampling import SamplingCallback, SamplingOptions, require_still
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments, with_schedule
 from sharpmoe.train.terms import LossTerms, routing_weight, steers_alone
@@ -238,14 +237,7 @@ def sample(
     given: dict[str, object] = {"num_steps": num_steps, "method": method, "cfg_scale": cfg_scale, "seed": seed}
     given |= {"guidance_source": guidance_source, "cfg_norm": cfg_norm, "cfg_interval": cfg_interval}
     settings = override_sampling(SampleConfig(), given | {"shift": None if shift is None else {"factor": shift}})
-    coders: ShardSet | OriginCoders
-    if shards is not None:
-        coders = _opened(shards)
-        check_shards(model.config, coders, model.origin)
-    elif "codec" in model.origin:
-        coders = _coders(tuple(sorted(model.origin.items())))
-    else:
-        raise ConfigError("sample: the model does not say with which codec it was trained; give shards=FOLDER")
+    coders = _coders_of(model, shards)
     many: list[str | int] = [prompts] if isinstance(prompts, str | int) else [*prompts]
     request = encode_prompts(model.config, coders, Prompts.of(many, model.config), _device(model))
     codec = coders.codec_object()
@@ -256,19 +248,18 @@ def sample(
         weak = weak_model.to(_device(model))
     if sum(look is not None for look in (film, counterfactual, callback)) > 1:
         raise ConfigError("sample: film, counterfactual and callback are of one call each; give one of them")
-    options, titles = DrawOptions(batch_size=batch_size, weak=weak), Prompts.of(many, model.config).titles()
+    options = SamplingOptions(batch_size=batch_size, size=latents, weak=weak, callback=callback)
+    titles = Prompts.of(many, model.config).titles()
     if film is not None:
-        strip = record_film(model, request, settings, codec.decode, film_frames, options=options, size=latents)
+        strip = record_film(model, request, settings, codec.decode, film_frames, options)
         write_film(Path(film), strip, titles, "sample", settings.seed)
         images = strip.images
     elif counterfactual is not None:
-        found = draw_counterfactual(model, request, settings, codec.decode, options=options, size=latents)
+        found = draw_counterfactual(model, request, settings, codec.decode, options)
         write_counterfactual(Path(counterfactual), found, titles, "sample", settings.seed)
         images = found.images["on"]
     else:
-        images = draw_images(
-            model, request, settings, codec.decode, batch_size, size=latents, weak=weak, callback=callback
-        )
+        images = draw_images(model, request, settings, codec.decode, options)
     return to_pictures(images)
 
 
@@ -278,6 +269,17 @@ def sample(
 @lru_cache(maxsize=4)
 def _coders(origin: tuple[tuple[str, str], ...]) -> OriginCoders:
     return OriginCoders(dict(origin), "model.origin")
+
+
+def _coders_of(model: Backbone, shards: ShardSet | str | Path | None) -> ShardSet | OriginCoders:
+    """Return what decodes latents and encodes captions: shards of this model, or what its origin names."""
+    if shards is not None:
+        opened = _opened(shards)
+        check_shards(model.config, opened, model.origin)
+        return opened
+    if "codec" not in model.origin:
+        raise ConfigError("sample: the model does not say with which codec it was trained; give shards=FOLDER")
+    return _coders(tuple(sorted(model.origin.items())))
 
 
 def _opened(shards: ShardSet | str | Path) -> ShardSet:

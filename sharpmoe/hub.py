@@ -26,6 +26,7 @@ from sharpmoe.model.build import build_model
 from sharpmoe.model.published.own import CODE_FILES, json_file_text, own_index
 from sharpmoe.report.figures import to_pictures
 from sharpmoe.report.samples import Prompts, Size, draw_images, encode_prompts, override_sampling
+from sharpmoe.sampling import SamplingOptions
 
 Prompt = str | int | Sequence[str] | Sequence[int]
 
@@ -119,15 +120,9 @@ class SharpMoEPipeline(DiffusionPipeline):
             latents = torch.randn(shape, generator=generator, device=generator.device)
         if latents is not None and latents.shape != shape:
             raise ConfigError(f"latents: shape {tuple(latents.shape)}, expected {shape} for these prompts and sizes")
-        drawn = draw_images(
-            model,
-            request,
-            sample,
-            (lambda found: found) if output_type == "latent" else codec.decode,
-            batch_size,
-            size=size,
-            noise=latents,
-        )
+        decode = (lambda found: found) if output_type == "latent" else codec.decode
+        options = SamplingOptions(batch_size=batch_size, size=size, noise=latents)
+        drawn = draw_images(model, request, sample, decode, options)
         images: Any = drawn
         if output_type == "np":
             images = ((drawn + 1) / 2).clamp(0, 1).movedim(1, -1).numpy()

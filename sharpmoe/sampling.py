@@ -304,58 +304,61 @@ class ImagePart(NamedTuple):
         return f"{self.number} of {self.of}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a request is drawn, beside the settings of a run (`SampleConfig`)."""
+
+    batch_size: int = 16  # images, in all branches, per model call
+    pool_per_image: bool = False  # an image is a pool of DiffMoE, so that the batch size has no effect
+    size: tuple[int, int] | None = None  # (h, w) of the latents, multiples of the patch; None: the model's square
+    # Guidance away from this model (autoguidance) in place of the empty condition: of the same latents and conditions.
+    weak: Backbone | None = None
+    callback: SamplingCallback | None = None  # called once per step and batch, after the model call at x_t
+    # The saliency routers read the model's own x0_hat; nothing (they are off; the model is not changed); or that of
+    # another image of the batch, in a batch of several.
+    saliency: SaliencyInput = "own"
+    noise: Tensor | None = None  # of the shape of the latents, in place of that of the seed
+
+
+_PLAIN = SamplingOptions()
+
+
 @torch.no_grad()
 def generate(
-    model: Denoiser,
-    config: ModelConfig,
-    sample: SampleConfig,
-    request: Request,
-    *,
-    batch_size: int = 16,
-    pool_per_image: bool = False,
-    size: tuple[int, int] | None = None,
-    weak: Backbone | None = None,
-    callback: SamplingCallback | None = None,
-    saliency: SaliencyInput = "own",
-    noise: Tensor | None = None,
+    model: Denoiser, config: ModelConfig, sample: SampleConfig, request: Request, options: SamplingOptions = _PLAIN
 ) -> Tensor:
-    """Draw latents (B, C, H, W) float32 for the request, at most `batch_size` images, in all branches, per model call.
+    """Draw latents (B, C, H, W) float32 for the request; (B, C, T, H, W) with a model of T frames.
 
-    `size` (H, W) of the latents: the square of the configured size by default, else multiples of the patch. A model
-    with frames draws latents (B, C, T, H, W), with T = config.latent_frames.
     Noise is counter-based by (sample.seed, index), so the split into batches does not matter; DiffMoE's count rule
-    pools the tokens of the images drawn at a time and is the one exception, unless `pool_per_image` makes every image
-    a pool of its own. The times of the steps are shifted by `sample.shift` for the tokens of `size`.
-    `noise`, of the shape of the latents, replaces that of the seed.
-    `weak`: guidance away from this model (autoguidance) in place of the empty condition; it takes the same latents and
-    conditions. Models must be whole and in eval mode. `callback` is called once per step and batch of images, after the
-    model call at x_t; what it raises ends the sampling. `saliency`: what the saliency routers read, the model's own
-    x0_hat, nothing (they are off; the model is not changed), or that of another image of the batch, in a batch of
-    several. Nothing is communicated, and the loop reads nothing back from the device.
+    pools the tokens of the images drawn at a time and is the one exception, unless `options.pool_per_image`. The times
+    of the steps are shifted by `sample.shift` for the tokens of `options.size`. Models must be whole and in eval mode.
+    What the callback raises ends the sampling. Nothing is communicated, and the loop reads nothing back from the
+    device.
     """
-    settings = CfgSettings.of(config, sample, pool_per_image=pool_per_image, has_weak=weak is not None)
-    is_on = settings.saliency_router and saliency != "off"
-    settings = replace(settings, saliency_router=is_on, is_swapped=saliency == "swapped")
-    shape = config.shape_of_latent(size)
+    weak, batch_size = options.weak, options.batch_size
+    settings = CfgSettings.of(config, sample, pool_per_image=options.pool_per_image, has_weak=weak is not None)
+    is_on = settings.saliency_router and options.saliency != "off"
+    settings = replace(settings, saliency_router=is_on, is_swapped=options.saliency == "swapped")
+    shape = config.shape_of_latent(options.size)
     tokens = math.prod(shape[1:]) // config.patch_size**2
     times = flow.sampling_times(sample.num_steps, flow.shift_factor(sample.shift, tokens))
     is_guided = settings.cfg_scale != 1
     other = _weak_model(weak, config) if weak is not None and is_guided else None
-    starts, watched = range(0, len(request.indices), batch_size), callback is not None
+    starts, watched = range(0, len(request.indices), batch_size), options.callback is not None
     parts = []
     with progress_bar("sampling", len(starts) * sample.num_steps, "step") as advance:
         for start in starts:
             cond, empty, indices = request.select(range(start, start + batch_size))
             branches = (cond,) if empty is None or not is_guided or other is not None else (cond, empty)
-            if noise is None:
+            if options.noise is None:
                 x1 = draws.noise(sample.seed, indices, shape, draws.Purpose.SAMPLE_NOISE).to(cond[0].device)
             else:
-                x1 = noise[start : start + batch_size].to(cond[0].device, torch.float32)
+                x1 = options.noise[start : start + batch_size].to(cond[0].device, torch.float32)
             field = make_field(model, branches, settings, other, keep_routing=watched)
             x0_prev = (x1,) * (len(branches) + (other is not None))
             reader = None
-            if callback is not None:
-                reader = _Reader(callback, times.tolist(), indices, settings)
+            if options.callback is not None:
+                reader = _Reader(options.callback, times.tolist(), indices, settings)
             observe = partial(_observed, advance, reader)
             parts.append(SAMPLERS[sample.method](field, x1, times.to(x1), x0_prev, observe))
     return torch.cat(parts)

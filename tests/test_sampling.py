@@ -11,7 +11,7 @@ from sharpmoe.flow import sampling_times, shift_factor
 from sharpmoe.model.backbone import ClassCondition, Condition, ModelOutput, TextCondition
 from sharpmoe.model.embed import patchify
 from sharpmoe.moe.routing import CallMode
-from sharpmoe.sampling import CfgSettings, Request, SamplingStep, _euler, _heun, generate, make_field
+from sharpmoe.sampling import CfgSettings, Request, SamplingOptions, SamplingStep, _euler, _heun, generate, make_field
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_config, toy_model
 
 ROUTERS = ("dense", "tc", "ec", "diffmoe")
@@ -129,7 +129,7 @@ def test_samples_do_not_depend_on_the_split_of_the_batch(router: str, method: st
     settings = SampleConfig(num_steps=3, method=method, cfg_scale=2.0)
     per_image = router == "diffmoe"  # its count rule pools the tokens of a call
     whole, split = (
-        generate(model, model.config, settings, request(5), batch_size=size, pool_per_image=per_image)
+        generate(model, model.config, settings, request(5), SamplingOptions(batch_size=size, pool_per_image=per_image))
         for size in (5, 2)
     )
     assert whole.shape == (5, 4, 8, 8)
@@ -140,7 +140,9 @@ def test_samples_do_not_depend_on_the_split_of_the_batch(router: str, method: st
 def test_the_pool_of_diffmoe_is_one_call() -> None:
     model = toy_model("diffmoe")
     settings = SampleConfig(num_steps=2, cfg_scale=1.0)
-    whole, split = (generate(model, model.config, settings, request(5), batch_size=size) for size in (5, 2))
+    whole, split = (
+        generate(model, model.config, settings, request(5), SamplingOptions(batch_size=size)) for size in (5, 2)
+    )
     assert not torch.allclose(whole, split, atol=1e-5)
 
 
@@ -187,9 +189,9 @@ def test_sampling_an_untrained_saliency_router_equals_the_base() -> None:
 
 def test_samples_of_another_aspect() -> None:
     model = toy_model("tc").eval()
-    drawn = generate(model, model.config, SampleConfig(num_steps=2), request(2), size=(4, 16))
+    drawn = generate(model, model.config, SampleConfig(num_steps=2), request(2), SamplingOptions(size=(4, 16)))
     assert drawn.shape == (2, model.config.latent_channels, 4, 16)
-    square = generate(model, model.config, SampleConfig(num_steps=2), request(2), size=(8, 8))
+    square = generate(model, model.config, SampleConfig(num_steps=2), request(2), SamplingOptions(size=(8, 8)))
     assert torch.equal(square, generate(model, model.config, SampleConfig(num_steps=2), request(2)))
 
 
@@ -254,7 +256,7 @@ def test_times_are_shifted_by_the_tokens_of_the_size() -> None:
     sample = SampleConfig(num_steps=4, cfg_scale=1.0, shift=shift)
     for size in ((8, 8), (4, 8)):
         model, cond = Recorder(), ClassCondition(torch.zeros(1))
-        generate(model, toy_config(), sample, Request(cond, None, (0,)), size=size)
+        generate(model, toy_config(), sample, Request(cond, None, (0,)), SamplingOptions(size=size))
         factor = shift_factor(sample.shift, size[0] * size[1] // 4)
         assert [call[1].item() for call in model.calls] == sampling_times(4, factor)[:-1].tolist()
         assert factor == pytest.approx(math.exp({64: 1.15, 32: 0.5 + 0.65 * 4 / 12}[size[0] * size[1]]))
@@ -283,10 +285,14 @@ def test_a_weak_model_is_the_other_branch(source: str, steered: bool) -> None:
 def test_the_same_model_as_weak_one_is_no_guidance() -> None:
     model = toy_model("ec")
     plain = generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=1.0), request(2))
-    weak = generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=5.0), request(2), weak=model)
+    weak = generate(
+        model, model.config, SampleConfig(num_steps=3, cfg_scale=5.0), request(2), SamplingOptions(weak=model)
+    )
     torch.testing.assert_close(weak, plain, rtol=1e-4, atol=1e-5)
     other = toy_model("tc")
-    guided = generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=5.0), request(2), weak=other)
+    guided = generate(
+        model, model.config, SampleConfig(num_steps=3, cfg_scale=5.0), request(2), SamplingOptions(weak=other)
+    )
     assert not torch.allclose(guided, plain, atol=1e-3)
 
 
@@ -294,17 +300,23 @@ def test_a_weak_model_of_other_latents_is_refused_and_one_guides_without_a_null_
     model = toy_model("ec", conditioning="class", num_classes=3, class_dropout=False)
     one, settings = Request(ClassCondition(torch.tensor([1])), None, (0,)), SampleConfig(num_steps=1)
     with pytest.raises(ConfigError, match="weak model: num_classes is 4, expected 3"):
-        generate(model, model.config, settings, one, weak=toy_model("ec", conditioning="class", num_classes=4))
+        generate(
+            model,
+            model.config,
+            settings,
+            one,
+            SamplingOptions(weak=toy_model("ec", conditioning="class", num_classes=4)),
+        )
     weak = toy_model("tc", conditioning="class", num_classes=3)
-    assert generate(model, model.config, settings, one, weak=weak).isfinite().all()
+    assert generate(model, model.config, settings, one, SamplingOptions(weak=weak)).isfinite().all()
 
 
 @pytest.mark.parametrize(("method", "cfg_scale"), [("euler", 2.0), ("heun", 2.0), ("euler", 1.0)])
 def test_a_callback_is_told_every_step_and_changes_nothing(method: str, cfg_scale: float) -> None:
     model, told = toy_model("diffmoe").eval(), list[SamplingStep]()
     settings = SampleConfig(num_steps=3, method=method, cfg_scale=cfg_scale)
-    drawn = generate(model, model.config, settings, request(3), batch_size=2, callback=told.append)
-    assert torch.equal(drawn, generate(model, model.config, settings, request(3), batch_size=2))
+    drawn = generate(model, model.config, settings, request(3), SamplingOptions(batch_size=2, callback=told.append))
+    assert torch.equal(drawn, generate(model, model.config, settings, request(3), SamplingOptions(batch_size=2)))
     assert [(record.step, record.steps, record.images) for record in told] == [
         (step, 3, images) for images in ((0, 1), (2,)) for step in range(3)
     ]
@@ -321,7 +333,9 @@ def test_a_callback_is_told_every_step_and_changes_nothing(method: str, cfg_scal
 def test_the_routing_of_a_callback_is_that_of_the_conditional_branch(router: str) -> None:
     model, told = toy_model(router).eval(), list[SamplingStep]()
     wanted = request(2)
-    generate(model, model.config, SampleConfig(num_steps=2, cfg_scale=3.0), wanted, callback=told.append)
+    generate(
+        model, model.config, SampleConfig(num_steps=2, cfg_scale=3.0), wanted, SamplingOptions(callback=told.append)
+    )
     for record in told:
         times = torch.full((2,), record.t)
         alone = model(record.x_t, times, wanted.cond, record.x0_prev).routing
@@ -335,20 +349,24 @@ def test_the_routing_of_a_callback_is_that_of_the_conditional_branch(router: str
 
 def test_the_x0_hat_of_a_callback_is_guided_and_its_x0_prev_is_what_the_router_reads() -> None:
     model, told = toy_model("tc").eval(), list[SamplingStep]()
-    generate(model, model.config, SampleConfig(num_steps=3, cfg_scale=3.0), request(2), callback=told.append)
+    generate(
+        model, model.config, SampleConfig(num_steps=3, cfg_scale=3.0), request(2), SamplingOptions(callback=told.append)
+    )
     first, second, _ = told
     velocity = (first.x_t - first.x0_hat) / first.t
     torch.testing.assert_close(second.x_t, first.x_t + (second.t - first.t) * velocity)
     assert not torch.allclose(second.x0_prev, first.x0_hat)  # that of its own branch
     told.clear()
     settings = SampleConfig(num_steps=2, cfg_scale=3.0, guidance_source="guided")
-    generate(model, model.config, settings, request(2), callback=told.append)
+    generate(model, model.config, settings, request(2), SamplingOptions(callback=told.append))
     assert torch.equal(told[1].x0_prev, told[0].x0_hat)
 
 
 def test_a_model_without_a_saliency_router_has_no_x0_prev_to_tell() -> None:
     model, told = toy_model("dense").eval(), list[SamplingStep]()
-    generate(model, model.config, SampleConfig(num_steps=1, cfg_scale=1.0), request(1), callback=told.append)
+    generate(
+        model, model.config, SampleConfig(num_steps=1, cfg_scale=1.0), request(1), SamplingOptions(callback=told.append)
+    )
     assert (told[0].x0_prev is None) == (not model.config.saliency_router)
     assert told[0].routing == ()
 
@@ -362,7 +380,7 @@ def test_a_callback_that_raises_ends_the_sampling_with_its_own_error() -> None:
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="^enough$"):
-        generate(model, model.config, SampleConfig(num_steps=4), request(1), callback=refuse)
+        generate(model, model.config, SampleConfig(num_steps=4), request(1), SamplingOptions(callback=refuse))
     assert seen == [0, 1]
 
 
@@ -375,7 +393,7 @@ def test_what_the_saliency_routers_read_is_an_argument(saliency: str) -> None:
     asked = Request(captions(3), None, (0, 1, 2))
     settings = SampleConfig(num_steps=2, cfg_scale=1)
     drawn = {
-        how: generate(model, config, settings, asked, callback=read[how].append, saliency=how)  # type: ignore[arg-type]
+        how: generate(model, config, settings, asked, SamplingOptions(callback=read[how].append, saliency=how))  # type: ignore[arg-type]
         for how in read
     }
     assert not torch.equal(drawn["own"], drawn[saliency])
@@ -403,5 +421,7 @@ def test_a_model_with_frames_draws_clips(method: str, norm: str) -> None:
     assert clips.shape == (2, 4, 3, 8, 8)
     assert not torch.equal(clips[:, :, 0], clips[:, :, 1])
     noise = torch.randn(2, 4, 1, 8, 8)
-    drawn = generate(still, still.config, settings, request(2), noise=noise[:, :, 0])
-    assert torch.equal(generate(still, still.config, settings, request(2), noise=noise)[:, :, 0], drawn)
+    drawn = generate(still, still.config, settings, request(2), SamplingOptions(noise=noise[:, :, 0]))
+    assert torch.equal(
+        generate(still, still.config, settings, request(2), SamplingOptions(noise=noise))[:, :, 0], drawn
+    )

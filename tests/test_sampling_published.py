@@ -7,7 +7,7 @@ from sharpmoe import draws
 from sharpmoe.config import SampleConfig
 from sharpmoe.latent_patches import patchify
 from sharpmoe.model.backbone import TextCondition
-from sharpmoe.sampling import Request, generate
+from sharpmoe.sampling import Request, SamplingOptions, generate
 from tests.model.nucleus_reference import ours, reference
 
 pytestmark = pytest.mark.slow  # the import of the pipeline takes ten seconds and more
@@ -26,7 +26,7 @@ def test_sampling_equals_the_published_pipeline(size: tuple[int, int], lengths: 
     network = reference(use_sigmoid=True).eval()
     model = ours(network).eval()
     cond, empty, sample = text(*lengths), text(2, 2), SampleConfig(num_steps=6, seed=3, **DEFAULTS)
-    drawn = generate(model, model.config, sample, Request(cond, empty, (0, 1)), size=size)
+    drawn = generate(model, model.config, sample, Request(cond, empty, (0, 1)), SamplingOptions(size=size))
 
     published = pytest.importorskip("diffusers.pipelines.nucleusmoe_image.pipeline_nucleusmoe_image")
     scheduler = published.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -47,5 +47,5 @@ def test_sampling_equals_the_published_pipeline(size: tuple[int, int], lengths: 
     assert not torch.allclose(patchify(noise, 2), expected, atol=0.1)
     torch.testing.assert_close(patchify(drawn, 2), expected, rtol=1e-4, atol=1e-4)
     plain = SampleConfig(num_steps=6, seed=3, cfg_scale=4.0)
-    other = generate(model, model.config, plain, Request(cond, empty, (0, 1)), size=size)
+    other = generate(model, model.config, plain, Request(cond, empty, (0, 1)), SamplingOptions(size=size))
     assert not torch.allclose(patchify(other, 2), expected, atol=1e-2)  # shift and norm matter

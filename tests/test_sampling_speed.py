@@ -19,7 +19,7 @@ from sharpmoe.flow import sampling_times
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, ModelOutput
 from sharpmoe.model.compiled import compile_blocks
 from sharpmoe.moe.routing import CallMode
-from sharpmoe.sampling import CfgSettings, Request, generate, make_field
+from sharpmoe.sampling import CfgSettings, Request, SamplingOptions, generate, make_field
 from tests.test_sampling import Recorder, captions, empty_text, request
 from tests.toys import toy_config, toy_model
 
@@ -166,7 +166,7 @@ def test_a_callback_costs_one_multiplication_a_step_and_none_is_free(name: str) 
     counts = []
     for callback in (None, lambda record: None):
         with Operators() as operators:
-            generate(model, model.config, settings, wanted, callback=callback)
+            generate(model, model.config, settings, wanted, SamplingOptions(callback=callback))
         counts.append((operators.reads, operators.count.total()))
     (reads, total), (reads_told, total_told) = counts
     assert reads_told == reads

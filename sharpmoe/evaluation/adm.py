@@ -196,7 +196,8 @@ def _images(
             cond = ClassCondition(labels[start:stop].to(device))
             empty = sampling.empty_condition(cond, model.config, None) if model.config.class_dropout else None
             request = sampling.Request(cond, empty, tuple(range(start, stop)))
-            latents = sampling.generate(model, model.config, sample, request, batch_size=size, weak=weak)
+            options = sampling.SamplingOptions(batch_size=size, weak=weak)
+            latents = sampling.generate(model, model.config, sample, request, options)
             yield frame_by_frame(decode, latents)
 
 

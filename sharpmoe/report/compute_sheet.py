@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sharpmoe.evaluation.allocation import steps_of_range
-from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels
+from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels, write_title
 from sharpmoe.report.routing_sheet import RoutingSheet, to_grid, write_caption
 
 COMPUTE_RANGES = ("t > 0.65", "t 0.35-0.65", "t < 0.35", "all t")
@@ -60,7 +60,7 @@ def draw_compute_sheet(
     top = 1 - (0.55 + 0.3 * bool(title)) / figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.93, top=top, bottom=0.2 / figure.get_figheight(), wspace=0.05)
     if title:
-        figure.suptitle(drawable(title), parse_math=False, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
+        write_title(figure, title)
     bar = figure.add_axes((0.942, 0.3, 0.009, 0.4))
     figure.colorbar(drawn, cax=bar, extend="both").set_label("experts per token, 1 = even spread", fontsize=8)
     bar.tick_params(labelsize=7)

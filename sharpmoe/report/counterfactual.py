@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,14 +21,14 @@ from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.flow import TIME_RANGES
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.report.figures import Pixels, drawable, render_figure, save_png, to_pixels
+from sharpmoe.report.figures import Pixels, drawable, render_figure, save_png, to_pixels, write_title
 from sharpmoe.report.sampled_routing import SampledRouting
-from sharpmoe.report.samples import DrawOptions, draw_images
+from sharpmoe.report.samples import draw_images
 
 _VARIANTS: dict[str, sampling.SaliencyInput] = {"on": "own", "off": "off", "swapped": "swapped"}
 _DIFFERENCE = 0.5  # colours of a difference of pixels end here; black to white is 2
 _MAX_STEPS = 16  # at which routing is compared, evenly spread
-_DEFAULT = DrawOptions()
+_DEFAULT = sampling.SamplingOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,9 @@ def draw_counterfactual(
     request: sampling.Request,
     settings: SampleConfig,
     decode: Callable[[Tensor], Tensor],
-    *,
-    options: DrawOptions = _DEFAULT,
-    size: tuple[int, int] | None = None,
+    options: sampling.SamplingOptions = _DEFAULT,
 ) -> Counterfactual:
-    """Draw the images three times from the same noise. `size` (h, w) of the latents; default: the model's square.
+    """Draw the images three times from the same noise; `options` but the callback and what the routers read.
 
     All images are one batch: swapped, an image is guided by the x0_hat of the one before it. Raises ConfigError where
     there is one image only, or more than a batch, or a model without saliency routers.
@@ -86,18 +84,7 @@ def draw_counterfactual(
     compared = {round(i * (settings.num_steps - 1) / (_MAX_STEPS - 1)) for i in range(_MAX_STEPS)}
     for name, saliency in _VARIANTS.items():
         kept = SampledRouting(compared, with_choices=True)
-        images = draw_images(
-            model,
-            request,
-            settings,
-            decode,
-            options.batch_size,
-            options.pool_per_image,
-            size,
-            options.weak,
-            callback=kept,
-            saliency=saliency,
-        )
+        images = draw_images(model, request, settings, decode, replace(options, callback=kept, saliency=saliency))
         found[name] = _Variant(images=images, chosen=kept.choices(), times=kept.times)
     return Counterfactual(
         images={name: each.images for name, each in found.items()},
@@ -170,13 +157,7 @@ def draw_counterfactual_grid(found: Counterfactual, titles: Sequence[str], title
         axis.set_title(head, fontsize=8.5)
     inches = figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.9, top=1 - 0.65 / inches, bottom=0.25 / inches, wspace=0.05, hspace=0.2)
-    figure.suptitle(
-        drawable(f"{title}: saliency routers on, off, guided by the image before"),
-        parse_math=False,
-        fontsize=10,
-        y=1 - 0.1 / inches,
-        va="top",
-    )
+    write_title(figure, f"{title}: saliency routers on, off, guided by the image before")
     for place, (mapped, label) in enumerate(
         ((shown, "change of pixels, of 2"), (drawn, "experts per token and layer"))
     ):

@@ -71,11 +71,8 @@ class DemoModel:
         ways: tuple[sampling.SaliencyInput, ...] = ("own", "off") if self.has_routers else ("own",)
         for saliency in ways:
             kept = SampledRouting(range(0, steps, -(-steps // _MAX_STEPS)))
-            images.append(
-                draw_images(
-                    self.model, request, settings, codec.decode, pool_per_image=True, callback=kept, saliency=saliency
-                )
-            )
+            options = sampling.SamplingOptions(pool_per_image=True, callback=kept, saliency=saliency)
+            images.append(draw_images(self.model, request, settings, codec.decode, options))
             found = kept.experts()
             experts.append(None if found is None else found[:, 0])
         pixels = [_enlarged(each) for each in to_pixels(torch.cat(images))]

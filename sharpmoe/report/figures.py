@@ -206,6 +206,11 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
+def write_title(figure: Figure, text: str) -> None:
+    """Write the title of a sheet at its top, as it is: no mathematics."""
+    figure.suptitle(drawable(text), parse_math=False, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
+
+
 def render_figure(figure: Figure) -> Pixels:
     """Draw a matplotlib figure."""
     canvas = FigureCanvasAgg(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ from sharpmoe.config import SampleConfig
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.report.figures import Pixels, drawable, render_figure, save_png, to_pixels
+from sharpmoe.report.figures import Pixels, drawable, render_figure, save_png, to_pixels, write_title
 from sharpmoe.report.sampled_routing import SampledRouting
-from sharpmoe.report.samples import DrawOptions, draw_images
+from sharpmoe.report.samples import draw_images
 
 _HEAT = "magma"  # dark: no experts; as on routing sheets
-_DEFAULT = DrawOptions()
+_DEFAULT = sampling.SamplingOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,31 +43,18 @@ def record_film(
     settings: SampleConfig,
     decode: Callable[[Tensor], Tensor],
     frames: int,
-    *,
-    options: DrawOptions = _DEFAULT,
-    size: tuple[int, int] | None = None,
+    options: sampling.SamplingOptions = _DEFAULT,
 ) -> Film:
     """Draw images and keep `frames` steps, evenly spread from the first to the last.
 
-    At step k the saliency routers read x0_hat of step k - 1, at the first the noise. `size` (h, w) of the latents, by
-    default the square of the model.
-    Raises ConfigError for a model without experts.
+    At step k the saliency routers read x0_hat of step k - 1, at the first the noise. The callback of
+    `options` is not called. Raises ConfigError for a model without experts.
     """
     if not model.moe_layers():
         raise ConfigError("a film strip (--film) shows routing, but the model has no MoE layer; draw without it")
     count = settings.num_steps
     kept = SampledRouting(round(i * (count - 1) / max(frames - 1, 1)) for i in range(frames))
-    images = draw_images(
-        model,
-        request,
-        settings,
-        decode,
-        options.batch_size,
-        options.pool_per_image,
-        size,
-        options.weak,
-        callback=kept,
-    )
+    images = draw_images(model, request, settings, decode, replace(options, callback=kept))
     experts = kept.experts()
     assert experts is not None
     return Film(
@@ -113,9 +100,7 @@ def draw_film(film: Film, titles: Sequence[str], title: str = "") -> Pixels:
     inches = figure.get_figheight()
     figure.subplots_adjust(left=0.03, right=0.91, top=1 - 0.6 / inches, bottom=0.05 / inches, wspace=0.05, hspace=0.05)
     read = "what the saliency routers read" if film.reads else "what the model predicted (it has no saliency routers)"
-    figure.suptitle(
-        drawable(f"{title}: {read}, and experts per token"), parse_math=False, fontsize=10, y=1 - 0.1 / inches, va="top"
-    )
+    write_title(figure, f"{title}: {read}, and experts per token")
     bar = figure.add_axes((0.925, 0.3, 0.009, 0.4))
     figure.colorbar(drawn, cax=bar).set_label("experts per token, all MoE layers", fontsize=8)
     bar.tick_params(labelsize=7)

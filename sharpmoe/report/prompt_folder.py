@@ -63,16 +63,7 @@ def draw_prompt_folder(
         for batch in missing:
             texts = tuple(prompts.prompts[prompts.prompt_of(image)] for image in batch)
             request = encode_prompts(model.config, source, Prompts(texts), device)._replace(indices=tuple(batch))
-            images = draw_images(
-                model,
-                request,
-                settings,
-                codec.decode,
-                options.batch_size,
-                options.pool_per_image,
-                size,
-                options.weak,
-            )
+            images = draw_images(model, request, settings, codec.decode, options.of_latents(size))
             for image, pixels in zip(batch, to_pixels(images), strict=True):
                 save_png(pixels, image_path(prompts, folder, image))
             finish_prompts(prompts, folder, range(prompts.prompt_of(batch[0]), prompts.prompt_of(batch[-1]) + 1))

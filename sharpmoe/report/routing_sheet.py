@@ -22,7 +22,7 @@ from sharpmoe.errors import DataError
 from sharpmoe.evaluation.allocation import ALLOCATION_TIMES
 from sharpmoe.evaluation.held_out import ALONE, Share, observe, spread
 from sharpmoe.model.backbone import Backbone
-from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels
+from sharpmoe.report.figures import Pixels, drawable, render_figure, to_pixels, write_title
 
 _HEAT = "magma"  # dark: no experts
 _SIGNED_HEAT = "RdBu_r"  # blue: fewer experts than before, red: more
@@ -183,7 +183,7 @@ def _draw_steps(sheet: RoutingSheet, values: Tensor, title: str, scale: _Scale) 
         left=0.01, right=0.93, top=_top(figure, title), bottom=0.2 / figure.get_figheight(), wspace=0.06
     )
     if title:
-        figure.suptitle(drawable(title), parse_math=False, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
+        write_title(figure, title)
     bar = figure.add_axes((0.942, 0.3, 0.009, 0.4))
     figure.colorbar(drawn, cax=bar).set_label(scale.label, fontsize=8)
     bar.tick_params(labelsize=7)

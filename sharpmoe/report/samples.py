@@ -267,35 +267,15 @@ def draw_images(
     request: sampling.Request,
     settings: SampleConfig,
     decode: Callable[[Tensor], Tensor],
-    batch_size: int = 16,
-    pool_per_image: bool = False,
-    size: tuple[int, int] | None = None,
-    weak: Backbone | None = None,
-    callback: sampling.SamplingCallback | None = None,
-    saliency: sampling.SaliencyInput = "own",
-    noise: Tensor | None = None,
+    options: sampling.SamplingOptions | None = None,
 ) -> Tensor:
     """Sample and decode images (B, 3, H, W) in [-1, 1] on the CPU; restore the mode of the models.
 
     A model with frames draws clips (B, 3, T, H, W), which are decoded frame by frame.
-    `size` is (h, w) of the latents, by default the model's square. `weak`: a model to guide away from. `callback` is
-    called once per step and batch (`sampling.SamplingStep`). `saliency`: what the saliency routers read.
-    `noise`: see `sampling.generate`.
     """
-    with evaluating(model), nullcontext() if weak is None else evaluating(weak):
-        latents = sampling.generate(
-            model,
-            model.config,
-            settings,
-            request,
-            batch_size=batch_size,
-            pool_per_image=pool_per_image,
-            size=size,
-            weak=weak,
-            callback=callback,
-            saliency=saliency,
-            noise=noise,
-        )
+    options = options or sampling.SamplingOptions()
+    with evaluating(model), nullcontext() if options.weak is None else evaluating(options.weak):
+        latents = sampling.generate(model, model.config, settings, request, options)
     return frame_by_frame(decode, latents.cpu())
 
 
@@ -309,6 +289,12 @@ class DrawOptions:
     size: Size = field(default_factory=Size)
     weak: Backbone | None = None  # a model to guide away from, on the device of the other
     fps: float = 8.0  # frames of a clip that its file shows per second
+
+    def of_latents(self, size: tuple[int, int]) -> sampling.SamplingOptions:
+        """Return the options of sampling latents of a size (h, w)."""
+        return sampling.SamplingOptions(
+            batch_size=self.batch_size, pool_per_image=self.pool_per_image, size=size, weak=self.weak
+        )
 
 
 def draw_to_files(
@@ -337,16 +323,7 @@ def draw_to_files(
     remark = unknown_size(size, shards)
     if remark:
         note(remark)
-    images = draw_images(
-        model,
-        request.select(rows),
-        settings,
-        codec.decode,
-        options.batch_size,
-        options.pool_per_image,
-        size,
-        options.weak,
-    )
+    images = draw_images(model, request.select(rows), settings, codec.decode, options.of_latents(size))
     folder, titles = Path(folder), prompts.titles()[rows.start : rows.stop]
     names = [f"{i:03}_{slug(title)}" for i, title in zip(rows, titles, strict=True)]
     grid = "grid" if part.of == 1 else f"grid_part{part.number}of{part.of}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from sharpmoe.config import ModelConfig
 from sharpmoe.durable import write_atomically
 from sharpmoe.model.flops import Call, products
-from sharpmoe.report.figures import Pixels, drawable, render_figure, save_png, to_pixels
+from sharpmoe.report.figures import Pixels, render_figure, save_png, to_pixels, write_title
 from sharpmoe.report.routing_sheet import RoutingSheet, to_grid, write_caption
 
 _FIFTHS = 5
@@ -98,13 +98,7 @@ def draw_token_flops(flops: TokenFlops, sheet: RoutingSheet, title: str = "", im
     figure.colorbar(drawn, cax=bar)
     bar.tick_params(labelsize=7)
     _draw_bars(figure.add_axes((0.56, 0.5 / height, 0.42, top - 0.5 / height)), flops, flops_by_saliency(flops, sheet))
-    figure.suptitle(
-        drawable(f"{title}: FLOPs per token and model call"),
-        parse_math=False,
-        fontsize=10,
-        y=1 - 0.1 / height,
-        va="top",
-    )
+    write_title(figure, f"{title}: FLOPs per token and model call")
     return render_figure(figure)
 
 

@@ -102,9 +102,8 @@ class SampleJudge:
         for _, rows, counted in chunks_of_rank([range(len(pool))], _BATCH, share):
             request = self.request.select(rows)
             with evaluating(model):
-                latents = sampling.generate(
-                    model, model.config, self.sample, request, batch_size=_BATCH, size=self.size
-                )
+                options = sampling.SamplingOptions(batch_size=_BATCH, size=self.size)
+                latents = sampling.generate(model, model.config, self.sample, request, options)
             found = self.extractor.compute(decoded_pixels(self.codec, latents.cpu()))
             if counted:
                 pool[rows.start : rows.stop] = found.pool.float().cpu()

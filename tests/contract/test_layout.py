@@ -53,7 +53,6 @@ ELSEWHERE = {  # module -> file under tests/ that tests it, and why there
     "sharpmoe/parallel/zero/partitions.py": "checkpoint/test_load.py",
     "sharpmoe/parallel/zero/placement.py": "parallel/experts/test_expert_parallel.py",
     # summands of one plan, compared with what a step allocates and sends
-    "sharpmoe/planning/advice.py": "planning/test_auto.py",
     "sharpmoe/planning/coordinator.py": "planning/test_gathers.py",
     "sharpmoe/planning/estimate.py": "planning/test_counted.py",
     "sharpmoe/planning/layout.py": "planning/test_gathers.py",

@@ -13,7 +13,7 @@ from sharpmoe.model.backbone import Backbone, ClassCondition, TextCondition
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.nucleus import read_config
 from sharpmoe.rollout import TrajectoryBatch
-from sharpmoe.sampling import Request, generate
+from sharpmoe.sampling import Request, SamplingOptions, generate
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import with_schedule
 from tests.model.nucleus_reference import ours, published_gradients, reference, reference_velocity
@@ -124,7 +124,7 @@ def test_keys_and_values_of_a_text_are_made_once_per_sampling_run(model: Backbon
     _, _, condition = inputs((4, 4), (5, 3))
     empty = TextCondition(condition.tokens[:, :2], condition.mask[:, :2])
     sample = SampleConfig(num_steps=6, cfg_scale=3.0)
-    generate(model.eval(), model.config, sample, Request(condition, empty, (0, 1)), size=(8, 12))
+    generate(model.eval(), model.config, sample, Request(condition, empty, (0, 1)), SamplingOptions(size=(8, 12)))
     for hook in hooks:
         hook.remove()
     model.train()

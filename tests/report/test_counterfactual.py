@@ -9,8 +9,7 @@ import torch
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.report.counterfactual import counterfactual_table, draw_counterfactual, write_counterfactual
-from sharpmoe.report.samples import DrawOptions
-from sharpmoe.sampling import generate
+from sharpmoe.sampling import SamplingOptions, generate
 from tests.report.test_film import decode, request
 from tests.toys import toy_model
 
@@ -21,7 +20,7 @@ def test_variants_are_what_sampling_draws(tmp_path: Path) -> None:
     model = toy_model("ec")
     found = draw_counterfactual(model, request(), SETTINGS, decode)
     for name, saliency in (("on", "own"), ("off", "off"), ("swapped", "swapped")):
-        latents = generate(model, model.config, SETTINGS, request(), saliency=saliency)  # type: ignore[arg-type]
+        latents = generate(model, model.config, SETTINGS, request(), SamplingOptions(saliency=saliency))  # type: ignore[arg-type]
         assert torch.equal(found.images[name], decode(latents))
     change = found.changes["off"]
     rms = (found.images["on"] - found.images["off"]).square().flatten(1).mean(1).sqrt().mean()
@@ -49,6 +48,6 @@ def test_what_has_no_counterfactual_is_refused() -> None:
     with pytest.raises(ConfigError, match="between 2 to --batch-size"):
         draw_counterfactual(toy_model("ec"), request(1), SETTINGS, decode)
     with pytest.raises(ConfigError, match="between 2 to --batch-size"):
-        draw_counterfactual(toy_model("ec"), request(3), SETTINGS, decode, options=DrawOptions(batch_size=2))
+        draw_counterfactual(toy_model("ec"), request(3), SETTINGS, decode, SamplingOptions(batch_size=2))
     with pytest.raises(ConfigError, match="the model has none"):
         draw_counterfactual(toy_model("ec", saliency_router=False), request(), SETTINGS, decode)

@@ -11,8 +11,7 @@ from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import TextCondition
 from sharpmoe.report.film import draw_film, record_film, write_film
-from sharpmoe.report.samples import DrawOptions
-from sharpmoe.sampling import Request, SamplingStep, generate
+from sharpmoe.sampling import Request, SamplingOptions, SamplingStep, generate
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, toy_model
 
 
@@ -31,8 +30,8 @@ SETTINGS = SampleConfig(num_steps=5, cfg_scale=1)
 
 def test_a_film_shows_what_a_callback_is_told(tmp_path: Path) -> None:
     model, steps = toy_model("ec"), list[SamplingStep]()
-    drawn = generate(model, model.config, SETTINGS, request(), callback=steps.append)
-    film = record_film(model, request(), SETTINGS, decode, 3, options=DrawOptions(batch_size=2))  # in two batches
+    drawn = generate(model, model.config, SETTINGS, request(), SamplingOptions(callback=steps.append))
+    film = record_film(model, request(), SETTINGS, decode, 3, SamplingOptions(batch_size=2))  # in two batches
     assert torch.allclose(film.images, decode(drawn))
     assert film.times == pytest.approx([steps[k].t for k in (0, 2, 4)])
     for row, k in enumerate((0, 2, 4)):
