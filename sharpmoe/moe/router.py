@@ -8,7 +8,7 @@ from sharpmoe.config import ModelConfig
 from sharpmoe.moe.half_products import half_product, takes_halves
 from sharpmoe.moe.pool import CallPool, Pool
 from sharpmoe.moe.routing import CallMode, Routing, score_logits
-from sharpmoe.moe.selection import RULES, RuleInput, lowest_accepted
+from sharpmoe.moe.selection import RULES, Ranked, RuleInput, lowest_accepted
 
 
 class Router(nn.Module):
@@ -64,23 +64,26 @@ class Router(nn.Module):
         capacity_logits = None
         if self.capacity_predictor is not None and (has_losses or not self.training):
             capacity_logits = self.capacity_predictor(read)
-        chosen = mode.replayed
         cutoff = mode.cutoff if self.training else None
-        if chosen is None and cutoff is not None:
-            chosen = scores.detach() >= cutoff
-        elif chosen is None:
-            chosen = self._choose(scores.detach(), capacity_logits, mode.pools)
+        if mode.replayed is not None:
+            choice = Ranked(mode.replayed)
+        elif cutoff is not None:
+            choice = Ranked(scores.detach() >= cutoff)
+        else:
+            choice = self._choose(scores.detach(), capacity_logits, mode.pools)
+        chosen, accepted = choice
         steering = self._steering(gate_logits, x0_prev_tokens) if has_losses and mode.steering else None
         if unconditional is not None:
             steering = None if steering is None else _send_unconditional(steering, chosen, unconditional)[0]
             scores, chosen = _send_unconditional(scores, chosen, unconditional)
+            accepted = None
         return Routing(
             gate_logits=gate_logits,
             logits=logits,
             scores=scores,
             gates=self._gates(scores, chosen),
             routing_map=chosen,
-            cutoff=self._cutoff(scores, chosen) if cutoff is None else cutoff.view(1, 1, -1),
+            cutoff=self._cutoff(scores, chosen, accepted) if cutoff is None else cutoff.view(1, 1, -1),
             capacity_logits=capacity_logits,
             similarity=self._similarity(read, chosen, gate_logits) if has_losses else None,
             prediction=self.gate.predict(read) if isinstance(self.gate, _MlpGate) and has_losses else None,
@@ -98,24 +101,29 @@ class Router(nn.Module):
         logits = gate_logits.detach() + self.saliency_router(x0_prev_tokens.detach())
         return score_logits(logits, self.config.score)
 
-    def _choose(self, scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Tensor:
-        """Apply the family's rule to scores (B, N, E): (B, N, E) bool."""
+    def _choose(self, scores: Tensor, capacity_logits: Tensor | None, pools: int) -> Ranked:
+        """Apply the family's rule to scores (B, N, E), by one top-k where that tells the lowest accepted score too."""
         config, rule = self.config, RULES[self.config.router]
+        is_alone = self.pool.is_call or not config.family.pools_calls
+        if rule.ranked is not None and (is_alone if self.training else rule.infer is rule.train):
+            return rule.ranked(RuleInput(scores), config)
         if self._has_bias:
             scores = scores + self.expert_bias  # for the choice only (arXiv 2408.15664)
         if not self.training:
             thresholds = None if config.family.thresholds is None else self.expert_threshold
-            return rule.infer(RuleInput(scores, capacity_logits, thresholds, pools), config)
+            return Ranked(rule.infer(RuleInput(scores, capacity_logits, thresholds, pools), config))
         if config.family.pools_calls:
-            return self.pool.choose(scores, lambda pooled: rule.train(RuleInput(pooled), config))
-        return rule.train(RuleInput(scores), config)
+            return Ranked(self.pool.choose(scores, lambda pooled: rule.train(RuleInput(pooled), config)))
+        return Ranked(rule.train(RuleInput(scores), config))
 
     @property
     def _has_bias(self) -> bool:
         """Whether a bias changes the choice: only token choice has loads that are not even by construction."""
         return self.config.bias_balancing and self.config.family.competition == "token"
 
-    def _cutoff(self, scores: Tensor, chosen: Tensor) -> Tensor:
+    def _cutoff(self, scores: Tensor, chosen: Tensor, accepted: Tensor | None) -> Tensor:
+        if accepted is not None:
+            return accepted.amin(1, keepdim=True)
         lowest = lowest_accepted(scores, chosen, self.config)
         return self.pool.lowest(lowest) if self.training and self.config.family.pools_calls else lowest
 

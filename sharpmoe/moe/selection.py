@@ -27,11 +27,22 @@ class RuleInput(NamedTuple):
 Select = Callable[[RuleInput, ModelConfig], Tensor]
 
 
+class Ranked(NamedTuple):
+    """A choice, and the scores that one top-k found with it."""
+
+    routing_map: Tensor  # (B, N, E) bool
+    accepted: Tensor | None = None  # (B or 1, K, E) of the K tokens that each expert of a pool took, in no order
+
+
 class Rule(NamedTuple):
-    """How a family chooses. `train` reads the scores only: metrics apply it to the gate's scores alone."""
+    """How a family chooses. `train` reads the scores only: metrics apply it to the gate's scores alone.
+
+    `ranked`: the same choice as `train`, for families whose experts take a fixed number of tokens.
+    """
 
     train: Select
     infer: Select
+    ranked: Callable[[RuleInput, ModelConfig], Ranked] | None = None
 
 
 def _token_choice(given: RuleInput, config: ModelConfig) -> Tensor:
@@ -53,16 +64,25 @@ def _group_limited(given: RuleInput, config: ModelConfig) -> Tensor:
     return _top_experts(groups.masked_fill(~inside.unsqueeze(-1), 0).flatten(-2), config.top_k)
 
 
-def _expert_choice(given: RuleInput, config: ModelConfig) -> Tensor:
+def _ranked_by_image(given: RuleInput, config: ModelConfig) -> Ranked:
     """Per image, each expert takes its top N / E * capacity tokens (EC-DiT, arXiv 2410.02098)."""
-    return _top_tokens(given.scores, config.capacity, config.family.rounding)
+    return _ranked_tokens(given.scores, config.capacity, config.family.rounding)
 
 
-def _batch_pool(given: RuleInput, config: ModelConfig) -> Tensor:
+def _expert_choice(given: RuleInput, config: ModelConfig) -> Tensor:
+    return _ranked_by_image(given, config).routing_map
+
+
+def _ranked_by_call(given: RuleInput, config: ModelConfig) -> Ranked:
     """Each expert takes its top B N / E * capacity tokens of the whole batch (DiffMoE training, arXiv 2503.14487)."""
     scores = given.scores
     one_pool = scores.reshape(1, -1, scores.shape[-1])
-    return _top_tokens(one_pool, config.capacity, config.family.rounding).view(scores.shape)
+    chosen, accepted = _ranked_tokens(one_pool, config.capacity, config.family.rounding)
+    return Ranked(chosen.view(scores.shape), accepted)
+
+
+def _batch_pool(given: RuleInput, config: ModelConfig) -> Tensor:
+    return _ranked_by_call(given, config).routing_map
 
 
 def _predicted_capacity(given: RuleInput, config: ModelConfig) -> Tensor:
@@ -102,11 +122,11 @@ RULES: dict[str, Rule] = {
     "promoe_tc": Rule(_token_choice, _token_choice),
     "dit_moe": Rule(_token_choice, _token_choice),
     "dsmoe": Rule(_group_limited, _group_limited),
-    "ec": Rule(_expert_choice, _expert_choice),
-    "promoe_ec": Rule(_expert_choice, _expert_choice),
-    "diffmoe": Rule(_batch_pool, _predicted_capacity),
+    "ec": Rule(_expert_choice, _expert_choice, _ranked_by_image),
+    "promoe_ec": Rule(_expert_choice, _expert_choice, _ranked_by_image),
+    "diffmoe": Rule(_batch_pool, _predicted_capacity, _ranked_by_call),
     "race": Rule(_race, _above_threshold),
-    "nucleus": Rule(_expert_choice, _expert_choice),
+    "nucleus": Rule(_expert_choice, _expert_choice, _ranked_by_image),
 }
 
 
@@ -130,6 +150,11 @@ def _top_experts(scores: Tensor, top_k: int) -> Tensor:
 
 
 def _top_tokens(scores: Tensor, capacity: float, rounding: Rounding = "down") -> Tensor:
+    return _ranked_tokens(scores, capacity, rounding).routing_map
+
+
+def _ranked_tokens(scores: Tensor, capacity: float, rounding: Rounding = "down") -> Ranked:
     count = tokens_per_expert(scores.shape[1], scores.shape[2], capacity, rounding)
-    chosen = scores.topk(count, dim=1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+    top = scores.topk(count, dim=1, sorted=False)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices, True)
+    return Ranked(chosen, top.values)

@@ -1,10 +1,14 @@
 """The router: what it decides in training and inference, and what learns from what."""
 
+import pytest
 import torch
 
 from sharpmoe.config import ModelConfig
+from sharpmoe.families import FAMILIES
 from sharpmoe.moe.layer import MoELayer
 from sharpmoe.moe.routing import CallMode
+from sharpmoe.moe.selection import lowest_accepted
+from tests.moe.test_counters import layer_of
 
 
 def test_diffmoe_infers_from_thresholds_and_trains_from_the_pool() -> None:
@@ -53,3 +57,22 @@ def test_merged_calls_of_a_race_are_replayed_whatever_their_floors() -> None:
     y, record = layer(torch.cat(parts), mode=CallMode(routing_maps=(maps,)))
     torch.testing.assert_close(y, torch.cat([part for part, _ in apart]))
     assert torch.equal(record.routing_map, maps)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("router", [name for name, family in FAMILIES.items() if family.has_experts])
+def test_the_cutoff_is_the_lowest_score_that_was_accepted(router: str, training: bool) -> None:
+    """Bit by bit, whether a top-k has found it or it is looked for; with ties, and with images without class."""
+    layer = layer_of(router, conditioning="class" if FAMILIES[router].published.get("unconditional_expert") else "text")
+    layer.train(training)
+    g = torch.Generator().manual_seed(1)
+    h = torch.randint(-1, 2, (3, 12, layer.config.width), generator=g).float()
+    h[1, 3:9] = h[1, 2]  # tokens that are alike
+    unconditional = torch.tensor([False, True, False]) if layer.config.unconditional_expert else None
+    features = torch.cat([h, h], -1) if layer.config.gate_input == "time_and_state" else h
+    with torch.no_grad():
+        record = layer.route(features, None, unconditional)
+        again = layer.route(features, None, unconditional, CallMode(routing_maps=(record.routing_map,)))
+    assert record.routing_map.any()
+    for found in (record, again):
+        assert torch.equal(found.cutoff, lowest_accepted(found.scores, found.routing_map, layer.config))

@@ -13,7 +13,7 @@ COUNTS = {  # compiled block in bf16, width 1024, 32 images of 256 tokens: forwa
     "dense class base": (10, 29, 10),
     "dense text base": (15, 44, 15),
     "tc class guided": (35, 49, 34),
-    "ec class guided": (31, 50, 30),
+    "ec class guided": (30, 50, 29),
     "diffmoe class guided": (36, 60, 53),
     "diffmoe text guided": (41, 75, 58),
     "promoe_tc class guided": (48, 61, 40),
@@ -21,7 +21,7 @@ COUNTS = {  # compiled block in bf16, width 1024, 32 images of 256 tokens: forwa
     "dsmoe class guided": (40, 59, 39),
     "dit_moe class guided": (38, 59, 37),
     "race class guided": (45, 62, 45),
-    "nucleus text guided": (48, 78, 48),
+    "nucleus text guided": (47, 78, 47),
 }
 PARTS = ("forward", "backward", "inference")
 
