@@ -170,7 +170,7 @@ def test_weights_draw_the_same_samples(router: str, shards: ShardSet) -> None:
     wish = samples.Prompts(("a red circle", "a blue square", "a green cross"), ())
     settings = SampleConfig(num_steps=6, method="heun", cfg_scale=2.0)
     request = samples.encode_prompts(model.config, shards, wish)
-    latents = sampling.generate(model.eval(), model.config, settings, request, batch_size=2)
+    latents = sampling.generate(model.eval(), model.config, settings, request, sampling.SamplingOptions(batch_size=2))
     assert_equal(latents, load_file(OLD / router / "samples.safetensors")["latents"], "latents")
 
 

@@ -247,7 +247,7 @@ class Device:
         """A step: the host gives the device its work in 1 s, of which the update, 5 s, is left when it returns."""
         self.now = max(self.now, self.free) + 1
         self.free = self.now + 5
-        return SimpleNamespace(watch=())
+        return SimpleNamespace(watch=(), cutoffs=())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -261,12 +261,12 @@ def test_what_a_device_has_left_of_a_step_is_charged_to_that_step(ranks: int, mo
     monkeypatch.setattr(loop.faults, "DamagedSamples", lambda *_: SimpleNamespace(agree=lambda *_: None))
     monkeypatch.setattr(loop, "_check", lambda *_: None)
     monkeypatch.setattr(loop, "_log_step", lambda _, step, result, tokens, *times: logged.append((step, *times)))
-    monkeypatch.setattr(loop, "Progress", lambda *given: SimpleNamespace(watch=()))
+    monkeypatch.setattr(loop, "Progress", lambda *given: SimpleNamespace(watch=(), cutoffs=()))
     monkeypatch.setattr(loop, "Watch", lambda *given: None)
     if ranks > 1:
         monkeypatch.setattr(launch, "_maxima", device.read_numbers)
     run = RunConfig.model_validate({"train": {"steps": 7, "global_batch": 8}, "log": {"every": 3}})
-    start = SimpleNamespace(step=0, watch=())
+    start = SimpleNamespace(step=0, watch=(), cutoffs=())
     batch, data = SimpleNamespace(global_batch=8), SimpleNamespace(empty_text=None)
     plan = SimpleNamespace(run=run, start=start, batch=batch, data=data)
     session: Any = SimpleNamespace(
