@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,7 +119,9 @@ def publish_once(path: Path, content: Content) -> None:
 
 
 def _draft_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{_DRAFT}")
+    """Return a name of this thread's own: several may write one file at a time."""
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}"
+    return path.with_name(f".{path.name}.{writer}{_DRAFT}")
 
 
 def _write(path: Path, content: Content) -> None:

@@ -11,7 +11,7 @@ import pytest
 from launcher.main import _LAUNCHERS
 from launcher.sample import main as sample
 from sharpmoe import invocation
-from sharpmoe.config_names import _ELSEWHERE, meaning
+from sharpmoe.config_names import _ELSEWHERE, suggestion
 from sharpmoe.invocation import spell_command, spell_ranks_command, spell_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +68,9 @@ def test_the_console_command_and_an_installed_package(argv: list[str], monkeypat
         "Start it: `deepspeed --module launcher.train --x` or `sharpmoe sample RUN`; see sharpmoe gpu-check."
     )
     assert ".py" not in sample.parser("sharpmoe sample").format_help()
-    assert meaning("compile") == "train.compile (sharpmoe sample has --compile)"
-    assert meaning("num_gpus") == "the launcher decides: deepspeed --num_gpus N --module launcher.train ..."
+    assert suggestion("compile", ()) == "; here it is: train.compile (sharpmoe sample has --compile)"
+    launched = "the launcher decides: deepspeed --num_gpus N --module launcher.train ..."
+    assert suggestion("num_gpus", ()) == f"; here it is: {launched}"
 
 
 def test_every_command_that_a_hint_names_exists() -> None:

@@ -12,6 +12,7 @@ CLASS, RECORDS = (
         "export_adapters",
         "generators_kept",
         "Contents",
+        "Cutoffs",
         "Found",
         "Manifest",
         "Outcome",

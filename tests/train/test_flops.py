@@ -16,7 +16,7 @@ from sharpmoe.train.flops import _named_peak, peak_tflops, rows_expected, step_f
 from sharpmoe.train.metrics import rows_taken
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import schedule_of
-from sharpmoe.train.trajectories import _draw
+from sharpmoe.train.trajectories import draw_trajectories
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
 from tests.train.setting import CONFIGS, make_run, stirred_model
 
@@ -45,7 +45,7 @@ def computed(run: RunConfig, size: tuple[int, int] = (8, 8)) -> tuple[int, float
     """FLOPs of an optimizer step of two micro-batches, and the rows that experts took."""
     samples = ToySamples(sizes=(size,))
     empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
-    items = tuple(_draw(samples.batch([first]), empty, run) for first in range(IMAGES))
+    items = tuple(draw_trajectories([samples.batch([i]) for i in range(IMAGES)], empty, run, torch.device("cpu")))
     model = stirred_model(run)
     attach_adapters(model, run.lora)
     freeze(model, run)

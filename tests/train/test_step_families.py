@@ -27,7 +27,7 @@ from sharpmoe.train.loop import train
 from sharpmoe.train.metrics import routing_scalars
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.tally import StepRecord
-from sharpmoe.train.trajectories import _draw
+from sharpmoe.train.trajectories import draw_trajectories
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
@@ -92,7 +92,7 @@ def base(run: RunConfig) -> Backbone:
 
 def gradients(run: RunConfig, model: Backbone, shards: ShardSet, step: int) -> StepRecord:
     objective = Objective(model, run)
-    item = _draw(read(shards, run, 8 * step), shards.empty_text(), run)
+    (item,) = draw_trajectories([read(shards, run, 8 * step)], shards.empty_text(), run, torch.device("cpu"))
     answer = objective(StepRequest((item,), with_routing=True))
     answer.loss.backward()
     return answer.records[0]
@@ -102,7 +102,7 @@ def gradients(run: RunConfig, model: Backbone, shards: ShardSet, step: int) -> S
 def test_a_family_post_trains(name: str, shards: ShardSet) -> None:
     run = run_of(name, shards.location, "plain")
     model = base(run)
-    item = _draw(read(shards, run, 0), shards.empty_text(), run)
+    (item,) = draw_trajectories([read(shards, run, 0)], shards.empty_text(), run, torch.device("cpu"))
     before = rollout_step(model, item, 0, None)
     if run.model.saliency_router:
         attach(model)
@@ -191,7 +191,9 @@ def test_two_passes_give_the_gradient_of_one(name: str, shards: ShardSet) -> Non
         for layer in model.moe_layers():
             torch.nn.init.normal_(layer.saliency_router.out.weight, std=0.1)
         batch = read(shards, run, 0)
-        run_item = _draw(batch._replace(latent=batch.latent.double()), shards.empty_text(), run)
+        (run_item,) = draw_trajectories(
+            [batch._replace(latent=batch.latent.double())], shards.empty_text(), run, torch.device("cpu")
+        )
         objective = Objective(model, run)
         objective(StepRequest((run_item,))).loss.backward()
         found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
@@ -222,7 +224,7 @@ def mixed_items(run: RunConfig, sizes: Sequence[tuple[int, ...]]) -> tuple[Traje
     for first in range(0, samples.num_samples, 4):
         batch = samples.batch(range(first, first + 4))
         batch = batch._replace(latent=batch.latent.double(), label=torch.arange(4) % run.model.num_classes)
-        items.append(_draw(batch, empty, run))
+        items += draw_trajectories([batch], empty, run, torch.device("cpu"))
     return tuple(items)
 
 
