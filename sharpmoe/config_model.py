@@ -84,7 +84,9 @@ class ModelConfig(Section):
     top_k: int = Field(1, ge=1, le=_WIDEST)  # experts per token (token choice: tc, promoe_tc, dsmoe, dit_moe)
     capacity: float = Field(1.0, gt=0)  # mean experts per token (ec, promoe_ec, diffmoe, race, nucleus)
     capacities: tuple[_Capacity, ...] | None = None  # capacity of every block, dense ones included; None: the same
-    capacity_selection: Literal["count", "mask"] = "count"  # inference of diffmoe: see moe/selection.py
+    # Inference of diffmoe (moe/selection.py). With mask the capacity predictor alone chooses, which does not read
+    # x0_prev: saliency routers then move gates, but no compute.
+    capacity_selection: Literal["count", "mask"] = "count"
     gate: Literal["linear", "prototypes", "mlp"] = "linear"  # prototypes: cosine to a centre per expert (ProMoE)
     score: Literal["softmax", "sigmoid", "identity", "token_softmax"] = "softmax"  # logits to scores
     # What gate, capacity predictor and heads read: the tokens as the experts get them, or the time embedding beside the

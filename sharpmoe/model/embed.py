@@ -165,7 +165,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, bias: Tensor, keys_values: Tensor | None = None) -> Tensor:
         """Map x (B, N, D) to (B, N, D), given text (B, L, D) and the `attention_bias` (B, 1, 1, L) of its mask.
 
-        keys_values: what `keys_values` rerotated for this text; computed here where it is not given.
+        keys_values: what `keys_values` returned for this text; computed here where it is not given.
         """
         b, n, d = x.shape
         q = self.q(x).view(b, n, self.num_heads, -1).transpose(1, 2)
