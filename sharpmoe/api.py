@@ -43,6 +43,7 @@ from sharpmoe.rollout import TrajectoryBatch
 from sharpmoe.sampling import SamplingCallback, SamplingOptions, require_still
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import check_schedule, num_segments, with_schedule
+from sharpmoe.train.tally import pools_trajectories
 from sharpmoe.train.terms import LossTerms, routing_weight, steers_alone
 from sharpmoe.train.trajectories import EmptyText, draw_trajectories
 
@@ -170,6 +171,7 @@ def rollout_loss(
         (item,) = draw_trajectories([whole], empty, run, _device(model))
         position = int(whole.position[0])
     check_schedule(run, len(item.x0), (item.saliency.shape[1],))
+    _check_cutoffs(cutoffs, run)
     segment = draws.rollout_block(seed, position if step is None else step, num_segments(run))
     weight = None if step is None else routing_weight(run, step)
     answer = Objective(model, run)(StepRequest((item,), segment, routing_weight=weight, cutoffs=cutoffs))
@@ -385,6 +387,23 @@ def _texts(batch: Batch, model: Backbone, empty_text: EmptyText | None, run: Run
         return batch, (functional.pad(tokens, (0, 0, 0, missing)), functional.pad(mask, (0, missing)), pooled)
     text, text_mask = functional.pad(batch.text, (0, 0, 0, -missing)), functional.pad(batch.text_mask, (0, -missing))
     return batch._replace(text=text, text_mask=text_mask), (tokens, mask, pooled)
+
+
+def _check_cutoffs(cutoffs: Tensor | None, run: RunConfig) -> None:
+    """Raise ConfigError for cutoffs that this loss does not have, or of another model."""
+    if cutoffs is None:
+        return
+    if not pools_trajectories(run):
+        raise ConfigError(
+            f"rollout_loss: cutoffs are of rollout.pool: trajectory and of families whose tokens compete with those of "
+            f"other images; rollout.pool is {run.rollout.pool}, model.router {run.model.router}: leave them out"
+        )
+    expected = (run.model.num_moe_layers, run.model.num_experts)
+    if tuple(cutoffs.shape) != expected:
+        raise ConfigError(
+            f"rollout_loss: cutoffs have shape {tuple(cutoffs.shape)}, the model's have {expected} (MoE layers, "
+            "experts); give what finish_step returned for this model"
+        )
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor | None:

@@ -124,6 +124,8 @@ def test_the_loss_of_a_step_is_that_of_the_trainer(router: str, pool: str, shard
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, trained.gradients[name], rtol=1e-5, atol=1e-7)
     cutoffs = sharpmoe.finish_step(model, *found, optim=run.optim)
+    with pytest.raises(ConfigError, match="cutoffs (are of rollout.pool: trajectory|have shape)"):
+        sharpmoe.rollout_loss(model, batch, **settings, cutoffs=torch.zeros(1, 1))
     assert (cutoffs is None) == (not trained.cutoffs) == (pool == "step" or router != "diffmoe")
     if cutoffs is not None:
         torch.testing.assert_close(cutoffs.double(), torch.tensor(trained.cutoffs, dtype=torch.float64))

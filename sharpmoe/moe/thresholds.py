@@ -54,11 +54,15 @@ class TrajectoryPool:
         lowest = [layer.kthvalue(len(layer) - count + 1).values for layer, count in zip(pairs, counts, strict=True)]
         return torch.stack(lowest)[:, None].expand(scores.shape[:2]).contiguous()
 
-    def thresholds(self) -> Tensor:
-        """Return what the thresholds of inference are moved towards, (layers, E): see `threshold_candidates`."""
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """Return what thresholds of inference (`threshold_candidates`) and cutoffs are moved towards, (layers, E) each.
+
+        Thresholds on predictions are those of the trained steps alone.
+        """
+        cutoffs = self.cutoffs()
         if self._config.family.thresholds == "predicted":
-            return _kth_largest(torch.cat(self._capacity, -1), self._config.moe_blocks).sigmoid()
-        return self.cutoffs()
+            return _kth_largest(torch.cat(self._capacity, -1), self._config.moe_blocks).sigmoid(), cutoffs
+        return cutoffs, cutoffs
 
 
 def move_cutoffs(cutoffs: Tensor | None, candidates: Tensor, decay: float) -> Tensor:

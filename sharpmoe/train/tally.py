@@ -18,7 +18,9 @@ class StepRecord(NamedTuple):
     """The figures of one micro-batch, detached."""
 
     terms: LossTerms  # of the whole trajectory
-    thresholds: Tensor | None  # (MoE layers, E) threshold candidates of families with thresholds, mean over T
+    thresholds: (
+        Tensor | None
+    )  # (MoE layers, E) candidates of thresholds: mean over T, or of the pool
     loads: Tensor | None  # (MoE layers, E) share of tokens that each expert took, if a bias balances the loads
     routing: Tensor | None  # (MoE layers, columns) `metrics.routing_sums` over T, if requested
     cutoffs: Tensor | None  # (MoE layers, E) candidates for the next step, where the steps of a trajectory are a pool
@@ -84,7 +86,7 @@ class Tally:
         terms = LossTerms(total=total, flow=flow, routing=routing, router=router, heads=heads)
         thresholds, cutoffs = _mean(self._thresholds), None
         if self._pool is not None:
-            thresholds, cutoffs = self._pool.thresholds(), self._pool.cutoffs()
+            thresholds, cutoffs = self._pool.candidates()
         return StepRecord(terms, thresholds, _mean(self._loads), self._routing, cutoffs)
 
 

@@ -38,6 +38,8 @@ LAYOUTS = {
     # A first pass, a replay and a kept step; dense blocks do not tell a replay from a kept step.
     "zero2 hybrid": Layout(1, 2, 5, {"rollout": {"schedule": "hybrid", "kept_steps": 1}}),
     "zero3 segments": Layout(1, 3, 4, {"rollout": {"schedule": "segments", "segment_steps": 1}}),
+    # The first step has the graphs of plain; with cutoffs a block is cut where experts are served.
+    "zero3 trajectory pool": Layout(1, 3, 8, {"rollout": {"pool": "trajectory"}}),
     "zero3 bf16": Layout(1, 3, 2, {"train": {"precision": "bf16"}}),  # each operator rounds as it does uncompiled
 }
 SMALL = {"model": {"depth": 2}, "rollout": {"num_steps": 2}}

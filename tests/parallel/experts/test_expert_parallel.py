@@ -29,6 +29,7 @@ LAYOUTS = {  # name -> world size, ep_size, dispatcher
     "2/2 megatron": (2, 2, "megatron"),
 }
 SGD = {"name": "sgd", "lr": 0.05}
+POOL = {"rollout": {"pool": "trajectory"}}
 
 
 def tilted(model: Backbone, bias: tuple[float, ...]) -> Backbone:
@@ -74,6 +75,7 @@ def run_layouts(make: Callable[..., RunConfig], world: int, names: list[str]) ->
     half = {"train": {"precision": "bf16", "steps": STEPS, "global_batch": 8, "micro_batch": 8 // world}}
     cases |= {f"bf16 {name}": Case(make("diffmoe", *LAYOUTS[name], **half), steps=FEW) for name in names}
     cases |= {f"zero2 {name}": Case(make("diffmoe", *LAYOUTS[name]), 2, FEW) for name in names}
+    cases |= {f"pool {name}": Case(make("diffmoe", *LAYOUTS[name], **POOL), steps=FEW) for name in names}
     return run_ranks(with_engine, world, cases, timeout=400)[0]
 
 
@@ -126,6 +128,16 @@ def test_skewed_routing_equals_one_process(
 @pytest.mark.parametrize("layout", sweep(LAYOUTS, ["2/2 native"]))
 def test_zero2_equals_one_process(layout: str, traces: dict[str, Trace], reference: Callable[..., Trace]) -> None:
     assert_same(traces[f"zero2 {layout}"], reference("diffmoe", LAYOUTS[layout][0], FEW))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", sweep(LAYOUTS, ["2/2 native"]))
+def test_steps_that_are_one_pool_equal_one_process(
+    layout: str, traces: dict[str, Trace], make: Callable[..., RunConfig]
+) -> None:
+    """Experts take what reaches their cutoffs, so that the rows sent to each rank vary."""
+    assert_same(traces[f"pool {layout}"], with_plain_torch(make("diffmoe", LAYOUTS[layout][0], **POOL), FEW))
 
 
 @pytest.mark.dist
