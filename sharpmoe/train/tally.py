@@ -18,9 +18,7 @@ class StepRecord(NamedTuple):
     """The figures of one micro-batch, detached."""
 
     terms: LossTerms  # of the whole trajectory
-    thresholds: (
-        Tensor | None
-    )  # (MoE layers, E) candidates of thresholds: mean over T, or of the pool
+    thresholds: Tensor | None  # (MoE layers, E) candidates of thresholds: mean over T, or of the pool
     loads: Tensor | None  # (MoE layers, E) share of tokens that each expert took, if a bias balances the loads
     routing: Tensor | None  # (MoE layers, columns) `metrics.routing_sums` over T, if requested
     cutoffs: Tensor | None  # (MoE layers, E) candidates for the next step, where the steps of a trajectory are a pool
