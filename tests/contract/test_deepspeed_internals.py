@@ -90,6 +90,7 @@ def test_a_name_is_there(owner: Any, name: str) -> None:
         (STAGE3, ("self._prepare_fp32_grad_for_sub_group(", "self.unscale_and_clip_grads(", "averaged_gradients")),
         (STAGE3, ("self.get_grad_norm_direct(", "grad_partitions_flat_buffer.narrow(")),
         (STAGE2, ("single_partition_of_fp32_groups", "real_dp_process_group")),
+        (STAGE2, ("self.average_tensor(", "self.extra_large_param_to_reduce[comm_dtype] = param", "reduction_stream")),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, tuple) else "",
 )

@@ -17,6 +17,8 @@ before there is an engine and is set in `ranks.launch.start`: the shared-memory 
    quarter of a millisecond per module and call, and a rollout makes T calls.
 4. *Float32 buffers* (`float32_buffers`). Thresholds and positions keep their precision under bf16.
 5. *Frozen experts* (`frozen_experts_allowed`). ZeRO-2 asserts that a model with MoE layers trains some experts.
+6. *Gradients larger than the bucket* (`_keep_large_gradients`). ZeRO-2 reduces them where they are, with `overlap_comm`
+   on a second stream, and lets go of them at once: their memory could be written before it is read.
 """
 
 import logging
@@ -66,6 +68,8 @@ def patch_optimizer(zero: Any, stage: int, parts_whole: bool) -> "_NormGate":
     gate = _NormGate(zero, stage)
     if stage == 3:
         _patch_step_in_place(zero, lambda: gate.norm)
+    elif zero.overlap_comm and zero.reduction_stream is not None:  # None where there are no streams: on the CPU
+        _keep_large_gradients(zero)
     return gate
 
 
@@ -168,6 +172,22 @@ def _is_not_overflow(record: logging.LogRecord) -> bool:
 
 def _always(norm: float) -> bool:
     return True
+
+
+def _keep_large_gradients(zero: Any) -> None:
+    """Have the memory of a ZeRO-2 gradient above `reduce_bucket_size` be reused only after its reduction.
+
+    Such a gradient is not copied into the bucket. DeepSpeed tells the allocator which stream reads it only on ranks
+    that own a part of it, or where the whole of it belongs to one rank.
+    """
+    average = zero.average_tensor
+
+    def average_recorded(tensor: Tensor, wire_dtype: torch.dtype) -> None:
+        if wire_dtype in zero.extra_large_param_to_reduce:
+            tensor.record_stream(zero.reduction_stream)
+        average(tensor, wire_dtype)
+
+    zero.average_tensor = average_recorded
 
 
 def _patch_step_in_place(zero: Any, norm: Callable[[], float]) -> None:

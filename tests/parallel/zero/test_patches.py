@@ -13,7 +13,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.patches import _euclidean, _joined
+from sharpmoe.parallel.zero.patches import _euclidean, _joined, _keep_large_gradients
 from tests.distributed import run_ranks
 from tests.train.setting import make_run, plan_for
 
@@ -158,3 +158,30 @@ def test_only_tensors_behind_each_other_are_joined() -> None:
     ]
     for parts in apart:
         assert _joined(parts()) is None
+
+
+def kept_gradients(world: World, run: RunConfig) -> tuple[list[tuple[int, Any]], list[Tensor]]:
+    """Elements and streams that the allocator is told of by ZeRO-2; weights without and with overlap."""
+    told, weights = list[tuple[int, Any]](), list[Tensor]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "record_stream", lambda tensor, stream: told.append((tensor.numel(), stream)))
+        for overlap in (False, True):
+            module = Wide()
+            ds_config = plan_for(run, world, 2).ds_config
+            ds_config["zero_optimization"] |= {"overlap_comm": overlap, "reduce_bucket_size": 64 * 64 - 1}
+            engine = Engine(module, run, ds_config, world)
+            if overlap:
+                engine._zero.reduction_stream = "second stream"  # the CPU has none, and ignores it
+                _keep_large_gradients(engine._zero)
+            engine.backward(engine(inputs(world.rank)))
+            engine.step(LR, lambda _: True)
+            weights.append(module.first.weight.detach().clone())
+    return told, weights
+
+
+@pytest.mark.dist
+def test_a_gradient_above_the_bucket_outlives_its_reduction(shards: Path, tmp_path: Path) -> None:
+    """On every rank, whoever owns it; smaller ones are copied into the bucket."""
+    for told, (alone, overlapped) in run_ranks(kept_gradients, 2, make_run(shards, tmp_path)):
+        assert told == [(64 * 64, "second stream")]
+        assert torch.equal(alone, overlapped)
