@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.bounds import Whole
 from launcher.command import Command
-from launcher.devices import DEVICE_HELP, device_name
+from launcher.devices import placed, placement_arguments
 from sharpmoe.config import SampleConfig
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.demo import DemoModel, serve_page
@@ -30,7 +30,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="prepared shards, for codec and text encoder (default: those of the run, else what the weights name)",
     )
     add("--port", type=Whole(1, 65535), help="port on this machine (default: the first free one from 7860)")
-    add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
+    placement_arguments(parser)
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def _opened(arguments: argparse.Namespace) -> DemoModel:
     model, header = load_model(saved.weights)
     shards = open_coders(saved, model, header, arguments.shards)
     settings = saved.run.sample if saved.run else SampleConfig()
-    return DemoModel(model=model.to(arguments.device), shards=shards, settings=settings, name=saved.name)
+    return DemoModel(model=placed(model, arguments), shards=shards, settings=settings, name=saved.name)
 
 
 main = Command(text=__doc__, arguments=_arguments, act=_act)

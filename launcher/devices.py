@@ -1,12 +1,38 @@
-"""The type of --device: `auto`, or a device that this machine has; anything else ends a launcher with one line."""
+"""The options --device and --dtype: where a model computes, and in which precision.
+
+--device is `auto`, or a device that this machine has; anything else ends a launcher with one line.
+"""
 
 import argparse
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from sharpmoe.devices import default_device, device_count, why_no_cuda
 
+_Model = TypeVar("_Model", bound=nn.Module)
+
 DEVICE_HELP = "auto (cuda where there is one, else cpu), cpu, cuda or cuda:N"
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def placement_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --dtype, which `placed` reads."""
+    parser.add_argument("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of the parameters, in which the model computes: bfloat16 takes half the memory, and on GPUs is faster",
+    )
+
+
+def placed(model: _Model, arguments: argparse.Namespace) -> _Model:
+    """Return a model on the device and in the dtype of the arguments; a backbone keeps its buffers in float32."""
+    return model.to(arguments.device, DTYPES[arguments.dtype])
 
 
 def device_name(text: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, SEED
 from launcher.command import Command
-from launcher.devices import DEVICE_HELP, device_name
+from launcher.devices import DTYPES, placed, placement_arguments
 from sharpmoe.console import print_note
 from sharpmoe.durable import check_folder
 from sharpmoe.errors import ConfigError
@@ -71,7 +71,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=SEED, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path("evaluation"), help="folder for the results")
-    add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
+    placement_arguments(parser)
     add(
         "--benchmark",
         choices=tuple(BENCHMARKS),
@@ -153,7 +153,7 @@ def _record(arguments: argparse.Namespace) -> None:
     model, _ = load_model(saved.weights)
     check_held_out(model.config, shards, arguments.images or 128)
     record = record_routing(
-        model.to(arguments.device),
+        placed(model, arguments),
         shards,
         name=saved.name,
         images=arguments.images or 128,
@@ -173,6 +173,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         sheet_blocks=tuple(arguments.sheet_blocks),
         seed=arguments.seed,
         device=arguments.device,
+        dtype=DTYPES[arguments.dtype],
     )
     found = compare_models(models, arguments.names, shards, settings)
     print(allocation_table(found.allocations))

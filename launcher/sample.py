@@ -17,7 +17,7 @@ from data_pipeline.encode.like import OriginCoders
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, POSITIVE_REAL, SEED, SHARE
 from launcher.command import Command
-from launcher.devices import DEVICE_HELP, device_name
+from launcher.devices import placed, placement_arguments
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
 from sharpmoe.console import print_note
@@ -97,7 +97,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder for the images (default: samples/drawn in the run folder; looks, of --film and so on)",
     )
-    add("--device", type=device_name, default="auto", help=f"device of the model: {DEVICE_HELP}")
+    placement_arguments(parser)
 
 
 def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +179,7 @@ def _act(arguments: argparse.Namespace) -> None:
     if not arguments.npz and not arguments.prompts:
         _prompts(arguments, settings).check(model.config)  # before shards, which may be missing too
     shards = open_coders(saved, model, header, arguments.shards)
-    model = model.to(arguments.device)
+    model = placed(model, arguments)
     weak = _weak_model(arguments, header)
     if arguments.compile:
         compile_blocks(model, print_note)
@@ -212,7 +212,7 @@ def _weak_model(arguments: argparse.Namespace, header: Mapping[str, str]) -> _Na
     saved = find_saved_model(arguments.weak_model, arguments.weights)
     weak, weak_header = load_model(saved.weights)
     check_weak_origin(weak_header, header)
-    return _Named(weak.to(arguments.device), saved.name)
+    return _Named(placed(weak, arguments), saved.name)
 
 
 def _npz(call: _Call) -> Path:
@@ -229,6 +229,7 @@ def _npz(call: _Call) -> Path:
         part=given.part or sampling.ImagePart(),
         weak_weights=weak and weak.name,
         frames=call.model.config.latent_frames,
+        dtype=given.dtype,
     )
     if given.join:
         return join_adm_batch(call.model.config, call.settings, batch, given.join)

@@ -46,6 +46,7 @@ class AdmBatch:
     part: sampling.ImagePart = _WHOLE  # which of the images
     weak_weights: str | None = None  # description of the weak model's, where one guides
     frames: int = 1  # of a clip; 1: still images
+    dtype: str = "float32"  # of the model's parameters, for the protocol
 
     @property
     def file(self) -> Path:
@@ -265,6 +266,7 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
         "weak_model": batch.weak_weights or "none",
         "seed": sample.seed,
         "weights": batch.weights,
+        "dtype": batch.dtype,
         "model": model.title,
         "pixels": "truncated 127.5 x + 128, uint8",
         "extractor": "none here: evaluate with guided-diffusion's evaluator.py (TensorFlow Inception-v3) and its "

@@ -8,7 +8,7 @@ dispatcher of each MoE layer sends tokens to the ranks that hold the experts.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -96,6 +96,20 @@ class Backbone(nn.Module, ABC):
         They are in the order in which forward uses them, and each parameter of the model is in exactly one of them. The
         first embeds x_t and x0_prev; the last computes the output.
         """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast as `nn.Module` does, `.to(torch.bfloat16)` too, but never round a buffer.
+
+        Thresholds, balancing biases and positions keep their precision in a model whose parameters are in bf16.
+        """
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, cast in list(self.named_buffers()):
+            exact = before[name]
+            if cast.is_floating_point() and cast.itemsize < exact.itemsize:
+                owner, _, last = name.rpartition(".")
+                setattr(self.get_submodule(owner), last, exact.to(cast.device))
+        return self
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers in depth order."""

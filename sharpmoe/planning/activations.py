@@ -183,8 +183,6 @@ def _skeleton(run: RunConfig, micro_batch: int, tokens: int) -> Backbone:
         layer.dispatcher = _EvenDispatcher(rows_of_call(layer.config, micro_batch, tokens))
     if run.train.precision == "bf16":
         model = model.bfloat16()
-    for buffer in model.buffers():  # the engine keeps them in float32
-        buffer.data = buffer.data.float()
     return model
 
 

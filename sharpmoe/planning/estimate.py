@@ -18,9 +18,9 @@ from sharpmoe.parallel.zero.settings import ZeroSettings
 from sharpmoe.planning.activations import Activations, SampleTokens, count_activations
 from sharpmoe.planning.gathers import Gathers, count_gathers
 from sharpmoe.planning.layout import RankLayout, keeps_eight_bits, rank_parameters, trained_parts
-from sharpmoe.planning.memory import Memory, StepNeeds, rank_memory
+from sharpmoe.planning.memory import MASTER_BYTES, Memory, StepNeeds, rank_memory
 from sharpmoe.planning.traffic import Traffic, traffic
-from sharpmoe.train.looks import looks_by_block
+from sharpmoe.train.looks import look_dtype, looks_by_block
 from sharpmoe.train.rollout_schedules import RolloutSchedule, all_schedules, schedule_of
 from sharpmoe.train.sample_judge import extractor_bytes
 from sharpmoe.train.shapes import shape_mismatch, token_counts
@@ -120,19 +120,21 @@ class Planner:
 
     @property
     def _monitored(self) -> int:
-        """Most parameters of the monitor's model that are whole at a time; 0 where nothing is measured."""
+        """Most bytes of the monitor's model that are whole at a time; 0 where nothing is measured."""
         log = self.run.log
         if not (log.validate_every or log.sample_every or log.metrics_every or log.allocation):
             return 0
         parts = rank_parameters(self.run, 1, 1)
         whole = sum(part.numel for part in parts)
+        size = look_dtype(self.run).itemsize
         if not looks_by_block(self.run, whole):
-            return whole
+            return whole * (MASTER_BYTES if self.run.lora.rank else size)  # adapters are merged in float32
         of_block = Counter[int]()
         for part in parts:
             if part.block is not None:
                 of_block[part.block] += part.numel
-        return whole - of_block.total() + 2 * max(of_block.values())  # one before and one after it was summed
+        # Of a block one before and one after it was summed, which is in float32.
+        return (whole - of_block.total()) * size + 2 * MASTER_BYTES * max(of_block.values())
 
 
 def optimizer_bytes(run: RunConfig) -> int:

@@ -11,7 +11,7 @@ from sharpmoe.planning.activations import GraphBytes
 from sharpmoe.planning.gathers import Gathers
 from sharpmoe.planning.layout import RankParameter, trained_parts
 
-_MASTER = 4  # bytes of a float32 master weight, and of the EMA
+MASTER_BYTES = 4  # bytes of a float32 master weight, and of the EMA
 _SUM = 4  # bytes of a gradient that is added up within a step (train/local_gradients.py)
 _ITERATES = 4  # tensors of Muon's iteration: the matrices, two products of at most their size, the next matrices
 _EXCHANGED = 4  # what a rank sends of matrices that it holds a part of, and receives, on both ways
@@ -93,7 +93,7 @@ class StepNeeds(NamedTuple):
     graphs: tuple[GraphBytes, ...]  # of one micro-batch, in the order of their backwards
     accumulation: int
     gathers: Gathers
-    monitored: int  # parameters of the model that the monitor makes whole; 0 where it does nothing
+    monitored: int  # bytes of the model that the monitor makes whole; 0 where it does nothing
     judge: int = 0  # bytes of the network that judges samples
 
     @property
@@ -106,7 +106,7 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
     """Add up the bytes of weights, gradients, optimizer, buffers and activations on one rank."""
     size, trained = _sizes(parts, zero), trained_parts(parts)
     weights = size.weights * zero.compute_bytes
-    masters = size.shard * _MASTER  # a copy even where the weights are float32
+    masters = size.shard * MASTER_BYTES  # a copy even where the weights are float32
     gradients = (size.shard if _is_flat(zero) else _straddled(trained)) * zero.gradient_bytes
     held = sum(part.shard for part in trained)
     optimizer = size.shard * sum(part.shard * part.state_bytes for part in trained) // held
@@ -122,7 +122,7 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
         masters=masters,
         gradients=gradients,
         optimizer=optimizer,
-        ema=size.shard * _MASTER,
+        ema=size.shard * MASTER_BYTES,
         gathered=gathered,
         arriving=arriving,
         sums=waiting.sums if step.backwards > 1 else 0,
@@ -131,9 +131,9 @@ def rank_memory(parts: Sequence[RankParameter], zero: ZeroSettings, step: StepNe
         activations=max(graph.most for graph in step.graphs),
         backward=backward,
         update=_update(size, zero) + _orthogonalised(trained, zero),
-        look=step.monitored * _MASTER,
+        look=step.monitored,
         judge=step.judge,
-        host=_offloaded(zero, weights, masters + gradients + optimizer + size.shard * _MASTER),
+        host=_offloaded(zero, weights, masters + gradients + optimizer + size.shard * MASTER_BYTES),
     )
 
 
@@ -231,7 +231,7 @@ def _update(size: _Sizes, zero: ZeroSettings) -> int:
     """Flat float32 gradients: of a sub-group under ZeRO-3, of the rank's part under ZeRO-2."""
     if zero.host_optimizer:
         return 0
-    return min(size.shard, zero.sub_group if zero.stage == 3 else size.shard) * _MASTER
+    return min(size.shard, zero.sub_group if zero.stage == 3 else size.shard) * MASTER_BYTES
 
 
 def _orthogonalised(parts: Sequence[RankParameter], zero: ZeroSettings) -> int:

@@ -38,6 +38,7 @@ class ComparisonSettings:
     seed: int = 0  # of the noise
     with_markov_noise: bool = True  # also measure the flow loss with the noise of a Markov chain
     device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32  # of the parameters, in which the models compute
 
 
 class Comparison(NamedTuple):
@@ -90,7 +91,7 @@ def compare_models(
                 f"{differs.there!r}: what follows is not what it does on its own latents or texts"
             )
         layers = {block: _layer_of(model.config, block) for block in settings.sheet_blocks}
-        model.to(settings.device)
+        model.to(settings.device, settings.dtype)
         images = min(settings.images, shards.num_samples)
         twice = ", with fixed and with Markov noise" if settings.with_markov_noise else ""
         print_note(f"measuring {name}: {images} images, {len(ALLOCATION_TIMES)} times{twice}")

@@ -31,16 +31,25 @@ def looks_by_block(run: RunConfig, num_parameters: int) -> bool:
     return run.log.look_weights == "blocks" or num_parameters > _LARGE
 
 
-def fill_by_block(twin: Backbone, shards: Sequence[Tensor], pieces: Sequence[Piece], world: World) -> None:
+def look_dtype(run: RunConfig) -> torch.dtype:
+    """Return the dtype of the parameters with which a run's measurements compute."""
+    return torch.bfloat16 if run.log.look_precision == "bf16" else torch.float32
+
+
+def fill_by_block(
+    twin: Backbone, shards: Sequence[Tensor], pieces: Sequence[Piece], world: World, dtype: torch.dtype = torch.float32
+) -> None:
     """Give a model on the meta device its weights: all but the blocks now, those of a block whenever it runs.
 
-    shards: this rank's float32 partitions; pieces: where the model's parameters are in them, over all ranks each
-    element once. Communicates: one sum per part now, and one per block and call, so all ranks must call the model
-    equally often; a rank that fails is met by the others before the next block. Buffers stay on the meta device.
+    They are summed in float32 and then rounded to `dtype`. shards: this rank's float32 partitions; pieces: where the
+    model's parameters are in them, over all ranks each element once. Communicates: one sum per part now, and one per
+    block and call, so all ranks must call the model equally often; a rank that fails is met by the others before the
+    next block. Buffers stay on the meta device.
     """
     blocks = set(twin.blocks)
     for name, unit in twin.gathered_units():
-        fill = partial(_fill, shards, [piece for piece in pieces if piece.name.startswith(f"{name}.")], name, world)
+        of_unit = [piece for piece in pieces if piece.name.startswith(f"{name}.")]
+        fill = partial(_fill, shards, of_unit, name, world, dtype)
         if unit in blocks:
             unit.register_forward_pre_hook(fill)
             unit.register_forward_hook(_empty, always_call=True)
@@ -50,7 +59,13 @@ def fill_by_block(twin: Backbone, shards: Sequence[Tensor], pieces: Sequence[Pie
 
 
 def _fill(
-    shards: Sequence[Tensor], pieces: Sequence[Piece], prefix: str, world: World, unit: nn.Module, *_: Any
+    shards: Sequence[Tensor],
+    pieces: Sequence[Piece],
+    prefix: str,
+    world: World,
+    dtype: torch.dtype,
+    unit: nn.Module,
+    *_: Any,
 ) -> None:
     parameters = dict(unit.named_parameters())
     with raise_on_all_ranks(world):
@@ -59,7 +74,7 @@ def _fill(
         for piece in pieces:
             target = parts[piece.name.removeprefix(f"{prefix}.")][piece.place : piece.place + piece.numel]
             target.copy_(shards[piece.part].detach()[piece.start : piece.start + piece.numel])
-    found = sum_over_ranks(whole, world).split([each.numel() for each in parameters.values()])
+    found = sum_over_ranks(whole, world).to(dtype).split([each.numel() for each in parameters.values()])
     for (name, planned), values in zip(parameters.items(), found, strict=True):
         _replace(unit, name, values.view(planned.shape))
 

@@ -25,7 +25,7 @@ from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings
 from sharpmoe.train import provenance
 from sharpmoe.train.callbacks import CallbackCalls, TrainingSave, open_callbacks
-from sharpmoe.train.looks import fill_by_block, looks_by_block
+from sharpmoe.train.looks import fill_by_block, look_dtype, looks_by_block
 from sharpmoe.train.monitor import Monitor
 from sharpmoe.train.objective import Objective
 from sharpmoe.train.rollout_schedules import schedule_of
@@ -130,25 +130,30 @@ def _open_log(plan: RunPlan, notes: Sequence[str], settings: provenance.Settings
 def ema_model(session: Session) -> Backbone:
     """Build a plain model with the averaged weights on every rank, in eval mode, for the monitor. Communicates.
 
-    It takes 4 bytes per parameter for as long as it lives, or those of one block (`looks_by_block`). Running the
-    partitioned module outside of the engine's forward would make DeepSpeed record a parameter order without end, and
+    It takes 4 bytes per parameter for as long as it lives, 2 in bf16, or those of one block (`looks_by_block`). Running
+    the partitioned module outside of the engine's forward would make DeepSpeed record parameters without end, and
     every call slower than the one before.
     A signal that asks the run to stop raises StopAskedError from its next call, on every rank.
     """
     if _is_by_block(session):
         return _by_block(session, session.ema.shards)
-    return _plain_model(session, session.ema.full_weights(session.objective.model, everywhere=True))
+    return _plain_model(session, session.ema.full_weights(session.objective.model, True, _gathered_dtype(session)))
 
 
 def live_model(session: Session) -> Backbone:
     """Build the same with the weights that are trained, not their average. Communicates."""
     if _is_by_block(session):
         return _by_block(session, session.engine.state.masters())
-    return _plain_model(session, session.engine.full_weights(session.objective.model, everywhere=True))
+    return _plain_model(session, session.engine.full_weights(session.objective.model, True, _gathered_dtype(session)))
 
 
 def _is_by_block(session: Session) -> bool:
     return looks_by_block(session.plan.run, session.engine.num_parameters)
+
+
+def _gathered_dtype(session: Session) -> torch.dtype:
+    """Return the dtype in which weights are collected: adapters are merged before rounding."""
+    return torch.float32 if session.adapters is not None else look_dtype(session.plan.run)
 
 
 def _by_block(session: Session, shards: Sequence[Tensor]) -> Backbone:
@@ -156,7 +161,7 @@ def _by_block(session: Session, shards: Sequence[Tensor]) -> Backbone:
         twin = build_model(session.plan.run.model)
     model = session.objective.model
     twin.load_state_dict({name: x.detach().clone() for name, x in model.named_buffers()}, strict=False, assign=True)
-    fill_by_block(twin, shards, session.engine.state.pieces(model), session.world)
+    fill_by_block(twin, shards, session.engine.state.pieces(model), session.world, look_dtype(session.plan.run))
     twin.register_forward_pre_hook(partial(_stop_on_signal, session.world))
     return twin.eval()
 
@@ -166,6 +171,7 @@ def _plain_model(session: Session, state: dict[str, Tensor]) -> Backbone:
         twin = build_model(session.plan.run.model)
     adapters = session.adapters
     twin.load_state_dict(adapters.merge_state(state) if adapters is not None else state, assign=True)
+    twin.to(look_dtype(session.plan.run))
     twin.register_forward_pre_hook(partial(_stop_on_signal, session.world))
     return twin.eval()
 

@@ -190,6 +190,7 @@ def test_the_command_writes_batch_and_protocol(tmp_path: Path) -> None:
         assert arrays["arr_0"].shape == (5, 32, 32, 3)
     protocol = json.loads((tmp_path / "batch.json").read_text())
     assert (protocol["cfg_scale"], protocol["grid"]) == (1.0, "linspace(1, 0, 2 + 1), 1 is noise")
+    assert protocol["dtype"] == "float32"
     weak = [
         "--cfg-scale",
         "2",
@@ -205,6 +206,20 @@ def test_the_command_writes_batch_and_protocol(tmp_path: Path) -> None:
     protocol = json.loads((tmp_path / "weak.json").read_text())
     assert (protocol["weak_model"], protocol["cfg_norm"]) == ("toy", "tokens")
     assert protocol["grid"].endswith("shifted: s t / (1 + (s - 1) t) with s = 3")
+
+
+def test_a_model_draws_in_bfloat16_and_the_protocol_says_so(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards")
+    model = toy_model("diffmoe", conditioning="class", num_classes=3)
+    save_weights(tmp_path / "toy.safetensors", model.state_dict(), model.config)
+    words = [str(tmp_path / "toy.safetensors"), "--shards", str(shards), "--num", "4", "--steps", "2"]
+    for dtype in ("float32", "bfloat16"):
+        weak = ["--weak-model", words[0], "--cfg-scale", "2", "--dtype", dtype]
+        assert main([*words, *weak, "--npz", str(tmp_path / f"{dtype}.npz")]) == 0
+    assert json.loads((tmp_path / "bfloat16.json").read_text())["dtype"] == "bfloat16"
+    with np.load(tmp_path / "float32.npz") as exact, np.load(tmp_path / "bfloat16.npz") as rounded:
+        far = np.abs(exact["arr_0"].astype(int) - rounded["arr_0"])
+    assert 0 < far.mean() < 8  # levels of 256
 
 
 def test_parts_join_to_the_batch_of_one_process(tmp_path: Path) -> None:

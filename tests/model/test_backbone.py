@@ -93,3 +93,22 @@ def test_each_layer_replays_its_own_map(backbone: str) -> None:
     other = tuple(record.routing_map.roll(layer + 1, dims=2) for layer, record in enumerate(records))
     replayed = model(*inputs("text"), CallMode(routing_maps=other)).routing
     assert all(torch.equal(record.routing_map, given) for record, given in zip(replayed, other, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("backbone", "conditioning"), CASES)
+def test_a_cast_model_computes_in_its_dtype_with_the_buffers_of_the_exact_one(backbone: str, conditioning: str) -> None:
+    model = made(backbone, conditioning).eval()
+    x_t, t, condition, x0_prev = inputs(conditioning)
+    expected = model(x_t, t, condition, x0_prev).v
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = model.state_dict().keys()
+    assert nn.Sequential(model).to(torch.bfloat16)[0] is model  # a part of another module is cast as well
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.state_dict().keys() == state
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    rounded = model(x_t, t, condition, x0_prev)
+    assert rounded.v.dtype == torch.float32
+    assert 0 < (rounded.v - expected).norm() < 0.1 * expected.norm()
+    assert {x.dtype for x in model.double().buffers() if x.is_floating_point()} <= {torch.float64}

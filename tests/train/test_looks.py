@@ -1,5 +1,6 @@
 """Measuring by block: the numbers of a whole model, with one block's weights at a time, and training untouched."""
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,15 +44,15 @@ def outcomes(world: World, run: RunConfig, stage: int) -> dict[str, Any]:
     before = engine.full_weights(objective.model, everywhere=True) | {f"ema{i}": x for i, x in enumerate(ema.shards)}
     before = {name: x.clone() for name, x in before.items()}
     found: dict[str, Any] = {}
-    for way in ("whole", "blocks"):
-        log = run.log.model_copy(update={"look_weights": way})
+    for way, precision in itertools.product(("whole", "blocks"), ("bf16", "fp32")):
+        log = run.log.model_copy(update={"look_weights": way, "look_precision": precision})
         plan_of = SimpleNamespace(run=run.model_copy(update={"log": log}))
         session: Any = SimpleNamespace(
             plan=plan_of, world=world, objective=objective, engine=engine, ema=ema, adapters=None
         )
         for name, make in (("ema", ema_model), ("live", live_model)):
             model = make(session)
-            found[f"{way} {name}"] = called(model)
+            found[f"{way} {precision} {name}"] = called(model)
         if way == "blocks":
             found["real"] = sum(p.numel() for block in model.blocks for p in block.parameters() if not p.is_meta)
             found["error"] = failing(model, world)
@@ -88,9 +89,11 @@ def test_a_model_by_block_is_the_whole_model(stage: int, ep_size: int, tmp_path:
     sections = {"parallel": {"ep_size": ep_size}, "train": {"precision": "bf16"}}
     run = make_run(make_shards(tmp_path / "shapes"), tmp_path / "run", **sections)
     for found in run_ranks(outcomes, 2, run, stage):
-        for name in ("ema", "live"):
-            assert all(map(torch.equal, found[f"blocks {name}"], found[f"whole {name}"])), name
-        assert not torch.equal(found["blocks ema"][0], found["blocks live"][0])
+        for name in itertools.product(("bf16", "fp32"), ("ema", "live")):
+            assert all(map(torch.equal, found[f"blocks {' '.join(name)}"], found[f"whole {' '.join(name)}"])), name
+        assert not torch.equal(found["blocks fp32 ema"][0], found["blocks fp32 live"][0])
+        exact, rounded = (found[f"whole {precision} live"][0] for precision in ("fp32", "bf16"))
+        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
         assert found["real"] == 0
         assert "no room" in found["error"]
         assert not found["real after an error"]

@@ -119,15 +119,19 @@ _REFUSED: dict[str, str] = dict.fromkeys(_REMOVED, "DeepSpeed 0.19 has removed i
     "weight_quantization": "not supported",
 }
 
-# Keys of zero_optimization that DeepSpeed knows and that conflict with experts over ranks or with checkpoints: the
-# value that is allowed, and why no other is.
-_ONLY: dict[str, tuple[Any, str]] = {
+# Keys of a section that DeepSpeed knows and that conflict with experts over ranks, with checkpoints or with exactness:
+# the value that is allowed, and why no other is.
+_ONLY_ZERO: dict[str, tuple[Any, str]] = {
     "zero_hpz_partition_size": (1, "DeepSpeed cannot place experts under it"),
     "zero_quantized_gradients": (False, "DeepSpeed cannot place experts under it"),
     "mics_shard_size": (-1, "DeepSpeed cannot place experts under it"),
     "compute_grad_norm": (True, "clipping and the guard need the norm"),
     "zenflow": (None, "a second optimizer would hold states that checkpoints do not read"),
     "reduce_scatter": (True, "DeepSpeed's ZeRO-2 needs it for experts"),
+}
+_ONLY: dict[str, dict[str, tuple[Any, str]]] = {
+    "zero_optimization": _ONLY_ZERO,
+    "data_types": {"buffer_dtype": (None, "thresholds, biases and positions stay float32")},
 }
 
 # "auto" inside zero_optimization, by the rules of Hugging Face's integration with the model's width for hidden_size.
@@ -271,10 +275,12 @@ def _check_stage(engine: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_only(engine: Mapping[str, Any], path: Path) -> None:
+    for name, only in _ONLY.items():
+        section = engine.get(name, {})
+        for key, (allowed, why) in only.items():
+            if section.get(key, allowed) != allowed:
+                raise ConfigError(f"{path}: {name}.{key} is {section[key]!r}, allowed: {allowed!r} ({why})")
     zero = engine["zero_optimization"]
-    for key, (allowed, why) in _ONLY.items():
-        if zero.get(key, allowed) != allowed:
-            raise ConfigError(f"{path}: zero_optimization.{key} is {zero[key]!r}, allowed: {allowed!r} ({why})")
     for key in ("offload_param", "offload_optimizer"):
         _check_offload(key, zero.get(key) or {}, int(zero["stage"]), path)
 

@@ -24,7 +24,9 @@ class ShardEma:
         masters = [part.detach() for part in self._engine.state.masters()]
         torch._foreach_lerp_(self.shards, masters, 1 - self.decay)
 
-    def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+    def full_weights(
+        self, module: nn.Module, everywhere: bool = False, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
         """Return the average of `module`'s parameters, whole, with its buffers: see `Engine.full_weights`."""
         with self._engine.masters_replaced(self.shards):
-            return self._engine.full_weights(module, everywhere)
+            return self._engine.full_weights(module, everywhere, dtype)

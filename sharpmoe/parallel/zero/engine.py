@@ -29,7 +29,6 @@ from sharpmoe.parallel.zero.patches import (
     Admit,
     Update,
     check_version,
-    float32_buffers,
     frozen_experts_allowed,
     gather_parts_whole,
     patch_optimizer,
@@ -71,7 +70,7 @@ class Engine:
         materialise(module, values, ds_config, world)
         matrices = hidden_matrices(module) if run.optim.name == "muon" else {}
         parts_whole = self.stage == 3 and gather_parts_whole(module)
-        with float32_buffers(module), frozen_experts_allowed():
+        with frozen_experts_allowed():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 model_parameters=optimizer_groups(module, run.learning_rate_factors, matrices),
@@ -140,12 +139,14 @@ class Engine:
         finally:
             _exchange(masters, values)
 
-    def full_weights(self, module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-        """Return float32 masters and buffers of `module` (the wrapped one or a part of it), whole, on their device.
+    def full_weights(
+        self, module: nn.Module, everywhere: bool = False, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Return masters in `dtype`, and buffers, of `module` (the wrapped one or a part), whole, on their device.
 
         Of frozen parameters, which have no master, the weights of the forward (under bf16 rounded), as float32.
-        Filled on rank 0 or, for evaluation, `everywhere` (4 bytes per parameter); empty on other ranks. Communicates
-        one parameter at a time. Checkpoints do not use it: see sharpmoe.checkpoint.weights.
+        Filled on rank 0 or, for evaluation, `everywhere`; empty on other ranks. Communicates one parameter at a time.
+        Checkpoints do not use it: see sharpmoe.checkpoint.weights.
         """
         keep = everywhere or self.world.is_main
         state: dict[str, Tensor] = {}
@@ -154,7 +155,7 @@ class Engine:
             if is_expert(parameter):
                 whole = gather_experts(whole, self._experts)
             if keep:
-                state[name] = whole.detach().clone()
+                state[name] = whole.detach().to(dtype, copy=True)
         if keep:
             state.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
         return state

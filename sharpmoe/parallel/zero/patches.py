@@ -15,9 +15,8 @@ before there is an engine and is set in `ranks.launch.start`: the shared-memory 
    AdamW divides each gradient by a number as it reads it.
 3. *Parts gathered whole* (`gather_parts_whole`, `_reduce_once_per_backward`). ZeRO-3's hooks cost the host about a
    quarter of a millisecond per module and call, and a rollout makes T calls.
-4. *Float32 buffers* (`float32_buffers`). Thresholds and positions keep their precision under bf16.
-5. *Frozen experts* (`frozen_experts_allowed`). ZeRO-2 asserts that a model with MoE layers trains some experts.
-6. *Gradients larger than the bucket* (`_keep_large_gradients`). ZeRO-2 reduces them where they are, with `overlap_comm`
+4. *Frozen experts* (`frozen_experts_allowed`). ZeRO-2 asserts that a model with MoE layers trains some experts.
+5. *Gradients larger than the bucket* (`_keep_large_gradients`). ZeRO-2 reduces them where they are, with `overlap_comm`
    on a second stream, and lets go of them at once: their memory could be written before it is read.
 """
 
@@ -95,16 +94,6 @@ def _reduce_once_per_backward(zero: Any) -> None:
             if hasattr(parameter, "ds_z3_leaf_module"):
                 del parameter.ds_z3_leaf_module
     zero.create_reduce_and_remove_grad_hooks()
-
-
-@contextmanager
-def float32_buffers(module: nn.Module) -> Iterator[None]:
-    """Restore the float32 buffers of a module that `deepspeed.initialize` rounds to bf16 inside the context."""
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers() if b.dtype == torch.float32}
-    yield
-    for name, buffer in module.named_buffers():
-        if name in buffers and buffer.dtype != torch.float32:
-            buffer.data = buffers[name].to(buffer.device)
 
 
 @contextmanager

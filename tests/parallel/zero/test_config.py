@@ -123,6 +123,10 @@ def test_a_hugging_face_file_with_auto_values_is_resolved(ds_file):
             ["offload_optimizer.super_offload is True, allowed: False"],
         ),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, ["compute_grad_norm is False", "the norm"]),
+        (
+            {"zero_optimization": STAGE3, "data_types": {"buffer_dtype": "bf16"}},
+            ["data_types.buffer_dtype is 'bf16'", "allowed: None", "float32"],
+        ),
         ({"use_data_before_expert_parallelism": True}, ["cannot be set here", "parallel.ep_size"]),
         ({"dump_state": "auto"}, ["dump_state", '"auto"']),
         ({"train_batch_size": 8}, ["train_batch_size belongs to the run file", "train.global_batch"]),
