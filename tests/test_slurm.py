@@ -8,6 +8,7 @@ import pytest
 from sharpmoe import slurm
 from sharpmoe.config_io import PROJECT_ROOT
 from sharpmoe.errors import ConfigError
+from sharpmoe.parallel.ranks.cpus import CPU_BINDING
 
 FOLDER = PROJECT_ROOT / "launcher" / "slurm"
 
@@ -28,6 +29,18 @@ def test_memory_of_the_device_grows_unless_told_otherwise(kind: str) -> None:
     words = ["bash", "-uc", f"{export}; echo $PYTORCH_ALLOC_CONF"]
     found = [subprocess.run(words, env=each, check=True, capture_output=True, text=True).stdout for each in given]
     assert found == ["expandable_segments:True\n", "a:1\n", "b:1\n"]
+
+
+def test_ranks_stay_near_their_gpu_unless_told_otherwise() -> None:
+    lines = (FOLDER / slurm.TEMPLATES["posttrain"]).read_text().splitlines()
+    (export,) = (line for line in lines if line.startswith(f"export {CPU_BINDING}="))
+    words = ["bash", "-uc", f"{export}; echo ${CPU_BINDING}"]
+    given: list[dict[str, str]] = [{}, {CPU_BINDING: "none"}]
+    found = [subprocess.run(words, env=each, check=True, capture_output=True, text=True).stdout for each in given]
+    assert found == ["gpu\n", "none\n"]
+    assert [line for line in lines if line.startswith(("[[ -z $SETUP", export))][
+        -1
+    ] == export  # a setup file may set it
 
 
 def test_a_hostfile_has_a_line_per_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -49,9 +50,14 @@ def banner(run: RunConfig, model: Backbone, layout: BatchLayout, zero: str, worl
         "rollout": f"{rollout}, {' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens per image",
         "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
         "repeatable": _repeatable(run, world),
-        "threads": f"{torch.get_num_threads()} per rank",
+        "threads": f"{torch.get_num_threads()} per rank, on {_count_cpus()} CPU(s)",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
+def _count_cpus() -> int:
+    """Return on how many CPUs this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _repeatable(run: RunConfig, world: World) -> str:

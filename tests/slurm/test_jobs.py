@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sharpmoe.checkpoint import manifest
-from sharpmoe.config_io import DEFAULT_RUN_CONFIG, PROJECT_ROOT
+from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG, PROJECT_ROOT
 from sharpmoe.log_file import read_log
 from sharpmoe.model.weights import load_model, save_weights
+from sharpmoe.slurm import Resources, SlurmJob, make_batch_file
 from tests.fixtures_data import make_shards
 from tests.slurm.cluster import NODES, Cluster, asleep, is_untold, running, until
 from tests.train.setting import identical
@@ -165,6 +167,46 @@ def test_images_are_prepared(cluster: Cluster, tmp_path: Path) -> None:
     until("end of the preparation", lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 200, cluster.logs)
     assert ": prepared: " in (tmp_path / "quickstart" / "slurm" / f"prepare-{job}.log").read_text()
     assert (shards / "index.json").is_file()
+
+
+RANK = """
+import json, os, sys
+from pathlib import Path
+import pytest, torch
+from sharpmoe.parallel.ranks.cpus import bind_cpus
+from tests.parallel.ranks.test_cpus import pretend
+rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+given = sorted(os.sched_getaffinity(0))
+with pytest.MonkeyPatch.context() as patch:
+    nodes = tuple((str(cpu), number) for number, cpu in enumerate(given))  # a NUMA node with a GPU for each CPU
+    pretend(Path(sys.argv[-1]) / str(rank), nodes, patch, os.environ["SHARPMOE_CPU_BINDING"])
+    bind_cpus(torch.device("cuda", rank % len(nodes)), ranks)
+Path(sys.argv[-1], f"{rank}.json").write_text(json.dumps([given, sorted(os.sched_getaffinity(0))]))
+"""
+
+
+def test_ranks_are_bound_to_cpus_of_the_job_near_their_gpu(cluster: Cluster, tmp_path: Path) -> None:
+    """The batch file of a training whose ranks pretend to have GPUs: the CPUs that Slurm and torchrun leave them."""
+    launcher = tmp_path / "launcher"
+    launcher.mkdir()
+    (launcher / "train.py").write_text(RANK)
+    shutil.copy(PROJECT_ROOT / "launcher" / "hold_signals.py", launcher)
+    job = SlurmJob(
+        kind="posttrain", run_file=DEFAULT_RUN_CONFIG, ds_config=DEFAULT_DS_CONFIG, words=(), ranks_per_node=2
+    )
+    text = make_batch_file(job, Resources(gpus_per_node=0, cpus_per_node=2, time="10")).text
+    settings = {"SOURCE": tmp_path, "ARGUMENTS": f"({tmp_path})", "RUN_FOLDER": tmp_path}
+    settings |= {"#SBATCH --output": tmp_path / "log", "#SBATCH --chdir": tmp_path}
+    for name, value in settings.items():
+        text = re.sub(rf"^{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
+    (tmp_path / "job.sbatch").write_text(text)
+    number = cluster.ask(
+        "sbatch", "--parsable", f"--export=ALL,PYTHONPATH={PROJECT_ROOT}", str(tmp_path / "job.sbatch")
+    )
+    until("end of the job", lambda: cluster.state(number.strip()) == "COMPLETED", 200, cluster.logs)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    given = found[0][0]
+    assert found == [[given, [given[rank]] if len(given) > 1 else given] for rank in range(2)]
 
 
 def test_a_hostfile_of_a_job(cluster: Cluster) -> None:

@@ -26,6 +26,7 @@ from sharpmoe.config import COLLECTIVE_SECONDS
 from sharpmoe.devices import ACCELERATOR, device_count, device_identity, device_of_rank
 from sharpmoe.errors import ConfigError, SharpMoEError, outside_error
 from sharpmoe.parallel.ranks import signals, watchdog
+from sharpmoe.parallel.ranks.cpus import bind_cpus
 
 if not device_count():
     os.environ.setdefault(ACCELERATOR, "cpu")  # or DeepSpeed warns on every rank that it found nothing else
@@ -75,7 +76,8 @@ def start(debug: bool = False) -> World:
     Warnings of DeepSpeed, torch and Megatron-core are not shown unless `debug`; their errors are. Compiles nothing:
     DeepSpeed's shared-memory operator, which its CPU accelerator would build with g++ for minutes, is used in inference
     only and is disabled. Raises ConfigError where a launcher set only some of its variables, two ranks have one device,
-    or the port is taken; every rank that raises it prints it (`lone`), since there is no way yet to tell the others.
+    SHARPMOE_CPU_BINDING is wrong, or the port is taken; every rank that raises it prints it (`lone`), since there is no
+    way yet to tell the others.
     """
     if not debug:
         _quiet_libraries()
@@ -94,6 +96,7 @@ def _join() -> World:
         torch.cuda.set_device(device)
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    bind_cpus(device, _ranks_on_host(size))
     if not dist.is_initialized():
         _start_group("nccl" if device.type == "cuda" else "gloo", rank, size)
         if device.type == "cuda" and size > 1:
@@ -314,5 +317,9 @@ def _own_memory(world: World) -> float:
         return float(torch.cuda.get_device_properties(world.device).total_memory) / GIB
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _MEMORY_LIMIT.read_text(encoding="ascii").strip() if _MEMORY_LIMIT.is_file() else "max"
-    ranks = next((int(os.environ[name]) for name in _RANKS_ON_HOST if name in os.environ), world.size)
-    return min(total, total if limit == "max" else int(limit)) / GIB / ranks
+    return min(total, total if limit == "max" else int(limit)) / GIB / _ranks_on_host(world.size)
+
+
+def _ranks_on_host(size: int) -> int:
+    """Return how many ranks this machine has: all, where nothing tells that there are other machines."""
+    return next((int(os.environ[name]) for name in _RANKS_ON_HOST if name in os.environ), size)
