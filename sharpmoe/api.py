@@ -22,6 +22,7 @@ from data_pipeline.read.stream import stream
 from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import LossConfig, ModelConfig, OptimConfig, RolloutConfig, RunConfig, SampleConfig
+from sharpmoe.devices import send
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.model.backbone import Backbone, map_condition
 from sharpmoe.model.weights import load_model, save_weights
@@ -141,7 +142,8 @@ def rollout_loss(
       (B, P). position (B,) int64 keys the noise, the times and the dropped captions of each image with `seed`; without
       it they are drawn from torch's global generator;
     * a `TrajectoryBatch`, with noise and times already drawn; the length of `times` is T then.
-    All are moved to the model's device. `loss` and `rollout` have the defaults of a run (docs/configuration.md).
+    All are moved to the model's device; labels and positions are read on the host, so leave them there. `loss` and
+    `rollout` have the defaults of a run (docs/configuration.md).
     `empty_text`: the empty caption (`shards.empty_text()`) for `rollout.caption_dropout`; by default it is encoded with
     the text encoder in `model.origin`. `step`: number of the optimizer step, 0 is the first; loss.routing_warmup_steps
     needs it, and schedule segments trains the segment that a run trains then (without it, one drawn by position).
@@ -314,13 +316,13 @@ def _check_settings(run: RunConfig, step: int | None) -> None:
 
 def _to_device(item: TrajectoryBatch, model: Backbone) -> TrajectoryBatch:
     device = _device(model)
-    condition = map_condition(item.condition, lambda part: part.to(device))
+    condition = map_condition(item.condition, lambda part: send(part, device))
     return TrajectoryBatch(
-        x0=item.x0.to(device),
-        x1=item.x1.to(device),
-        times=item.times.to(device),
+        x0=send(item.x0, device),
+        x1=send(item.x1, device),
+        times=send(item.times, device),
         condition=condition,
-        saliency=item.saliency.to(device),
+        saliency=send(item.saliency, device),
     )
 
 

@@ -24,6 +24,7 @@ from data_pipeline.encode.codecs import frame_by_frame
 from sharpmoe import flow, sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.console import print_note, progress_bar
+from sharpmoe.devices import send
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import evaluating
@@ -194,7 +195,7 @@ def _images(
     with evaluating(model):
         for start in range(rows.start + begun, rows.stop, size):
             stop = min(start + size, rows.stop)
-            cond = ClassCondition(labels[start:stop].to(device))
+            cond = ClassCondition(send(labels[start:stop], device))
             empty = sampling.empty_condition(cond, model.config, None) if model.config.class_dropout else None
             request = sampling.Request(cond, empty, tuple(range(start, stop)))
             options = sampling.SamplingOptions(batch_size=size, weak=weak)

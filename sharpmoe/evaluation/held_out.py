@@ -22,6 +22,7 @@ from data_pipeline.schema import Batch
 from sharpmoe import draws
 from sharpmoe.config import ModelConfig
 from sharpmoe.console import progress_bar
+from sharpmoe.devices import send
 from sharpmoe.evaluation.labels import check_labels_of_batch
 from sharpmoe.flow import markov_noise
 from sharpmoe.model.backbone import Backbone, ClassCondition, Condition, TextCondition
@@ -198,15 +199,15 @@ def _held_out_batch(
     noise: Noise = "fixed",
 ) -> TrajectoryBatch:
     """Build trajectories of held-out samples: captions kept, noise keyed by (seed, index), the same times for all."""
-    x0, purpose = batch.latent.to(device), draws.Purpose.VALIDATION_NOISE
-    steps = torch.tensor(times, dtype=torch.float32, device=device)[:, None].repeat(1, len(x0))
+    x0, purpose = send(batch.latent, device), draws.Purpose.VALIDATION_NOISE
+    steps = send(torch.tensor(times, dtype=torch.float32), device)[:, None].repeat(1, len(x0))
     if noise == "fixed":
-        x1 = draws.noise(seed, indices, x0.shape[1:], purpose).to(device)
+        x1 = send(draws.noise(seed, indices, x0.shape[1:], purpose), device)
     else:
-        x1 = draws.fresh_noise(seed, indices, len(times), x0.shape[1:], purpose).to(device)
+        x1 = send(draws.fresh_noise(seed, indices, len(times), x0.shape[1:], purpose), device)
     if noise == "markov":
         x1 = markov_noise(x1, steps)
-    return TrajectoryBatch(x0, x1, steps, held_out_condition(batch, config, device), batch.saliency.to(device))
+    return TrajectoryBatch(x0, x1, steps, held_out_condition(batch, config, device), send(batch.saliency, device))
 
 
 def held_out_condition(batch: Batch, config: ModelConfig, device: torch.device) -> Condition:
@@ -216,8 +217,8 @@ def held_out_condition(batch: Batch, config: ModelConfig, device: torch.device) 
     """
     if config.conditioning == "class":
         check_labels_of_batch(config, batch.label, batch.keys)
-        return ClassCondition(batch.label.to(device))
-    return TextCondition(batch.text.to(device), batch.text_mask.to(device), batch.pooled.to(device))
+        return ClassCondition(send(batch.label, device))
+    return TextCondition(*(send(part, device) for part in (batch.text, batch.text_mask, batch.pooled)))
 
 
 def _flow_losses(item: TrajectoryBatch, steps: Sequence[StepOutput]) -> Tensor:

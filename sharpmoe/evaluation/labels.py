@@ -54,11 +54,12 @@ def check_label(
 
 
 def check_labels_of_batch(model: ModelConfig, labels: Tensor, keys: Sequence[str]) -> None:
-    """Raise DataError where a trained class-conditional model has no row for one of `labels` (B,), on the host.
+    """Raise DataError where a trained class-conditional model has no row for one of `labels` (B,).
 
-    The null class, where the model has one, is a row; `keys` are those of the samples.
+    The null class, where the model has one, is a row; `keys` are those of the samples. Looked at on the host, where a
+    reader leaves labels; those of a device are copied there once.
     """
-    rows = model.num_classes + int(model.class_dropout)
+    labels, rows = labels.cpu(), model.num_classes + int(model.class_dropout)
     unknown = ((labels < 0) | (labels >= rows)).nonzero().flatten().tolist()
     if unknown:
         check_label(model, "", keys[unknown[0]], int(labels[unknown[0]]), is_trained=True)

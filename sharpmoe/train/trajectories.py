@@ -71,7 +71,8 @@ def draw_trajectories(
     Each draw is keyed by (seed, position), so it is the same on any layout of ranks. stage pretrain: one logit-normal
     time; posttrain: T descending times that start at first_time; both are shifted by `rollout.shift` for the tokens of
     the batch's resolution. ahead: draws for the next step too, meanwhile. Raises DataError if a sample has no label
-    that the model needs. No communication. The host does not wait for the device.
+    that the model needs. No communication. The host does not wait for the device,
+    but for labels that are there.
     """
     for batch in batches:
         _check_labels(batch, run)
@@ -119,14 +120,15 @@ def _on_device(
 def _check_labels(batch: Batch, run: RunConfig) -> None:
     """Raise DataError if the model is class-conditional and an image has no label, or one that it does not know.
 
-    Labels are looked at where they were read, on the host.
+    Labels are looked at on the host, where they were read; a caller's own on a device are copied there once.
     """
     if run.model.conditioning != "class":
         return
-    unknown = (batch.label < 0) | (batch.label >= run.model.num_classes)
+    labels = batch.label.cpu()
+    unknown = (labels < 0) | (labels >= run.model.num_classes)
     if unknown.any():
         row = int(unknown.nonzero()[0])
-        check_label(run.model, "", batch.keys[row], int(batch.label[row]))
+        check_label(run.model, "", batch.keys[row], int(labels[row]))
 
 
 def _condition(batch: Batch, empty_text: EmptyText, run: RunConfig, dropped: Tensor) -> Condition:

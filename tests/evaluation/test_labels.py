@@ -1,14 +1,17 @@
 """Labels beyond the classes of a model: what the line says, to those who train it and to those who measure it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from data_pipeline.read.damage import Damage
-from sharpmoe.config import ModelConfig
+from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.errors import DataError
 from sharpmoe.evaluation.labels import check_labels, check_labels_of_batch
+from sharpmoe.train.trajectories import _check_labels
 
 MODEL = ModelConfig(conditioning="class", num_classes=10)
 
@@ -59,3 +62,34 @@ def test_a_batch_may_hold_the_null_class_where_the_model_has_one() -> None:
         check_labels_of_batch(without, torch.tensor([0, 10]), ("a", "b"))
     with pytest.raises(DataError, match="sample a has label 11"):
         check_labels_of_batch(MODEL, torch.tensor([11, 0]), ("a", "b"))
+
+
+class Elsewhere(torch.Tensor):
+    """Labels that are on a device: notes what is done with them there. Reading any result of it would be a wait."""
+
+    done: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs)
+        args[0].done.append(func.__name__)
+        return found.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else found
+
+
+def in_training(labels: torch.Tensor) -> None:
+    batch: Any = SimpleNamespace(label=labels, keys=("a", "b"))
+    _check_labels(batch, RunConfig(model=MODEL))
+
+
+def in_evaluation(labels: torch.Tensor) -> None:
+    check_labels_of_batch(MODEL, labels, ("a", "b"))
+
+
+@pytest.mark.parametrize("check_batch", [in_training, in_evaluation])
+def test_labels_on_a_device_are_copied_to_the_host_once(check_batch: Callable[[torch.Tensor], None]) -> None:
+    labels = torch.tensor([0, 9]).as_subclass(Elsewhere)
+    labels.done = []
+    check_batch(labels)
+    assert labels.done == ["cpu"]
+    with pytest.raises(DataError, match="sample b has label 11"):
+        check_batch(torch.tensor([0, 11]))
