@@ -23,6 +23,7 @@ from sharpmoe.invocation import spell_command
 
 _SCHEMA_VERSION = 2
 INDEX_FILE, EMPTY_FILE = "index.json", "empty_text.npz"
+LISTED_SKIPPED = 1000  # entries of `skipped` in an index, at most; skipped.jsonl has all
 MAX_TOKENS = 1 << 18  # the most of one image, prepared or drawn
 Identity = dict[str, Any]
 PLAIN_SALIENCY: Identity = {"kind": "laplacian"}

@@ -202,7 +202,7 @@ def nearest_buckets(pixels: np.ndarray, resolutions: list[Resolution]) -> np.nda
 def bucket_lines(
     resolutions: list[Resolution], chosen: np.ndarray, pixels: np.ndarray, train: np.ndarray, fit: str = "crop"
 ) -> list[str]:
-    """Return one line per bucket: images, those of the training split, enlarged ones, what is cut; then a warning.
+    """Return one line per bucket: images, those of the training split; enlarged and cut ones where sizes are known.
 
     Args:
         resolutions: the buckets.
@@ -216,12 +216,11 @@ def bucket_lines(
         here = chosen == number
         trained = int((here & train).sum())
         known = pixels[here & (pixels > 0).all(1)]
-        enlarged = int(is_enlarged(known, entry.image, fit).sum())
+        enlarged = f", {int(is_enlarged(known, entry.image, fit).sum())} enlarged" if pixels.any() else ""
         lost = f", {_lost(known, entry.image):.1%} {'cut off' if fit == 'crop' else 'white bars'}" if len(known) else ""
         tokens = f"{'x'.join(map(str, entry.grid))} = {entry.tokens} tokens"
         lines.append(
-            f"bucket {entry.name} ({tokens}): {int(here.sum())} pictures, {trained} to train on, "
-            f"{enlarged} enlarged{lost}"
+            f"bucket {entry.name} ({tokens}): {int(here.sum())} pictures, {trained} to train on{enlarged}{lost}"
         )
         used += [(entry.name, trained)] if here.any() else []
     return lines + _small_buckets(used)

@@ -79,14 +79,33 @@ def read_counts(path: Path) -> Counts:
 def left_out_lines(skipped: Iterable[Skipped], taken: int, splits: dict[str, int]) -> list[str]:
     """Return the lines of the closing table that say what was taken, and what was left out for which reason."""
     held = ", ".join(f"{name} {count}" for name, count in splits.items())
-    reasons = Counter(reason_of(entry) for entry in skipped)
-    lines = [f"taken     {taken} pictures: {held}", f"left out  {sum(reasons.values())}"]
+    reasons = reasons_of(skipped)
+    lines = [f"taken     {taken} pictures: {held}", *no_held_out(splits), f"left out  {sum(reasons.values())}"]
     lines += [f"          {count} x {reason}" for reason, count in reasons.most_common(_REASONS)]
     more = len(reasons) - _REASONS
     return [*lines, f"          ... and {more} further reasons"] if more > 0 else lines
 
 
-def reason_of(entry: Skipped) -> str:
+def no_held_out(splits: Iterable[str]) -> list[str]:
+    """Return a line where nothing is held out, which happens to small sets, since a hash decides; else none."""
+    if set(splits) != {"train"}:
+        return []
+    return ["held out  none: add a val/ folder or split, or train with --data.validation_split train"]
+
+
+def reasons_of(skipped: Iterable[Skipped]) -> Counter[str]:
+    """Count what was left out by reason; a reason that came up in one wording only keeps its name and numbers."""
+    counts: Counter[str] = Counter()
+    wordings: dict[str, str] = {}
+    for entry in skipped:
+        reason, full = _reason_of(entry), " ".join(entry.reason.split())
+        counts[reason] += 1
+        if wordings.setdefault(reason, full) != full:
+            wordings[reason] = reason
+    return Counter({wordings[reason]: count for reason, count in counts.items()})
+
+
+def _reason_of(entry: Skipped) -> str:
     """Return a reason without what differs from picture to picture: the name and the numbers of rows and bytes."""
     reason = entry.reason
     stem = PurePosixPath(entry.name).stem

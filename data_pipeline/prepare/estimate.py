@@ -3,7 +3,6 @@
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.prepare.buckets import Resolution, nearest_buckets
-from data_pipeline.prepare.counts import Counts, reason_of
+from data_pipeline.prepare.counts import Counts, no_held_out, reasons_of
 from data_pipeline.prepare.encoding import BATCH, Encoded, Worker, decoded_batches, encode_batch, write_tar
 from data_pipeline.prepare.plan import shard_plans
 from data_pipeline.prepare.ranks import Rank
@@ -21,6 +20,7 @@ from data_pipeline.prepare.survey import Catalog
 from data_pipeline.prepare.write import (
     Machine,
     bucket_report,
+    check_catalog,
     list_source,
     new_codec,
     recipe_resolutions,
@@ -73,6 +73,7 @@ def dry_run(source: ImageSource, recipe: Recipe, machine: Machine) -> list[str]:
             *saliency_lines(recipe),
             *(f"tried: {line}" for line in trial.counts.lines(_targets(resolutions, chosen), recipe.fit)),
             *_estimate(trial, len(catalog), shards, machine.place.size, recipe.text_dtype),
+            *_refusal(catalog, recipe),
         ]
 
 
@@ -84,13 +85,23 @@ def _targets(resolutions: list[Resolution], chosen: np.ndarray) -> list[tuple[in
 def _counts(catalog: Catalog) -> list[str]:
     counts = {name: int((catalog.split == code).sum()) for code, name in enumerate(catalog.split_names)}
     splits = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    reasons = Counter(reason_of(entry) for entry in catalog.left_out())
+    reasons = reasons_of(catalog.left_out())
     left_out = [f"left out: {count} x {reason}" for reason, count in reasons.most_common(20)]
     bad = sum(1 for _ in catalog.bad())
     unused = [f"{bad} cannot be used"] if bad else []
     if catalog.total > len(catalog):
         unused.append(f"--limit leaves out {catalog.total - len(catalog)}")
-    return ["; ".join([f"{len(catalog)} of {catalog.total + bad} pictures: {splits}", *unused]), *left_out]
+    taken = "; ".join([f"{len(catalog)} of {catalog.total + bad} pictures: {splits}", *unused])
+    return [taken, *no_held_out(name for name, count in counts.items() if count), *left_out]
+
+
+def _refusal(catalog: Catalog, recipe: Recipe) -> list[str]:
+    """Return a line where `prepare_shards` would not begin, for what the listing alone shows; else none."""
+    try:
+        check_catalog(catalog, recipe)
+    except DataError as error:
+        return [f"without --dry-run this is refused: {error}"]
+    return []
 
 
 def _sizes(source: ImageSource, catalog: Catalog) -> list[str]:

@@ -15,6 +15,7 @@ from data_pipeline.identity import Identity
 from data_pipeline.index import (
     EMPTY_FILE,
     INDEX_FILE,
+    LISTED_SKIPPED,
     Bucket,
     Index,
     Shard,
@@ -38,7 +39,6 @@ SKIPPED_FILE = "skipped.jsonl"
 _COUNTS_FILE = ".counts"
 WORK_FOLDER = ".work"
 FOLDER_FILES = (RECIPE_FILE, CODEC_FILE, EMPTY_FILE, SKIPPED_FILE, _COUNTS_FILE, INDEX_FILE)  # beside the shards
-_LISTED = 1000  # skipped images that the index itself names
 _SHOWN = 50  # skipped images that a summary names
 
 
@@ -146,7 +146,7 @@ def write_index(
         },
         shards=shards,
         files={name: sha256_of(folder / name) for name in (CODEC_FILE, EMPTY_FILE)},
-        skipped=[(entry.name, entry.reason) for entry in skipped[:_LISTED]],
+        skipped=[(entry.name, entry.reason) for entry in skipped[:LISTED_SKIPPED]],
         saliency=worker.recipe.saliency.identity,
         text_dtype=worker.recipe.text_dtype,
     )
@@ -212,7 +212,7 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
 def summary_of(folder: Path, index: Index, worked: bool, recipe: Recipe) -> Summary:
     """Summarise an index."""
     skipped = [Skipped(*entry) for entry in index.skipped]
-    every = skipped if len(skipped) < _LISTED else list(_read_skipped(folder / SKIPPED_FILE))
+    every = skipped if len(skipped) < LISTED_SKIPPED else list(_read_skipped(folder / SKIPPED_FILE))
     targets = [bucket.image for bucket in index.buckets.values()]
     return Summary(
         folder=folder,

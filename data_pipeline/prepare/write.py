@@ -156,7 +156,7 @@ def _work(
         remove_drafts(folder)
     list_source(source, work, digests, recipe, machine.place, machine.threads)
     catalog = Catalog(work, digests, recipe.limit)
-    _check_catalog(catalog, recipe)
+    check_catalog(catalog, recipe)
     images = partial(training_images, source, catalog, recipe, machine)
     codec = _codec(folder, work, recipe, machine, images)
     resolutions = recipe_resolutions(recipe, codec)
@@ -191,7 +191,7 @@ def list_source(source: ImageSource, work: Path, digests: list[str], recipe: Rec
     )
 
 
-def _check_catalog(catalog: Catalog, recipe: Recipe) -> None:
+def check_catalog(catalog: Catalog, recipe: Recipe) -> None:
     """Raise a DataError where images are missing, too many are unusable, or none is left."""
     refuse_missing(catalog, recipe.allow_missing)
     bad = list(catalog.bad())

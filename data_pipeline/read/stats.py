@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.encode.saliency import saliency_line
-from data_pipeline.index import Index
+from data_pipeline.index import LISTED_SKIPPED, Index
 from data_pipeline.read.samples import Sample
 from data_pipeline.read.shards import ShardSet
 
@@ -62,6 +62,11 @@ def some_samples(shards: ShardSet, count: int) -> list[Sample]:
     return samples
 
 
+def _left_out(listed: int) -> str:
+    """Say how many pictures and other files were left out, of which an index names the first ones only."""
+    return f"{listed}{' or more' if listed >= LISTED_SKIPPED else ''}{', see skipped.jsonl' if listed else ''}"
+
+
 def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -> str:
     """Format an index and the statistics of some samples of every split, as lines of text."""
     size = sum(shard.size for shard in index.shards)
@@ -71,7 +76,7 @@ def folder_report(location: str, index: Index, stats: dict[str, _SampleStats]) -
         f"{location}",
         f"  samples    {count} in {len(index.shards)} shards, {size / 2**20:.1f} MiB",
         f"  splits     {', '.join(f'{name} {number}' for name, number in index.splits.items())}",
-        f"  left out   {len(index.skipped)} pictures",
+        f"  left out   {_left_out(len(index.skipped))}",
         f"  text       {index.text_length} tokens x {index.text_width} at most in {index.text_dtype}, pooled "
         f"{index.pooled_width or 'none'}",
         f"  codec      {_identity(index.codec)}",

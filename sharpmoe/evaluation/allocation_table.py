@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sharpmoe.evaluation.allocation import (
@@ -65,6 +65,14 @@ def short_allocation_table(results: Mapping[str, Allocation], full: Path | str) 
     return "\n".join([*lines, f"all figures: {full}"])
 
 
+def measured_images(count: int, splits: Iterable[str]) -> str:
+    """Say how many images of which splits were measured: held-out ones, unless the split is `train`."""
+    names = list(splits)
+    held_out = all(name.partition(":")[0] != "train" for name in names)
+    of = f" of {' and '.join(names)}" if names else ""
+    return f"{count} held-out images{of}" if held_out else f"{count} images{of} (not held out)"
+
+
 def _are_paired(results: Mapping[str, Allocation]) -> bool:
     """Whether two results of as many images can be compared image by image."""
     return len(results) == 2 and len({result.images for result in results.values()}) == 1
@@ -72,10 +80,9 @@ def _are_paired(results: Mapping[str, Allocation]) -> bool:
 
 def _head(results: Mapping[str, Allocation]) -> list[str]:
     first = next(iter(results.values()))
-    splits = list(dict.fromkeys(result.split for result in results.values() if result.split))
-    of = f" of {' and '.join(splits)}" if splits else ""
+    of = measured_images(first.images, dict.fromkeys(result.split for result in results.values() if result.split))
     return [
-        f"Allocation on {first.images} held-out images{of}, {len(first.times)} times (mean ± standard error)",
+        f"Allocation on {of}, {len(first.times)} times (mean ± standard error)",
         _line("", [*results, "change (paired)"] if _are_paired(results) else list(results)),
     ]
 

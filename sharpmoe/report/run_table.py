@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sharpmoe.evaluation.allocation import ALLOCATION_RANGES, IMAGE_PARTS, NUM_FIFTHS
+from sharpmoe.evaluation.allocation_table import measured_images
 from sharpmoe.report.run_figures import AFTER
 from sharpmoe.report.run_set import NOT_SET
 from sharpmoe.report.run_verdict import interval_text
@@ -98,8 +99,8 @@ def allocation_tables(run: _Json) -> Iterator[ReportTable]:
         values = [r["strength"].get("all", {}).get("all t", {}).get(what) for r in results.values()]
         if any(value is not None for value in values):
             rows.append((title, *map(short_number, values), *([""] if change else [])))
-    of = f" of {first['split']}" if first["split"] else ""
-    title = f"Allocation on {first['images']} held-out images{of} (± standard error; change paired by image, 95 %)"
+    of = measured_images(first["images"], filter(None, [first["split"]]))
+    title = f"Allocation on {of} (± standard error; change paired by image, 95 %)"
     head = ("", *results, *(["change"] if change else []))
     yield ReportTable(title, head, rows)
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from data_pipeline.encode.like import keeps_codec, origin_header, origin_in
 from data_pipeline.read.shards import ShardSet
 from sharpmoe.checkpoint.manifest import Manifest
+from sharpmoe.checkpoint.retention import latest, newest_first
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
@@ -18,7 +19,7 @@ from sharpmoe.model.published.own import own_folder
 from sharpmoe.shipped_files import find_shipped
 
 _Kind = Literal["ema", "live"]
-_LISTED = 8  # runs that a message names, at most
+_LISTED = 8  # runs or checkpoints that a message names, at most
 EARLY_AVERAGE = 0.1  # share of averaged weights that is the start, above which they say little about what was learned
 
 
@@ -94,10 +95,18 @@ def average_note(saved: SavedModel) -> str:
 
 def _latest_checkpoint(folder: Path) -> Path:
     """Return the folder of a run's newest checkpoint, which checkpoints/latest names."""
-    pointer = folder / "checkpoints" / "latest"
-    if not pointer.is_file():
+    named = latest(folder / "checkpoints")
+    if named is None:
         raise CheckpointError(f"{folder}: {_what_instead(folder)}")
-    return folder / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+    if not named.is_dir():
+        raise CheckpointError(f"{folder}: checkpoints/latest names {named.name}, which is not there; {_others(folder)}")
+    return named
+
+
+def _others(folder: Path) -> str:
+    """Say which checkpoints a run folder has, the newest first."""
+    found = [str(path) for path in newest_first(folder / "checkpoints")]
+    return f"give the checkpoint itself: {' | '.join(found[:_LISTED])}" if found else "the run has no other checkpoint"
 
 
 def _what_instead(folder: Path) -> str:
@@ -105,6 +114,8 @@ def _what_instead(folder: Path) -> str:
     neither = "neither a run folder with checkpoints/latest nor a .safetensors file"
     if not folder.exists():
         return f"{neither}: it does not exist; correct the path"
+    if any(newest_first(folder / "checkpoints")):
+        return f"{neither}: checkpoints/latest is missing or damaged; {_others(folder)}"
     if (folder / "config.yaml").is_file():
         return f"{neither}: this run has saved no checkpoint yet; wait until it has (checkpoint.every)"
     runs = sorted(str(pointer.parents[1]) for pointer in folder.glob("*/checkpoints/latest"))

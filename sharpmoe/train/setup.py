@@ -123,10 +123,20 @@ def make_plan(
         run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], readers or world
     )
     identity = RunIdentity.of(run, data.train.fingerprint)
-    notes = (*notes, *_small_bucket_notes(data.train, batch))
+    notes = (*notes, *_held_out_notes(run, data), *_small_bucket_notes(data.train, batch))
     plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, identity=identity, notes=notes)
     found = Checkpoints.find(plan.checkpoints, run.checkpoint.resume)
     return _resume(next(iter(found.readable), None), replace(plan, found=found))
+
+
+def _held_out_notes(run: RunConfig, data: RunData) -> tuple[str, ...]:
+    """Return a note where a run measures on what it is trained on."""
+    split = run.data.validation_split
+    if data.held_out is None or SplitPart.read(split).split != run.data.train_split:
+        return ()
+    return (
+        f"data.validation_split is {split}: what is measured is of pictures that are trained on, and hides memorising",
+    )
 
 
 def _small_bucket_notes(train: Mixture, batch: BatchLayout) -> tuple[str, ...]:

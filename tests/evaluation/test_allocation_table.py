@@ -3,7 +3,7 @@ import re
 import pytest
 
 from sharpmoe.evaluation.allocation import ALLOCATION_RANGES, measure_allocation, paired_change
-from sharpmoe.evaluation.allocation_table import allocation_table, short_allocation_table
+from sharpmoe.evaluation.allocation_table import allocation_table, measured_images, short_allocation_table
 from tests.toys import ToySamples, toy_model
 
 
@@ -57,3 +57,10 @@ def test_saliency_routers_that_decide_alone_are_warned_of() -> None:
     found = measure_allocation(model, ToySamples(), images=4)
     assert "warning: the saliency routers of a decide nearly alone" in allocation_table({"a": found})
     assert "lower their learning rate" in short_allocation_table({"a": found}, "t")
+
+
+def test_images_of_the_training_split_are_not_called_held_out() -> None:
+    assert measured_images(3, ["unseen:2/2"]) == "3 held-out images of unseen:2/2"
+    assert measured_images(3, []) == "3 held-out images"
+    assert measured_images(3, ["train:1/2"]) == "3 images of train:1/2 (not held out)"
+    assert measured_images(3, ["unseen", "train"]) == "3 images of unseen and train (not held out)"

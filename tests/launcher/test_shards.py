@@ -45,6 +45,21 @@ def test_sound_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.endswith("all sound")
 
 
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0"), (2, "2, see skipped.jsonl"), (1000, "1000 or more, see skipped")]
+)
+def test_stats_say_how_much_was_left_out(
+    count: int, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = copy(folder, tmp_path / "d") / "index.json"
+    index = replace(parse_index(place.read_bytes(), ""), skipped=[("*.md", "2 files")] * count)
+    place.write_bytes(index_bytes(index))
+    assert main(["stats", str(place.parent)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  left out"))
+    assert line.startswith(f"  left out   {said}")
+    assert "pictures" not in line, "kinds of other files are among them"
+
+
 def test_verify_names_the_sample(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hurt = copy(folder, tmp_path / "d")
     table = sorted(hurt.glob("train-*.json"))[0]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sharpmoe.checkpoint.retention import folder_name
 from sharpmoe.config import RunConfig
 from sharpmoe.errors import CheckpointError
 from sharpmoe.report.runs import SavedModel, average_note, find_saved_model
@@ -47,6 +48,27 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / NAME).mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text(NAME)
     with pytest.raises(CheckpointError, match=r"ema.safetensors: no such weights file"):
+        find_saved_model(tmp_path)
+
+
+def test_a_run_without_its_pointer_names_the_checkpoints_that_it_has(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for step in (10, 20):
+        (root / folder_name(step)).mkdir(parents=True)
+    there = f"give the checkpoint itself: {root / folder_name(20)} | {root / folder_name(10)}"
+    for pointer in (None, "", "../.."):
+        if pointer is not None:
+            (root / "latest").write_text(pointer)
+        with pytest.raises(CheckpointError, match="checkpoints/latest is missing or damaged") as caught:
+            find_saved_model(tmp_path)
+        assert str(caught.value).endswith(there)
+    (root / "latest").write_text(folder_name(30))
+    with pytest.raises(CheckpointError, match="latest names step00000030, which is not there") as caught:
+        find_saved_model(tmp_path)
+    assert str(caught.value).endswith(there)
+    for step in (10, 20):
+        (root / folder_name(step)).rmdir()
+    with pytest.raises(CheckpointError, match="which is not there; the run has no other checkpoint"):
         find_saved_model(tmp_path)
 
 

@@ -61,6 +61,10 @@ def test_only_a_run_that_measures_needs_held_out_samples(log: dict[str, int], sh
     named = plan_for(make_run(shards, tmp_path, data=data | {"validation_split": "train"}, log=log), ALONE)
     assert named.data.held_out is not None
     assert named.data.held_out.num_samples == 20
+    assert any(
+        "data.validation_split is train: what is measured is of pictures that are trained" in n for n in named.notes
+    )
+    assert not any("data.validation_split" in note for note in plan.notes)
 
 
 def test_a_dense_model_measures_no_allocation(shards: Path, tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_the_report_counts_and_warns() -> None:
     assert lines[1] == told
     assert lines[2] == "bucket 512x128 (32x8 = 256 tokens): 0 pictures, 0 to train on, 0 enlarged"
     assert lines[3].startswith("small buckets, below 64 pictures to train on: 128x512 (2), 256x256 (50);")
+    unknown = bucket_lines(resolutions[1:2], chosen * 0, pixels * 0, chosen < 3)  # squares: no sizes are listed
+    assert unknown[0] == "bucket 256x256 (16x16 = 256 tokens): 104 pictures, 104 to train on"
     assert "white bars" in bucket_lines(resolutions, chosen, pixels, chosen < 3, "pad")[1]
     all_train = bucket_lines(resolutions, chosen, pixels, chosen < 3)
     # What is left of one shape alone is no advice: buckets are there to keep shapes.

@@ -8,7 +8,7 @@ from PIL import Image
 
 import data_pipeline.prepare.ranks as ranks
 import data_pipeline.prepare.write as write
-from data_pipeline.prepare.counts import Counts, left_out_lines, read_counts, reason_of, write_counts
+from data_pipeline.prepare.counts import Counts, _reason_of, left_out_lines, read_counts, reasons_of, write_counts
 from data_pipeline.sources.items import Skipped, shown
 from launcher.prepare import main
 
@@ -85,10 +85,13 @@ def test_reasons_are_grouped(tmp_path: Path) -> None:
         "          5 x no caption in NAME.txt",
         "          3 x row N of t7.csv has no caption",
     ]
+    # One wording keeps its numbers; equal wordings too.
+    one = [Skipped("g.png", "row 41 of m.csv names it"), *[Skipped("g", "3 files of a kind")] * 2]
+    assert reasons_of(one) == {"row 41 of m.csv names it": 1, "3 files of a kind": 2}
     many = [Skipped("x", f"reason {'x' * n}") for n in range(1, 30)]
     assert left_out_lines(many, 0, {})[-1] == "          ... and 9 further reasons"
-    assert reason_of(Skipped("a.png", "not a caption")) == "not a caption"
-    assert reason_of(Skipped("a.png", "no data. see a.txt")) == "no data. see NAME.txt"
+    assert _reason_of(Skipped("a.png", "not a caption")) == "not a caption"
+    assert _reason_of(Skipped("a.png", "no data. see a.txt")) == "no data. see NAME.txt"
 
 
 @pytest.mark.parametrize(
@@ -96,8 +99,8 @@ def test_reasons_are_grouped(tmp_path: Path) -> None:
 )
 def test_a_name_with_spaces_brackets_or_other_letters_is_left_out_of_its_reason(stem: str) -> None:
     for name in (f"{stem}.png", f"sub/{stem}.png"):
-        assert reason_of(Skipped(name, f"no caption in {shown(stem)}.txt")) == "no caption in NAME.txt"
-    assert reason_of(Skipped(f"{stem}.png", f"row 7: {stem}.png, 3 bytes")) == "row N: NAME.png, N bytes"
+        assert _reason_of(Skipped(name, f"no caption in {shown(stem)}.txt")) == "no caption in NAME.txt"
+    assert _reason_of(Skipped(f"{stem}.png", f"row 7: {stem}.png, 3 bytes")) == "row N: NAME.png, N bytes"
 
 
 def test_pad_enlarges_less_and_is_part_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +121,7 @@ def test_a_dry_run_tells_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(arguments) == 0
     told = capsys.readouterr().out
     assert "tried: enlarged  1 of 2 pictures are smaller than the target 16x16" in told
+    assert "2 to train on\n" in told, "sizes of squares are not listed: no number of enlarged ones there"
     assert "tried: captions  1 of 2 cut at 2 tokens" in told
 
 
@@ -127,3 +131,33 @@ def test_counts_of_another_version_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "b").write_text('{"other": 1}')
     assert read_counts(tmp_path / "b") == read_counts(tmp_path / "none") == Counts()
     assert Counts().lines([(16, 16)], "crop") == []
+
+
+def test_what_nothing_is_held_out_of_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "held out  none: add a val/ folder or split, or train with --data.validation_split train"
+    assert left_out_lines([], 7, {"train": 7})[1] == line
+    assert line not in left_out_lines([], 7, {"train": 6, "unseen": 1})
+    arguments = [
+        "--source",
+        str(pictures(tmp_path / "set", (16, 16), (15, 40))),
+        "--out",
+        str(tmp_path / "out"),
+        *OPTIONS,
+    ]
+    for more in (["--dry-run"], []):
+        assert main([*arguments, *more]) == 0
+        assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_dry_run_says_what_will_be_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = pictures(tmp_path / "set", (16, 16), (15, 40))
+    names = [path.name for path in sorted(source.glob("*.png"))]
+    rows = [f"{name},text" for name in [*names, "gone.png"]]
+    (source / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    arguments = ["--source", str(source), "--out", str(tmp_path / "out"), *OPTIONS]
+    assert main([*arguments, "--dry-run"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith("without --dry-run this is refused: 1 of 3 images are missing (gone.png; row 4")
+    assert told.endswith("or pass --allow-missing to leave them out")
+    assert main([*arguments, "--dry-run", "--allow-missing"]) == 0
+    assert "refused" not in capsys.readouterr().out

@@ -253,7 +253,7 @@ def test_a_latent_that_is_not_finite_is_not_written(tmp_path: Path, monkeypatch:
 
 
 def test_what_was_left_out_is_listed_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish, "_LISTED", 1)
+    monkeypatch.setattr(finish, "LISTED_SKIPPED", 1)
     done = prepare_shards(ShapesSource(broken=(3, 8)), tmp_path / "d", shapes_recipe(), QUIET)
     assert (len(done.skipped), done.num_skipped) == (1, 2)
     lines = [json.loads(line) for line in (tmp_path / "d" / finish.SKIPPED_FILE).read_text().splitlines()]
