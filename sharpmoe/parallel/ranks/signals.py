@@ -70,7 +70,8 @@ def _read(pipe: socket.socket, announce: bool) -> None:
     global _asked
     first = 0.0
     while numbers := pipe.recv(16):
-        for number in numbers:
+        # Of several at once Ctrl-C counts: a launcher answers it with SIGTERM, which another thread may take first.
+        for number in sorted(numbers):
             if number not in _STOPPING:
                 continue
             if _asked is None:

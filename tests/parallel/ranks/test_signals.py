@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -94,3 +95,18 @@ def test_other_signals_are_not_requests_and_handlers_come_back() -> None:
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert [signal.getsignal(number) for number in signals._STOPPING] == handlers
+
+
+def test_of_a_ctrl_c_and_the_sigterm_of_a_launcher_read_together_ctrl_c_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signals, "_asked", None)
+    ours, theirs = socket.socketpair()
+    theirs.send(bytes([signal.SIGTERM, signal.SIGINT]))
+    theirs.close()
+    signals._read(ours, True)
+    ours.close()
+    assert signals.asked() == signal.SIGINT
+    assert capfd.readouterr().err.startswith("SIGINT: the run ends after this step and saves")
+    monkeypatch.undo()
+    assert signals.asked() == 0
