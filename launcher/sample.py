@@ -26,6 +26,7 @@ from sharpmoe.evaluation.adm import AdmBatch, draw_adm_batch, join_adm_batch
 from sharpmoe.evaluation.captions import read_captions
 from sharpmoe.evaluation.prompt_sets import open_prompts
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.captured import capture_calls
 from sharpmoe.model.compiled import compile_blocks
 from sharpmoe.model.weights import load_model
 from sharpmoe.report.counterfactual import counterfactual_table, draw_counterfactual, write_counterfactual
@@ -152,6 +153,11 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=POSITIVE, default=16, help="images per model call")
     add("--pool-per-image", action="store_true", help="diffmoe: an image is a pool, so the batch size has no effect")
     add("--compile", action="store_true", help="compile the blocks first, for many images (equal to rounding)")
+    add(
+        "--cuda-graphs",
+        action="store_true",
+        help="replay each call of the model as one CUDA graph, for small models and few images; not of every router",
+    )
 
 
 def _look_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +189,9 @@ def _act(arguments: argparse.Namespace) -> None:
     weak = _weak_model(arguments, header)
     if arguments.compile:
         compile_blocks(model, print_note)
+    if arguments.cuda_graphs:
+        for each in (model, *([weak.model] if weak else [])):
+            capture_calls(each)
     draw = _npz if arguments.npz else _prompt_folder if arguments.prompts else _files
     if arguments.film or arguments.counterfactual:
         draw = _look

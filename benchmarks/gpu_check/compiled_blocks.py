@@ -3,7 +3,8 @@
 A rollout step of DiffMoE with saliency routers (forward, losses, backward), or a call of the model as sampling makes
 it, uncompiled and with compiled blocks: times, their ratio, how long compiling took, and how far the results are apart.
 On a GPU also with Inductor's combo kernels, which launch independent kernels as one. On a CPU the backend is aot_eager,
-which needs no compiler and gains nothing: it shows that the check runs.
+which needs no compiler and gains nothing: it shows that the check runs. On a GPU sampling is also timed with each call
+of an expert-choice model as one CUDA graph.
 """
 
 import time
@@ -21,6 +22,7 @@ from benchmarks.rollout import Size, make_model, make_rollout
 from benchmarks.sampling import set_thresholds
 from sharpmoe.devices import wait_for
 from sharpmoe.model.backbone import Backbone
+from sharpmoe.model.captured import capture_calls
 from sharpmoe.model.compiled import compile_blocks
 
 Work = Callable[[], Tensor]
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for combined in (False, True) if device.type == "cuda" else (False,):
             found = attempted(_compared, given.work, size, options, combined)
             facts.tell(fact="compiled", work=given.work, case=size.name, combo_kernels=combined, **found)
+        if given.work == "sampling":
+            facts.tell(fact="captured", case=size.name, **attempted(_captured, size, options))
 
 
 def _training(model: Backbone, size: Size) -> Work:
@@ -54,6 +58,10 @@ def _training(model: Backbone, size: Size) -> Work:
 
 def _sampling(model: Backbone, size: Size) -> Work:
     set_thresholds(model.eval(), next(model.parameters()).device)
+    return _call(model, size)
+
+
+def _call(model: Backbone, size: Size) -> Work:
     item = make_rollout(model, size, 1).item
     dtype = next(model.parameters()).dtype
     x, t = item.x0.to(dtype), item.times[0].to(dtype)
@@ -91,6 +99,23 @@ def _compared(name: str, size: Size, options: Options, combined: bool) -> dict[s
         "eager_over_compiled": eager / seconds,
         "compiling_seconds": compiling,
         "distance": float((after - before).norm() / before.norm()),  # of the loss, or of the velocity
+    }
+
+
+def _captured(size: Size, options: Options) -> dict[str, object]:
+    """Time a call of expert choice as it is and as a CUDA graph, with its inputs and outputs copied."""
+    if options.device.type != "cuda":
+        return {"skipped": "CUDA graphs need a CUDA device"}
+    model = make_model(size._replace(model=size.model | {"router": "ec"}), options.device, options.dtype)
+    work = _call(model.eval(), size)
+    before, eager = work().detach().double(), median_seconds(work, options.device)
+    capture_calls(model)
+    after, seconds = work().detach().double(), median_seconds(work, options.device)
+    return {
+        "eager_ms": 1e3 * eager,
+        "captured_ms": 1e3 * seconds,
+        "eager_over_captured": eager / seconds,
+        "distance": float((after - before).norm() / before.norm()),
     }
 
 

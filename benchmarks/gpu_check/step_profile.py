@@ -24,6 +24,7 @@ from benchmarks.gpu_check.facts import Facts
 from benchmarks.harness import Options, SizeTable, sizes_for
 from benchmarks.rollout import Rollout, Size, make_model, make_rollout
 from sharpmoe.devices import wait_for
+from sharpmoe.errors import ConfigError
 from sharpmoe.families import FAMILIES, rows_of_call
 from sharpmoe.model.flops import Call, backward_flops, forward_flops, products
 
@@ -71,7 +72,7 @@ def attempted(measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, 
     """Return what a measurement finds, or its error; its memory is free afterwards."""
     try:
         return measure(*given)
-    except RuntimeError as error:  # also of too little memory, and of what a CUDA graph does not allow
+    except (RuntimeError, ConfigError) as error:  # also of too little memory, and of what a CUDA graph does not allow
         return {"error": " ".join(str(error).split())[:400]}
     finally:
         gc.collect()

@@ -118,6 +118,13 @@ def _compiled(fact: Fact) -> Iterator[Row]:
     yield f"compiled blocks, {kind}", f"{fact['compiled_ms']:.2f} ms; {ratio}; {rest}", ""
 
 
+def _captured(fact: Fact) -> Iterator[Row]:
+    if "skipped" not in fact:
+        ratio = f"eager is {fact['eager_over_captured']:.2f} times as long"
+        rest = f"{ratio}; results differ by {fact['distance']:.1e}"
+        yield f"CUDA graph of a call in sampling, ec, {fact['case']}", f"{fact['captured_ms']:.2f} ms; {rest}", ""
+
+
 def _waits(fact: Fact) -> Iterator[Row]:
     if fact["count"] is not None:
         yield (
@@ -135,6 +142,7 @@ _TEXTS: dict[str, Callable[[Fact], Iterator[Row]]] = {
     "step": _step,
     "graph": _graph,
     "compiled": _compiled,
+    "captured": _captured,
     "waits": _waits,
 }
 

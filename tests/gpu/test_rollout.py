@@ -14,6 +14,7 @@ from benchmarks.rollout import SCHEDULES, TOY, Rollout, Size, make_model, make_r
 from sharpmoe import sampling
 from sharpmoe.config import ModelConfig, SampleConfig
 from sharpmoe.model.backbone import Backbone, ClassCondition
+from sharpmoe.model.captured import capture_calls
 from sharpmoe.train.trajectories import draw_trajectories
 from tests.gpu.place import DEVICES, synchronise
 from tests.memory import LiveBytes
@@ -112,6 +113,16 @@ def test_images_are_those_of_float64_on_the_cpu(device: str, router: str) -> Non
     far = (images.cpu().double() - expected.double()).abs() / expected.double().abs().max()
     assert float((far > 1e-3).double().mean()) < 0.05
     assert far.mean() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("router", "dtype"), [("ec", torch.float32), ("ec", torch.bfloat16), ("tc", torch.bfloat16)])
+def test_cuda_graphs_draw_the_images_of_calls(router: str, dtype: torch.dtype) -> None:
+    """Without a device: tests/model/test_captured.py."""
+    plain, model = model_on("cuda", router).to(dtype), model_on("cuda", router).to(dtype)
+    capture_calls(model)
+    for steps in (2, 8):  # records, and draws with what it recorded
+        torch.testing.assert_close(sampled(model, "cuda", steps), sampled(plain, "cuda", steps), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("router", ["diffmoe", "tc"])

@@ -160,6 +160,7 @@ def test_captions_from_a_file_and_weights_by_kind_and_path(run_folder: Path, tmp
         (["RUN", "--labels", "3"], "the model is text-conditional, got label 3; give captions"),
         (["RUN", "--height", "0"], "--height: got '0', allowed: a whole number >= 1"),
         (["RUN", "--npz", "a.npz", "--width", "64"], "--npz draws the square of the model"),
+        (["RUN", "--cuda-graphs"], "CUDA graphs: the model is on the cpu, expected cuda; leave out CUDA graphs"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(

@@ -4,11 +4,18 @@ The numbers of nothing are tested here: the tensors hold none.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from sharpmoe.errors import ConfigError
 from sharpmoe.families import FAMILIES
+from sharpmoe.model.build import build_model
+from sharpmoe.model.captured import check_capture
 from tests.pretend_cuda.conftest import Outcomes
+from tests.toys import toy_config
 
 pytestmark = pytest.mark.slow
 Pretended = Callable[[str], Outcomes]
@@ -74,6 +81,25 @@ def test_sampling(pretended: Pretended, group: str) -> None:
     outcomes = pretended(group.format("drawn"))
     assert {case.split()[0] for case in outcomes} | {"diffmoe"} == set(FAMILIES)
     check(outcomes, NOISE_AND_TIMES, training=False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("router", FAMILIES)
+def test_calls_that_read_nothing_are_those_that_a_cuda_graph_may_hold(router: str, dtype: str) -> None:
+    """The reads are those that `test_sampling` has seen."""
+    fields = {"dense_first": 2} if router == "nucleus" else {}
+    if FAMILIES[router].published.get("unconditional_expert"):
+        fields = {"conditioning": "class"}
+    with torch.device("meta"):
+        model = build_model(toy_config(router, **fields)).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=next(model.parameters()).dtype)
+    on_gpu: Any = SimpleNamespace(parameters=lambda: iter([weight]), config=model.config, moe_layers=model.moe_layers)
+    allowed = True
+    try:
+        check_capture(on_gpu)
+    except ConfigError:
+        allowed = False
+    assert allowed == (reads_of_rows(router, dtype, "euler", training=False) == {})
 
 
 CAUGHT = {  # a fault that is inserted in the router -> what reports it, once in each of the two MoE calls
