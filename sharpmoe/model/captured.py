@@ -9,6 +9,7 @@ Training is not captured: a rollout has many forwards before its backward, and Z
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -93,8 +94,8 @@ def _replace_forward(model: Backbone, record: _Record) -> Backbone:
         if key not in graphs:
             inside = [tensor.clone() for tensor in tensors]
             filled = iter(inside)
-            arguments: Any = tree_unflatten([next(filled) if isinstance(x, Tensor) else x for x in leaves], structure)
-            graphs[key] = _Graph(inside, _recorded(record, lambda: original(*arguments, mode)))
+            arguments = tree_unflatten([next(filled) if isinstance(x, Tensor) else x for x in leaves], structure)
+            graphs[key] = _Graph(inside, _recorded(record, partial(original, *arguments, mode=mode)))
         return graphs[key].run(tensors)
 
     setattr(model, "forward", forward)  # noqa: B010 (mypy: it is a method)
