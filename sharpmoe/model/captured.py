@@ -94,8 +94,9 @@ def _replace_forward(model: Backbone, record: _Record) -> Backbone:
         if key not in graphs:
             inside = [tensor.clone() for tensor in tensors]
             filled = iter(inside)
-            arguments = tree_unflatten([next(filled) if isinstance(x, Tensor) else x for x in leaves], structure)
-            graphs[key] = _Graph(inside, _recorded(record, partial(original, *arguments, mode=mode)))
+            kept = tree_unflatten([next(filled) if isinstance(x, Tensor) else x for x in leaves], structure)
+            call = partial(original, kept[0], kept[1], kept[2], kept[3], mode)
+            graphs[key] = _Graph(inside, _recorded(record, call))
         return graphs[key].run(tensors)
 
     setattr(model, "forward", forward)  # noqa: B010 (mypy: it is a method)
