@@ -3,6 +3,10 @@
 `Objective` runs under torch's fake tensors: the same operators, shapes, dtypes and views as in training on a host, and
 no memory. Counted are the unique storages that autograd saves or the call returns, without the parameters and the
 call's inputs. Kernels of a device may save a few tensors of another size (statistics of attention and norms).
+
+Where the steps of a trajectory are one pool (`rollout.pool: trajectory`), an expert takes more rows in one step than in
+another. Planned is not the bound, all tokens for every expert, but what was measured (docs/planning.md): every step
+as the fullest one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,6 +26,11 @@ from sharpmoe.moe.dispatch import Assignment, Dispatched, LocalDispatcher, RowCo
 from sharpmoe.rollout import TrajectoryBatch, first_x0_prev, replay, rollout_step
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import Pass, RolloutSchedule, with_schedule
+from sharpmoe.train.tally import pools_trajectories
+
+_SCORE = 4  # bytes of a score: routers compute in float32
+# Rows of the fullest step of a trajectory, and of one layer in it, over those that the rule gives a step on average.
+FULLEST_STEP, FULLEST_LAYER = 1.15, 1.35
 
 
 class _LinearBytes(NamedTuple):
@@ -42,10 +51,11 @@ class Activations(NamedTuple):
     inputs: _LinearBytes  # a graph that keeps the inputs of blocks
     replay: int  # what one step without a graph leaves for its second run: x0_prev and routing
     block: int  # most that one recomputed block adds
+    pool: int = 0  # scores of all steps, where they are one pool
 
     def of(self, schedule: RolloutSchedule) -> tuple["GraphBytes", ...]:
         """Return what is kept when each graph of a schedule is full; replays stay until the micro-batch is done."""
-        beside = schedule.run_twice * self.replay
+        beside = schedule.run_twice * self.replay + self.pool
         return tuple(self._graph(part, beside) for part in schedule.passes)
 
     def _graph(self, part: Pass, beside: int) -> "GraphBytes":
@@ -119,13 +129,40 @@ class _EvenDispatcher(LocalDispatcher):
 def count_activations(run: RunConfig, micro_batch: int, tokens: SampleTokens) -> Activations:
     """Run the objective on tensors without storage and count. Only the number of an image's tokens matters, not a grid.
 
+    Rows are those that the rule gives to experts; where they vary over a trajectory, those of its fullest step.
+    """
+    if not pools_trajectories(run):
+        return _count_rule(run, micro_batch, tokens)
+    step, layer = (_count_rule(_fuller(run, by), micro_batch, tokens) for by in (FULLEST_STEP, FULLEST_LAYER))
+    return step._replace(block=layer.block, pool=_pool_bytes(run, micro_batch * tokens.image))
+
+
+def _fuller(run: RunConfig, by: float) -> RunConfig:
+    """Return a run in which experts take `by` times as many tokens, at most all."""
+    model = run.model
+    capacity, *capacities = (min(by * each, model.num_experts) for each in (model.capacity, *(model.capacities or ())))
+    return _with(run, capacity=capacity, capacities=tuple(capacities) if model.capacities else None)
+
+
+def _pool_bytes(run: RunConfig, call: int) -> int:
+    """Bytes of the scores of all steps, of predictions where thresholds are their own, and of the copy that ranks them.
+
+    call: tokens of a call.
+    """
+    layers, kinds = run.model.num_moe_layers, 3 if run.model.family.thresholds == "predicted" else 2
+    return kinds * run.rollout.num_steps * layers * run.model.num_experts * call * _SCORE
+
+
+def _count_rule(run: RunConfig, micro_batch: int, tokens: SampleTokens) -> Activations:
+    """Count with the rows that the rule gives to experts.
+
     Depth is a pattern of dense and MoE blocks that repeats, and what is kept is linear in it: two shallow models are
     enough. Where capacities differ, what is kept is that of their mean, and the largest decides about one block.
     """
     if run.model.capacities is not None and run.model.moe_blocks:
         even, most = (_with(run, capacities=None, capacity=capacity) for capacity in _mean_and_most(run.model))
-        largest = count_activations(most, micro_batch, tokens).block
-        return count_activations(even, micro_batch, tokens)._replace(block=largest)
+        largest = _count_rule(most, micro_batch, tokens).block
+        return _count_rule(even, micro_batch, tokens)._replace(block=largest)
     model = run.model
     ends = model.dense_first + model.dense_last
     short = ends + model.moe_every + (model.depth - ends) % model.moe_every

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from sharpmoe.config import RunConfig
 from sharpmoe.parallel.experts.groups import possible_ep_sizes
+from sharpmoe.planning.activations import FULLEST_LAYER, FULLEST_STEP
 from sharpmoe.planning.coordinator import version_notes
 from sharpmoe.planning.estimate import Budget, Estimate, Planner
 from sharpmoe.planning.memory import Memory
+from sharpmoe.train.tally import pools_trajectories
 
 _GIB = 2**30
 RESERVE = 0.1  # of the device: context, libraries, workspaces, fragments of the allocator
@@ -20,7 +23,7 @@ class Advice(NamedTuple):
 
     warnings: tuple[str, ...]
     fits: tuple[Estimate, ...]  # where the run does not fit: layouts that do, the least traffic first
-    notes: tuple[str, ...] = ()  # what could be faster
+    notes: tuple[str, ...] = ()  # what is assumed, and what could be faster
 
 
 def usable(device_memory: float) -> float:
@@ -34,9 +37,22 @@ def advise(planner: Planner, budget: Budget, device_memory: float) -> Advice:
     warnings = [*_memory_warnings(own, device_memory), *_gather_warnings(own, budget), *_bucket_warnings(own, budget)]
     warnings += version_notes() if own.layout.zero.stage == 3 else ()
     if own.memory.peak <= usable(device_memory):
-        return Advice(tuple(warnings), (), stage_notes(planner, own, device_memory))
+        return Advice(tuple(warnings), (), (*pool_notes(planner.run), *stage_notes(planner, own, device_memory)))
     fitting = [other for other in _neighbours(planner, budget) if other.memory.peak <= usable(device_memory)]
-    return Advice(tuple(warnings), tuple(sorted(fitting, key=lambda other: other.traffic.total)[:_MOST_FITS]))
+    best = tuple(sorted(fitting, key=lambda other: other.traffic.total)[:_MOST_FITS])
+    return Advice(tuple(warnings), best, pool_notes(planner.run))
+
+
+def pool_notes(run: RunConfig) -> tuple[str, ...]:
+    """Say where the rows that experts take vary from step to step, and what is planned for them."""
+    if not pools_trajectories(run):
+        return ()
+    most = run.model.num_experts / max(block.capacity for block in run.model.moe_blocks)
+    return (
+        f"rollout.pool is trajectory: how many tokens experts take varies over the steps; planned for {FULLEST_STEP:g} "
+        f"times their mean in a step and {FULLEST_LAYER:g} times in one recomputed block, as measured; the bound is "
+        f"{most:g} times",
+    )
 
 
 def stage_notes(planner: Planner, own: Estimate, device_memory: float) -> tuple[str, ...]:

@@ -68,7 +68,8 @@ def step_flops(run: RunConfig, tokens: int, text_tokens: int, rows: float) -> St
     """Count the FLOPs of one trained image of `tokens` tokens.
 
     text_tokens: per caption, padding included. rows: computed by experts for an image at a rollout step, over all MoE
-    layers: as the routing was, or `rows_expected`. Every step has as many: no rule of training depends on the time.
+    layers: as the routing was, or `rows_expected`. Of steps that take different rows (`rollout.pool: trajectory`) it is
+    their mean, with which also those are counted that run twice.
     """
     uses_x0_prev = run.stage == "posttrain" and run.model.saliency_router
     call = Call(

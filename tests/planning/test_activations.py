@@ -4,12 +4,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sharpmoe.config import RunConfig
 from sharpmoe.families import rows_of_call
-from sharpmoe.planning.activations import Activations, GraphBytes, SampleTokens, _count, _LinearBytes, count_activations
+from sharpmoe.moe.thresholds import TrajectoryPool
+from sharpmoe.planning import activations as planned_activations
+from sharpmoe.planning.activations import (
+    Activations,
+    GraphBytes,
+    SampleTokens,
+    _count,
+    _LinearBytes,
+    _meter,
+    count_activations,
+)
+from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.rollout_schedules import all_schedules, schedule_of, with_schedule
-from tests.train.setting import make_run
+from sharpmoe.train.trajectories import draw_trajectories
+from tests.toys import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, ToySamples
+from tests.train.setting import make_run, stirred_model
 
 TOKENS = SampleTokens(image=16, text=4)
 
@@ -69,3 +83,49 @@ def test_without_a_routing_loss_steps_are_trained_one_by_one() -> None:
 def test_rows_of_a_call(router: str, rows: int) -> None:
     assert rows_of_call(run_with(router).model, 4, 16) == rows
     assert rows_of_call(run_with(router, capacity=2.0, top_k=2).model, 4, 16) == 2 * rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["diffmoe", "race"])
+def test_rows_that_vary_over_a_trajectory_are_planned_for(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutoffs by which every expert takes every token: a real step keeps what a plan for such steps says."""
+    widths = {"text_width": TEXT_WIDTH, "pooled_width": POOLED_WIDTH}
+    run = make_run(Path("shards"), Path("runs"), router, rollout={"num_steps": 2, "pool": "trajectory"}, model=widths)
+    by_rule = count_activations(with_schedule(run, pool="step"), 2, SampleTokens(16, TEXT_LENGTH))
+    monkeypatch.setattr(planned_activations, "FULLEST_STEP", run.model.num_experts / run.model.capacity)
+    plan = count_activations(run, 2, SampleTokens(16, TEXT_LENGTH))
+
+    empty = (torch.zeros(TEXT_LENGTH, TEXT_WIDTH), torch.ones(TEXT_LENGTH, dtype=torch.bool), torch.zeros(POOLED_WIDTH))
+    (item,) = draw_trajectories([ToySamples().batch([0, 1])], empty, run, torch.device("cpu"))
+    objective = Objective(stirred_model(run), run).train()
+    held: list[int] = []
+    candidates = TrajectoryPool.candidates
+
+    def weighed(pool: TrajectoryPool) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = sum(scores.nbytes for scores in pool._scores)
+        held.append(2 * scores + sum(logits.nbytes for logits in pool._capacity))  # one copy of the scores is ranked
+        return candidates(pool)
+
+    monkeypatch.setattr(TrajectoryPool, "candidates", weighed)
+    meter = _meter(objective, item)
+    with meter.on_saved():
+        cutoffs = torch.full((run.model.num_moe_layers, run.model.num_experts), -torch.inf)
+        meter.add(objective(StepRequest((item,), cutoffs=cutoffs)))
+    assert plan.kept.at(2) == pytest.approx(meter.total, rel=0.05)
+    assert plan.kept.at(2) > 1.2 * by_rule.kept.at(2)
+    assert held == [plan.pool]
+    assert by_rule.pool == 0
+
+
+@pytest.mark.slow
+def test_the_fullest_step_of_a_trajectory_takes_more() -> None:
+    """Of a family with a pool over calls only, in every schedule, and of one recomputed block still more."""
+    for router, varies in (("diffmoe", True), ("ec", False)):
+        step = run_with(router, depth=2)
+        trajectory = with_schedule(step, pool="trajectory")
+        one, other = (count_activations(run, 2, TOKENS) for run in (step, trajectory))
+        assert (other.kept.per_step > one.kept.per_step) is varies
+        assert (other.block > one.block) is varies
+        for run in all_schedules(trajectory):
+            more = [b.most > a.most for a, b in zip(one.of(schedule_of(run)), other.of(schedule_of(run)), strict=True)]
+            assert set(more) == {varies}

@@ -8,7 +8,7 @@ import pytest
 
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.planning.advice import RESERVE, advise, stage_notes
+from sharpmoe.planning.advice import RESERVE, advise, pool_notes, stage_notes
 from sharpmoe.planning.estimate import Estimate, Planner
 from sharpmoe.planning.layout import RankLayout
 from sharpmoe.train.rollout_schedules import schedule_of
@@ -71,3 +71,16 @@ def test_a_plan_and_its_advice_say_the_same(planner: Planner) -> None:
     assert advice.notes == stage_notes(planner, budget.own, 80)
     assert len(advice.notes) == 1
     assert advise(planner, budget, 1e-6).notes == ()  # it does not fit, and says what does
+
+
+def test_a_pool_of_trajectories_is_planned_with_rows_that_vary(planner: Planner) -> None:
+    rollout = {"num_steps": STEPS, "pool": "trajectory"}
+    run = make_run(Path("none"), Path("none"), rollout=rollout, train={"global_batch": 8, "micro_batch": 1})
+    varied = Planner(run)
+    (note,) = pool_notes(run)
+    assert "planned for 1.15 times their mean in a step and 1.35 times in one recomputed block" in note
+    assert note.endswith("the bound is 4 times")  # all tokens for each of four experts
+    budget = varied.budget(layout_of(run, 2))
+    assert advise(varied, budget, 80).notes == advise(varied, budget, 1e-6).notes == (note,)
+    assert budget.own.memory.activations > estimated(planner, layout_of(planner.run, 2)).memory.activations
+    assert pool_notes(planner.run) == ()
