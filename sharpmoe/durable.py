@@ -64,7 +64,7 @@ def _refuse_unwritable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+        raise _no_access(path.parent)
 
 
 def check_folder(folder: Path) -> None:
@@ -73,7 +73,13 @@ def check_folder(folder: Path) -> None:
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
     if not takes_files(existing):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+        raise _no_access(existing)
+
+
+def _no_access(folder: Path) -> OSError:
+    """Return why a folder takes no files: rights, or a file system that is mounted for reading only."""
+    number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+    return OSError(number, os.strerror(number), str(folder))  # of EACCES a PermissionError
 
 
 def takes_files(folder: Path) -> bool:

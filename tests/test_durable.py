@@ -102,6 +102,21 @@ def test_a_folder_is_checked_without_being_made(tmp_path: Path) -> None:
         assert caught.value.filename == str(tmp_path / "file")
 
 
+def test_a_folder_mounted_for_reading_is_not_called_one_without_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable.os, "access", lambda *_: False)
+    with pytest.raises(PermissionError):
+        durable.check_folder(tmp_path / "new")
+    real = os.statvfs(tmp_path)
+    reading = os.statvfs_result([*real[:8], real.f_flag | os.ST_RDONLY, real.f_namemax])
+    monkeypatch.setattr(durable.os, "statvfs", lambda _: reading)
+    for act in (lambda: durable.check_folder(tmp_path / "new"), lambda: durable.write_atomically(tmp_path / "x", b"x")):
+        with pytest.raises(OSError, match="Read-only file system") as caught:
+            act()
+        assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(tmp_path))
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: full (os error 28)")])
 def test_a_full_disk_is_reported_with_the_file(error: Exception, tmp_path: Path) -> None:
     def write(draft: Path) -> None:

@@ -37,8 +37,8 @@ def read_table(store: Store, shard: Shard) -> Sequence[tuple[str, Places]]:
     return samples
 
 
-def check_size(store: Store, shard: Shard) -> None:
-    """Raise a DamageError where a shard is missing or has another size than the index says."""
+def check_files(store: Store, shard: Shard) -> None:
+    """Raise a DamageError where a shard or its table is missing, or the shard has another size than the index says."""
     path = f"{store.location}/{shard.name}.tar"
     try:
         size = store.size(f"{shard.name}.tar")
@@ -46,6 +46,10 @@ def check_size(store: Store, shard: Shard) -> None:
         raise DamageError(f"{path}: shard is missing; {how_to_rewrite()}") from None
     if size != shard.size:
         raise DamageError(f"{path}: shard has {size} bytes, expected {shard.size}; delete it and {how_to_rewrite()}")
+    try:
+        store.size(f"{shard.name}.json")
+    except DamageError:
+        raise DamageError(f"{store.location}/{shard.name}.json: table is missing; {how_to_rewrite()}") from None
 
 
 def ends_in_zeros(store: Store, shard: Shard, table: Sequence[tuple[str, Places]]) -> bool:

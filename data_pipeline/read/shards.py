@@ -21,7 +21,7 @@ from data_pipeline.index import EMPTY_FILE, Bucket, Identity, Index, Places, Sha
 from data_pipeline.members import as_float32, decode_npz
 from data_pipeline.read.batches import collate
 from data_pipeline.read.damage import Damage, how_to_rewrite
-from data_pipeline.read.folder import check_size, checked_file, ends_in_zeros, read_index, read_table
+from data_pipeline.read.folder import check_files, checked_file, ends_in_zeros, read_index, read_table
 from data_pipeline.read.samples import Draw, Sample, Span, Spec, load_label, load_sample
 from data_pipeline.schema import Batch
 from data_pipeline.store.remote import RemoteOptions
@@ -130,7 +130,7 @@ class ShardSet:
     def open(
         cls, location: str | Path, split: str, remote: RemoteOptions | None = None, accept_damage: bool = False
     ) -> "ShardSet":
-        """Read the index, and check that every shard of the split in a local folder exists in full size.
+        """Read the index, and check that every shard of the split in a local folder and its table exist in full size.
 
         `split`: SPLIT, or SPLIT:I/N for every N-th sample from the I-th on, so that settings can be chosen on one part
         and reported on another. With `accept_damage` the shards are checked only when they are read. Raises DataError
@@ -148,7 +148,7 @@ class ShardSet:
         shards = cls(store, split, index, fingerprint)
         if isinstance(store, LocalStore) and not accept_damage:
             for shard in shards._shards:
-                check_size(store, shard)
+                check_files(store, shard)
         return shards
 
     def require(self, codec: Identity | None = None, encoder: Identity | None = None) -> None:

@@ -56,6 +56,7 @@ def report_fault(
         "ranks": ranks,
     }
     place = _write(path, record)
+    log.not_taken += not result.verdict.applied
     log.event("fault", step, fault=record["fault"], applied=result.verdict.applied, skipped=result.watch.skipped)
     log.say(f"step {step}: {record['fault']}; the step is {fate}; its samples: {place}")
 

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -62,7 +62,8 @@ def _lock(folder: Path) -> IO[str]:
     try:
         _claim(folder, file)
     except OSError as error:
-        file.close()
+        with suppress(OSError):  # of a full disk it fails again, on what is still to be written
+            file.close()
         error.filename = error.filename or str(folder / _OWNER_FILE)
         raise
     except BaseException:

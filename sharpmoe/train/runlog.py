@@ -53,6 +53,7 @@ class RunLog:
         self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.progress = _ProgressLine(total_steps, first_step, sys.stdout if stream is None else stream)
         self.images, self.seconds = 0, 0.0  # of the steps of this process
+        self.not_taken = 0  # of these steps
         self._complained: set[str] = set()
         self._logged = self._logged_before()
         self.lines = LogWriter(self.folder, self.run)

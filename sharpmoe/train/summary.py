@@ -30,8 +30,8 @@ def _trained(log: RunLog) -> str:
     steps = log.total_steps - log.first_step + 1
     if steps < 1 or not log.seconds:
         return ""
-    passed = clock(log.passed())
-    return f"{steps} step(s) in {passed}, {log.images / log.seconds:.1f} images/s in the steps"
+    passed, missed = clock(log.passed()), f", {log.not_taken} of them not taken (see faults/)" if log.not_taken else ""
+    return f"{steps} step(s) in {passed}, {log.images / log.seconds:.1f} images/s in the steps{missed}"
 
 
 def _validation(losses: dict[int, float]) -> str:

@@ -19,6 +19,7 @@ from data_pipeline.read.samples import Sample
 from sharpmoe.config import LossConfig, RunConfig
 from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.evaluation.held_out import spread
+from sharpmoe.invocation import spell_command
 from sharpmoe.parallel.ranks.launch import World, gather_objects, raise_on_all_ranks
 from sharpmoe.saliency import entropy_share, scale_for_entropy
 from sharpmoe.train.setup import RunPlan
@@ -73,7 +74,8 @@ def _scales(run: RunConfig, maps: list[Tensor], split: str) -> dict[str, float]:
     loss = run.loss
     if not maps:
         raise DataError(
-            f"data.train_split {split}: no saliency maps to find the scales of L_routing from; prepare anew"
+            f"data.train_split {split}: none of its saliency maps can be read to find the scales of L_routing from; "
+            f"`{spell_command('shards')} verify` names what is damaged"
         )
     saliency_scale, mass_scale = loss.saliency_scale, loss.mass_scale
     if loss.saliency_entropy is not None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sharpmoe.errors import CheckpointError
+from sharpmoe.errors import CheckpointError, OutsideError
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop, owner
@@ -98,3 +99,17 @@ def test_what_an_earlier_owner_left_does_not_block(content: str, tmp_path: Path)
     (tmp_path / owner._OWNER_FILE).write_text(content)
     with run_folder_owned(tmp_path, ALONE):
         assert json.loads((tmp_path / owner._OWNER_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_full_disk_names_the_file_of_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnFullDisk(io.StringIO):
+        def fail(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = close = fail  # closing flushes once more
+
+    monkeypatch.setattr(Path, "open", lambda *_, **__: OnFullDisk())
+    monkeypatch.setattr(owner.fcntl, "lockf", lambda *_: None)
+    file = tmp_path / owner._OWNER_FILE
+    with pytest.raises(OutsideError, match=f"{file}: no space left"), run_folder_owned(tmp_path, ALONE):
+        pytest.fail("owned")

@@ -43,6 +43,10 @@ def test_the_summary_names_figures_places_and_commands(tmp_path: Path) -> None:
     lines = closing_summary(run, folder, folder / "checkpoints" / "step00000002", log).splitlines()
     assert lines[0] == f"done: {folder}/checkpoints/step00000002"
     assert lines[1].startswith("  trained    2 step(s) in 0:00, 64.0 images/s")
+    assert "not taken" not in lines[1]
+    log.not_taken = 1
+    taken = closing_summary(run, folder, folder / "checkpoints" / "step00000002", log).splitlines()[1]
+    assert taken == f"{lines[1]}, 1 of them not taken (see faults/)"
     assert lines[2] == "  validation flow loss 0.5000 after step 2, best 0.2500 after step 1"
     text = "\n".join(lines)
     assert str(folder / "samples") in text

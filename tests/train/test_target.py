@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharpmoe.checkpoint.manifest import read_manifest
 from sharpmoe.config import LossConfig, RunConfig
-from sharpmoe.errors import ConfigError
+from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.losses import trajectory_routing
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.saliency import entropy_share
@@ -63,12 +63,17 @@ def test_one_of_the_two_leaves_the_other_as_it_is(shards: Path, tmp_path: Path) 
     assert with_target_scales(plan_for(other, ALONE), ALONE).run.loss.mass_scale == 3.0
 
 
-def test_what_cannot_be_had_is_said(shards: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_had_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(shards, tmp_path, loss={"saliency_entropy": 1e-6})
     with pytest.raises(ConfigError, match="loss.saliency_entropy is 1e-06, but in .* of log N; set a larger one"):
         with_target_scales(plan_for(run, ALONE), ALONE)
     with pytest.raises(ValueError, match="mass_spread is about counts"):
         LossConfig(mass_spread=0.2, routing_mass="scores")
+    monkeypatch.setattr(target, "_read_maps", lambda *_: [])
+    with pytest.raises(
+        DataError, match="none of its saliency maps can be read.*shards.* verify` names what is damaged"
+    ):
+        with_target_scales(plan_for(make_run(shards, tmp_path, loss=ASKED), ALONE), ALONE)
 
 
 def _found(world: World, run: RunConfig) -> tuple[float, float]:

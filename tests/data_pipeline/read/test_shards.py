@@ -244,6 +244,14 @@ def test_a_missing_shard(folder: Path) -> None:
     ShardSet.open(folder, "unseen")
 
 
+def test_a_missing_table(folder: Path) -> None:
+    (folder / "train-00001.json").unlink()
+    with pytest.raises(DataError, match=r"train-00001.json: table is missing; run `python launcher/prepare") as error:
+        ShardSet.open(folder, "train")
+    one_line(error)
+    ShardSet.open(folder, "unseen")
+
+
 def test_a_shard_cut_short(folder: Path) -> None:
     path = folder / "train-00001.tar"
     path.write_bytes(path.read_bytes()[:-512])
