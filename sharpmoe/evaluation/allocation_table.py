@@ -35,6 +35,8 @@ _LEGEND = """\
   spread: 0 where a saliency router is untrained, 1 where it varies as much as the gate
   correlation of the last rows: Pearson's, in each MoE layer and at each time alone;
   that of the first rows: of ranks, of the experts summed over MoE layers and times
+  saliency_agreement_* of a run's log may have another sign in DiffMoE and Expert Race: there tokens
+  of images at one t compete (training, rollout.pool: step), here thresholds choose (inference)
   times: the same for every model, not shifted (rollout.shift)"""  # what titles do not say
 
 

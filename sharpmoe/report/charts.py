@@ -43,8 +43,9 @@ _HEALTH = {  # group of a figure by layer -> title; drawn as least, mean and lar
 _STRENGTH = {  # by range of t, mean over MoE layers
     "spread": "saliency router: spread of logits, over the gate's",
     "flipped": "saliency router: share of choices changed",
-    "agreement": "correlation of experts per token with M",
+    "agreement": "correlation of experts per token with M, in training",
 }
+_OF_TRAINING = "where thresholds choose in inference (DiffMoE, Expert Race), allocations may have the opposite sign"
 _OVERLAID = (
     "loss/total",
     "loss/flow",
@@ -85,7 +86,7 @@ def health_charts(run: _Json) -> Markup:
     for what, title in _STRENGTH.items():
         tags = {name: f"saliency_{what}_{name.replace(' ', '')}/mean" for name in TIME_RANGES}
         lines = {name: curves[tag] for name, tag in tags.items() if tag in curves}
-        charts.append(line_chart(named_curves(lines), title))
+        charts.append(line_chart(named_curves(lines), title, _OF_TRAINING if what == "agreement" else ""))
     return _grid(charts)
 
 

@@ -123,7 +123,7 @@ def make_plan(
         run.model, [*data.train.sources, *([] if data.held_out is None else [data.held_out])], readers or world
     )
     identity = RunIdentity.of(run, data.train.fingerprint)
-    notes = (*notes, *_held_out_notes(run, data), *_small_bucket_notes(data.train, batch))
+    notes = (*notes, *_held_out_notes(run, data), *_small_bucket_notes(data.train, batch), *_predictor_notes(run))
     plan = RunPlan(run=run, ds_config=ds_config, batch=batch, data=data, identity=identity, notes=notes)
     found = Checkpoints.find(plan.checkpoints, run.checkpoint.resume)
     return _resume(next(iter(found.readable), None), replace(plan, found=found))
@@ -136,6 +136,17 @@ def _held_out_notes(run: RunConfig, data: RunData) -> tuple[str, ...]:
         return ()
     return (
         f"data.validation_split is {split}: what is measured is of pictures that are trained on, and hides memorising",
+    )
+
+
+def _predictor_notes(run: RunConfig) -> tuple[str, ...]:
+    """Return a note where saliency routers cannot change the compute of inference."""
+    model = run.model
+    if not (model.saliency_router and model.family.thresholds == "predicted" and model.capacity_selection == "mask"):
+        return ()
+    return (
+        "model.capacity_selection is mask: in inference the capacity predictor alone chooses, so saliency routers move "
+        "gates and no compute; count lets them",
     )
 
 

@@ -10,12 +10,13 @@ from data_pipeline.encode.like import fitted_header
 from data_pipeline.encode.patch_pca import PatchPCA
 from data_pipeline.read.mixture import Mixture
 from data_pipeline.read.shards import ShardSet
+from sharpmoe.config import RunConfig
 from sharpmoe.config_io import BatchLayout
 from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.model.weights import save_weights
 from sharpmoe.train.monitor import Monitor, measures
-from sharpmoe.train.setup import InitialModel, _origin_notes, _small_bucket_notes, initial_model
+from sharpmoe.train.setup import InitialModel, _origin_notes, _predictor_notes, _small_bucket_notes, initial_model
 from tests.fixtures_data import make_shards, make_unequal_shards
 from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
@@ -165,3 +166,15 @@ def test_a_step_of_more_samples_than_its_bucket_has_is_noted(tmp_path: Path) -> 
     (note,) = _small_bucket_notes(data, BatchLayout(most + 1, 1, most + 1, 1))
     assert f"a step takes {most + 1} samples" in note
     assert all(f"{name} ({count})" in note for name, count in counts.items())
+
+
+def test_saliency_routers_beside_a_predictor_that_chooses_alone_are_noted(shards: Path, tmp_path: Path) -> None:
+    def run(router: str = "diffmoe", **model: object) -> RunConfig:
+        return make_run(shards, tmp_path, router, model=model)
+
+    masked = run(capacity_selection="mask")
+    (note,) = _predictor_notes(masked)
+    assert "saliency routers move gates and no compute" in note
+    assert note in plan_for(masked, ALONE).notes  # a start and its rehearsal say it
+    for other in (run(), run(capacity_selection="mask", saliency_router=False), run("race"), run("ec")):
+        assert _predictor_notes(other) == ()
