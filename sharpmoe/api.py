@@ -174,6 +174,8 @@ def rollout_loss(
         position = int(whole.position[0])
     check_schedule(run, len(item.x0), (item.saliency.shape[1],))
     _check_cutoffs(cutoffs, run)
+    if cutoffs is not None:  # kept in float64, compared in the precision of scores, as a run does
+        cutoffs = cutoffs.to(_device(model), torch.float32)
     segment = draws.rollout_block(seed, position if step is None else step, num_segments(run))
     weight = None if step is None else routing_weight(run, step)
     answer = Objective(model, run)(StepRequest((item,), segment, routing_weight=weight, cutoffs=cutoffs))

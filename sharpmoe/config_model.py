@@ -166,6 +166,8 @@ class ModelConfig(Section):
             raise ValueError("layer_heads needs gate: mlp")
         if self.unconditional_expert and self.conditioning != "class":
             raise ValueError("unconditional_expert needs conditioning: class")
+        if self.unconditional_expert and self.family.pools_calls:
+            raise ValueError(f"unconditional_expert does not go with router: {self.router} (tokens of a call compete)")
         if self.positions == "rope_2d" and (self.width // self.num_heads) % 4:
             raise ValueError(f"rope_2d needs a head width ({self.width // self.num_heads}) that is a multiple of 4")
         return self

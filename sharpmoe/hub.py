@@ -7,9 +7,9 @@ of every router family in each folder would age there. Import this module only w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
@@ -47,6 +47,11 @@ class SharpMoETransformer(ModelMixin, ConfigMixin):
         object.__setattr__(self, "backbone", backbone.eval())
 
     backbone: Backbone
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast as the backbone does, which rounds no buffer."""
+        self.backbone._apply(fn, recurse)
+        return self
 
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Condition, x0_prev: Tensor | None = None, **options: Any

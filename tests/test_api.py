@@ -130,6 +130,9 @@ def test_the_loss_of_a_step_is_that_of_the_trainer(router: str, pool: str, shard
     if cutoffs is not None:
         torch.testing.assert_close(cutoffs.double(), torch.tensor(trained.cutoffs, dtype=torch.float64))
         later = sharpmoe.rollout_loss(model, batch, **settings, cutoffs=cutoffs)
+        rounded = sharpmoe.rollout_loss(model, batch, **settings, cutoffs=cutoffs.float())
+        assert later.parts.total.dtype == torch.float32
+        assert later.parts == rounded.parts
         again = sharpmoe.finish_step(model, later, optim=run.optim, cutoffs=cutoffs)
         decay = run.optim.threshold_decay
         torch.testing.assert_close(again, decay * cutoffs + (1 - decay) * later.cutoffs)

@@ -159,6 +159,17 @@ def test_half_precision_keeps_buffers(exported: Path) -> None:
     assert pipe(WORDS[0], output_type="pt").images.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pipeline_that_is_cast_keeps_its_buffers(exported: Path, dtype: torch.dtype) -> None:
+    pipe = pipeline(exported)
+    before = {name: buffer.clone() for name, buffer in pipe.transformer.named_buffers()}
+    pipe.transformer.to(dtype)
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in pipe.transformer.backbone.parameters()} == {dtype}
+    for name, buffer in pipe.transformer.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_a_saved_pipeline_loads_again(exported: Path, tmp_path: Path) -> None:
     pipe = pipeline(exported, places={"nothing": "elsewhere"})
     pipe.save_pretrained(tmp_path / "again")

@@ -75,6 +75,7 @@ class Allocation:
     images: int
     times: tuple[float, ...]
     split: str = ""  # that the images are of, such as "unseen:2/2"; "" where it is not known
+    dtype: str = "float32"  # of the model's parameters while it was measured
 
     def save(self, path: Path | str) -> Path:
         """Write the result as JSON, creating its folder; undefined figures become null."""
@@ -107,11 +108,17 @@ class Allocation:
                 images=content["images"],
                 times=tuple(content["times"]),
                 split=content.get("split", ""),
+                dtype=content.get("dtype", "float32"),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}: not an allocation result ({error}); run `{spell_command('evaluate')}` again"
             ) from None
+
+    def is_comparable(self, other: Allocation) -> bool:
+        """Whether two models were measured on the same images and in one precision, as far as it is known."""
+        splits = {self.split, other.split} - {""}
+        return self.images == other.images and len(splits) < 2 and self.dtype == other.dtype
 
     def scalars(self) -> dict[str, float]:
         """Return the main figures under the tags of the log, allocation_<what>/<range>, without undefined ones."""
@@ -140,7 +147,8 @@ def measure_allocation(
     indices, times = spread(samples.num_samples, images), ALLOCATION_TIMES
     observed = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share)
     found = _summarise(observed, times, num_layers=len(model.moe_layers()), steered=model.config.saliency_router)
-    found = replace(found, split=getattr(samples, "split", ""))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    found = replace(found, split=getattr(samples, "split", ""), dtype=dtype)
     if not with_markov_noise:
         return found
     markov = observe(model, samples, indices, times, seed=seed, chunk=chunk, share=share, noise="markov")
@@ -255,11 +263,10 @@ def paired_change(before: Allocation, after: Allocation, what: str, name: str) -
 def paired_interval(before: Allocation, after: Allocation, what: str, name: str) -> Interval:
     """Return the mean change of one figure per image with its 95 % interval over images; unknown without pairs.
 
-    Results of other images (another number or split), or without values per image, have no pairs.
+    Results of other images (another number or split) or precision, or without values per image, have no pairs.
     """
     known = [result.per_image.get(what, {}).get(name, ()) for result in (before, after)]
-    differ = before.split and after.split and before.split != after.split
-    if len(known[0]) != len(known[1]) or differ:
+    if len(known[0]) != len(known[1]) or not before.is_comparable(after):
         return interval_over_images(())
     return interval_over_images([b - a for a, b in zip(*known, strict=True)])
 

@@ -76,15 +76,18 @@ def measured_images(count: int, splits: Iterable[str]) -> str:
 
 
 def _are_paired(results: Mapping[str, Allocation]) -> bool:
-    """Whether two results of as many images can be compared image by image."""
-    return len(results) == 2 and len({result.images for result in results.values()}) == 1
+    """Whether there are two results that can be compared image by image."""
+    columns = list(results.values())
+    return len(columns) == 2 and columns[0].is_comparable(columns[1])
 
 
 def _head(results: Mapping[str, Allocation]) -> list[str]:
     first = next(iter(results.values()))
     of = measured_images(first.images, dict.fromkeys(result.split for result in results.values() if result.split))
+    dtypes = dict.fromkeys(result.dtype for result in results.values())
+    precision = "" if list(dtypes) == ["float32"] else f", in {' and '.join(dtypes)}"
     return [
-        f"Allocation on {of}, {len(first.times)} times (mean ± standard error)",
+        f"Allocation on {of}, {len(first.times)} times{precision} (mean ± standard error)",
         _line("", [*results, "change (paired)"] if _are_paired(results) else list(results)),
     ]
 

@@ -98,15 +98,15 @@ class Backbone(nn.Module, ABC):
         """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast as `nn.Module` does, `.to(torch.bfloat16)` too, but never round a buffer.
+        """Move or cast the whole model as `nn.Module` does, but round no buffer to half precision.
 
-        Thresholds, balancing biases and positions keep their precision in a model whose parameters are in bf16.
+        Thresholds, balancing biases and positions keep theirs where parameters become bf16, by `.to` or otherwise.
         """
-        before = dict(self.named_buffers())
+        before = dict(self.named_buffers(remove_duplicate=False))
         super()._apply(fn, recurse)
-        for name, cast in list(self.named_buffers()):
+        for name, cast in list(self.named_buffers(remove_duplicate=False)):
             exact = before[name]
-            if cast.is_floating_point() and cast.itemsize < exact.itemsize:
+            if cast.is_floating_point() and cast.itemsize < 4 <= exact.itemsize:
                 owner, _, last = name.rpartition(".")
                 setattr(self.get_submodule(owner), last, exact.to(cast.device))
         return self

@@ -133,8 +133,9 @@ class Planner:
         for part in parts:
             if part.block is not None:
                 of_block[part.block] += part.numel
-        # Of a block one before and one after it was summed, which is in float32.
-        return (whole - of_block.total()) * size + 2 * MASTER_BYTES * max(of_block.values())
+        # Of a block its parts and their sum, in float32, and the sum once more where it is rounded.
+        rounded = size if size < MASTER_BYTES else 0
+        return (whole - of_block.total()) * size + (2 * MASTER_BYTES + rounded) * max(of_block.values())
 
 
 def optimizer_bytes(run: RunConfig) -> int:

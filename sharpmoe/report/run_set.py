@@ -17,7 +17,10 @@ FORMAT = 1  # of the document; rises where a reader of an earlier one would misr
 NOT_SET = "(not set)"  # of a key that a run lacks
 _NAMES = ("name", "output")  # keys that differ between any two runs
 _ENVIRONMENT = ("version.", "world", "device")  # beginnings of keys that say where a run ran
-_HELD_OUT = ("data.shards", "data.validation_split", "log.validation_images")  # say which images are validated
+# Say which images are validated, and in which precision; what a run of an earlier version has without saying it.
+_HELD_OUT = dict.fromkeys(("data.shards", "data.validation_split", "log.validation_images")) | {
+    "log.look_precision": "fp32"
+}
 _BY_STEP = ("loss/", "throughput/", "optim/grad_norm")  # curves that two runs have at the same steps
 _DRAWN = ("stage", "seed", "data.shards", "data.train_split", "train.global_batch")  # say what a step is trained on
 
@@ -106,7 +109,7 @@ def _by_step(first: _Json, other: _Json) -> _Json:
 def _validation_of(first: _Json, other: _Json) -> _Json | None:
     """Return the change of the last held-out flow loss, paired by image; None where images or steps differ."""
     one, two = first["validation"], other["validation"]
-    images = [[run["settings"].get(key) for key in _HELD_OUT] for run in (first, other)]
+    images = [[run["settings"].get(*item) for item in _HELD_OUT.items()] for run in (first, other)]
     if not one or not two or images[0] != images[1] or one["last"] != two["last"]:
         return None
     before, after = one["per_image"], two["per_image"]

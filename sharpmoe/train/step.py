@@ -14,6 +14,7 @@ from torch import Tensor
 from sharpmoe import draws
 from sharpmoe.checkpoint.manifest import Cutoffs
 from sharpmoe.config import OptimConfig, RunConfig
+from sharpmoe.devices import send
 from sharpmoe.moe.thresholds import move_cutoffs, update_routers
 from sharpmoe.parallel.ranks.launch import sum_over_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
@@ -106,7 +107,7 @@ def train_step(
 
 
 def _on_device(cutoffs: Cutoffs, device: torch.device) -> Tensor | None:
-    return torch.tensor(cutoffs, dtype=torch.float32).to(device, non_blocking=True) if cutoffs else None
+    return send(torch.tensor(cutoffs, dtype=torch.float32), device) if cutoffs else None
 
 
 def _moved(cutoffs: Cutoffs, exchange: _Exchange, optim: OptimConfig) -> Cutoffs:

@@ -90,7 +90,8 @@ class Tally:
 
 def pools_trajectories(run: RunConfig) -> bool:
     """Whether the tokens of all steps of a trajectory compete, by cutoffs that are moved once per optimizer step."""
-    return run.stage == "posttrain" and run.rollout.pool == "trajectory" and run.model.family.pools_calls
+    asked = run.stage == "posttrain" and run.rollout.pool == "trajectory" and run.model.family.pools_calls
+    return asked and run.model.num_moe_layers > 0
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor | None:

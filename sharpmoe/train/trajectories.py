@@ -49,7 +49,12 @@ class DrawnAhead:
     def take(self, keys: list[_Key]) -> list[_Numbers]:
         """Return the numbers of a step's micro-batches, and begin to draw those of the next."""
         known, drawing = self._ahead
-        numbers = drawing.result() if drawing is not None and known == keys else _draw_numbers(self._run, keys)
+        if drawing is not None and known == keys:
+            numbers = drawing.result()
+        else:
+            if drawing is not None:
+                drawing.cancel()  # where it has not begun
+            numbers = _draw_numbers(self._run, keys)
         after = [key._replace(positions=tuple(place + self._global_batch for place in key.positions)) for key in keys]
         self._ahead = (after, self._pool.submit(_draw_numbers, self._run, after))
         return numbers
@@ -71,8 +76,7 @@ def draw_trajectories(
     Each draw is keyed by (seed, position), so it is the same on any layout of ranks. stage pretrain: one logit-normal
     time; posttrain: T descending times that start at first_time; both are shifted by `rollout.shift` for the tokens of
     the batch's resolution. ahead: draws for the next step too, meanwhile. Raises DataError if a sample has no label
-    that the model needs. No communication. The host does not wait for the device,
-    but for labels that are there.
+    that the model needs. No communication. The host does not wait for the device.
     """
     for batch in batches:
         _check_labels(batch, run)

@@ -20,6 +20,7 @@ from sharpmoe.evaluation.allocation import (
     _summarise,
     measure_allocation,
     paired_change,
+    paired_interval,
 )
 from sharpmoe.evaluation.allocation_table import allocation_table
 from sharpmoe.evaluation.held_out import Observed, TokenTables, observe
@@ -217,3 +218,18 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     old = Allocation.load(tmp_path / "old.json")
     assert (old.flow, old.flow_parts, old.strength) == (new.flow, {}, {})
     assert "undefined" in allocation_table({"old": old, "new": new})
+
+
+def test_results_of_other_images_or_another_precision_have_no_change() -> None:
+    one = measure_allocation(toy_model(), ToySamples(5))
+    assert one.dtype == "float32"
+    rounded = measure_allocation(toy_model().to(torch.bfloat16), ToySamples(5))
+    others = [rounded, dataclasses.replace(one, split="unseen:2/2"), dataclasses.replace(one, images=4)]
+    one = dataclasses.replace(one, split="unseen:1/2")
+    assert paired_interval(one, one, "flow", "all t").images == 5
+    assert "change (paired)" in allocation_table({"a": one, "b": one})
+    assert one.is_comparable(dataclasses.replace(one, split=""))
+    for other in others:
+        assert not paired_interval(one, other, "flow", "all t").images
+        assert "change (paired)" not in allocation_table({"a": one, "b": other})
+    assert "10 times, in float32 and bfloat16 (mean" in allocation_table({"a": one, "b": rounded})

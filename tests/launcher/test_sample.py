@@ -3,16 +3,21 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
+import launcher.sample
 from data_pipeline.encode.like import origin_header
 from data_pipeline.read.shards import ShardSet
 from launcher.sample import main
 from sharpmoe.config_io import PROJECT_ROOT
+from sharpmoe.evaluation.adm import draw_adm_batch
+from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import read_weights, save_weights
 from sharpmoe.report.page import write_report
 from sharpmoe.report.runs import find_saved_model
@@ -209,7 +214,14 @@ def test_the_command_writes_batch_and_protocol(tmp_path: Path) -> None:
     assert protocol["grid"].endswith("shifted: s t / (1 + (s - 1) t) with s = 3")
 
 
-def test_a_model_draws_in_bfloat16_and_the_protocol_says_so(tmp_path: Path) -> None:
+def test_a_model_draws_in_bfloat16_and_the_protocol_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = list[torch.dtype]()
+
+    def noted(model: Backbone, sample: Any, decode: Any, batch: Any, weak: Backbone) -> Path:
+        dtypes.extend(next(each.parameters()).dtype for each in (model, weak))
+        return draw_adm_batch(model, sample, decode, batch, weak)
+
+    monkeypatch.setattr(launcher.sample, "draw_adm_batch", noted)
     shards = make_shards(tmp_path / "shards")
     model = toy_model("diffmoe", conditioning="class", num_classes=3)
     save_weights(tmp_path / "toy.safetensors", model.state_dict(), model.config)
@@ -221,6 +233,7 @@ def test_a_model_draws_in_bfloat16_and_the_protocol_says_so(tmp_path: Path) -> N
     with np.load(tmp_path / "float32.npz") as exact, np.load(tmp_path / "bfloat16.npz") as rounded:
         far = np.abs(exact["arr_0"].astype(int) - rounded["arr_0"])
     assert 0 < far.mean() < 8  # levels of 256
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_parts_join_to_the_batch_of_one_process(tmp_path: Path) -> None:

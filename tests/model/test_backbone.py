@@ -111,4 +111,14 @@ def test_a_cast_model_computes_in_its_dtype_with_the_buffers_of_the_exact_one(ba
     rounded = model(x_t, t, condition, x0_prev)
     assert rounded.v.dtype == torch.float32
     assert 0 < (rounded.v - expected).norm() < 0.1 * expected.norm()
-    assert {x.dtype for x in model.double().buffers() if x.is_floating_point()} <= {torch.float64}
+    for dtype in (torch.float64, torch.float32):
+        assert {x.dtype for x in model.to(dtype).buffers() if x.is_floating_point()} <= {dtype}
+
+
+def test_a_buffer_that_two_parts_share_is_cast_once() -> None:
+    model = made("dit", "class")
+    shared = torch.ones(3)
+    for block in model.blocks[:2]:
+        block.register_buffer("shared", shared)
+    model.to(torch.bfloat16)
+    assert all(block.shared.dtype == torch.float32 for block in model.blocks[:2])

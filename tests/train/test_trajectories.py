@@ -1,7 +1,10 @@
 """What is drawn for a trajectory."""
 
+import threading
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from sharpmoe.config import RunConfig
 from sharpmoe.flow import markov_noise, shift_factor, shift_times
+from sharpmoe.train import trajectories
 from sharpmoe.train.trajectories import DrawnAhead, draw_trajectories
 from tests.train.setting import ALONE, make_run, plan_for
 
@@ -96,23 +100,20 @@ def test_the_host_does_not_wait_for_the_device(conditioning: str, noise: str, sh
         assert (sent.device.type, sent.shape, sent.dtype) == ("meta", kept.shape, kept.dtype)
 
 
-class Counted(DrawnAhead):
-    """Counts the steps whose numbers were there."""
-
-    def __init__(self, run: RunConfig, global_batch: int) -> None:
-        super().__init__(run, global_batch)
-        self.there = 0
-
-    def take(self, keys: list) -> list:
-        self.there += int(self._ahead[0] == keys)
-        return super().take(keys)
-
-
-def test_numbers_that_are_drawn_ahead_are_the_same(shards: Path, tmp_path: Path) -> None:
+def test_numbers_that_are_drawn_ahead_are_the_same(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two micro-batches a step; the fourth step is of wider images, which nobody knew, and the fifth like it."""
     run = make_run(shards, tmp_path, rollout={"num_steps": 3, "noise": "markov", "caption_dropout": 0.5})
     data, here = plan_for(run, ALONE).data, torch.device("cpu")
-    numbers = Counted(run, 4)
+    numbers, draw, asked, drawers = DrawnAhead(run, 4), trajectories._draw_numbers, False, list[str]()
+
+    def noted(run: RunConfig, keys: Sequence[Any]) -> list[Any]:
+        if asked and threading.current_thread() is threading.main_thread():
+            drawers.append(f"step {step}")
+        return draw(run, keys)
+
+    monkeypatch.setattr(trajectories, "_draw_numbers", noted)
     with closing(numbers):
         for step in range(5):
             batches = [
@@ -120,7 +121,9 @@ def test_numbers_that_are_drawn_ahead_are_the_same(shards: Path, tmp_path: Path)
             ]
             if step >= 3:
                 batches = [batch._replace(latent=batch.latent.repeat(1, 1, 1, 3)) for batch in batches]
+            asked = True
             found = draw_trajectories(batches, data.empty_text, run, here, numbers)
+            asked = False
             expected = draw_trajectories(batches, data.empty_text, run, here)
             assert all(map(torch.equal, tree_leaves(found), tree_leaves(expected)))
-    assert numbers.there == 3
+    assert drawers == ["step 0", "step 3"], "the thread has drawn those of the others"

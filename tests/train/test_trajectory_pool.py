@@ -54,6 +54,14 @@ def test_a_resumed_run_goes_on_with_its_cutoffs(shards: Path, tmp_path: Path) ->
     assert all(value > 1 for step, value in loads.items() if step > 1)
 
 
+def test_a_model_without_moe_layers_has_no_pool(shards: Path, tmp_path: Path) -> None:
+    fields = {"depth": 1, "moe_every": 2, "saliency_router": False}
+    run = make_run(shards, tmp_path, rollout=POOL, model=fields, loss={"routing_weight": 0.0})
+    assert run.model.num_moe_layers == 0
+    folder = trained(run, 1)
+    assert read_manifest(folder).progress.cutoffs == ()
+
+
 @pytest.mark.slow
 def test_a_run_may_go_back_to_pools_of_one_step(shards: Path, tmp_path: Path) -> None:
     """What an older checkpoint does not have, and what a later run does not want, is no error."""

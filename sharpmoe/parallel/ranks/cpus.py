@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sharpmoe.devices import device_count
 from sharpmoe.errors import ConfigError
 
 CPU_BINDING = "SHARPMOE_CPU_BINDING"  # set in launcher/slurm/posttrain.sbatch
@@ -24,9 +25,9 @@ _THREADS = Path("/proc/self/task")
 def bind_cpus(device: torch.device, ranks_on_host: int) -> None:
     """Keep this process, and the threads and processes that it starts, on the CPUs near its GPU.
 
-    Done where SHARPMOE_CPU_BINDING is `gpu`. Never on a CPU that the process was not given, and not at all on the host
-    or where fewer CPUs are near the GPU than a fair share of those given: other ranks may be bound to the same ones.
-    Raises ConfigError where the variable is neither `gpu` nor `none`.
+    Done where SHARPMOE_CPU_BINDING is `gpu` and the rank computes on a GPU. Never on a CPU that the process was not
+    given, and not at all where the CPUs near the GPU, shared by all ranks with a GPU on that node, are less than three
+    quarters of a fair share of those given. Raises ConfigError where the variable is neither `gpu` nor `none`.
     """
     given = os.environ.get(CPU_BINDING, "none")
     if given not in _ALLOWED:
@@ -35,7 +36,9 @@ def bind_cpus(device: torch.device, ranks_on_host: int) -> None:
         return
     allowed = os.sched_getaffinity(0)
     near = allowed & _cpus_near(device)
-    if len(near) * ranks_on_host < len(allowed):
+    others = [_cpus_near(torch.device("cuda", rank % device_count())) for rank in range(ranks_on_host)]
+    sharing = sum(bool(near & cpus) for cpus in others)
+    if 4 * len(near) * ranks_on_host < 3 * len(allowed) * sharing or not near:
         return
     for thread in _own_threads():
         with suppress(OSError):  # it has ended
@@ -63,4 +66,5 @@ def _cpus_in(ranges: str) -> set[int]:
 def _own_threads() -> Iterator[int]:
     """Yield the threads of this process, this one first: those that it starts meanwhile are like it."""
     yield 0
-    yield from (int(thread.name) for thread in _THREADS.iterdir() if thread.name != str(os.getpid()))
+    with suppress(OSError):  # a system without /proc: threads that there are stay where they are
+        yield from (int(thread.name) for thread in _THREADS.iterdir() if thread.name != str(os.getpid()))

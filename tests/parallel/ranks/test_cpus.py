@@ -32,6 +32,7 @@ def pretend(root: Path, nodes: Nodes, patch: pytest.MonkeyPatch, asked: str | No
         (gpu / "numa_node").write_text(f"{node_of_gpu}\n")
         (node / "cpulist").write_text(f"{ranges}\n")
     patch.setattr(cpus, "_SYSTEM", root)
+    patch.setattr(cpus, "device_count", lambda: len(nodes))
     address = lambda device: SimpleNamespace(pci_domain_id=1, pci_bus_id=0xA0 + device.index, pci_device_id=0)  # noqa: E731
     patch.setattr(torch.cuda, "get_device_properties", address)
     patch.delenv(CPU_BINDING, raising=False)
@@ -54,8 +55,11 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> dict[int, set[int]]:
         (FOUR, 0, 8, {0, 1, 2, 3}),
         (FOUR, 1, 8, {4, 5, 6, 7}),
         ((("0-1,6", 0), ("2-5,7", 1)), 0, 8, {0, 1, 6}),
-        ((("0-1,8-63", 0), ("2-7", 1)), 0, 4, {0, 1}),  # the job has only some CPUs of the node
-        ((("0-1,8-63", 0), ("2-7", 1)), 0, 2, None),  # less than half of them for one of two ranks
+        ((("0-2,8-63", 0), ("3-7", 1)), 0, 2, {0, 1, 2}),  # the job has only some CPUs of the node
+        ((("0-1,8-63", 0), ("2-7", 1)), 0, 2, None),  # a quarter of them for one of two ranks
+        ((("0-3", 0), ("4-7", 0)), 0, 2, None),  # two GPUs on a node with half of the CPUs
+        ((("0-3", 0), ("4-7", 1), ("8-9", 0), ("10-11", 1)), 2, 4, {0, 1, 2, 3}),  # two ranks on each node
+        ((("0-1", 0), ("2-3", 0), ("4-5", 0), ("6-7", 1)), 0, 4, None),  # three ranks on two CPUs of eight
         ((("0", 0), ("1-7", 1)), 0, 4, None),  # two ranks on one CPU, six CPUs idle
         ((("8-15", 0), ("0-7", 1)), 0, 8, None),  # the job has none near this GPU
         ((("0-7", -1),), 0, 8, None),  # one node, and the system does not say which

@@ -13,7 +13,7 @@ from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.ema import ShardEma
 from sharpmoe.parallel.zero.engine import Engine
-from sharpmoe.parallel.zero.patches import _euclidean, _joined, _keep_large_gradients
+from sharpmoe.parallel.zero.patches import _euclidean, _joined, patch_optimizer
 from tests.distributed import run_ranks
 from tests.train.setting import make_run, plan_for
 
@@ -172,7 +172,7 @@ def kept_gradients(world: World, run: RunConfig) -> tuple[list[tuple[int, Any]],
             engine = Engine(module, run, ds_config, world)
             if overlap:
                 engine._zero.reduction_stream = "second stream"  # the CPU has none, and ignores it
-                _keep_large_gradients(engine._zero)
+                engine._gate = patch_optimizer(engine._zero, 2, parts_whole=False)
             engine.backward(engine(inputs(world.rank)))
             engine.step(LR, lambda _: True)
             weights.append(module.first.weight.detach().clone())
