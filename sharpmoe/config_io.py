@@ -125,6 +125,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"run file {path} does not exist{_there_are(others, path.parent)}")
+    if not path.stat().st_size:
+        raise ConfigError(f"run file {path} is empty, as a broken copy leaves it; copy or write it again")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

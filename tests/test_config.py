@@ -57,6 +57,12 @@ def test_empty_section_means_defaults(run_file):
     assert load_run_config(run_file(PRETRAIN + "train:\n  # steps: 3\n")).train == RunConfig().train
 
 
+def test_a_run_file_of_no_bytes_is_not_one_of_defaults(run_file):
+    with pytest.raises(ConfigError, match="run file .* is empty, as a broken copy leaves it"):
+        load_run_config(run_file(""), ["--stage", "pretrain"])
+    assert load_run_config(run_file("# all defaults\n"), ["--stage", "pretrain"]).train == RunConfig().train
+
+
 @pytest.mark.parametrize("text", ["1", "-0.5", "null", "true", "[1, 2]", "a b", ""])
 def test_equals_and_space_parse_alike(text):
     assert parse_overrides([f"--x={text}"]) == parse_overrides(["--x", text])

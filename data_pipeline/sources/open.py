@@ -155,7 +155,7 @@ def open_source(options: SourceOptions) -> ImageSource:
         if found is not None:
             return found
     _refuse_file(path)
-    raise DataError(f"{path}: no such folder; {_TAKEN}")
+    raise DataError(f"{path}: no such {'file' if path.suffix else 'folder'}; {_TAKEN}")
 
 
 def _refuse_file(path: Path) -> None:

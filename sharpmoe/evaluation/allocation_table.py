@@ -97,7 +97,8 @@ def _rows(columns: list[Allocation], what: str, paired: bool) -> list[str]:
     rows = {name: [getattr(column, what).get(name, UNKNOWN_MEAN) for column in columns] for name in ALLOCATION_RANGES}
     if not any(e.images for row in rows.values() for e in row):
         return []
-    lines = [_TITLES[what]]
+    most = max(e.images for row in rows.values() for e in row)
+    lines = [_TITLES[what] + (f" ({most} of the images)" if most < columns[0].images else "")]
     for name, row in rows.items():
         changes = [_cell(paired_change(columns[0], columns[1], what, name), "+")] if paired else []
         lines.append(_line("  " + name, [*map(_cell, row), *changes]))
@@ -175,4 +176,6 @@ def _line(label: str, cells: list[str]) -> str:
 
 
 def _cell(value: ImageMean, sign: str = "") -> str:
-    return f"{value.mean:{sign}.4f} ± {value.error:.4f}" if value.images else "undefined"
+    if not value.images:
+        return "undefined"
+    return f"{value.mean:{sign}.4f} " + (f"± {value.error:.4f}" if value.images > 1 else "(1 image)")

@@ -172,10 +172,11 @@ def fifth_names() -> list[str]:
 
 
 def mean_text(value: Mapping[str, Any] | None) -> str:
-    """Return a mean with its standard error; "" for None."""
+    """Return a mean with its standard error, which one image has not; "" for None."""
     if value is None:
         return ""
-    return f"{value['mean']:.4f}" + ("" if value["error"] is None else f" ± {value['error']:.4f}")
+    alone = " (1 image)" if value["images"] == 1 else ""
+    return f"{value['mean']:.4f}" + (alone if value["error"] is None else f" ± {value['error']:.4f}")
 
 
 def setting_text(value: object) -> str:

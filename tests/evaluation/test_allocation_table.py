@@ -1,8 +1,10 @@
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
-from sharpmoe.evaluation.allocation import ALLOCATION_RANGES, measure_allocation, paired_change
+from sharpmoe.evaluation.allocation import ALLOCATION_RANGES, ImageMean, measure_allocation, paired_change
 from sharpmoe.evaluation.allocation_table import allocation_table, measured_images, short_allocation_table
 from tests.toys import ToySamples, toy_model
 
@@ -57,6 +59,18 @@ def test_saliency_routers_that_decide_alone_are_warned_of() -> None:
     found = measure_allocation(model, ToySamples(), images=4)
     assert "warning: the saliency routers of a decide nearly alone" in allocation_table({"a": found})
     assert "lower their learning rate" in short_allocation_table({"a": found}, "t")
+
+
+def test_figures_of_few_images_say_of_how_many() -> None:
+    found = measure_allocation(toy_model(), ToySamples(), images=4)
+    one, two = (ImageMean(0.25, math.nan, 1), ImageMean(0.5, 0.125, 2))
+    some = replace(found, foreground={name: one if name == "all t" else two for name in ALLOCATION_RANGES})
+    lines = allocation_table({"a": some}).splitlines()
+    start = lines.index("Spearman, experts per token with the foreground mask (2 of the images)")
+    cells = {line[:34].strip(): line[34:].strip() for line in lines[start + 1 : start + 1 + len(ALLOCATION_RANGES)]}
+    assert cells == {name: "0.2500 (1 image)" if name == "all t" else "0.5000 ± 0.1250" for name in ALLOCATION_RANGES}
+    assert "nan" not in "".join(cells.values())
+    assert "Spearman, experts per token with saliency M" in lines
 
 
 def test_images_of_the_training_split_are_not_called_held_out() -> None:

@@ -71,7 +71,7 @@ def test_skipped_pictures_are_named(pictures: Path, tmp_path: Path, capsys: pyte
         (["--buckets", "32x32,32x64", "--size", "48"], "none is 48 pixels; leave out --size"),
         (["--buckets", "64", "--bucket-step", "16", "--size", "48"], "none is 48 pixels; leave out --size"),
         (["--posterior", "sample"], "patch_pca has one latent per image"),
-        (["--source", "/no/such/table.parquet"], "no such folder"),
+        (["--source", "/no/such/table.parquet"], "no such file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -43,6 +43,7 @@ from tests.report.run_folder import make_run_folder
             ("--name", "x", "--data.shards=data/mine"),
             [*["--source", "mine", "--out", "OUT", "--like", "assets/base.safetensors", "--size", "64"]],
         ),
+        (["--allow-missing"], (), ["--source", "fluent", "--out", "OUT", "--allow-missing"]),
     ],
 )
 def test_words(words: list[str], overrides: tuple[str, ...], prepare: list[str]) -> None:
