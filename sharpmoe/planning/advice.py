@@ -9,12 +9,16 @@ from sharpmoe.parallel.experts.groups import possible_ep_sizes
 from sharpmoe.planning.activations import FULLEST_LAYER, FULLEST_STEP
 from sharpmoe.planning.coordinator import version_notes
 from sharpmoe.planning.estimate import Budget, Estimate, Planner
+from sharpmoe.planning.layout import rank_parameters
 from sharpmoe.planning.memory import Memory
 from sharpmoe.train.tally import pools_trajectories
 
 _GIB = 2**30
 RESERVE = 0.1  # of the device: context, libraries, workspaces, fragments of the allocator
 _MOST_FITS = 4
+_OFTEN = 1.5  # gathers of the model in a step from which they are reported
+_ONCE = 1.05  # the model, and hardly anything twice
+_REUSE_DISTANCES = (1, 2, 4)  # in models: how far ahead DeepSpeed has to look depends on what it gathers ahead
 _LARGE_BUCKET = 0.25  # share of the peak from which an idle bucket is reported
 
 
@@ -34,7 +38,11 @@ def usable(device_memory: float) -> float:
 def advise(planner: Planner, budget: Budget, device_memory: float) -> Advice:
     """Return warnings on the run as configured, and the layouts that fit where it does not."""
     own = budget.own
-    warnings = [*_memory_warnings(own, device_memory), *_gather_warnings(own, budget), *_bucket_warnings(own, budget)]
+    warnings = [
+        *_memory_warnings(own, device_memory),
+        *gather_notes(planner, own, device_memory),
+        *_bucket_warnings(own, budget),
+    ]
     warnings += version_notes() if own.layout.zero.stage == 3 else ()
     if own.memory.peak <= usable(device_memory):
         return Advice(tuple(warnings), (), (*pool_notes(planner.run), *stage_notes(planner, own, device_memory)))
@@ -74,6 +82,31 @@ def stage_notes(planner: Planner, own: Estimate, device_memory: float) -> tuple[
     )
 
 
+def gather_notes(planner: Planner, own: Estimate, device_memory: float) -> tuple[str, ...]:
+    """Say where ZeRO-3 gathers weights again within an optimizer step, and what it costs to keep them gathered."""
+    zero = own.layout.zero
+    if zero.stage != 3 or own.traffic.passes <= _OFTEN:
+        return ()
+    lowest, room = min(zero.max_reuse, zero.max_live), usable(device_memory)
+    whole = sum(part.numel for part in rank_parameters(planner.run, own.layout.world, own.layout.ep_size))
+    for enough in (times * whole for times in _REUSE_DISTANCES):
+        limits = replace(zero, max_reuse=enough, max_live=enough)
+        kept = planner.estimate(own.layout._replace(zero=limits), own.schedule)
+        if kept.traffic.passes < _ONCE:
+            break
+    sends, peaks = (
+        f"{after / _GIB:.2f} instead of {before / _GIB:.2f} GiB"
+        for before, after in ((own.traffic.total, kept.traffic.total), (own.memory.peak, kept.memory.peak))
+    )
+    sent = f", and a rank sends {sends}" if own.layout.world > 1 else ""
+    return (
+        f"the model is gathered {own.traffic.passes:.1f} times per step instead of once: stage3_max_reuse_distance and "
+        f"stage3_max_live_parameters allow {lowest} elements; with both at {enough} it is gathered "
+        f"{kept.traffic.passes:.1f} times{sent}, for {peaks} at the peak, which "
+        f"{'fits' if kept.memory.peak <= room else 'does not fit'}",
+    )
+
+
 def _memory_warnings(own: Estimate, device_memory: float) -> Iterator[str]:
     room = usable(device_memory)
     if own.memory.peak > room:
@@ -93,17 +126,6 @@ def _largest(memory: Memory) -> str:
         "the whole model of the monitor (log.*)": memory.look,
     }
     return max(items, key=lambda name: items[name])
-
-
-def _gather_warnings(own: Estimate, budget: Budget) -> Iterator[str]:
-    zero = own.layout.zero
-    if zero.stage == 3 and own.traffic.passes > 1.5:
-        lowest = min(zero.max_reuse, zero.max_live)
-        yield (
-            f"the model is gathered {own.traffic.passes:.1f} times per step instead of once: "
-            f"stage3_max_reuse_distance and stage3_max_live_parameters allow {lowest} elements; set both to at least "
-            f"{budget.parameters} if the gathered weights fit"
-        )
 
 
 def _bucket_warnings(own: Estimate, budget: Budget) -> Iterator[str]:

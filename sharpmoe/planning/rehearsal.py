@@ -24,7 +24,7 @@ from sharpmoe.model.trainable import planned_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
-from sharpmoe.planning.advice import pool_notes, stage_notes, usable
+from sharpmoe.planning.advice import gather_notes, pool_notes, stage_notes, usable
 from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.planning.estimate import Estimate, Planner, optimizer_bytes
 from sharpmoe.planning.table import memory_lines
@@ -76,6 +76,7 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
     estimate = planner.estimate(planner.layout(planned.size, plan.ds_config), schedule_of(plan.run))
     notes += pool_notes(plan.run)
     if target.device_memory is not None:
+        notes += gather_notes(planner, estimate, target.device_memory)
         notes += stage_notes(planner, estimate, target.device_memory)
     lines = [
         *memory_lines(run, estimate, target.device_memory),

@@ -8,7 +8,7 @@ import pytest
 
 from sharpmoe.config import RunConfig
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.planning.advice import RESERVE, advise, pool_notes, stage_notes
+from sharpmoe.planning.advice import RESERVE, advise, gather_notes, pool_notes, stage_notes
 from sharpmoe.planning.estimate import Estimate, Planner
 from sharpmoe.planning.layout import RankLayout
 from sharpmoe.train.rollout_schedules import schedule_of
@@ -57,6 +57,26 @@ def test_more_gathers_are_saved_where_limits_make_them_more(planner: Planner) ->
     tight = layout._replace(zero=replace(layout.zero, max_reuse=0, max_live=0, prefetch_bucket=0, persistence=0))
     (note,) = stage_notes(planner, estimated(planner, tight), 80)
     assert saved(note)[0] > STEPS * saved(stage_notes(planner, estimated(planner, layout), 80)[0])[0]
+
+
+@pytest.mark.parametrize("ahead", [0, 5_000])
+def test_gathers_are_named_with_what_it_takes_to_have_one(ahead: int, planner: Planner) -> None:
+    """The setting of the note, planned: one gather, and the peak and bytes that the note says."""
+    layout = layout_of(planner.run, 3)
+    tight = layout._replace(zero=replace(layout.zero, max_reuse=0, max_live=0, prefetch_bucket=ahead, persistence=0))
+    own = estimated(planner, tight)
+    (note,) = gather_notes(planner, own, 80)
+    found = re.search(r"gathered ([\d.]+) times per step .* with both at (\d+) it is gathered 1.0 times", note)
+    assert found is not None, note
+    assert float(found[1]) == pytest.approx(own.traffic.passes, abs=0.05)
+    limits = {"max_reuse": int(found[2]), "max_live": int(found[2])}
+    kept = estimated(planner, tight._replace(zero=replace(tight.zero, **limits)))
+    assert kept.traffic.passes == pytest.approx(1, abs=0.05)
+    assert f"{kept.memory.peak / GIB:.2f} instead of {own.memory.peak / GIB:.2f} GiB at the peak, which fits" in note
+    assert gather_notes(planner, own, 0.99 * kept.memory.peak / GIB / (1 - RESERVE))[0].endswith("which does not fit")
+    assert note in advise(planner, planner.budget(tight), 80).warnings
+    assert gather_notes(planner, estimated(planner, layout), 80) == ()
+    assert gather_notes(planner, estimated(planner, layout_of(planner.run, 2)), 80) == ()
 
 
 def test_a_run_that_has_it_or_keeps_weights_on_the_host_is_told_nothing(planner: Planner) -> None:
