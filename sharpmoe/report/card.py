@@ -190,12 +190,12 @@ def _protocol(run: RunConfig | None, folder: Path) -> dict[str, object]:
         return {"held-out flow loss": None, "sampling": None}
     curve = read_log(folder / LOG_FILE).get("validation/flow", {}) if (folder / LOG_FILE).is_file() else {}
     ends = [f"{curve[step]:.4f} (step {step})" for step in dict.fromkeys((min(curve), max(curve)))] if curve else []
-    sample = run.sample
+    sample, split = run.sample, run.data.validation_split
     return {
-        "held-out split": run.data.validation_split,
+        "held-out split": f"none: measured on {split}" if split == run.data.train_split else split,
         "held-out flow loss": " to ".join(ends),
-        "images of the flow loss": run.log.validation_images if curve else None,
-        "allocation": f"up to {run.log.allocation_images} held-out images, fixed noise" if run.log.allocation else None,
+        "images of the flow loss": f"up to {run.log.validation_images}" if curve else None,
+        "allocation": f"up to {run.log.allocation_images} images, fixed noise" if run.log.allocation else None,
         "sampling": f"{sample.method}, {sample.num_steps} steps, guidance {sample.cfg_scale:g}, seed {sample.seed}",
         "FID, GenEval and other benchmarks": None,
     }

@@ -53,3 +53,8 @@ def test_a_card_has_the_figures_of_the_run_and_no_others(tmp_path: Path) -> None
     assert "After: not recorded." in card
     result.save(folder / "allocation" / "after.json")
     assert "change (paired)" in card_of(folder)
+    assert "| held-out split | unseen |" in card
+    assert "| images of the flow loss | up to " in card, "a small split has fewer than log.validation_images"
+    run = folder / "config.yaml"
+    run.write_text(run.read_text().replace("validation_split: unseen", "validation_split: train"))
+    assert "| held-out split | none: measured on train |" in card_of(folder)
