@@ -27,12 +27,13 @@ from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
 from sharpmoe.planning.advice import gather_notes, pool_notes, stage_notes, usable
 from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.planning.estimate import Estimate, Planner, optimizer_bytes
+from sharpmoe.planning.layout import rank_parameters
 from sharpmoe.planning.table import memory_lines
 from sharpmoe.train.monitor import Monitor
 from sharpmoe.train.owner import check_unowned
 from sharpmoe.train.provenance import banner
 from sharpmoe.train.rollout_schedules import schedule_of
-from sharpmoe.train.setup import InitialModel, RunPlan, initial_model, make_plan, rehearse_checkpoint
+from sharpmoe.train.setup import RunPlan, initial_model, make_plan, rehearse_checkpoint
 from sharpmoe.train.shapes import token_counts
 from sharpmoe.train.target import with_target_scales
 from sharpmoe.train.trajectories import draw_trajectories
@@ -71,7 +72,7 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
         initial.weights.check_finite(world.rank, world.size)
         notes = [*plan.notes, *initial.notes]
         if not _is_finished(plan):
-            notes += _check_start(plan, initial, planned, target)
+            notes += _check_start(plan, planned, target)
     planner = Planner(plan.run, token_counts(plan.data.train.buckets)[-1])
     estimate = planner.estimate(planner.layout(planned.size, plan.ds_config), schedule_of(plan.run))
     notes += pool_notes(plan.run)
@@ -106,7 +107,7 @@ def _is_finished(plan: RunPlan) -> bool:
     return plan.saved is not None and plan.start.step >= plan.run.train.steps
 
 
-def _check_start(plan: RunPlan, initial: InitialModel, planned: World, target: Target) -> list[str]:
+def _check_start(plan: RunPlan, planned: World, target: Target) -> list[str]:
     """Check what a start does after its banner: engine, monitor, first batch. Returns notes."""
     run, notes = plan.run, []
     if target.is_here:
@@ -132,8 +133,8 @@ def _check_start(plan: RunPlan, initial: InitialModel, planned: World, target: T
     with closing(batches):
         draw_trajectories(next(batches).batches, plan.data.empty_text, run, torch.device("cpu"))
     uses = schedule_of(run).model_uses * plan.batch.accumulation
-    parameters = sum(parameter.numel() for parameter in initial.model.parameters())
-    return [*notes, *regather_warnings(plan.ds_config, parameters, uses)]
+    held = sum(part.numel for part in rank_parameters(run, planned.size, run.parallel.ep_size))
+    return [*notes, *regather_warnings(plan.ds_config, held, uses)]
 
 
 def _check_memory(estimate: Estimate, target: Target) -> None:

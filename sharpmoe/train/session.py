@@ -78,7 +78,7 @@ def open_session(plan: RunPlan, world: World, initial: InitialModel, callbacks: 
     share = Share(world.rank, world.size, partial(_sum_of_all, world))
     with raise_on_all_ranks(world):
         uses = schedule_of(plan.run).model_uses * plan.batch.accumulation
-        warnings = regather_warnings(plan.ds_config, engine.num_parameters, uses)
+        warnings = regather_warnings(plan.ds_config, engine.held_parameters, uses)
         calls = open_callbacks(plan.run.log.callbacks, callbacks) if world.is_main else CallbackCalls({})
         log = _open_log(plan, [*plan.notes, *initial.notes, *warnings], settings) if world.is_main else None
         if plan.run.train.compile:

@@ -67,6 +67,7 @@ class Engine:
         check_matrices(module, run)
         self._experts = ExpertGroups.of(run.parallel.ep_size, world)
         place_experts(module, self._experts, make_dispatcher(run, self._experts), make_pool(run, world))
+        self.held_parameters = sum(p.numel() for p in module.parameters())  # that this rank computes with
         materialise(module, values, ds_config, world)
         matrices = hidden_matrices(module) if run.optim.name == "muon" else {}
         parts_whole = self.stage == 3 and gather_parts_whole(module)

@@ -71,7 +71,8 @@ def zero_title(ds_config: dict[str, Any]) -> str:
 def regather_warnings(ds_config: dict[str, Any], num_parameters: int, uses: int) -> list[str]:
     """Say which ZeRO-3 limits make a step gather parameters again, and how often at the most.
 
-    uses: forwards and backwards through the model in an optimizer step. Both limits at the model's size are enough:
+    num_parameters: that a rank computes with, of the experts its own. uses: forwards and backwards through the model in
+    an optimizer step. Both limits at the model's size are enough:
     what is gathered is then needed again before it would be released, and DeepSpeed looks ahead to the end of the step.
     Without looking ahead four times the size are needed (counted).
     """
@@ -84,7 +85,7 @@ def regather_warnings(ds_config: dict[str, Any], num_parameters: int, uses: int)
         return []
     width = 2 if ds_config["bf16"]["enabled"] else 4
     return [
-        f"zero_optimization.{key} is {int(limit)}, below the model's {num_parameters} parameters: an optimizer step "
+        f"zero_optimization.{key} is {int(limit)}, below the {num_parameters} parameters of a rank: an optimizer step "
         f"gathers {width * num_parameters / 2**20:.0f} MiB up to {uses} times instead of once; set it to at least "
         f"{num_parameters}"
         for key, limit in limits.items()

@@ -10,18 +10,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launcher.plan import main as plan
+from sharpmoe.config import RunConfig
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.config import resolve_ds_config
-from sharpmoe.parallel.zero.engine import _update_device
-from sharpmoe.parallel.zero.settings import zero_title
+from sharpmoe.parallel.zero.engine import Engine, _update_device
+from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
 from sharpmoe.planning.auto import resolve_schedule
 from sharpmoe.planning.estimate import Estimate, Planner
+from sharpmoe.planning.layout import rank_parameters
 from sharpmoe.planning.rehearsal import Target, rehearse
 from sharpmoe.train import loop
 from sharpmoe.train.rollout_schedules import schedule_of
 from sharpmoe.train.setup import make_plan
 from tests.distributed import run_ranks
-from tests.train.setting import ALONE, make_run, worst
+from tests.train.setting import ALONE, make_run, plan_for, stirred_model, worst
 
 CPU = {"device": "cpu"}
 OFFLOADED: dict[str, dict[str, Any]] = {
@@ -90,3 +92,24 @@ def test_a_run_with_an_offloaded_optimizer_equals_one_without(shards: Path, tmp_
             (found,) = run_ranks(trained, 1, run, ds_config)
             weights.append(found)
         assert worst(*weights) <= (0 if zero["stage"] == 2 else 1e-5), name
+
+
+def warned(world: World, run: RunConfig) -> tuple[int, int, list[int]]:
+    """Parameters of a rank and of the model, and how many warnings limits of 0 and of these give."""
+    ds_config = plan_for(run, world, 3).ds_config
+    engine = Engine(stirred_model(run), run, ds_config, world)
+    held, whole = engine.held_parameters, engine.num_parameters
+    counts = []
+    for limit in (0, held, whole):
+        ds_config["zero_optimization"] |= {"stage3_max_reuse_distance": limit, "stage3_max_live_parameters": limit}
+        counts.append(len(regather_warnings(ds_config, held, uses=6)))
+    return held, whole, counts
+
+
+@pytest.mark.dist
+def test_limits_of_gathers_are_compared_with_the_experts_of_a_rank(shards: Path, tmp_path: Path) -> None:
+    run = make_run(shards, tmp_path, parallel={"ep_size": 2})
+    planned = sum(part.numel for part in rank_parameters(run, 2, 2))
+    for held, whole, counts in run_ranks(warned, 2, run):
+        assert held == planned < whole
+        assert counts == [2, 0, 0]
