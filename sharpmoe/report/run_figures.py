@@ -32,6 +32,13 @@ _BY_LAYER = "by layer"  # section of curves that are reduced over MoE layers
 _FIGURES = ("saliency", "foreground", "experts", "flow", "flow_markov")  # of an allocation, by range of t
 
 
+def _runs_below(folder: Path) -> str:
+    """Name the runs of a folder of runs, eight at most; "" where there are none."""
+    runs = sorted(str(path.parent) for path in folder.glob(f"*/{LOG_FILE}"))
+    more = f" and {len(runs) - 8} more" if len(runs) > 8 else ""
+    return f", as {', '.join(runs[:8])}{more}" if runs else ""
+
+
 def describe_run(folder: Path | str) -> Json:
     """Return everything known of a run as JSON values. Raises DataError where the folder holds no log.
 
@@ -42,7 +49,7 @@ def describe_run(folder: Path | str) -> Json:
     notes: list[str] = []
     log = folder / LOG_FILE
     if not log.is_file():
-        raise DataError(f"{folder}: no {LOG_FILE}; expected the folder of a run (runs/<name>)")
+        raise DataError(f"{folder}: no {LOG_FILE}; expected the folder of a run (runs/<name>){_runs_below(folder)}")
     curves, lines = read_log(log), read_log_lines(log)
     starts = [line for line in lines if line.get("event") == "start"]
     settings = _settings(starts, folder / "config.yaml", notes)

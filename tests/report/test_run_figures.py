@@ -68,7 +68,12 @@ def test_settings_come_from_the_run_file_where_the_log_has_none(tmp_path: Path) 
 
 
 def test_a_folder_without_a_log_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no log.jsonl; expected the folder of a run"):
+    with pytest.raises(DataError, match=r"no log.jsonl; expected the folder of a run \(runs/<name>\)$"):
+        describe_run(tmp_path)
+    for number in range(9):
+        (tmp_path / f"r{number}").mkdir()
+        (tmp_path / f"r{number}" / "log.jsonl").touch()
+    with pytest.raises(DataError, match=rf", as {tmp_path / 'r0'}, .*{tmp_path / 'r7'} and 1 more$"):
         describe_run(tmp_path)
 
 
