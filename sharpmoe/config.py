@@ -406,8 +406,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         for key, text in (("name", self.name), ("output", self.output)):
-            if not text.strip() or not text.isprintable() or (key == "name" and text in (".", "..")):
+            if not text.strip() or not text.isprintable() or (key == "name" and text == "."):
                 raise ValueError(f"{key} is {text!r}, expected the name of a folder, without line breaks; change {key}")
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise ValueError(
+                f"name is {self.name!r}, expected a folder below output; set output to where runs are to be"
+            )
         if "://" in self.output:
             raise ValueError(f"output is {self.output!r}, expected a local folder; copy finished checkpoints elsewhere")
         if self.rollout.pool == "trajectory" and self.parallel.pool_scope == "world":

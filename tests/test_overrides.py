@@ -96,9 +96,9 @@ def test_a_file_has_no_hours_octals_or_dates(tmp_path: Path) -> None:
     assert (run.name, run.output, run.data.train_split, run.train.steps) == ("1:30", "2024-01-01", "no", 10)
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "a\nb", "a\x07"])
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../a", "a/../../b", "/a", "a\nb", "a\x07"])
 def test_a_name_is_that_of_a_folder(name: str) -> None:
-    with pytest.raises(ConfigError, match="expected the name of a folder") as caught:
+    with pytest.raises(ConfigError, match="expected (the name of a|a) folder") as caught:
         load_run_config(None, [f"--name={name}"])
     assert "\n" not in str(caught.value)
 
