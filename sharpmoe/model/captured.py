@@ -90,7 +90,8 @@ def _replace_forward(model: Backbone, record: _Record) -> Backbone:
         leaves, structure = tree_flatten((x_t, t, condition, x0_prev))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shapes = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        key = (str(structure), tuple(isinstance(leaf, Tensor) for leaf in leaves), shapes, mode, _place(model))
+        kinds = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+        key = (str(structure), kinds, shapes, mode, _place(model), torch.is_inference_mode_enabled())
         if key not in graphs:
             inside = [tensor.clone() for tensor in tensors]
             filled = iter(inside)
@@ -132,9 +133,9 @@ class _Graph:
         # A prepared condition is the same at each step of sampling.
         known = self._last or [(torch.empty(0), 0)] * len(tensors)
         for kept, tensor, (last, version) in zip(self._inputs, tensors, known, strict=True):
-            if tensor is not last or tensor._version != version:
+            if tensor is not last or tensor.is_inference() or tensor._version != version:
                 kept.copy_(tensor)
-        self._last = [(tensor, tensor._version) for tensor in tensors]
+        self._last = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         self._recorded.replay()
         fresh = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
         written = [(new, leaf) for new, leaf in zip(fresh, self._outputs, strict=True) if isinstance(leaf, Tensor)]

@@ -76,6 +76,21 @@ def test_a_condition_that_changes_in_place_or_is_another_is_read_again() -> None
         assert torch.equal(found, plain(call.x, call.t, condition, call.x0_prev).v)
 
 
+def test_inference_mode_has_graphs_of_its_own() -> None:
+    plain, model = toy_model("ec"), toy_model("ec")
+    _, recorder = captured(model)
+    call = Call.draw(model)
+    with torch.no_grad():
+        expected = call.run(plain).v
+        assert torch.equal(call.run(model).v, expected)
+    with torch.inference_mode():
+        assert torch.equal(call.run(model).v, expected)
+        assert torch.equal(Call.draw(model).run(model).v, expected)
+    with torch.no_grad():
+        assert torch.equal(call.run(model).v, expected)
+    assert recorder.recorded == 2
+
+
 def test_training_gradients_and_replayed_choices_are_not_captured() -> None:
     model, recorder = captured(toy_model("ec"))
     call = Call.draw(model)
