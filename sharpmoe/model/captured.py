@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.cuda import CUDAGraph
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sharpmoe.errors import ConfigError
@@ -28,20 +29,21 @@ class Recorded(NamedTuple):
     replay: Callable[[], object]
 
 
-_Record = Callable[[Callable[[], ModelOutput]], Recorded]
+_Record = Callable[[Callable[[], ModelOutput], torch.device], Recorded]
 
 
-def record_cuda_graph(call: Callable[[], ModelOutput]) -> Recorded:
-    """Run a call twice, then capture it. Raises RuntimeError where it does something that a graph cannot hold."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):  # what is allocated or compiled at the first calls is not captured
-        for _ in range(2):
-            call()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
+def record_cuda_graph(call: Callable[[], ModelOutput], device: torch.device) -> Recorded:
+    """Run a call on `device` twice, then capture it. Raises RuntimeError where a graph cannot hold what it does."""
+    with torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # what is allocated or compiled at the first calls is not captured
+            for _ in range(2):
+                call()
+        current.wait_stream(side)
+        graph = CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call()
     return Recorded(output, graph.replay)
 
 
@@ -97,7 +99,7 @@ def _replace_forward(model: Backbone, record: _Record) -> Backbone:
             filled = iter(inside)
             kept = tree_unflatten([next(filled) if isinstance(x, Tensor) else x for x in leaves], structure)
             call = partial(original, kept[0], kept[1], kept[2], kept[3], mode)
-            graphs[key] = _Graph(inside, _recorded(record, call))
+            graphs[key] = _Graph(inside, _recorded(record, call, x_t.device))
         return graphs[key].run(tensors)
 
     setattr(model, "forward", forward)  # noqa: B010 (mypy: it is a method)
@@ -109,9 +111,9 @@ def _place(model: Backbone) -> int:
     return next(model.parameters()).data_ptr()
 
 
-def _recorded(record: _Record, call: Callable[[], ModelOutput]) -> Recorded:
+def _recorded(record: _Record, call: Callable[[], ModelOutput], device: torch.device) -> Recorded:
     try:
-        return record(call)
+        return record(call, device)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The rest of the code uses one class of the checkpoint package, records, and two functions."""
+"""The rest of the code uses one class of the checkpoint package, records, and four functions."""
 
 import ast
 from pathlib import Path
@@ -11,6 +11,8 @@ CLASS, RECORDS = (
     {
         "export_adapters",
         "generators_kept",
+        "latest",
+        "newest_first",
         "Contents",
         "Cutoffs",
         "Found",

@@ -25,7 +25,8 @@ class HostRecorder:
     def __init__(self) -> None:
         self.recorded, self.replays = 0, 0
 
-    def __call__(self, call: Callable[[], ModelOutput]) -> Recorded:
+    def __call__(self, call: Callable[[], ModelOutput], device: torch.device) -> Recorded:
+        assert device.type == "cpu"
         self.recorded += 1
         output = call()
 
@@ -161,7 +162,7 @@ def test_a_model_on_the_host_and_a_call_that_fails_are_one_line() -> None:
     with pytest.raises(ConfigError, match="the model is on the cpu, expected cuda; leave out"):
         capture_calls(toy_model("ec"))
 
-    def failing(call: Callable[[], ModelOutput]) -> Recorded:
+    def failing(call: Callable[[], ModelOutput], device: torch.device) -> Recorded:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     model = _replace_forward(toy_model("ec"), failing)

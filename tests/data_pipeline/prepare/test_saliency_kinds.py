@@ -135,7 +135,7 @@ def test_pictures_without_a_map_are_left_out_and_counted(
     assert prepare(folder, tmp_path / "out", "--saliency", "supplied") == 0
     output = capsys.readouterr()
     assert "taken     10 pictures" in output.out
-    assert "1 x no saliency map (NAME.saliency.png)" in output.out
+    assert "1 x no saliency map (3.saliency.png)" in output.out
     assert "skipped 3.png: no saliency map (3.saliency.png)" in output.err
     assert "skipped 4.png: its saliency map is unreadable: not a picture of a known kind" in output.err
     assert "skipped other.saliency.png: a saliency map without a picture of its name" in output.err
