@@ -26,7 +26,7 @@ def placement_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=tuple(DTYPES),
         default="float32",
-        help="of the parameters, in which the model computes: bfloat16 takes half the memory, and on GPUs is faster",
+        help="of the parameters, in which the model computes (bfloat16 takes half the memory)",
     )
 
 

@@ -337,8 +337,8 @@ class LogConfig(Section):
     # What measurements run: the whole model on every rank, or one block at a time, summed from the ranks' shards at
     # every call; the same numbers. auto: blocks above 2^29 parameters.
     look_weights: Literal["auto", "whole", "blocks"] = "auto"
-    # Of the weights of measurements, in which they compute: bf16 takes half the memory, and on GPUs less time; rounding
-    # changes some choices of experts, so figures of runs are compared in one precision.
+    # Of the weights of measurements, in which they compute: bf16 takes half the memory. Rounding changes some choices
+    # of experts, so figures of runs are compared in one precision.
     look_precision: Literal["fp32", "bf16"] = "fp32"
     # Peak TFLOP/s of a device in the precision of the run, for its utilisation; None: by its name (train/flops.py).
     peak_tflops: float | None = Field(None, gt=0)

@@ -102,6 +102,7 @@ def _replace_forward(model: Backbone, record: _Record) -> Backbone:
             graphs[key] = _Graph(inside, _recorded(record, call, x_t.device))
         return graphs[key].run(tensors)
 
+    # In place, as `compile_blocks` does, so that it stays a Backbone, whose conditions `sampling` prepares once.
     setattr(model, "forward", forward)  # noqa: B010 (mypy: it is a method)
     return model
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.model.backbone import Backbone, ClassCondition, ModelOutput
+from sharpmoe.model.backbone import Backbone, ClassCondition, ModelOutput, TextCondition
 from sharpmoe.model.captured import Recorded, _replace_forward, capture_calls, check_capture
 from sharpmoe.moe.routing import CallMode
 from tests.model.test_compiled import Call
@@ -72,7 +72,8 @@ def test_a_condition_that_changes_in_place_or_is_another_is_read_again() -> None
     for condition in (call.condition, call.condition, other.condition):
         found = model(call.x, call.t, condition, call.x0_prev).v
         assert torch.equal(found, plain(call.x, call.t, condition, call.x0_prev).v)
-        condition.tokens.mul_(1.5)  # type: ignore[union-attr]
+        assert isinstance(condition, TextCondition)
+        condition.tokens.mul_(1.5)
         found = model(call.x, call.t, condition, call.x0_prev).v
         assert torch.equal(found, plain(call.x, call.t, condition, call.x0_prev).v)
 

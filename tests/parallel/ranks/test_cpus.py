@@ -23,6 +23,10 @@ Nodes = tuple[tuple[str, int], ...]
 FOUR: Nodes = (("0-3", 0), ("4-7", 1))  # CPUs of two NUMA nodes, and the node of GPU 0 and GPU 1
 
 
+def address(device: torch.device) -> SimpleNamespace:
+    return SimpleNamespace(pci_domain_id=1, pci_bus_id=0xA0 + device.index, pci_device_id=0)
+
+
 def pretend(root: Path, nodes: Nodes, patch: pytest.MonkeyPatch, asked: str | None = "gpu") -> None:
     """Write what the system says of the GPUs and nodes: `nodes` of (CPUs of node N, node of GPU N)."""
     for number, (ranges, node_of_gpu) in enumerate(nodes):
@@ -33,7 +37,6 @@ def pretend(root: Path, nodes: Nodes, patch: pytest.MonkeyPatch, asked: str | No
         (node / "cpulist").write_text(f"{ranges}\n")
     patch.setattr(cpus, "_SYSTEM", root)
     patch.setattr(cpus, "device_count", lambda: len(nodes))
-    address = lambda device: SimpleNamespace(pci_domain_id=1, pci_bus_id=0xA0 + device.index, pci_device_id=0)  # noqa: E731
     patch.setattr(torch.cuda, "get_device_properties", address)
     patch.delenv(CPU_BINDING, raising=False)
     if asked is not None:
@@ -114,7 +117,10 @@ def affinities(world: World, root: Path) -> list[set[int]]:
     allowed = sorted(os.sched_getaffinity(0))
     halves = (",".join(map(str, allowed[: len(allowed) // 2])), ",".join(map(str, allowed[len(allowed) // 2 :])))
     found: list[set[int]] = []
-    note = lambda: found.append(os.sched_getaffinity(0))  # noqa: E731
+
+    def note() -> None:
+        found.append(os.sched_getaffinity(0))
+
     go_on = threading.Event()
     early = threading.Thread(target=lambda: (go_on.wait(), note()))
     early.start()

@@ -161,7 +161,7 @@ def test_only_tensors_behind_each_other_are_joined() -> None:
 
 
 def kept_gradients(world: World, run: RunConfig) -> tuple[list[tuple[int, Any]], list[Tensor]]:
-    """Elements and streams that the allocator is told of by ZeRO-2; weights without and with overlap."""
+    """Return (elements, stream) of each call of `record_stream` in ZeRO-2, and weights without and with overlap."""
     told, weights = list[tuple[int, Any]](), list[Tensor]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "record_stream", lambda tensor, stream: told.append((tensor.numel(), stream)))
