@@ -129,15 +129,19 @@ def prepare_shards(
 def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
     """Compare with the recipe of an earlier call, which was written before anything else.
 
+    The folder is listed before the recipe is read: another rank may write its recipe at any time, and whatever a
+    preparation wrote that stands in the listing, its recipe was there before.
+
     Raises DataError where they differ, or where a folder without a recipe holds anything but hidden files.
     """
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     begun = _read_json(folder / RECIPE_FILE)
     if begun is not None:
         refuse_mixing(folder, begun["request"], asked)
-    elif next(folder.glob("*.tar"), None) or (folder / INDEX_FILE).exists():
+    elif any(name.endswith(".tar") or name == INDEX_FILE for name in names):
         raise DataError(f"{folder}: holds shards but no {RECIPE_FILE}; choose another --out, or delete the folder")
-    elif found := next((path.name for path in folder.iterdir() if not path.name.startswith(".")), None):
-        raise DataError(f"{folder}: holds other files ({found!r}), no place for shards; choose another --out")
+    elif names:
+        raise DataError(f"{folder}: holds other files ({names[0]!r}), no place for shards; choose another --out")
 
 
 def _work(

@@ -1,16 +1,18 @@
 """The batches of a run. The state is the number of samples that the run has consumed."""
 
+import atexit
 import itertools
 import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails, _remove_worker_pids
 
 from data_pipeline.read.batches import collate
 from data_pipeline.read.damage import Damage, DamageLedger
@@ -118,18 +120,14 @@ def stream(
 def _unwrapped(steps: _Steps, num_workers: int) -> Generator[Loaded, None, None]:
     numbers = itertools.count()
     results = _in_thread(steps, numbers) if num_workers == 0 else _in_workers(steps, numbers, num_workers)
-    try:
+    with closing(results):
         for loaded in results:
             if isinstance(loaded, DataError):
                 raise loaded
             yield loaded
-    finally:
-        # Release the workers here. A traceback would keep them, and where it is part of a reference cycle their queues
-        # are closed before they are asked to stop, for which each worker waits five seconds.
-        del results
 
 
-def _in_thread(steps: _Steps, numbers: Iterator[int]) -> Iterator[Loaded | DataError]:
+def _in_thread(steps: _Steps, numbers: Iterator[int]) -> Generator[Loaded | DataError, None, None]:
     """Read in one thread, ahead of the caller by `_PREFETCH_STEPS`."""
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
         ahead = deque(pool.submit(steps.__getitem__, next(numbers)) for _ in range(_PREFETCH_STEPS))
@@ -142,19 +140,49 @@ def _in_thread(steps: _Steps, numbers: Iterator[int]) -> Iterator[Loaded | DataE
             pool.shutdown(cancel_futures=True)
 
 
-def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Iterator[Loaded | DataError]:
+def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Generator[Loaded | DataError, None, None]:
     """Read in `num_workers` processes; DataLoader returns results in the order of `numbers`."""
-    return iter(
-        DataLoader(
-            steps,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=num_workers,
-            collate_fn=_as_is,
-            prefetch_factor=_PREFETCH_STEPS,
-            worker_init_fn=_ignore_requests,
-        )
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        prefetch_factor=_PREFETCH_STEPS,
+        worker_init_fn=_ignore_requests,
     )
+    results = iter(loader)
+    end = partial(_end_workers, results)
+    atexit.register(end)  # of a script that ends without closing the stream; else Python waits for the workers for ever
+    try:
+        yield from results
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _end_workers(results: Any) -> None:
+    """End the workers of torch's iterator unless they are ended; it may be freed late, where a traceback keeps it.
+
+    A worker that was killed may have held a lock for which the others, or this process, would wait: of the queue of
+    results, or of the event that asks workers to end. Torch waits five seconds for each, and then again after a SIGTERM
+    that readers ignore. So the others are killed too; they hold nothing but what they have read.
+    """
+    if results._shutdown:
+        return
+    workers = results._workers
+    if all(worker.is_alive() for worker in workers):
+        results._shutdown_workers()
+    else:
+        _remove_worker_pids(id(results))  # before they die: torch's handler would raise for each
+        results._worker_pids_set, results._shutdown = False, True
+        for queue in results._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+        worker.join()
 
 
 def _ignore_requests(worker: int) -> None:
@@ -171,6 +199,10 @@ def _as_is(loaded: Any) -> Any:
     return loaded
 
 
+class _ReaderDied(BaseException):
+    """No Exception: torch catches those while it waits for a result, and then may wait for a lock of the dead one."""
+
+
 def _watched(batches: Iterator[Loaded]) -> Generator[Loaded, None, None]:
     """Yield `batches`; a reader process that died since the last one, or dies while one is awaited, is a DataError.
 
@@ -182,7 +214,7 @@ def _watched(batches: Iterator[Loaded]) -> Generator[Loaded, None, None]:
             try:
                 with _dead_readers_raise():
                     batch = next(batches, None)
-            except RuntimeError as error:
+            except (RuntimeError, _ReaderDied) as error:
                 if "DataLoader worker" not in str(error):
                     raise
                 reason = first_line(error).rstrip(".").replace("DataLoader worker", "reader process")
@@ -201,16 +233,24 @@ def _watched(batches: Iterator[Loaded]) -> Generator[Loaded, None, None]:
 
 @contextmanager
 def _dead_readers_raise() -> Iterator[None]:
-    """Inside, the death of one of torch's data workers raises RuntimeError at once; outside nothing does."""
-    _error_if_any_worker_fails()
+    """Inside, the death of one of torch's data workers raises _ReaderDied at once; outside nothing does."""
     if threading.current_thread() is not threading.main_thread():
+        _raise_if_dead()
         yield  # only the main thread may have handlers; torch itself checks every five seconds
         return
-    outside = signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
+    outside = signal.signal(signal.SIGCHLD, lambda *_: _raise_if_dead())
     try:
+        _raise_if_dead()
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if outside is None or _is_torchs(outside) else outside)
+
+
+def _raise_if_dead() -> None:
+    try:
+        _error_if_any_worker_fails()
+    except RuntimeError as error:
+        raise _ReaderDied(str(error)) from None
 
 
 def _is_torchs(handler: object) -> bool:

@@ -22,8 +22,9 @@ from data_pipeline.encode.build import build_text_encoder
 from data_pipeline.encode.codecs import Pixel
 from data_pipeline.index import parse_index
 from data_pipeline.members import decode_npy
+from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.recipe import Recipe
-from data_pipeline.prepare.write import prepare_shards
+from data_pipeline.prepare.write import Machine, prepare_shards
 from data_pipeline.read.shards import ShardSet
 from data_pipeline.sources.images import load_picture
 from data_pipeline.sources.items import Item, Place, Skipped, Unit
@@ -178,6 +179,33 @@ def test_shards_are_not_mixed_with_other_files(tmp_path: Path) -> None:
         make_shards(folder)
     (folder / "cat.jpg").unlink()
     assert make_shards(folder) == folder
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_recipe_that_another_rank_writes_meanwhile_is_no_other_file(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank may be through with all of its shards right before, or right after, this one looks for a recipe."""
+    read, begun = write._read_json, list[Path]()
+
+    def interrupted(path: Path) -> dict[str, Any] | None:
+        found = read(path)
+        if begun:
+            return found
+        begun.append(path)
+        other = tmp_path / "other"
+        make_shards(other)
+        for file in sorted(other.iterdir(), key=lambda file: file.name != "recipe.json"):
+            if file.is_file() and not file.name.startswith("."):
+                shutil.copy(file, path.parent)
+        return read(path) if before else found
+
+    monkeypatch.setattr(write, "_read_json", interrupted)
+    assert prepare_shards(ShapesSource(), tmp_path / "d", shapes_recipe(), Machine(place=Rank(0, 2))).complete
+    assert begun == [tmp_path / "d" / "recipe.json"]
+    monkeypatch.undo()
+    ours, theirs = (contents(tmp_path / name) for name in ("d", "other"))
+    assert all(ours[name] == content for name, content in theirs.items() if not name.startswith("."))
 
 
 def test_a_refused_configuration_leaves_the_folder_free(tmp_path: Path) -> None:

@@ -3,20 +3,31 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from data_pipeline.read.shards import ShardSet
-from data_pipeline.read.stream import _watched, stream
+from data_pipeline.read.stream import _Steps, _watched, stream
+from sharpmoe.durable import write_atomically
 from sharpmoe.errors import DataError
 
 
 def readers() -> list[psutil.Process]:
     """This process's children that read data: not the server that test ranks are forked from."""
-    return [child for child in psutil.Process().children() if "forkserver" not in " ".join(child.cmdline())]
+
+    def reads(child: psutil.Process) -> bool:
+        try:
+            return "forkserver" not in " ".join(child.cmdline())
+        except psutil.ZombieProcess:  # killed already
+            return True
+
+    return [child for child in psutil.Process().children() if reads(child)]
 
 
 def until(condition: object, seconds: float) -> bool:
@@ -47,6 +58,60 @@ def test_a_killed_reader_is_one_line_at_the_next_batch(workers: int, shards: Pat
     assert "\n" not in str(error.value)
     assert until(lambda: not any(child.is_running() and child.status() != "zombie" for child in started), 10)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("lock", ["data_queue._wlock", "done_event._cond", "index_queue._rlock"])
+def test_a_reader_that_is_killed_with_a_lock_leaves_no_other_behind(
+    lock: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch would wait for the lock, or twice for a worker that waits for it and ignores the SIGTERM in between."""
+    read, held = _Steps.__getitem__, tmp_path / "held"
+
+    def hold(self: _Steps, step: int) -> Any:
+        if step == 5:  # read when the second is taken
+            frame = sys._getframe()
+            while frame.f_code.co_name != "_worker_loop":
+                assert frame.f_back is not None
+                frame = frame.f_back
+            queue, _, name = lock.partition(".")
+            getattr(frame.f_locals[queue], name).acquire()
+            write_atomically(held, str(os.getpid()).encode())
+            signal.pause()
+        return read(self, step)
+
+    monkeypatch.setattr(_Steps, "__getitem__", hold)
+    train = ShardSet.open(shards, "train")
+    before = {child.pid for child in readers()}
+    batches = stream(train, seed=0, global_batch=4, micro_batch=4, rank=0, world=1, num_workers=2)
+    assert len(list(itertools.islice(batches, 2))) == 2
+    started = [child for child in readers() if child.pid not in before]
+    assert len(started) == 2
+    assert until(held.exists, 100)
+    victim = int(held.read_text())
+    os.kill(victim, signal.SIGKILL)
+    os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(DataError, match=rf"data: reader process \(pid {victim}\) is killed by signal: Killed; "):
+        next(batches)
+    assert not any(child.is_running() for child in started)  # ended before the error is raised, and reaped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["", "raise ValueError('its own error')"])
+def test_a_script_that_leaves_a_stream_open_ends(ending: str, shards: Path) -> None:
+    script = f"""
+from pathlib import Path
+from data_pipeline.read.shards import ShardSet
+from data_pipeline.read.stream import stream
+
+train = ShardSet.open(Path({str(shards)!r}), "train")
+batches = stream(train, seed=0, global_batch=4, micro_batch=4, rank=0, world=1, num_workers=2)
+next(batches)
+{ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == bool(ending)
+    assert ended.stderr.splitlines()[-1:] == (["ValueError: its own error"] if ending else [])
+    assert ending or not ended.stderr
 
 
 def test_closing_ends_the_readers(shards: Path) -> None:
