@@ -144,6 +144,9 @@ class RolloutConfig(Section):
     # fixed: one x1 per trajectory, as in the paper; fresh: an independent one at each step; markov: each x_t is the
     # next less noisy one with noise added, so the step before tells nothing new about x0 (docs/design/0010).
     noise: Literal["fixed", "fresh", "markov"] = "fixed"
+    # How many states in a row are the model's own Euler steps, after each that is made of x0 and noise; 0: none, as in
+    # the paper; num_steps - 1: all but the first. Both other than 0 that were tried cost quality (docs/design/0010).
+    own_steps: int = Field(0, ge=0)
     # diffmoe, race: with which tokens those of a call compete: of the same rollout step, or of all steps, as in the
     # base's training, where a call has all times in it (docs/design/0013). Other families and stage pretrain ignore it.
     pool: Literal["step", "trajectory"] = "step"
@@ -154,6 +157,8 @@ class RolloutConfig(Section):
     def _check(self) -> RolloutConfig:
         if self.schedule == "segments" and self.num_steps % self.segment_steps:
             raise ValueError(f"segment_steps ({self.segment_steps}) must divide num_steps ({self.num_steps})")
+        if self.own_steps >= self.num_steps:
+            raise ValueError(f"own_steps ({self.own_steps}) must be below num_steps ({self.num_steps})")
         if self.schedule == "hybrid" and not 1 <= (self.kept_steps or 0) <= self.num_steps:
             raise ValueError(f"schedule: hybrid needs kept_steps from 1 to num_steps ({self.num_steps})")
         if self.schedule == "segments" and (self.kept_steps or 0) > self.segment_steps:
@@ -428,12 +433,14 @@ class RunConfig(Section):
 
     @property
     def learning_rate_factors(self) -> dict[str, float]:
-        """`optim.lr_scale` without the patterns of saliency routers where the model has none.
+        """`optim.lr_scale` without the patterns of saliency routers and capacity predictors where the model has none.
 
-        The recipes scale the rate of saliency routers, and the same recipe trains a base or a control without them.
+        The recipes scale the rate of saliency routers, and the same recipe trains a base or a control without them, or
+        another family.
         """
-        if self.model.saliency_router and self.model.family.has_experts:
-            return self.optim.lr_scale
-        return {
-            name: factor for name, factor in self.optim.lr_scale.items() if "saliency_router" not in name.split(".")
+        has = {
+            "saliency_router": self.model.saliency_router and self.model.family.has_experts,
+            "capacity_predictor": self.model.family.thresholds == "predicted",
         }
+        missing = {part for part, is_there in has.items() if not is_there}
+        return {name: factor for name, factor in self.optim.lr_scale.items() if not missing & set(name.split("."))}

@@ -98,6 +98,21 @@ def markov_noise(independent: Tensor, times: Tensor) -> Tensor:
     return torch.stack(noises[::-1])
 
 
+_LEAST_OWN_TIME = 0.1
+
+
+def own_noise(x0: Tensor, x_t: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Return the noise (B, ...) that makes, from x0 at times s (B,) < t (B,), the Euler step from x_t towards x0_hat.
+
+    A state x_s of the model's own lies between x0 and no drawn noise, so no velocity is given for it; taken is the one
+    that leads to the image, (x_s - x0) / s. The noise is x0 + (x_s - x0) / max(s, 0.1): below 0.1, where it would grow
+    without limit, the state is moved towards x0 instead.
+    """
+    t, s = _per_sample(t, x0), _per_sample(s, x0)
+    x_s = x0_hat + s / t.clamp_min(torch.finfo(t.dtype).tiny) * (x_t - x0_hat)
+    return x0 + (x_s - x0) / s.clamp_min(_LEAST_OWN_TIME)
+
+
 def logit_normal_times(normal: Tensor, factor: float = 1.0) -> Tensor:
     """Pretraining times in (0, 1) from standard normal draws of any shape: t = sigmoid(n), logit-normal(0, 1).
 

@@ -1,8 +1,9 @@
 """The recursive denoising rollout (SharpMoE section 3.2): each step reads the clean latent predicted by the one before.
 
-A trajectory is one pair (x0, x1) at T descending times, or one x0 with noise drawn anew at each of them. x0_prev, which
-the saliency routers read, is x_{t_1} itself at step 1 and the detached x0_hat of step k - 1 at step k. Nothing here
-communicates or draws random numbers.
+A trajectory is one pair (x0, x1) at T descending times, or one x0 with noise drawn anew at each of them; states of the
+model's own (`with_own_state`) are written as the noise that makes them from x0. x0_prev, which the saliency routers
+read, is x_{t_1} itself at step 1 and the detached x0_hat of step k - 1 at step k. Nothing here communicates or draws
+random numbers.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharpmoe.flow import clean_prediction, interpolate, velocity_target
+from sharpmoe.flow import clean_prediction, interpolate, own_noise, velocity_target
 from sharpmoe.losses import flow_matching
 from sharpmoe.model.backbone import Backbone, Condition, ModelOutput, map_condition
 from sharpmoe.moe.routing import CallMode, Routing
@@ -21,7 +22,7 @@ class TrajectoryBatch(NamedTuple):
     """One micro-batch of trajectories with all randomness drawn. Latents with frames are (B, C, T, H, W)."""
 
     x0: Tensor  # (B, C, H, W) clean latents
-    x1: Tensor  # (B, C, H, W) noise, or (T, B, C, H, W) where it is drawn anew at each step
+    x1: Tensor  # (B, C, H, W) noise, or (T, B, C, H, W) where it is another at each step
     times: Tensor  # (T, B), descending in T
     condition: Condition
     saliency: Tensor  # (B, N) the map M
@@ -43,6 +44,16 @@ class StepOutput(NamedTuple):
     routing: tuple[Routing, ...]  # one per MoE layer
     v_target: Tensor  # (B, C, H, W) velocity from data to noise
     t: Tensor  # (B,)
+
+
+def with_own_state(batch: TrajectoryBatch, step: int, x0_hat: Tensor) -> TrajectoryBatch:
+    """Return the batch whose x_t of step + 1 is the model's own Euler step from the x_t of `step` (0-based).
+
+    x0_hat: (B, C, H, W) predicted at `step`, detached.
+    """
+    own = own_noise(batch.x0, batch.x_t(step), x0_hat, batch.times[step], batch.times[step + 1])
+    noises = [batch.noise(each) for each in range(len(batch.times))]
+    return batch._replace(x1=torch.stack([*noises[: step + 1], own, *noises[step + 2 :]]))
 
 
 class Replay(NamedTuple):

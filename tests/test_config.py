@@ -212,6 +212,7 @@ def test_how_shards_in_the_network_are_read(run_file):
         ({"schedule": "hybrid", "kept_steps": 11}, r"hybrid needs kept_steps from 1 to num_steps \(10\)"),
         ({"schedule": "segments", "segment_steps": 3}, r"segment_steps \(3\) must divide num_steps \(10\)"),
         ({"schedule": "segments", "segment_steps": 2, "kept_steps": 3}, "must be at most segment_steps"),
+        ({"own_steps": 10}, r"own_steps \(10\) must be below num_steps \(10\)"),
         ({"schedule": "plain", "merged_steps": 2}, r"merged_steps needs schedule: two_pass \| hybrid \| segments"),
         ({"schedule": "two_pass", "segment_steps": 2}, "segment_steps needs schedule: segments"),
         ({"schedule": "two_pass", "kept_steps": 2}, r"kept_steps needs schedule: hybrid \| segments"),

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from sharpmoe.config import LossConfig, ModelConfig, RolloutConfig, RunConfig
-from sharpmoe.flow import descending_times
+from sharpmoe.flow import advance, descending_times
 from sharpmoe.model.backbone import TextCondition
 from sharpmoe.model.build import build_model
 from sharpmoe.moe.routing import CallMode, Routing
 from sharpmoe.moe.selection import RULES, RuleInput
 from sharpmoe.moe.thresholds import TrajectoryPool
-from sharpmoe.rollout import TrajectoryBatch, rollout, rollout_step
+from sharpmoe.rollout import TrajectoryBatch, rollout, rollout_step, with_own_state
+from sharpmoe.train import objective as objective_module
 from sharpmoe.train.objective import Objective, StepRequest
 from sharpmoe.train.tally import StepRecord
 
@@ -216,6 +217,69 @@ def test_noise_drawn_anew_is_that_of_each_step_in_every_schedule(router: str) ->
     for ours, theirs in zip(rollout(model, same, True), rollout(model, one, True), strict=True):
         assert torch.equal(ours.x0_hat, theirs.x0_hat)
         assert torch.equal(ours.v_target, theirs.v_target)
+
+
+@pytest.mark.parametrize("own_steps", [1, 2, STEPS - 1])
+def test_own_states_are_those_of_plain_in_every_schedule(own_steps: int) -> None:
+    plain, record = gradients(make_run("diffmoe", "counts", own_steps=own_steps))
+    assert distance(plain, gradients(make_run("diffmoe", "counts"))[0]) > 1e-2
+    for name, fields in SCHEDULES.items():
+        other, other_record = gradients(make_run("diffmoe", "counts", own_steps=own_steps, **fields))
+        assert distance(other, plain) < 1e-10, name
+        for ours, theirs in zip(other_record.terms, record.terms, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    run = make_run("diffmoe", "counts", own_steps=own_steps, schedule="segments", segment_steps=2)
+    blocks = [gradients(run, block)[0] for block in range(STEPS // 2)]
+    assert distance(torch.stack(blocks).mean(0), plain) < 1e-10
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("own_steps", [0, 1, 2, STEPS - 1])
+def test_own_states_are_euler_steps_and_lead_to_the_image(
+    own_steps: int, fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of the model is recorded; the states that are not the data's follow from the call before."""
+    objective, item = make_objective(make_run("ec", "counts", own_steps=own_steps)), make_item(fresh=fresh)
+    item.times[-1] = 0.05  # nearer to the data than the noise of an own state is scaled
+    states, velocities = list[Tensor](), list[Tensor]()
+
+    def recorded(model: Any, args: tuple[Tensor, ...], output: Any) -> None:
+        states.append(args[0])
+        velocities.append(output.v.detach())
+
+    objective.model.register_forward_hook(recorded)
+    seen = list[Tensor]()
+    losses = objective_module.step_terms
+    monkeypatch.setattr(
+        objective_module, "step_terms", lambda output, run: (seen.append(output.v_target), losses(output, run))[1]
+    )
+    objective(StepRequest((item,)))
+    assert len(states) == len(seen) == STEPS
+    for step in range(STEPS):
+        s = item.times[step].reshape(-1, 1, 1, 1)
+        if step % (own_steps + 1) == 0:
+            torch.testing.assert_close(states[step], item.x_t(step), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(seen[step], item.noise(step) - item.x0, rtol=1e-12, atol=1e-12)
+            continue
+        euler = advance(states[step - 1], velocities[step - 1], item.times[step - 1], item.times[step])
+        share = s / s.clamp_min(0.1)  # near the data towards x0
+        torch.testing.assert_close(states[step], item.x0 + share * (euler - item.x0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(states[step] - s * seen[step], item.x0, rtol=1e-9, atol=1e-9)
+        assert distance(states[step], item.x_t(step)) > 1e-2
+
+
+def test_own_states_of_a_perfect_model_are_those_of_the_data() -> None:
+    item = make_item()
+    for step in range(STEPS - 1):
+        own = with_own_state(item, step, item.x0)
+        assert own.noise(step) is not item.x1
+        kept = item.times[step + 1] >= 0.1
+        torch.testing.assert_close(own.noise(step + 1)[kept], item.x1[kept], rtol=1e-9, atol=1e-9)
+        for other in range(STEPS):
+            if other != step + 1:
+                assert torch.equal(own.noise(other), item.noise(other))
+    still = item._replace(times=torch.zeros_like(item.times))  # uniform draws may be 0
+    assert with_own_state(still, 0, item.x0).x_t(1).isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "calls"), [("two_pass", STEPS), ("hybrid, merged", 3 + 1), ("checkpoint", 2 * STEPS)])

@@ -18,7 +18,16 @@ from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.trainable import what_is_trained
 from sharpmoe.moe.routing import CallMode
-from sharpmoe.rollout import Replay, StepOutput, TrajectoryBatch, first_x0_prev, replay, replay_steps, rollout_step
+from sharpmoe.rollout import (
+    Replay,
+    StepOutput,
+    TrajectoryBatch,
+    first_x0_prev,
+    replay,
+    replay_steps,
+    rollout_step,
+    with_own_state,
+)
 from sharpmoe.train.local_gradients import LocalGradients
 from sharpmoe.train.rollout_schedules import ModelCall, Pass, schedule_of
 from sharpmoe.train.tally import StepRecord, Tally
@@ -146,6 +155,8 @@ class _Trajectory:
                 terms = self._losses([output])
                 self._tally.add_choice(output.routing, terms[0].mass)
         self._x0_prev = output.x0_hat if self._uses_x0_prev else None
+        if step + 1 < self._num_steps and (step + 1) % (self._run.rollout.own_steps + 1):
+            self._item = with_own_state(self._item, step, output.x0_hat)  # later passes read it too
         return terms if call.graph else []
 
     def _replay(self, call: ModelCall) -> Sequence[StepTerms]:

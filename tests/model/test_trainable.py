@@ -7,6 +7,7 @@ import torch
 
 from sharpmoe.config import RunConfig, TrainConfig
 from sharpmoe.errors import ConfigError
+from sharpmoe.families import FAMILIES
 from sharpmoe.model.trainable import check_trained, freeze, planned_model, trained_names, trained_title
 
 NAMES = (
@@ -82,6 +83,19 @@ def test_factors_of_saliency_routers_do_nothing_where_there_are_none() -> None:
         assert not any("saliency_router" in name for name in names)
         if model != {"router": "dense"}:
             check_trained(names, run)
+
+
+@pytest.mark.parametrize("router", FAMILIES)
+def test_factors_of_capacity_predictors_do_nothing_in_families_without(router: str) -> None:
+    sections = {
+        "model": {"router": router, "conditioning": "class"},
+        "optim": {"lr_scale": {"moe.capacity_predictor": 3.0, "attn": 2.0}},
+    }
+    run = RunConfig.model_validate(sections)
+    names = [name for name, _ in planned_model(run).named_parameters()]
+    there = any("capacity_predictor" in name for name in names)
+    assert run.learning_rate_factors == ({"moe.capacity_predictor": 3.0} if there else {}) | {"attn": 2.0}
+    check_trained(names, run)
 
 
 def test_a_pattern_in_both_lists_is_refused() -> None:
