@@ -88,7 +88,7 @@ def test_factors_of_saliency_routers_do_nothing_where_there_are_none() -> None:
 @pytest.mark.parametrize("router", FAMILIES)
 def test_factors_of_capacity_predictors_do_nothing_in_families_without(router: str) -> None:
     sections = {
-        "model": {"router": router, "conditioning": "class"},
+        "model": {"router": router, "unconditional_expert": False},  # which asks for classes
         "optim": {"lr_scale": {"moe.capacity_predictor": 3.0, "attn": 2.0}},
     }
     run = RunConfig.model_validate(sections)
