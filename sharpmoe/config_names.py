@@ -70,7 +70,7 @@ _ELSEWHERE: dict[str, str] = {
     "dry": "--dry-run (an option without a value)",
     "dryrun": "--dry-run (an option without a value)",
     # optimizer
-    "optimizer": "optim.name",
+    "optimizer": "optim (a section: name, lr, betas and others)",
     "adam_beta1": "optim.betas [BETA1, BETA2]",
     "adam_beta2": "optim.betas [BETA1, BETA2]",
     "beta1": "optim.betas [BETA1, BETA2]",

@@ -104,9 +104,9 @@ _LEAST_OWN_TIME = 0.1
 def own_noise(x0: Tensor, x_t: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Return the noise (B, ...) that makes, from x0 at times s (B,) < t (B,), the Euler step from x_t towards x0_hat.
 
-    A state x_s of the model's own lies between x0 and no drawn noise, so no velocity is given for it; taken is the one
-    that leads to the image, (x_s - x0) / s. The noise is x0 + (x_s - x0) / max(s, 0.1): below 0.1, where it would grow
-    without limit, the state is moved towards x0 instead.
+    A state x_s of the model's own was not made of x0 and noise, so the velocity to learn there has to be chosen: the
+    one that leads to the image, (x_s - x0) / s. Hence the noise x0 + (x_s - x0) / max(s, 0.1); below 0.1, where it
+    would grow without limit, the state is moved towards x0 instead.
     """
     t, s = _per_sample(t, x0), _per_sample(s, x0)
     x_s = x0_hat + s / t.clamp_min(torch.finfo(t.dtype).tiny) * (x_t - x0_hat)

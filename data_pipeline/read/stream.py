@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import os
 import signal
 import threading
 from collections import deque
@@ -152,7 +153,7 @@ def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Gene
         worker_init_fn=_ignore_requests,
     )
     results = iter(loader)
-    end = partial(_end_workers, results)
+    end = partial(_end_workers, results, os.getpid())
     atexit.register(end)  # of a script that ends without closing the stream; else Python waits for the workers for ever
     try:
         yield from results
@@ -161,14 +162,15 @@ def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Gene
         end()
 
 
-def _end_workers(results: Any) -> None:
+def _end_workers(results: Any, owner: int) -> None:
     """End the workers of torch's iterator unless they are ended; it may be freed late, where a traceback keeps it.
 
     A worker that was killed may have held a lock for which the others, or this process, would wait: of the queue of
     results, or of the event that asks workers to end. Torch waits five seconds for each, and then again after a SIGTERM
-    that readers ignore. So the others are killed too; they hold nothing but what they have read.
+    that readers ignore. So the others are killed too; they hold nothing but what they have read. owner: the process
+    that started them; its forks leave them alone.
     """
-    if results._shutdown:
+    if results._shutdown or os.getpid() != owner:
         return
     workers = results._workers
     if all(worker.is_alive() for worker in workers):
@@ -200,7 +202,7 @@ def _as_is(loaded: Any) -> Any:
 
 
 class _ReaderDied(BaseException):
-    """No Exception: torch catches those while it waits for a result, and then may wait for a lock of the dead one."""
+    """Not an Exception: torch catches those while it waits for a result, and may then wait for a lock of the dead."""
 
 
 def _watched(batches: Iterator[Loaded]) -> Generator[Loaded, None, None]:
