@@ -145,7 +145,7 @@ class RolloutConfig(Section):
     # next less noisy one with noise added, so the step before tells nothing new about x0 (docs/design/0010).
     noise: Literal["fixed", "fresh", "markov"] = "fixed"
     # How many states in a row are the model's own Euler steps, after each that is made of x0 and noise; 0: none, as in
-    # the paper; num_steps - 1: all but the first. Both other than 0 that were tried cost quality (docs/design/0010).
+    # the paper; num_steps - 1: all but the first. 1 and 9 of T = 10 cost quality (docs/design/0010).
     own_steps: int = Field(0, ge=0)
     # diffmoe, race: with which tokens those of a call compete: of the same rollout step, or of all steps, as in the
     # base's training, where a call has all times in it (docs/design/0013). Other families and stage pretrain ignore it.
