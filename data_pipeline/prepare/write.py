@@ -129,8 +129,8 @@ def prepare_shards(
 def _refuse_other_request(folder: Path, asked: dict[str, Any]) -> None:
     """Compare with the recipe of an earlier call, which was written before anything else.
 
-    The folder is listed before the recipe is read: another rank may write its recipe at any time, and whatever a
-    preparation wrote that stands in the listing, its recipe was there before.
+    The folder is listed before the recipe is read, because another rank may write at any time: a preparation writes its
+    recipe first, so the recipe of every file in the listing is found.
 
     Raises DataError where they differ, or where a folder without a recipe holds anything but hidden files.
     """
