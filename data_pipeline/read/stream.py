@@ -154,7 +154,7 @@ def _in_workers(steps: _Steps, numbers: Iterator[int], num_workers: int) -> Gene
     )
     results = iter(loader)
     end = partial(_end_workers, results, os.getpid())
-    atexit.register(end)  # of a script that ends without closing the stream; else Python waits for the workers for ever
+    atexit.register(end)  # of a script that ends without closing the stream; else Python waits for the workers forever
     try:
         yield from results
     finally:

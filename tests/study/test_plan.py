@@ -6,6 +6,7 @@ import pytest
 
 from sharpmoe.config_io import PROJECT_ROOT
 from sharpmoe.errors import ConfigError
+from sharpmoe.model.trainable import check_trained, planned_model
 from sharpmoe.study.plan import load_study, noisy_images_per_step
 from tests.study.toy import make_study
 
@@ -85,3 +86,15 @@ def test_shipped_studies_load_and_train_equally(path: Path, monkeypatch: pytest.
     assert len({(run.train.steps, run.optim.lr, run.checkpoint.init) for run in trained}) == 1
     assert len(study.seeds) >= 3
     assert study.evaluate.tuning != study.evaluate.final
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--model.router", "ec"], ["--model.router", "tc", "--loss.routing_weight", "0"]], ids=" ".join
+)
+def test_every_arm_of_the_shipped_study_trains_in_every_family_that_it_names(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT_ROOT)
+    study = load_study(Path("configs/studies/fashion.yaml"), words)
+    for part in study.parts[: len(study.arms)]:  # of the first seed
+        check_trained([name for name, _ in planned_model(part.run).named_parameters()], part.run)
