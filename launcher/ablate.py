@@ -9,10 +9,11 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL
-from launcher.command import OVERRIDES_HELP, Command
+from launcher.command import OVERRIDES_HELP, Command, Unread
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe.errors import ConfigError
 from sharpmoe.study.conduct import Wish, conduct, rehearse_study
@@ -36,6 +37,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="check every arm, list what is left and estimate its time")
     add("--device", type=device_name, default="auto", help=f"device of measuring: {DEVICE_HELP}")
     add("--job", metavar="judging|ARM/seedN", help="do one job of the study here: how it starts its own processes")
+
+
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if arguments.report_only:
+        yield Unread("with --report-only", ("--only", "--parallel", "--time-limit", "--dry-run", "--device"))
 
 
 def _act(arguments: argparse.Namespace) -> int:
@@ -98,7 +104,7 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (str(arguments.study), *named, *final, "--device", arguments.device, *arguments.overrides)
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act, overrides=True, epilog=OVERRIDES_HELP)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread, overrides=True, epilog=OVERRIDES_HELP)
 
 if __name__ == "__main__":
     main.run()

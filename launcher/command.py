@@ -8,10 +8,10 @@ import select
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import launcher.startup  # noqa: F401 - before the imports that take seconds
 from launcher.bounds import Real, Whole
@@ -31,6 +31,13 @@ INTERRUPTED = 128 + 2  # as of a process that SIGINT killed
 BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE killed
 
 
+class Unread(NamedTuple):
+    """Options that a call does not read, and why: "with --metrics". Given all the same, they end the launcher."""
+
+    why: str
+    options: Sequence[str]  # in their long spelling
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """One launcher. `main = Command(...)`: `main(words)` returns the exit code, `main.run()` ends the process with it.
@@ -45,6 +52,7 @@ class Command:
     text: str | None  # help text: __doc__ of the launcher
     arguments: Callable[[argparse.ArgumentParser], object]  # adds the arguments to a parser
     act: Callable[[argparse.Namespace], int | None]
+    unread: Callable[[argparse.Namespace], Iterable[Unread]] = lambda arguments: ()  # what this call would ignore
     overrides: bool = False  # put words that are not options in `arguments.overrides`; abbreviate no options
     epilog: str | None = None
     reports: Callable[[], bool] = lambda: True  # whether this process prints an error; False on all ranks but one
@@ -85,13 +93,25 @@ class Command:
         self.leave(self(sys.argv[1:]))
 
     def parse(self, words: Sequence[str], name: str | None = None) -> argparse.Namespace:
-        """Parse command-line words. Raises ConfigError for wrong ones; --help ends the process."""
+        """Parse command-line words. Raises ConfigError for wrong or ignored ones; --help ends the process."""
         parser = self.parser(name)
         if not self.overrides:
-            return parser.parse_args(words)
-        known, rest = parser.parse_known_args(words)
-        known.overrides = tuple(rest)
+            known = parser.parse_args(words)
+        else:
+            known, rest = parser.parse_known_args(words)
+            known.overrides = tuple(rest)
+        unread = tuple(self.unread(known))
+        if unread:
+            _refuse_unread(unread, self._given(words))
         return known
+
+    def _given(self, words: Sequence[str]) -> set[str]:
+        """Return the long spellings of the options among correct words, whatever their values."""
+        parser = self.parser(None)
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        given, _ = parser.parse_known_args(words)
+        return {_long(action) for action in parser._actions if hasattr(given, action.dest)}
 
     def parser(self, name: str | None = None) -> argparse.ArgumentParser:
         """Return a parser with the arguments of this launcher."""
@@ -121,6 +141,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         raise ConfigError(f"{' '.join(message.removeprefix('argument ').split())} (see --help)")
+
+
+def _refuse_unread(unread: Iterable[Unread], given: set[str]) -> None:
+    """Raise a ConfigError that names the first of the given options that would be ignored, all that are so for it."""
+    for why, options in unread:
+        ignored = [option for option in options if option in given]
+        if ignored:
+            has, it = ("has", "it") if len(ignored) == 1 else ("have", "them")
+            raise ConfigError(f"{', '.join(ignored)} {has} no effect {why}; leave {it} out")
+
+
+def _long(action: argparse.Action) -> str:
+    return action.option_strings[-1] if action.option_strings else action.dest
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:

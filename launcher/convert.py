@@ -10,14 +10,15 @@ if not __package__:  # run as a script, which has this folder on its path
 
 import argparse
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from launcher.bounds import POSITIVE
-from launcher.command import Command
-from launcher.published import add_reading_options, sizes_of
+from launcher.command import Command, Unread
+from launcher.published import READING_OPTIONS, add_reading_options, sizes_of
 from sharpmoe.config import ModelConfig
 from sharpmoe.durable import write_atomically
 from sharpmoe.errors import ConfigError
@@ -49,6 +50,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="RUN.yaml", help="also write a run file that post-trains the weights")
     add("--shards", metavar="PLACE", help="prepared data to name in the run file (default: data/imagenet256)")
     add_reading_options(parser)
+
+
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if arguments.to:
+        yield Unread("with --to", ("--family", "--router", "--text-width", "--config", "--shards", *READING_OPTIONS))
+    elif arguments.config is None:
+        yield Unread("without --config", ("--shards",))
+    if arguments.family not in CONVENTIONS:
+        yield Unread(f"with --family {arguments.family}, whose models read text already", ("--text-width",))
+        yield Unread(f"with --family {arguments.family}, which stores one kind of weights", ("--weights",))
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -101,8 +112,6 @@ def _run_file(arguments: argparse.Namespace, config: ModelConfig, origin: str) -
 
 def _from_folder(arguments: argparse.Namespace, router: str) -> str:
     """Convert a folder with a configuration, tensor by tensor."""
-    if arguments.text_width:
-        raise ConfigError(f"--text-width: a model of --family {arguments.family} reads text already; leave it out")
     sizes = {name: value for name, value in sizes_of(arguments).items() if value is not None}
     folder = PublishedFolder(local_folder(arguments.source), **sizes)
     origin = f"{arguments.family}/{router}, plain"
@@ -115,8 +124,6 @@ def _from_folder(arguments: argparse.Namespace, router: str) -> str:
 
 
 def _to_published(arguments: argparse.Namespace) -> str:
-    if arguments.config is not None:
-        raise ConfigError("--config writes a run file for weights of this project; leave it out with --to")
     source = find_saved_model(arguments.source).weights
     check_overwrites_no_weights(arguments.out, source)
     if arguments.to not in CONVENTIONS:
@@ -131,7 +138,7 @@ def _to_published(arguments: argparse.Namespace) -> str:
     return f"{arguments.out}: {len(state)} tensors under the names of {arguments.to}"
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread)
 
 if __name__ == "__main__":
     main.run()

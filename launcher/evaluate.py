@@ -12,11 +12,12 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, SEED
-from launcher.command import Command
+from launcher.command import Command, Unread
 from launcher.devices import DTYPES, placed, placement_arguments
 from sharpmoe.console import print_note
 from sharpmoe.durable import check_folder
@@ -37,6 +38,19 @@ from sharpmoe.report.comparison import (
 )
 from sharpmoe.report.runs import average_note, find_saved_model
 from sharpmoe.report.samples import slug
+
+_MODELS = ("--weights", "--split", "--chunk", "--seed", "--dtype")
+_SHEETS = ("--sheet-images", "--sheet-blocks", "--sheet-scale")
+_SAMPLES = (
+    "--reference",
+    "--extractor",
+    "--extractor-weights",
+    "--unverified",
+    "--bootstrap",
+    "--captions",
+    "--caption-prefix",
+    "--batch-size",
+)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +112,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--captions", type=Path, help="captions of the samples, one per line in their order (default: those they have)")
     add("--caption-prefix", default="A photo depicts", help="before every caption, for clipscore; '' for none")
     add("--batch-size", type=POSITIVE, default=64, help="images per call of the extractor")
+
+
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if arguments.benchmark:
+        yield Unread(
+            "with --benchmark",
+            ("--metrics", "--record-routing", "--shards", "--images", "--device", *_MODELS, *_SHEETS),
+        )
+    elif arguments.metrics:
+        yield Unread("with --metrics", ("--record-routing", *_MODELS, *_SHEETS))
+    elif arguments.record_routing:
+        yield Unread("with --record-routing", ("--names", "--out", *_SHEETS))
+    if not arguments.metrics:
+        yield Unread("without --metrics", _SAMPLES)
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -182,7 +210,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(f"written: {write_comparison(arguments.out, found, arguments.sheet_scale)}")
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread)
 
 if __name__ == "__main__":
     main.run()

@@ -12,12 +12,12 @@ if not __package__:  # run as a script, which has this folder on its path
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from launcher.command import Command
+from launcher.command import Command, Unread
 from sharpmoe.checkpoint.adapters import export_adapters
 from sharpmoe.model.build import build_model
 from sharpmoe.model.published.export import PipelineExtras, write_folder, write_pipeline_folder
@@ -48,6 +48,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="write a folder: pipeline, which diffusers loads with a pipeline that carries x0_hat, with model card and "
         "codec; diffusers, the same, but of backbone nucleus the folder of diffusers' own class",
     )
+
+
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if arguments.adapters:
+        yield Unread("with --adapters", ("--dtype", "--to"))
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -115,7 +120,7 @@ _LAYOUTS: dict[str, dict[str, _Writer]] = {  # --to -> backbone -> writer, where
     "pipeline": {},
 }
 
-main = Command(text=__doc__, arguments=_arguments, act=_act)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread)
 
 if __name__ == "__main__":
     main.run()

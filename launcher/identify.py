@@ -9,15 +9,16 @@ if not __package__:  # run as a script, which has this folder on its path
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import POSITIVE
-from launcher.command import Command
+from launcher.command import Command, Unread
 from launcher.devices import DEVICE_HELP, device_name
-from launcher.published import add_reading_options, sizes_of
+from launcher.published import READING_OPTIONS, add_reading_options, sizes_of
 from sharpmoe.evaluation.identify import identify
 from sharpmoe.invocation import spell_command
 from sharpmoe.model.build import build_model
@@ -38,6 +39,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=POSITIVE, default=64, help="held-out images")
     add_reading_options(parser)
     add("--device", type=device_name, default="auto", help=f"device that measures the loss: {DEVICE_HELP}")
+
+
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    of_a_loss = ("--split", "--images", "--device")
+    if is_published_folder(arguments.file):
+        yield Unread(f"for a folder whose config.json says what it is ({arguments.file})", ("--shards", *of_a_loss))
+        yield Unread(f"for a folder whose config.json says what it is ({arguments.file})", READING_OPTIONS)
+    elif arguments.shards is None:
+        yield Unread("without --shards, on which the loss is measured", of_a_loss)
 
 
 def _act(arguments: argparse.Namespace) -> int:
@@ -74,7 +84,7 @@ def _describe_folder(arguments: argparse.Namespace) -> int:
     return 0
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread)
 
 if __name__ == "__main__":
     main.run()

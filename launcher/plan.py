@@ -13,10 +13,11 @@ if not __package__:  # run as a script, which has this folder on its path
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, Whole
-from launcher.command import OVERRIDES_HELP, Command
+from launcher.command import OVERRIDES_HELP, Command, Unread
 from sharpmoe.config_io import load_run_config
 from sharpmoe.evaluation.routing_record import RoutingRecord
 from sharpmoe.parallel.zero.config import resolve_ds_config
@@ -60,6 +61,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON")
 
 
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if arguments.replay is not None:
+        of_a_plan = ("--world", "--zero", "--deepspeed", "--tokens", "--schedule", "--kept-steps", "--segment-steps")
+        yield Unread("with --replay", (*of_a_plan, "--device-memory"))
+
+
 def _act(arguments: argparse.Namespace) -> int:
     if arguments.replay is not None:
         return _replay(arguments)
@@ -99,7 +106,7 @@ def _shorthands(arguments: argparse.Namespace) -> list[str]:
     return [*(schedule_overrides(arguments.schedule) if arguments.schedule else ()), *words]
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act, overrides=True, epilog=OVERRIDES_HELP)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread, overrides=True, epilog=OVERRIDES_HELP)
 
 if __name__ == "__main__":
     main.run()

@@ -10,10 +10,10 @@ if not __package__:  # run as a script, which has this folder on its path
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipeline.encode.build import CODEC_CHOICES, DEFAULT_AUTOENCODER
+from data_pipeline.encode.build import CODEC_CHOICES, DEFAULT_AUTOENCODER, unread_codec_options
 from data_pipeline.encode.texts import TEXT_DTYPES
 from data_pipeline.encode.transformer_texts import MINILM
 from data_pipeline.prepare.destination import check_destination, open_destination
@@ -26,7 +26,7 @@ from data_pipeline.prepare.write import Machine, prepare_shards
 from data_pipeline.sources.images import FITS
 from data_pipeline.sources.open import SourceOptions, open_source
 from launcher.bounds import POSITIVE, SHARE, Whole
-from launcher.command import Command
+from launcher.command import Command, Unread
 from launcher.devices import DEVICE_HELP, device_name
 from sharpmoe.evaluation.base_error import BASE_ERROR
 
@@ -37,6 +37,19 @@ def _shown(name: str) -> str:
     """Say what a kind of saliency is, and how its options are written."""
     kind = _KINDS[name]
     return kind.text + (f" (written {kind.usage()})" if kind.options else "") if name == kind.name else kind.name
+
+
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if arguments.like:
+        yield Unread("with --like, which takes the text encoder from there", ("--join", "--max-length"))
+    chosen_by, names = unread_codec_options(vars(arguments))
+    yield Unread(f"with {chosen_by}, which says what the codec is", [f"--{name.replace('_', '-')}" for name in names])
+    if arguments.source == "fluent":
+        yield Unread("without --source FOLDER", ("--class-folders", "--moments"))
+    else:
+        yield Unread("with --source, which names other images than the default ones", ("--cache", "--tarball"))
+    if not (arguments.class_folders or arguments.moments):
+        yield Unread("without --class-folders", ("--flip",))
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -177,7 +190,7 @@ def _content_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-samples", type=POSITIVE, default=512, help="images per shard")
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread)
 
 if __name__ == "__main__":
     main.run()

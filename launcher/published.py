@@ -6,6 +6,7 @@ from typing import Any
 from launcher.bounds import POSITIVE, POSITIVE_REAL
 
 _SIZES = ("num_heads", "latent_size", "num_classes", "top_k", "capacity")
+READING_OPTIONS = ("--weights", *(f"--{name.replace('_', '-')}" for name in _SIZES))
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:

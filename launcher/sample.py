@@ -8,7 +8,7 @@ if not __package__:  # run as a script, which has this folder on its path
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from data_pipeline.encode.like import OriginCoders
 from data_pipeline.read.shards import ShardSet
 from launcher.bounds import NOT_NEGATIVE, NOT_NEGATIVE_REAL, POSITIVE, POSITIVE_REAL, SEED, SHARE
-from launcher.command import Command
+from launcher.command import Command, Unread
 from launcher.devices import placed, placement_arguments
 from sharpmoe import sampling
 from sharpmoe.config import SampleConfig
@@ -178,6 +178,22 @@ def _look_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if arguments.npz:
+        square = "with --npz, which draws the square of the model as published figures are"
+        yield Unread(square, ("--width", "--height"))
+        yield Unread("with --npz", ("--per-prompt", "--pool-per-image", "--fps", "--out", "--film", "--counterfactual"))
+    else:
+        yield Unread("without --npz", ("--num", "--join"))
+    if arguments.join:
+        yield Unread("with --join", ("--part",))
+    if not arguments.prompts:
+        yield Unread("without --prompts", ("--per-prompt",))
+    if arguments.film or arguments.counterfactual:
+        option = "--film" if arguments.film else "--counterfactual"
+        yield Unread(f"with {option}, which draws one picture of a few captions", ("--prompts", "--part", "--fps"))
+
+
 def _act(arguments: argparse.Namespace) -> None:
     saved = find_saved_model(arguments.model, arguments.weights)
     settings = override_sampling(saved.run.sample if saved.run else SampleConfig(), _overrides(arguments))
@@ -226,8 +242,6 @@ def _weak_model(arguments: argparse.Namespace, header: Mapping[str, str]) -> _Na
 
 def _npz(call: _Call) -> Path:
     given, weak = call.arguments, call.weak
-    if given.width or given.height:
-        raise ConfigError("--npz draws the square of the model, as published figures are: leave out --width, --height")
     codec = call.shards.codec_object(given.device)
     batch = AdmBatch(
         path=given.npz,
@@ -270,10 +284,6 @@ def _files(call: _Call) -> Path | str:
 def _look(call: _Call) -> Path:
     """Draw what happens while images are drawn."""
     given = call.arguments
-    if given.npz or given.prompts or given.part:
-        raise ConfigError(
-            "--film and --counterfactual draw one picture of a few captions: leave out --npz, --prompts, --part"
-        )
     prompts, codec = _prompts(given, call.settings), call.shards.codec_object()
     request = encode_prompts(call.model.config, call.shards, prompts, next(call.model.parameters()).device)
     pixels = call.options(sampling.ImagePart())
@@ -295,7 +305,7 @@ def _prompts(arguments: argparse.Namespace, settings: SampleConfig) -> Prompts:
     return Prompts(tuple(arguments.captions or settings.captions))
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread)
 
 if __name__ == "__main__":
     main.run()

@@ -9,10 +9,11 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.bounds import NOT_NEGATIVE, POSITIVE, POSITIVE_REAL, Whole
-from launcher.command import Command
+from launcher.command import Command, Unread
 from sharpmoe import slurm
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG
 from sharpmoe.console import print_note
@@ -55,6 +56,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the batch file and submit nothing")
 
 
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    of_a_run = ("--ranks-per-node", "--deepspeed", "--device-memory", "--no-check")
+    if arguments.job != "posttrain":
+        yield Unread(f"with --job {arguments.job}", of_a_run)
+
+
 def _act(arguments: argparse.Namespace) -> None:
     batch = slurm.make_batch_file(_job(arguments), _resources(arguments))
     if arguments.dry_run:
@@ -94,7 +101,7 @@ def _resources(arguments: argparse.Namespace) -> slurm.Resources:
     )
 
 
-main = Command(text=__doc__, arguments=_arguments, act=_act, overrides=True)
+main = Command(text=__doc__, arguments=_arguments, act=_act, unread=_unread, overrides=True)
 
 if __name__ == "__main__":
     main.run()

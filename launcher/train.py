@@ -12,10 +12,11 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.bounds import POSITIVE, POSITIVE_REAL, Whole
-from launcher.command import INTERRUPTED, OVERRIDES_HELP, Command
+from launcher.command import INTERRUPTED, OVERRIDES_HELP, Command, Unread
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.errors import ConfigError
 from sharpmoe.parallel.ranks import launch
@@ -47,12 +48,16 @@ def _ds_file(arguments: argparse.Namespace) -> Path:
     return first or second or DEFAULT_DS_CONFIG
 
 
+def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
+    if not arguments.dry_run:
+        yield Unread("without --dry-run", ("--world", "--device-memory"))
+
+
 def _act(arguments: argparse.Namespace) -> int:
     debug = getattr(arguments, "debug", False)
     if arguments.dry_run:
         _rehearse(arguments, debug)
         return 0
-    _check_dry_run_options(arguments)
     try:
         train_run(arguments.config, arguments.overrides, deepspeed=_ds_file(arguments), debug=debug)
     except KeyboardInterrupt:  # the run has said so, and where it is saved
@@ -72,17 +77,11 @@ def _rehearse(arguments: argparse.Namespace, debug: bool) -> None:
         print(text, flush=True)
 
 
-def _check_dry_run_options(arguments: argparse.Namespace) -> None:
-    if arguments.world or arguments.device_memory:
-        raise ConfigError(
-            "--world and --device-memory say what a --dry-run assumes; a run has the ranks that it is started with"
-        )
-
-
 main = Command(
     text=__doc__,
     arguments=_arguments,
     act=_act,
+    unread=_unread,
     overrides=True,
     epilog=OVERRIDES_HELP,
     reports=launch.is_main,

@@ -39,6 +39,7 @@ class CodecKind(NamedTuple):
     is_fitted: bool = False  # it is fitted to the training images, which one rank does for all
     is_cached: bool = False  # its latents were made elsewhere
     has_std: bool = False  # it may have a standard deviation beside the mean
+    options: tuple[str, ...] = ()  # command-line options that `settings` reads
 
 
 class EncoderKind(NamedTuple):
@@ -71,18 +72,21 @@ CODECS: dict[str, CodecKind] = {
             spec["patch"], spec["whiten"], found["mean"], found["basis"], found["scale"]
         ),
         is_fitted=True,
+        options=("pca_patch", "pca_channels", "pca_whiten"),
     ),
     "autoencoder_kl": CodecKind(
         settings=_sd_name,
         create=lambda spec, _, device: KLAutoencoder(spec["name"], device),
         restore=lambda spec, _, device: KLAutoencoder(spec["name"], device),
         has_std=True,
+        options=("codec_name",),
     ),
     "autoencoder_qwen": CodecKind(
         settings=_qwen_name,
         create=lambda spec, _, device: QwenAutoencoder(spec["name"], device),
         restore=lambda spec, _, device: QwenAutoencoder(spec["name"], device),
         has_std=True,
+        options=("codec_name",),
     ),
     "cached_moments": CodecKind(
         settings=_sd_name,
@@ -90,6 +94,7 @@ CODECS: dict[str, CodecKind] = {
         restore=lambda spec, _, device: CachedMoments(spec["name"], device),
         is_cached=True,
         has_std=True,
+        options=("codec_name",),
     ),
     "pixel": CodecKind(
         settings=lambda _: {},
@@ -157,9 +162,24 @@ _CHOSEN_BY_KIND = ("hash",)  # `--encoder hash`; any other name is that of a tra
 # --- codecs -----------------------------------------------------------------------------------------------------------
 
 
+def _kind_of(options: Options) -> str:
+    return "cached_moments" if options["moments"] else str(options["codec"])
+
+
+def unread_codec_options(options: Options) -> tuple[str, list[str]]:
+    """Return the option that says what the codec is, and the names of options of codecs that are not read beside it."""
+    given = next((name for name in ("like", "codec_from", "moments") if options[name]), None)
+    read = () if given in ("like", "codec_from") else CODECS[_kind_of(options)].options
+    every = dict.fromkeys(name for kind in CODECS.values() for name in kind.options)
+    unread = [name for name in every if name not in read]
+    if given is None:
+        return f"--codec {options['codec']}", unread
+    return f"--{given.replace('_', '-')}", ["codec", *unread]
+
+
 def codec_settings(options: Options) -> Identity:
     """Return what a recipe says of the codec. `--moments` replaces the codec by the cached latents."""
-    kind = "cached_moments" if options["moments"] else options["codec"]
+    kind = _kind_of(options)
     return {"kind": kind, **_codec_kind(kind).settings(options)}
 
 

@@ -78,7 +78,7 @@ def draw_adm_batch(
     batch: AdmBatch,
     weak: Backbone | None = None,
 ) -> Path:
-    """Draw, decode and write a batch of a class-conditional model; return the .npz. A whole batch gets its protocol.
+    """Draw, decode and write a batch of a class-conditional model, and its protocol beside it; return the .npz.
 
     arr_0 is uint8 (N, H, W, 3); of a model with frames, whose clips no published evaluator takes, (N, T, H, W, 3).
     Image i is the same for every batch size (DiffMoE's pool is the exception): its noise is keyed by (seed, i). What is
@@ -101,8 +101,10 @@ def draw_adm_batch(
         _write_images(batch.file, _pixels_drawn(file, batch), len(batch.rows), batch.image_shape)
         for done in (drawing, key):
             done.unlink()
-    if batch.part.of == 1:
-        _write_protocol(config, sample, batch)
+    digests = {"weights_sha256": weights_digest(model)} | (
+        {} if weak is None else {"weak_sha256": weights_digest(weak)}
+    )
+    _write_protocol(batch.file, _protocol(config, sample, batch) | digests)
     return batch.file
 
 
@@ -170,14 +172,30 @@ def _pixels_drawn(file: IO[bytes], batch: AdmBatch) -> Iterator[np.ndarray]:
 
 
 def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, parts: int) -> Path:
-    """Join the `parts` parts of a batch, drawn by as many processes, and write its protocol; return the .npz.
+    """Join the `parts` parts of a batch, drawn by as many processes, and write their protocol; return the .npz.
 
-    Raises ConfigError where a part is missing or has another size.
+    Raises ConfigError where a part is missing, has another size, or was drawn in another way than this call says or
+    with other weights than the first.
     """
     files = [replace(batch, part=sampling.ImagePart(number, parts)) for number in range(1, parts + 1)]
+    drawn = [_read_protocol(file) for file in files]
+    expected = drawn[0] | _protocol(model, sample, batch)
+    for file, protocol in zip(files, drawn, strict=True):
+        _check_same(file, protocol, expected)
     _write_images(batch.path, map(_pixels_of, files), batch.num_images, batch.image_shape)
-    _write_protocol(model, sample, batch)
+    _write_protocol(batch.path, expected)
     return batch.path
+
+
+def _check_same(part: AdmBatch, protocol: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise a ConfigError that names the first key in which a part was drawn otherwise."""
+    for key in protocol | expected:
+        was, now = protocol.get(key), expected.get(key)
+        if was != now:
+            raise ConfigError(
+                f"{part.file}: was drawn with {key} {was!r}, this call or another part says {now!r}; join with the "
+                f"options that drew the parts, or draw it again with --part {part.part.number}/{part.part.of}"
+            )
 
 
 def _images(
@@ -250,9 +268,9 @@ def _pixels_of(batch: AdmBatch) -> np.ndarray:
     return pixels
 
 
-def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -> None:
-    """Write how the batch was drawn, which a published figure must state: NAME.json beside NAME.npz."""
-    content: dict[str, Any] = {
+def _protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -> dict[str, Any]:
+    """Return how a batch is drawn, which a published figure must state; of all parts of one batch the same."""
+    return {
         "figure": _figure_name(batch.num_images),
         "images": batch.num_images,
         **({"frames": batch.frames} if batch.frames > 1 else {}),
@@ -266,6 +284,7 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
         "cfg_interval": list(sample.cfg_interval),
         "weak_model": batch.weak_weights or "none",
         "seed": sample.seed,
+        "batch_size": batch.batch_size,  # decides which images are in a part, and the pool of DiffMoE
         "weights": batch.weights,
         "dtype": batch.dtype,
         "model": model.title,
@@ -273,7 +292,23 @@ def _write_protocol(model: ModelConfig, sample: SampleConfig, batch: AdmBatch) -
         "extractor": "none here: evaluate with guided-diffusion's evaluator.py (TensorFlow Inception-v3) and its "
         "reference batch",
     }
-    write_atomically(batch.path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
+
+
+def _write_protocol(path: Path, protocol: dict[str, Any]) -> None:
+    """Write the protocol of a batch, or of a part of one: NAME.json beside NAME.npz."""
+    write_atomically(path.with_suffix(".json"), json.dumps(protocol, indent=2) + "\n")
+
+
+def _read_protocol(part: AdmBatch) -> dict[str, Any]:
+    """Read how a part was drawn. Raises ConfigError."""
+    file = part.file.with_suffix(".json")
+    try:
+        protocol: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return dict(protocol)
+    except (OSError, ValueError, TypeError):
+        raise ConfigError(
+            f"{file}: missing or damaged; draw the part with --part {part.part.number}/{part.part.of}"
+        ) from None
 
 
 def classes_of_batch(path: Path) -> int | None:

@@ -59,7 +59,6 @@ def test_skipped_pictures_are_named(pictures: Path, tmp_path: Path, capsys: pyte
     [
         (["--source", "/no/such/folder"], "no such folder"),
         (["--encoder", "/no/such/encoder"], "cannot be loaded"),
-        (["--codec", "autoencoder_kl", "--codec-name", "/no/such/codec"], "cannot be loaded"),
         (["--size", "33"], "multiple of 4"),
         (["--limit", "0"], "--limit: got '0'"),
         (["--max-length", "1"], "--max-length: got '1'"),
@@ -82,6 +81,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_autoencoder_that_is_not_there(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--source", str(pictures), "--out", str(tmp_path / "out"), "--size", "32", "--encoder", "hash"]
+    assert main([*words, "--codec", "autoencoder_kl", "--codec-name", "/no/such/codec"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "cannot be loaded" in error
     assert error.count("\n") == 1
 
 

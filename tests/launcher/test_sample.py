@@ -164,7 +164,10 @@ def test_captions_from_a_file_and_weights_by_kind_and_path(run_folder: Path, tmp
         (["RUN", "--width", "2056"], "32 x 2056 pixels (H x W): 1028 tokens, at most 1024"),
         (["RUN", "--labels", "3"], "the model is text-conditional, got label 3; give captions"),
         (["RUN", "--height", "0"], "--height: got '0', allowed: a whole number >= 1"),
-        (["RUN", "--npz", "a.npz", "--width", "64"], "--npz draws the square of the model"),
+        (
+            ["RUN", "--npz", "a.npz", "--width", "64"],
+            "--width has no effect with --npz, which draws the square of the model",
+        ),
         (["RUN", "--cuda-graphs"], "CUDA graphs: the model is on the cpu, expected cuda; leave out CUDA graphs"),
     ],
 )
@@ -251,6 +254,46 @@ def test_parts_join_to_the_batch_of_one_process(tmp_path: Path) -> None:
     with np.load(tmp_path / "whole.npz") as whole, np.load(parts) as joined:
         assert (whole["arr_0"] == joined["arr_0"]).all()
     assert (tmp_path / "whole.json").read_text() == (tmp_path / "parts.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        (["--seed", "3"], "parts.part2of2.npz: was drawn with seed 3, this call or another part says 0"),
+        (["--dtype", "bfloat16"], "was drawn with dtype 'bfloat16', this call or another part says 'float32'"),
+        (["--batch-size", "1"], "was drawn with batch_size 1, this call or another part says 2"),
+    ],
+)
+def test_parts_that_were_drawn_in_different_ways_are_not_joined(
+    tmp_path: Path, drawn: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, parts = _class_model(tmp_path)
+    assert main([*words, parts, "--part", "1/2"]) == main([*words, parts, "--part", "2/2", *drawn]) == 0
+    assert main([*words, parts, "--join", "2"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "parts.npz").exists()
+
+
+def test_parts_of_different_weights_are_not_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, parts = _class_model(tmp_path)
+    assert main([*words, parts, "--part", "1/2"]) == 0
+    _class_model(tmp_path, seed=1)
+    assert main([*words, parts, "--part", "2/2"]) == 0
+    assert main([*words, parts, "--join", "2"]) == 2
+    assert "parts.part2of2.npz: was drawn with weights_sha256 " in capsys.readouterr().err
+
+
+def _class_model(folder: Path, seed: int = 0) -> tuple[list[str], str]:
+    """Write a class-conditional model; return words that draw four of its images in batches of two, and an .npz."""
+    shards = folder / "shards"
+    if not shards.exists():
+        make_shards(shards)
+    model = toy_model("ec", conditioning="class", num_classes=3)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01 * seed)
+    save_weights(folder / "toy.safetensors", model.state_dict(), model.config)
+    words = [str(folder / "toy.safetensors"), "--shards", str(shards), "--num", "4", "--steps", "2"]
+    return [*words, "--batch-size", "2", "--npz"], str(folder / "parts.npz")
 
 
 def test_a_look_at_sampling_is_written_beside_the_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

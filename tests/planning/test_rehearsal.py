@@ -405,7 +405,7 @@ def test_it_plans_for_other_ranks(place: Path, capfd: pytest.CaptureFixture[str]
 
 def test_what_a_dry_run_assumes_is_not_for_a_start(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert in_place(place, ["--name", "new", "--world", "4"]) == 2
-    assert "--world and --device-memory say what a --dry-run assumes" in last_line(capfd)
+    assert "--world has no effect without --dry-run; leave it out" in last_line(capfd)
 
 
 def test_a_disk_without_room_for_the_checkpoints(
