@@ -192,7 +192,7 @@ def _protocol(run: RunConfig | None, folder: Path) -> dict[str, object]:
     ends = [f"{curve[step]:.4f} (step {step})" for step in dict.fromkeys((min(curve), max(curve)))] if curve else []
     sample, split = run.sample, run.data.validation_split
     return {
-        "held-out split": f"none: measured on {split}" if split == run.data.train_split else split,
+        "held-out split": f"none: measured on {split}" if split.partition(":")[0] == run.data.train_split else split,
         "held-out flow loss": " to ".join(ends),
         "images of the flow loss": f"up to {run.log.validation_images}" if curve else None,
         "allocation": f"up to {run.log.allocation_images} images, fixed noise" if run.log.allocation else None,

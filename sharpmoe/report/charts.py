@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ _UNITS = {
     "validation": "flow loss",
     "validation_live": "flow loss of live weights",
 }
+_AT_TIME = re.compile(r"^(.+)_t([0-9.]+)$")  # of the log: flow_t0.875
 _HEALTH = {  # group of a figure by layer -> title; drawn as least, mean and largest over MoE layers
     "routing_load_max": "load of the most loaded expert, over the mean",
     "routing_load_min": "load of the least loaded expert, over the mean",
@@ -71,7 +73,8 @@ def curve_charts(run: _Json, groups: Sequence[str]) -> Markup:
     for tag, curve in run["curves"].items():
         group, _, name = tag.partition("/")
         if group in groups and (any(curve["values"]) or group != "loss"):  # losses that a run does not use are always 0
-            found.setdefault(tag if group in _MIXED else group, {})[name or tag] = curve
+            line = _AT_TIME.sub(r"\1, t = \2", name or tag)
+            found.setdefault(tag if group in _MIXED else group, {})[line] = curve
     order = sorted(found, key=lambda title: groups.index(title.partition("/")[0]))
     return _grid([line_chart(named_curves(found[title]), title, _UNITS.get(title, "")) for title in order])
 

@@ -165,6 +165,10 @@ def _validation(run: _Json) -> Iterator[Finding]:
     if curve is None:
         yield Finding(rule="validation", level="unknown", text="no validation: held-out flow loss was not measured")
         return
+    split, trained = (run["settings"].get(f"data.{which}_split") for which in ("validation", "train"))
+    if split is not None and str(split).partition(":")[0] == trained:
+        text = f"nothing is held out: split {split} is measured, which the run is trained on; that hides memorising"
+        yield Finding(rule="validation", level="warning", text=text)
     points = dict(zip(curve["steps"], curve["values"], strict=True))
     best, last = min(points, key=lambda step: points[step]), max(points)
     if points[last] > (1 + _PAST_BEST) * points[best]:

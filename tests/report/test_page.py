@@ -104,6 +104,12 @@ def test_a_page_has_its_sections_and_pictures(runs: list[Path]) -> None:
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
 
 
+def test_a_curve_of_one_time_is_named_by_it(runs: list[Path]) -> None:
+    text = report_page(describe_runs(runs[:1]))
+    assert "flow, t = 0.5" in text
+    assert "flow_t0.5" not in text
+
+
 def test_a_page_of_several_shows_differences_and_every_run(runs: list[Path]) -> None:
     page = report_page(describe_runs(runs))
     assert "Configuration: keys that differ" in page

@@ -112,6 +112,18 @@ def test_experts_without_tokens_and_overload_and_a_worse_end_are_warned_of(tmp_p
     assert "not finished: step 6 of 9" in texts
 
 
+@pytest.mark.parametrize("split", ["train", "train:1/2"])
+def test_a_measured_training_split_is_not_called_held_out(tmp_path: Path, split: str) -> None:
+    run = describe_run(write_run(tmp_path / "toy", steps=6))
+    run["curves"]["validation/flow"] = {"steps": [2, 6], "values": [0.4, 0.3]}
+    run["settings"] |= {"data.train_split": "train", "data.validation_split": "unseen"}
+    assert not said(run, "validation")
+    run["settings"]["data.validation_split"] = split
+    ((level, text),) = said(run, "validation")
+    assert level == "warning"
+    assert text.startswith(f"nothing is held out: split {split} is measured, which the run is trained on")
+
+
 def test_a_base_is_not_compared_with_its_random_start(tmp_path: Path) -> None:
     ((level, text),) = said(write_run(tmp_path / "base", stage="pretrain"), "allocation")
     assert level == "note"
