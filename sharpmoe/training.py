@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from sharpmoe.config_io import DEFAULT_DS_CONFIG, load_run_config
 from sharpmoe.parallel.ranks import launch, signals
 from sharpmoe.parallel.zero.config import resolve_ds_config
 from sharpmoe.planning.auto import resolve_schedule
+from sharpmoe.planning.disk import check_first_checkpoint
 from sharpmoe.train.loop import train
 from sharpmoe.train.setup import make_plan
 
@@ -43,4 +45,6 @@ def train_run(
         with launch.raise_on_all_ranks(world):
             run, notes = resolve_schedule(requested, ds_config, world.size, memory)
             plan = make_plan(run, ds_config, world, notes)
+            if world.is_main:
+                plan = replace(plan, notes=(*plan.notes, *check_first_checkpoint(plan)))
         return train(plan, world, callbacks)

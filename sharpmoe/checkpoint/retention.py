@@ -80,15 +80,16 @@ def set_aside(folder: Path) -> Path:
     return place
 
 
-def check_room(root: Path, need: int) -> None:
-    """Raise CheckpointError where the disk of `root`, which need not exist, has no room for `need` bytes of tensors.
+def check_room(root: Path, count: int, size: int) -> None:
+    """Raise CheckpointError where the disk of `root` lacks room for `count` checkpoints of `size` bytes of tensors.
 
-    File systems that do not tell their size, some of the network, are believed to have room.
+    `root` need not exist. File systems that do not tell their size, some of the network, are believed to have room.
     """
-    free, need = free_bytes(root), int(need * _SLACK)
-    if free is not None and free < need:
+    free, need = free_bytes(root), int(size * _SLACK)
+    if free is not None and free < count * need:
+        several = f" and {count} are still to come" if count > 1 else ""
         raise CheckpointError(
-            f"{root}: a checkpoint takes {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free space, lower "
+            f"{root}: a checkpoint takes {need / 1e9:.3g} GB{several}, {free / 1e9:.3g} GB are free; free space, lower "
             "checkpoint.keep, or change output"
         )
 

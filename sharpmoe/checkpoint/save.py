@@ -73,7 +73,7 @@ class Checkpoints:
     """The checkpoints of one run. Every rank creates one and makes the same calls; one save runs at a time.
 
     Before there is a model, `find`, `check_fits` and `first_sound` say which checkpoint the run resumes.
-    `rehearse_resume`, `size` and `check_room` are for a dry run, which changes nothing.
+    `rehearse_resume`, `size`, `free_bytes` and `check_room` change nothing.
     """
 
     find = staticmethod(load.find_checkpoints)
@@ -193,7 +193,7 @@ class Checkpoints:
         with peers.raise_on_all_ranks():
             if is_main:
                 with retention.disk_errors(self._root):
-                    retention.check_room(self._root, need)
+                    retention.check_room(self._root, 1, need)
                     durable.fresh_folder(draft)
         mine: list[str] = []
         with peers.raise_on_all_ranks():

@@ -1,8 +1,8 @@
 """`train.py --dry-run`: check all that a start of a run checks before its first step, and change nothing.
 
 The checks are those of the start itself, in its order, so that what is refused here is refused there with the same
-line; tests/planning/test_rehearsal.py holds the list. In addition: room on the disk for the checkpoints, and the
-memory plan against the device. No communication.
+line; tests/planning/test_rehearsal.py holds the list. In addition: room on the disk for all checkpoints, where a start
+asks for that of one, and the memory plan against the device. No communication.
 """
 
 import tempfile
@@ -20,13 +20,13 @@ from sharpmoe.config import RunConfig
 from sharpmoe.errors import ConfigError
 from sharpmoe.evaluation.held_out import Share
 from sharpmoe.invocation import spell_command
-from sharpmoe.model.trainable import planned_model
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.engine import Engine
 from sharpmoe.parallel.zero.settings import regather_warnings, zero_title
 from sharpmoe.planning.advice import gather_notes, pool_notes, stage_notes, usable
 from sharpmoe.planning.auto import resolve_schedule
-from sharpmoe.planning.estimate import Estimate, Planner, optimizer_bytes
+from sharpmoe.planning.disk import CheckpointSpace
+from sharpmoe.planning.estimate import Estimate, Planner
 from sharpmoe.planning.layout import rank_parameters
 from sharpmoe.planning.table import memory_lines
 from sharpmoe.train.monitor import Monitor
@@ -71,7 +71,7 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
         initial = initial_model(plan)
         initial.weights.check_finite(world.rank, world.size)
         notes = [*plan.notes, *initial.notes]
-        if not _is_finished(plan):
+        if not plan.is_finished:
             notes += _check_start(plan, planned, target)
     planner = Planner(plan.run, token_counts(plan.data.train.buckets)[-1])
     estimate = planner.estimate(planner.layout(planned.size, plan.ds_config), schedule_of(plan.run))
@@ -81,7 +81,7 @@ def rehearse(requested: RunConfig, ds_config: dict[str, Any], world: World, targ
         notes += stage_notes(planner, estimate, target.device_memory)
     lines = [
         *memory_lines(run, estimate, target.device_memory),
-        _check_disk(plan),
+        _disk_line(plan),
         f"  {'starts':<11}{_beginning(plan)}",
         *(f"  note: {note}" for note in notes),
     ]
@@ -101,10 +101,6 @@ def _cache_elsewhere(run: RunConfig) -> Iterator[RunConfig]:
     with tempfile.TemporaryDirectory() as folder:
         remote = run.data.remote.model_copy(update={"cache": folder})
         yield run.model_copy(update={"data": run.data.model_copy(update={"remote": remote})})
-
-
-def _is_finished(plan: RunPlan) -> bool:
-    return plan.saved is not None and plan.start.step >= plan.run.train.steps
 
 
 def _check_start(plan: RunPlan, planned: World, target: Target) -> list[str]:
@@ -149,32 +145,17 @@ def _check_memory(estimate: Estimate, target: Target) -> None:
         )
 
 
-def _check_disk(plan: RunPlan) -> str:
+def _disk_line(plan: RunPlan) -> str:
     """Return what the checkpoints take; raise CheckpointError where the disk has no room for those still to come."""
-    trained = sum(parameter.numel() for parameter in planned_model(plan.run).parameters() if parameter.requires_grad)
-    run, there = plan.run, len(plan.found.readable) + len(plan.found.damaged)
-    size = Checkpoints.size(run.model, optimizer_bytes(run), trained)
-    wanted = _most_checkpoints(run, plan.start.step)
-    more = max(0, wanted - (there if run.checkpoint.resume == "auto" else 0))
-    if not _is_finished(plan):
-        Checkpoints.check_room(plan.checkpoints, max(1, more) * size)
-    free = Checkpoints.free_bytes(plan.checkpoints)
-    most, room = max(wanted, there), "free space is not known" if free is None else f"{free / 1e9:.3g} GB are free"
-    return f"  {'disk':<11}{size / 1e9:.3g} GB per checkpoint, at most {most} at a time; {room}"
-
-
-def _most_checkpoints(run: RunConfig, done: int) -> int:
-    """Return how many checkpoints are there together at the most: one more than are kept, while it is written."""
-    every, steps, config = run.checkpoint.every, run.train.steps, run.checkpoint
-    saves = (steps - 1) // every - done // every + 1 if every else 1  # that at the end included
-    milestones = steps // config.keep_every - done // config.keep_every if config.keep_every else 0
-    return min(saves, config.keep + milestones + 1)
+    space = CheckpointSpace.of(plan)
+    Checkpoints.check_room(plan.checkpoints, space.more, space.size)
+    return f"  {'disk':<11}{space.line()}"
 
 
 def _beginning(plan: RunPlan) -> str:
     """Say what the run would do first."""
     run, steps = plan.run, plan.run.train.steps
-    if _is_finished(plan):
+    if plan.is_finished:
         return f"nothing to train: {plan.saved and plan.saved.folder} is at step {plan.start.step} of {steps}"
     if plan.saved is not None:
         return f"resumes step {plan.start.step} of {steps} from {plan.saved.folder}"

@@ -87,6 +87,11 @@ class RunPlan:
         """How far the run is when it starts."""
         return Progress(0, 0) if self.saved is None else self.saved.progress
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the checkpoint to resume from is at the last step, so that nothing is trained."""
+        return self.saved is not None and self.start.step >= self.run.train.steps
+
 
 class InitialModel(NamedTuple):
     """The model a run starts from, before the engine takes it."""

@@ -125,8 +125,10 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(CheckpointError, match=r"a checkpoint takes 0.00102 GB, 1e-05 GB are free; free space, lower"):
-        retention.check_room(tmp_path / "checkpoints", 1_000_000)
-    retention.check_room(tmp_path / "checkpoints", 9_000)
+        retention.check_room(tmp_path / "checkpoints", 1, 1_000_000)
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes 9.18e-06 GB and 2 are still to come, 1e-05 GB are"):
+        retention.check_room(tmp_path / "checkpoints", 2, 9_000)
+    retention.check_room(tmp_path / "checkpoints", 1, 9_000)
 
 
 def pretend(root: Path, step: int, saved: float = 0.0) -> Path:

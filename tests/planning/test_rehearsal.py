@@ -29,12 +29,13 @@ from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import dump_run_config
 from sharpmoe.durable import sha256_of
-from sharpmoe.errors import DataError
+from sharpmoe.errors import CheckpointError, DataError
 from sharpmoe.model.weights import save_weights, weight_specs
 from sharpmoe.parallel.experts import dispatch
 from sharpmoe.parallel.ranks import launch
 from sharpmoe.parallel.zero import patches
-from sharpmoe.planning.rehearsal import _most_checkpoints
+from sharpmoe.planning.disk import CheckpointSpace, check_first_checkpoint, most_checkpoints
+from sharpmoe.planning.rehearsal import Target, rehearse
 from sharpmoe.trackers import registry
 from tests.fixtures_data import make_shards
 from tests.train.setting import ALONE, CONFIGS, make_run, plan_for, stirred_model
@@ -412,13 +413,31 @@ def test_a_disk_without_room_for_the_checkpoints(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(retention, "free_bytes", lambda root: 10)
-    assert in_place(place, ["--name", "new", "--dry-run"]) == 2
-    assert "a checkpoint takes " in last_line(capfd)
+    for words in (["--dry-run"], []):
+        assert in_place(place, ["--name", "new", *words]) == 2
+        assert "a checkpoint takes " in last_line(capfd)
+    assert not (place / "runs" / "new").exists()
+
+
+def test_a_start_needs_room_for_one_checkpoint_and_says_where_more_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(make_shards(tmp_path / "shards"), tmp_path / "runs", train={"steps": 2}, checkpoint={"every": 1})
+    plan = plan_for(run, ALONE)
+    assert check_first_checkpoint(plan) == ()
+    room = int(1.5 * CheckpointSpace.of(plan).size)
+    monkeypatch.setattr(retention, "free_bytes", lambda root: room)
+    monkeypatch.setattr(Checkpoints, "free_bytes", staticmethod(retention.free_bytes))
+    with pytest.raises(CheckpointError, match="and 2 are still to come"):
+        rehearse(run, plan.ds_config, ALONE, Target(1, None, True))
+    (note,) = check_first_checkpoint(plan)
+    assert "at most 2 at a time" in note
+    assert note.endswith("lower checkpoint.keep, or free space before they are written")
 
 
 def test_how_many_checkpoints_are_there_together() -> None:
     def most(done: int = 0, **checkpoint: int) -> int:
-        return _most_checkpoints(RunConfig.model_validate({"train": {"steps": 100}, "checkpoint": checkpoint}), done)
+        return most_checkpoints(RunConfig.model_validate({"train": {"steps": 100}, "checkpoint": checkpoint}), done)
 
     assert most(every=0) == 1  # at the end
     assert most(every=1000) == 1
