@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import sharpmoe
 from tests.contract.tutorials import FENCE, ROOT, blocks, changed, commands, draw_photos, run_command, workplace
 from tests.data_pipeline.encode import text_models
 from tests.fixtures_data import tiny_qwen_autoencoder
+from tests.toys import toy_model
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +41,22 @@ def checkout(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (folder / "data" / "fluent64").symlink_to(prepared)
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_the_python_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy_model("ec", conditioning="class", num_classes=3, saliency_router=False).eval()
+    monkeypatch.setattr(sharpmoe, "load_pretrained", lambda *file, **family: model)
+    size = (2, model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+    batch = {
+        "latent": torch.randn(size),
+        "saliency": torch.rand(2, model.config.num_tokens),
+        "label": torch.tensor([0, 2]),
+    }
+    (code,) = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    scope = {"batch": batch}
+    exec(compile(code, "README", "exec"), scope)  # noqa: S102
+    scope["loss"].backward()
+    assert model.config.saliency_router
 
 
 def test_python_api(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,13 +179,18 @@ def test_a_base_of_ones_own(checkout: Path) -> None:
 
 
 def test_cluster(checkout: Path) -> None:
-    """What would submit or train is a dry run here."""
+    """What would submit or train is a dry run here; the run whose samples are drawn has its configuration alone."""
+    finished = Path("runs/big")
     lines = [words for block in blocks(text_of("cluster"), "bash") for words in commands(block)]
     started = [words for words in lines if "launcher/submit.py" in words or "launcher/train.py" in words]
-    printed = {
-        " ".join(words): run_command([word for word in words if word != "--dry-run"] + ["--dry-run"])
-        for words in started
-    }
+    printed = dict[str, str]()
+    for words in started:
+        if "runs/big/config.yaml" in words:
+            finished.mkdir(parents=True)
+            config = Path("configs/runs/quickstart.yaml").read_text(encoding="utf-8")
+            (finished / "config.yaml").write_text(config.replace("name: quickstart", "name: big"))
+        printed[" ".join(words)] = run_command([word for word in words if word != "--dry-run"] + ["--dry-run"])
+        shutil.rmtree(finished, ignore_errors=True)
     assert len(printed) == 7
     assert all("#!/usr/bin/env bash" in text for words, text in printed.items() if "submit.py" in words)
     trained = [text.strip().splitlines() for words, text in printed.items() if "train.py" in words]
@@ -175,7 +198,8 @@ def test_cluster(checkout: Path) -> None:
     assert "32 rank(s)" in "".join(trained[0])
     (plan,) = (words for words in lines if words not in started)
     assert "fits" in run_command(plan)
-    assert not Path("runs/big").exists()
+    (drawn,) = (text for words, text in printed.items() if "--job sample" in words)
+    assert "ARGUMENTS=(runs/big --captions-file assets/captions.txt)" in drawn
 
 
 SMALLER = (

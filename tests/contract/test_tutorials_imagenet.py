@@ -124,7 +124,8 @@ def test_the_run_starts_from_the_averaged_weights_and_ends(outputs: dict[str, st
     key = "blocks.0.attn.qkv.weight"
     assert 0 < (live[key] - base[key]).abs().max() < 0.01  # two steps away from the base, not from the live weights
     assert sorted(read_log(folder / "runs/promoe_l_sharp/log.jsonl")["loss/flow"]) == [1, 2]
-    assert "#SBATCH" in output_of(outputs, "submit.py")
+    assert "#SBATCH" in output_of(outputs, "submit.py", "--nodes 4")
+    assert "ARGUMENTS=(runs/promoe_l_sharp --npz " in output_of(outputs, "submit.py", "--job sample")
 
 
 def test_batches_for_fid_hold_balanced_images_and_their_protocol(outputs: dict[str, str]) -> None:

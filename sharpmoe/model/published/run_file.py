@@ -37,6 +37,12 @@ _HEADER = """\
 # Command    {train} --deepspeed configs/zero3.json \\
 #              --config {path}
 # Expected   not measured.
+{settings}"""
+_MEASURED = """\
+# Settings   Those of the paper below moved no compute in the studies of docs/results.md. Those of the quickstart did,
+#            at no measurable cost (docs/design/0012-default.md); as words for the command:
+#              --rollout.noise markov --loss.routing_weight 0.01 --loss.routing_mass counts --loss.mass_reduction mean
+#              --loss.saliency_entropy 0.91 --loss.mass_spread 0.25 --optim.lr_scale '{saliency_router: 20}'
 """
 
 
@@ -73,6 +79,7 @@ def write_run_file(
         path=path,
         plan=spell_command("plan"),
         train=spell_ranks_command("deepspeed", "train"),
+        settings=_MEASURED if config.family.varies_compute else "",
     )
     with atomic_draft(path) as draft:
         draft.write_text(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -38,7 +38,7 @@ _OWNED_BY_RUN: dict[str, str] = {
     "steps_per_print": "log.every",
     "fp16": "train.precision (fp32 | bf16)",
     "torch_autocast": "train.precision",
-    "tensorboard": "log.every (each run writes TensorBoard files)",
+    "tensorboard": "log.trackers (each run writes TensorBoard files, every log.every steps)",
 }
 
 # Sections with keys below them -> how they are checked: a DeepSpeed model (its fields are the allowed keys), or a
@@ -100,7 +100,7 @@ _REFUSED: dict[str, str] = dict.fromkeys(_REMOVED, "DeepSpeed 0.19 has removed i
     "autotuning": "not supported",
     "bfloat16": "write bf16",
     "checkpoint": "checkpoint.* in the run file says how and where to save",
-    "comet": "not supported; TensorBoard files are written",
+    "comet": "not supported; log.trackers in the run file names tensorboard, wandb, trackio or mlflow",
     "csv_monitor": "runs/<name>/log.jsonl holds the same",
     "data_efficiency": "data_pipeline orders and batches the samples",
     "dataloader_drop_last": "data_pipeline orders and batches the samples",
@@ -115,7 +115,7 @@ _REFUSED: dict[str, str] = dict.fromkeys(_REMOVED, "DeepSpeed 0.19 has removed i
     "tensor_parallel": "not supported",
     "use_data_before_expert_parallelism": "consecutive ranks share the experts (parallel.ep_size)",
     "vocabulary_size": "a diffusion model has no vocabulary",
-    "wandb": "not supported; TensorBoard files are written",
+    "wandb": "set log.trackers: [wandb] in the run file",
     "weight_quantization": "not supported",
 }
 

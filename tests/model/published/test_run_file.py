@@ -1,5 +1,6 @@
 """The run file that convert.py writes: the architecture of the weights, settings of the recipes, and it trains."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,21 @@ def test_the_settings_are_those_of_the_recipes(tmp_path: Path) -> None:
     for section in ("rollout", "loss", "optim", "train", "log", "sample"):
         assert getattr(run, section) == getattr(recipe, section), section
     assert run.data.shards == "data/other"
+
+
+@pytest.mark.parametrize("name", ["published_promoe_ec", "published_sit"])
+def test_the_header_has_the_measured_settings_where_compute_varies(name: str, tmp_path: Path) -> None:
+    path = convert(name, tmp_path)
+    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    words = shlex.split(header.partition("as words for the command:")[2].replace("#", " "))
+    run, recipe = load_run_config(path, words), load_run_config(PROJECT_ROOT / "configs/runs/quickstart.yaml")
+    if run.model.family.varies_compute:
+        scales = {name: getattr(recipe.loss, name) for name in ("saliency_scale", "mass_scale")}  # found when it starts
+        assert run.loss.model_copy(update=scales) == recipe.loss
+        assert run.optim.lr_scale == recipe.optim.lr_scale
+        assert run.rollout.noise == recipe.rollout.noise
+    else:
+        assert not words
 
 
 def test_an_existing_run_file_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
