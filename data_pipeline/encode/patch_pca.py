@@ -43,7 +43,10 @@ class PatchPCA:
             rows = functional.pixel_unshuffle(images, patch).movedim(1, -1).reshape(-1, width).double()
             count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
         if count == 0:
-            raise DataError("the training split has no readable image to fit the patch PCA on; add images or captions")
+            raise DataError(
+                "the training split has no readable image to fit the patch PCA on; add images or captions outside of "
+                "val/ and test/, which are held out"
+            )
         mean = total / count
         variances, vectors = torch.linalg.eigh(outer / count - torch.outer(mean, mean))
         basis = vectors.flip(1).T[:channels]

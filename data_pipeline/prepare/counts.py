@@ -90,7 +90,7 @@ def no_held_out(splits: Iterable[str]) -> list[str]:
     """Return a line where nothing is held out, which happens to small sets, since a hash decides; else none."""
     if set(splits) != {"train"}:
         return []
-    return ["held out  none: add a val/ folder or split, or train with --data.validation_split train"]
+    return ["held out  none: add a top-level val/ folder or a split, or train with --data.validation_split train"]
 
 
 def reasons_of(skipped: Iterable[Skipped]) -> Counter[str]:

@@ -10,6 +10,7 @@ from data_pipeline.sources import captions
 from data_pipeline.sources.files import LOCAL, Files, read_place
 from data_pipeline.sources.items import (
     IMAGE_SUFFIXES,
+    SPLIT_FOLDERS,
     Item,
     Place,
     Skipped,
@@ -19,6 +20,7 @@ from data_pipeline.sources.items import (
     is_utf8,
     key_of,
     shown,
+    split_of_folder,
     survey_beside,
     unit_beside,
     units_of,
@@ -27,6 +29,7 @@ from data_pipeline.sources.walk import (
     LINK_TO_NOWHERE,
     OtherFiles,
     file_size,
+    held_out_folders,
     is_double,
     is_image,
     is_saliency_map,
@@ -39,14 +42,19 @@ from data_pipeline.sources.walk import (
 from sharpmoe.errors import DataError
 
 _NAMES_FILE = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", as Kaggle's ImageNet has it
-_HELD_OUT_FOLDERS = ("val", "validation", "valid")  # the first that exists beside train/
+# The first that exists beside train/, `val` before others; test/ of a folder of classes holds pictures without class.
+_HELD_OUT_FOLDERS = tuple(
+    sorted((name for name in SPLIT_FOLDERS if name not in ("train", "test")), key=lambda name: name != "val")
+)
 _TAKEN = "pictures with NAME.txt, NAME.caption or NAME.json are"
 
 
 class SidecarSource:
     """Images below one folder, each captioned by NAME.txt, NAME.caption or NAME.json beside it.
 
-    NAME.saliency.png without a caption of its own is the saliency map of NAME, and no image.
+    NAME.saliency.png without a caption of its own is the saliency map of NAME, and no image. Where val/, validation/,
+    valid/ or test/ in the folder itself hold a captioned image, exactly the images below them are held out; else one
+    in twenty is, by hash of its path.
     """
 
     def __init__(
@@ -73,8 +81,12 @@ class SidecarSource:
         yield from unit_beside(beside)
 
     def _records(self, beside: list[Skipped]) -> Iterator[Any]:
-        """Yield [file, bytes, captions or why there are none, the place of a map]; add to `beside` what is no image."""
+        """Yield [file, bytes, captions or why there are none]; add to `beside` what is no image.
+
+        The place of a map follows where there is one, and the split where it is not drawn.
+        """
         others, unused = OtherFiles(f"only {_TAKEN}"), 0
+        apart = any(has_captioned_image(path) for path in held_out_folders(self._folder))
         for found in walk_folders(self._folder):
             if isinstance(found, Skipped):
                 beside.append(found)
@@ -84,7 +96,8 @@ class SidecarSource:
             maps = {name for name in names if is_saliency_map(name) and captions.caption_file(name, files) is None}
             for name in names:
                 if is_image(name) and name not in maps:
-                    yield self._record(folder / name, files)
+                    record = self._record(folder / name, files)
+                    yield [*record, split_of_folder(record[0])] if apart else record
             for name, used in files.items():
                 if not used and not is_image(name):
                     self._note(folder / name, beside, others)
@@ -128,17 +141,16 @@ class SidecarSource:
         if unit.beside:
             yield from survey_beside(unit)
             return
-        for file, size, found, *maps in unit.records:
+        for file, size, found, *rest in unit.records:
             if not is_utf8(file):
                 yield Skipped(shown(file), "its name is not UTF-8")
             elif isinstance(found, str):
                 yield Skipped(file, found)
             else:
-                place = Place(file, 0, size)
-                saliency = Place(*maps) if maps else None
-                yield Item(
-                    key=key_of(file), split=held_out(file), captions=found, image=place, name=file, saliency=saliency
-                )
+                place, parts = Place(file, 0, size), len(Place._fields)
+                saliency = Place(*rest[:parts]) if len(rest) >= parts else None
+                split = rest[-1] if len(rest) in (1, parts + 1) else held_out(file)
+                yield Item(key=key_of(file), split=split, captions=found, image=place, name=file, saliency=saliency)
 
     def read(self, item: Item, limit: int | None = None) -> bytes:
         return read_place(self._files, self._folder, item.image, limit)
@@ -374,7 +386,7 @@ def _is_split(train: Path) -> bool:
     if not train.is_dir():
         return False
     siblings = {path.name for path in train.parent.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    return siblings <= {"train", "test", *_HELD_OUT_FOLDERS} or any(path.is_dir() for path in train.iterdir())
+    return siblings <= SPLIT_FOLDERS.keys() or any(path.is_dir() for path in train.iterdir())
 
 
 def _shares_class(val: Path, train: Path) -> bool:

@@ -3,15 +3,13 @@
 import re
 from pathlib import Path
 
-from data_pipeline.sources.items import Skipped
+from data_pipeline.sources.items import SPLIT_FOLDERS, Skipped
 from data_pipeline.sources.tables import Table
 from data_pipeline.sources.walk import walk_folders
 from sharpmoe.errors import DataError
 
-# Folders and file names of splits, as Hugging Face has them, and the split that they become.
-SPLIT_FOLDERS = {"train": "train", "validation": "unseen", "valid": "unseen", "val": "unseen", "test": "unseen"}
 _OWN_FOLDERS = (".", "data")  # of a set with one configuration
-_NAMES = "|".join(SPLIT_FOLDERS)
+_NAMES = "|".join(SPLIT_FOLDERS)  # in the names of files as well
 _FIRST = re.compile(rf"({_NAMES})(?:[-._].*)?")  # train-00000-of-00002
 _LAST = re.compile(rf".*-({_NAMES})(?:-\d+-of-\d+)?")  # name-train-00000-of-00002, in the cache of load_dataset
 

@@ -16,6 +16,8 @@ IMAGE_SUFFIXES = frozenset({".apng", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".
 OTHER_IMAGES = frozenset({".avif", ".eps", ".heic", ".jp2", ".jxl", ".psd", ".svg", ".svgz"})
 UNIT_RECORDS = 4096  # records of a unit
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Top-level folders of splits, for every source, and the split that they become; the order is that of their tables.
+SPLIT_FOLDERS = {"train": "train", "validation": "unseen", "valid": "unseen", "val": "unseen", "test": "unseen"}
 _HELD_OUT = 20  # one image in so many is held out where the source does not name splits
 
 Captions = tuple[tuple[str, float], ...]  # (caption, weight), one or more
@@ -160,6 +162,15 @@ def key_of(path: str) -> str:
 def held_out(path: str) -> str:
     """Return the split of an image whose source does not name splits: one in 20 is `unseen`, by hash of its path."""
     return "unseen" if hash_int(path) % _HELD_OUT == 0 else "train"
+
+
+def split_of_folder(path: str) -> str:
+    """Return the split of an image of a source with folders of held-out images: by the first folder of its path.
+
+    `path`: relative to the source. `unseen` below val/ and the like, in any case; `train` anywhere else.
+    """
+    top, below, _ = path.partition("/")
+    return SPLIT_FOLDERS.get(top.lower(), "train") if below else "train"
 
 
 def hash_int(text: str) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from data_pipeline.sources.files import LOCAL, Files
 from data_pipeline.sources.fluent import FluentSource
 from data_pipeline.sources.folders import ClassFolderSource, SidecarSource, has_captioned_image
-from data_pipeline.sources.hub import SPLIT_FOLDERS, find_tables, snapshot_of
+from data_pipeline.sources.hub import find_tables, snapshot_of
 from data_pipeline.sources.idx import find_idx_source
-from data_pipeline.sources.items import IMAGE_SUFFIXES, ImageSource, Skipped
+from data_pipeline.sources.items import IMAGE_SUFFIXES, SPLIT_FOLDERS, ImageSource, Skipped
 from data_pipeline.sources.remote import open_remote
 from data_pipeline.sources.rows import TABLE_KINDS
 from data_pipeline.sources.tables import Table, TableSource
@@ -48,6 +48,8 @@ class SourceOptions:
     files: Files = LOCAL  # how the files of the source are read
 
 
+_TABLE_STEMS = ("captions", "metadata")  # names of tables that are found by themselves; the second is Hugging Face's
+
 Recogniser = Callable[[SourceOptions, Path], ImageSource | None]  # None: the options do not name this source
 
 
@@ -81,19 +83,15 @@ def _tar(options: SourceOptions, path: Path) -> ImageSource | None:
 
 
 def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None:
-    """Recognise captions.* and metadata.* (the name of Hugging Face's image folders) in the folder or its splits."""
-    for stem in ("captions", "metadata"):
+    """Recognise captions.* and metadata.* in the folder, the first of them before the other, or in its splits."""
+    for stem in _TABLE_STEMS:
         tables = _tables_in(path, stem)
-        if len(tables) > 1:
-            names = ", ".join(table.name for table in tables)
-            raise DataError(f"{path}: holds {names}; name one of them with --source")
+        _refuse_several(path, tables, "name one of them with --source")
         if tables:
             return TableSource(
                 path, [Table(tables[0])], whole_folder=True, maps=options.saliency_maps, files=options.files
             )
-    found = [
-        Table(table, split) for name, split in SPLIT_FOLDERS.items() for table in _tables_in(path / name, "metadata")
-    ]
+    found = [Table(table, split) for name, split in SPLIT_FOLDERS.items() for table in _table_of_split(path / name)]
     return (
         TableSource(path, found, whole_folder=True, maps=options.saliency_maps, files=options.files) if found else None
     )
@@ -173,6 +171,18 @@ def _is_table(path: Path) -> bool:
 def _tables_in(folder: Path, stem: str) -> list[Path]:
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in found if path.stem.lower() == stem and _is_table(path)]
+
+
+def _table_of_split(folder: Path) -> list[Path]:
+    """Return the one captions.* or metadata.* of a split's folder. Raises DataError where it holds several."""
+    tables = [table for stem in _TABLE_STEMS for table in _tables_in(folder, stem)]
+    _refuse_several(folder, tables, "keep one of them there")
+    return tables
+
+
+def _refuse_several(folder: Path, tables: list[Path], how: str) -> None:
+    if len(tables) > 1:
+        raise DataError(f"{folder}: holds {', '.join(table.name for table in tables)}; {how}")
 
 
 def _is_tar(name: str) -> bool:

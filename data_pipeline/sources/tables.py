@@ -17,6 +17,7 @@ from data_pipeline.sources.items import (
     identity_of,
     key_of,
     shown,
+    split_of_folder,
     survey_beside,
     unit_beside,
     units_of,
@@ -24,6 +25,7 @@ from data_pipeline.sources.items import (
 from data_pipeline.sources.rows import ROW_FORM, Row, read_rows, row_name
 from data_pipeline.sources.walk import (
     OtherFiles,
+    held_out_folders,
     is_image,
     is_saliency_map,
     saliency_map_of,
@@ -49,6 +51,8 @@ class TableSource:
     Columns: file (or image, path, filename), caption (or text, prompt, captions), label (optional, an integer). An
     image may be in several rows: each is a sample of its own. Several captions of one sample are a list. A .parquet or
     .arrow may hold the images themselves, as Hugging Face writes them: a column of {"bytes", "path"}.
+    Where no table is of a split and rows name images below val/, validation/, valid/ or test/ in the folder itself,
+    exactly those are held out; else one in twenty is, by hash of its path.
     A column `saliency` is the path of a saliency map, or holds it as images are held; without, it is NAME.saliency.png
     beside the image.
     """
@@ -122,16 +126,39 @@ class TableSource:
 
         The map is a file, or the bytes of one in the table.
         """
+        apart = self._holds_out()
         for table in self._tables:
             within = table.path.parent.relative_to(self._folder)
             for row in self._rows(table):
-                file = (within / row.file).as_posix() if within.parts else row.file
-                extra = [table.path.relative_to(self._folder).as_posix(), row.size, table.split]
+                file = self._file(table, row)
+                split = table.split or (self._split(file) if apart else "")
+                extra = [table.path.relative_to(self._folder).as_posix(), row.size, split]
                 if self._maps and row.saliency != "":
                     found = row.saliency
                     extra.append((within / found).as_posix() if isinstance(found, str) else found)
-                known = row.size >= 0 or table.split or len(extra) > 3
+                known = row.size >= 0 or split or len(extra) > 3
                 yield [row.number, file, row.captions, row.label, *(extra if known else ())]
+
+    def _holds_out(self) -> bool:
+        """Return whether a usable row of a table without split names an image below a folder of held-out images.
+
+        The tables are read for it where the source has such a folder, and else not.
+        """
+        drawn = [table for table in self._tables if not table.split] if held_out_folders(self._folder) else []
+        return any(
+            not isinstance(row.captions, str) and self._split(self._file(table, row)) == "unseen"
+            for table in drawn
+            for row in self._rows(table)
+        )
+
+    def _file(self, table: Table, row: Row) -> str:
+        """Return the file that a row names, relative to the source's folder where it is relative."""
+        within = table.path.parent.relative_to(self._folder)
+        return (within / row.file).as_posix() if within.parts else row.file
+
+    def _split(self, file: str) -> str:
+        """Return the split of a file by its top-level folder, however a row spells its path."""
+        return split_of_folder(os.path.relpath(self._folder / file, self._folder))
 
     def _rows(self, table: Table) -> Iterator[Row]:
         """Yield the rows of a table; of a damaged one among several those before the damage, and what is wrong."""

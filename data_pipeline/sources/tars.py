@@ -20,6 +20,7 @@ from data_pipeline.sources.items import (
     held_out,
     identity_of,
     key_of,
+    split_of_folder,
     survey_beside,
     unit_beside,
 )
@@ -38,7 +39,8 @@ class TarSource:
     """Images inside plain tars, each captioned by KEY.txt, KEY.caption or KEY.json of the same tar.
 
     KEY.cls holds a label. An image that has only a label is captioned by its line of classnames.txt beside the tars,
-    or as `class 17` where there is no such file. KEY.saliency.png is the saliency map of the image.
+    or as `class 17` where there is no such file. KEY.saliency.png is the saliency map of the image. Where tars are
+    below val/, validation/, valid/ or test/ in the folder itself, exactly their images are held out.
     """
 
     def __init__(
@@ -52,13 +54,18 @@ class TarSource:
         """`tars`: files below `folder`; `left_out`: what else it holds and is not taken; `maps`: take saliency maps."""
         self._folder, self._tars, self._left_out, self._files, self._maps = folder, tars, left_out, files, maps
         self._names: list[str] | None = None
+        self._apart = any(split_of_folder(self._name(tar)) == "unseen" for tar in tars)
 
     def units(self) -> Iterator[Unit]:
         """Yield one unit per tar, with a digest of its name, size and the bytes at both ends."""
         for tar in self._tars:
-            name = tar.relative_to(self._folder).as_posix()
-            yield Unit(hash_text(json.dumps([name, *self._fingerprint(tar)])), [name])
+            name = self._name(tar)
+            split = [split_of_folder(name)] if self._apart else []  # else drawn for every image
+            yield Unit(hash_text(json.dumps([name, *self._fingerprint(tar), *split])), [name])
         yield from unit_beside(self._left_out)
+
+    def _name(self, tar: Path) -> str:
+        return tar.relative_to(self._folder).as_posix()
 
     def _fingerprint(self, tar: Path) -> tuple[int, str]:
         size = self._files.size(tar)
@@ -121,7 +128,7 @@ class TarSource:
         marked = _map_in(sample) if self._maps else None
         return Item(
             key=key_of(path),
-            split=held_out(path),
+            split=split_of_folder(tar) if self._apart else held_out(path),
             captions=found,
             image=place,
             name=path,

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipeline.sources.items import IMAGE_SUFFIXES, OTHER_IMAGES, Skipped
+from data_pipeline.sources.items import IMAGE_SUFFIXES, OTHER_IMAGES, SPLIT_FOLDERS, Skipped
 from sharpmoe.errors import DataError
 
 LINK_TO_NOWHERE = "a link that leads nowhere"
@@ -47,6 +47,11 @@ def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]] | Skipped]:
             yield path, sorted(names)
         for error in failed:
             yield Skipped(_below(Path(error.filename), root), f"folder cannot be read ({error.strerror})", beside=True)
+
+
+def held_out_folders(root: Path) -> list[Path]:
+    """Return the folders in `root` itself that are named as a held-out split (items.SPLIT_FOLDERS), in any case."""
+    return sorted(path for path in root.iterdir() if SPLIT_FOLDERS.get(path.name.lower()) == "unseen" and path.is_dir())
 
 
 def file_size(path: Path) -> int | str:

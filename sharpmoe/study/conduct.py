@@ -22,7 +22,7 @@ from sharpmoe.config_io import dump_run_config, load_run_config
 from sharpmoe.console import clock
 from sharpmoe.devices import default_device
 from sharpmoe.durable import check_folder, sha256_of, write_atomically
-from sharpmoe.errors import CheckpointError, ConfigError
+from sharpmoe.errors import CheckpointError, ConfigError, DataError
 from sharpmoe.model.backbone import Backbone, ClassCondition, TextCondition
 from sharpmoe.model.build import build_model
 from sharpmoe.parallel.ranks.launch import World
@@ -78,7 +78,7 @@ def rehearse_study(study: Study, wish: Wish, device: str) -> str:
     for part in (one for one in parts if one.seed == study.seeds[0]):
         try:
             _rehearse(part, study.deepspeed)
-        except (ConfigError, CheckpointError) as error:
+        except (ConfigError, CheckpointError, DataError) as error:
             raise type(error)(f"arm {part.arm.name}: {error}") from None
     jobs = _jobs(study, parts, wish)
     left = [job for job in jobs if not job.is_done()]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharpmoe.errors import ConfigError
+from sharpmoe.errors import ConfigError, DataError
 from sharpmoe.study.conduct import Wish, _define, _jobs, conduct, rehearse_study
 from sharpmoe.study.plan import load_study
 from tests.study.toy import make_study, pretend_trained
@@ -24,6 +24,13 @@ def test_a_rehearsal_lists_what_is_left_and_writes_nothing(tmp_path: Path) -> No
 def test_a_rehearsal_names_the_arm_that_cannot_start(tmp_path: Path) -> None:
     arms = [{"name": "a", "overrides": {"optim": {"lr_scale": {"nothing": 2}}}}]
     with pytest.raises(ConfigError, match="arm a: optim.lr_scale: 'nothing' matches no parameter"):
+        rehearse_study(load_study(make_study(tmp_path, control="a", arms=arms)), Wish(), "cpu")
+
+
+def test_a_rehearsal_names_the_arm_that_lacks_its_shards(tmp_path: Path) -> None:
+    place = tmp_path / "none"
+    arms = [{"name": "a"}, {"name": "b", "overrides": {"data": {"shards": str(place)}}}]
+    with pytest.raises(DataError, match=f"^arm b: {place}"):
         rehearse_study(load_study(make_study(tmp_path, control="a", arms=arms)), Wish(), "cpu")
 
 

@@ -134,7 +134,7 @@ def test_counts_of_another_version_are_not_read(tmp_path: Path) -> None:
 
 
 def test_what_nothing_is_held_out_of_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = "held out  none: add a val/ folder or split, or train with --data.validation_split train"
+    line = "held out  none: add a top-level val/ folder or a split, or train with --data.validation_split train"
     assert left_out_lines([], 7, {"train": 7})[1] == line
     assert line not in left_out_lines([], 7, {"train": 6, "unseen": 1})
     arguments = [
@@ -161,3 +161,23 @@ def test_a_dry_run_says_what_will_be_refused(tmp_path: Path, capsys: pytest.Capt
     assert told.endswith("or pass --allow-missing to leave them out")
     assert main([*arguments, "--dry-run", "--allow-missing"]) == 0
     assert "refused" not in capsys.readouterr().out
+
+
+def test_what_is_in_a_val_folder_is_held_out_in_a_dry_run_and_on_several_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pictures(tmp_path / "set", *[(16, 16)] * 30)
+    pictures(source / "val", (16, 16), (15, 40), (40, 15))
+    arguments = ["--source", str(source), "--out", str(tmp_path / "out"), *OPTIONS]
+    assert main([*arguments, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "33 of 33 pictures: train 30, unseen 3" in told
+    assert "30 to train on\n" in told
+    assert "held out  none" not in told
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(ranks, "_POLL_S", 0.001)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(arguments) == 0
+    assert table(capsys)["taken"] == "33 pictures: train 30, unseen 3"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.sources.images import UNREADABLE
-from data_pipeline.sources.items import Skipped, shown, source_identity
+from data_pipeline.sources.items import Skipped, held_out, shown, source_identity
 from data_pipeline.sources.open import SourceOptions, open_source
 from sharpmoe.errors import DataError
 from tests.fixtures_data import Listing, listing
@@ -251,3 +251,70 @@ def test_what_macos_adds_is_counted_in_one_line(tmp_path: Path) -> None:
         assert [(entry.name, entry.reason, entry.beside) for entry in found.skipped] == [
             ("._*", "files that macOS writes beside others (6)", True)
         ]
+
+
+def splits(path: Path, maps: bool = False) -> dict[str, str]:
+    found = listing(open_source(SourceOptions(source=str(path), saliency_maps=maps))).items
+    return {item.name: item.split for item in found}
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test", "Val"])
+def test_exactly_the_pictures_of_a_held_out_folder_are_held_out(name: str, tmp_path: Path) -> None:
+    drawn = [f"{number}.png" for number in range(40)]
+    assert "unseen" in map(held_out, drawn)
+    for file in (*drawn, "train/a.png", "deep/val/b.png"):
+        caption(tmp_path / file)
+    before = identity(tmp_path)
+    for file in (f"{name}/c.png", f"{name}/deep/d.png"):
+        caption(tmp_path / file)
+    found = splits(tmp_path)
+    assert {file for file, split in found.items() if split == "unseen"} == {f"{name}/c.png", f"{name}/deep/d.png"}
+    assert set(found.values()) == {"train", "unseen"}
+    assert identity(tmp_path) != before
+
+
+def test_held_out_pictures_keep_their_maps(tmp_path: Path) -> None:
+    for file in ("a.png", "b.png", "val/c.png", "val/d.png"):
+        caption(tmp_path / file)
+    for file in ("a.saliency.png", "val/c.saliency.png"):
+        picture(tmp_path / file)
+    found = listing(open_source(SourceOptions(source=str(tmp_path), saliency_maps=True))).items
+    assert [(item.name, item.split, item.saliency and item.saliency.file) for item in found] == [
+        ("a.png", "train", "a.saliency.png"),
+        ("b.png", "train", None),
+        ("val/c.png", "unseen", "val/c.saliency.png"),
+        ("val/d.png", "unseen", None),
+    ]
+
+
+def test_a_linked_folder_is_held_out_and_one_without_captions_holds_out_nothing(tmp_path: Path) -> None:
+    for number in range(40):
+        caption(tmp_path / "set" / f"{number}.png")
+    drawn = splits(tmp_path / "set")
+    picture(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "set" / "val").symlink_to(tmp_path / "elsewhere")
+    assert splits(tmp_path / "set") == drawn
+    caption(tmp_path / "elsewhere" / "b.png")
+    assert {file for file, split in splits(tmp_path / "set").items() if split == "unseen"} == {"val/b.png"}
+
+
+def drawn_folder(folder: Path) -> Path:
+    """Make 60 pictures without a held-out folder at the top, every third with a map."""
+    for number in range(60):
+        path = folder / ("train" if number % 2 else "deep/val") / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        path.with_suffix(".txt").write_text(f"picture {number}")
+        if number % 3 == 0:
+            path.with_suffix(".saliency.png").write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize(("maps", "sha256"), [(False, "f5836391da34eea1"), (True, "7a7beb644740c43f")])
+def test_a_folder_without_held_out_folder_is_the_source_that_it_was(maps: bool, sha256: str, tmp_path: Path) -> None:
+    """The numbers are of the version before held-out folders: its shards go on, with the same pictures held out."""
+    folder = drawn_folder(tmp_path / "set")
+    source = open_source(SourceOptions(source=str(folder), saliency_maps=maps))
+    assert str(source_identity(source, source.units())[0]["sha256"]).startswith(sha256)
+    unseen = [file for file, split in splits(folder, maps).items() if split == "unseen"]
+    assert unseen == ["deep/val/42.png", "train/11.png"]

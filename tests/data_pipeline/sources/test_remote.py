@@ -42,6 +42,22 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
+def split_pictures(folder: Path) -> Path:
+    for name in ("train/a", "val/b"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / f"{name}.png").write_bytes(PNG)
+        (folder / f"{name}.txt").write_text("noise")
+    return folder
+
+
+def split_table(folder: Path) -> Path:
+    for name in ("train/a", "val/b"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / f"{name}.png").write_bytes(PNG)
+    (folder / "captions.csv").write_text("file,caption\ntrain/a.png,noise\nval/b.png,noise\n")
+    return folder
+
+
 def table(folder: Path) -> Path:
     folder.mkdir()
     (folder / "deep").mkdir()
@@ -72,7 +88,7 @@ def parquet(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-@pytest.mark.parametrize("make", [pictures, table, tars, parquet])
+@pytest.mark.parametrize("make", [pictures, split_pictures, split_table, table, tars, parquet])
 def test_a_source_in_the_cloud_is_that_of_the_disk(make, scheme: str, cloud: Cloud, tmp_path: Path) -> None:
     folder = make(tmp_path / "set")
     for path in folder.rglob("*"):
@@ -81,6 +97,11 @@ def test_a_source_in_the_cloud_is_that_of_the_disk(make, scheme: str, cloud: Clo
     here = open_source(SourceOptions(source=str(folder)))
     there = open_source(SourceOptions(source=f"{scheme}://{BUCKET}/set/"))
     assert listing(there) == listing(here)
+    if make in (split_pictures, split_table):
+        assert [(item.name, item.split) for item in listing(there).items] == [
+            ("train/a.png", "train"),
+            ("val/b.png", "unseen"),
+        ]
     assert source_identity(there, there.units()) == source_identity(here, here.units())
     if make is not parquet:  # its images are copied to a temporary file at the first reading
         assert not any(name.endswith(".png") for _, name in cloud.calls if _ == "read")

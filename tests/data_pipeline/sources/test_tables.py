@@ -7,9 +7,10 @@ from PIL import Image
 from data_pipeline.prepare.ranks import Rank
 from data_pipeline.prepare.survey import Catalog, refuse_missing, survey
 from data_pipeline.sources import rows
-from data_pipeline.sources.items import Skipped
+from data_pipeline.sources.items import Skipped, held_out, source_identity
 from data_pipeline.sources.open import SourceOptions, open_source
 from sharpmoe.errors import DataError
+from tests.data_pipeline.sources.test_folders import drawn_folder
 from tests.fixtures_data import Listing, listing
 
 
@@ -374,3 +375,57 @@ def test_parquet_with_odd_cells(tmp_path: Path) -> None:
     (tmp_path / "l.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(DataError, match=r"l.parquet: is a pointer of Git LFS.*git lfs pull"):
         listed(tmp_path / "l.parquet")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_that_name_pictures_of_a_held_out_folder_are_held_out(whole: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    files = [f"{number}.png" for number in range(40)]
+    assert "unseen" in map(held_out, files)
+    names = [*files, "train/a.png", "val/a.png", "./deep/../val/b.png", str(folder / "val" / "c.png")]
+    for name in (*files, "train/a.png", "val/a.png", "val/b.png", "val/c.png", "deep/d.png"):
+        picture(folder / name)
+    table = captions(folder, *({"file": name, "caption": "x"} for name in names))
+    found = listed(folder if whole else table).items
+    assert [item.name for item in found if item.split == "unseen"] == names[-3:]
+    assert {item.split for item in found} == {"train", "unseen"}
+    assert len(found) == len(names)
+
+
+def test_rows_without_a_held_out_folder_are_the_source_that_they_were(tmp_path: Path) -> None:
+    """The number is of the version before held-out folders. One that no usable row names changes nothing."""
+    folder = drawn_folder(tmp_path / "set")
+    files = [f"{'train' if number % 2 else 'deep/val'}/{number:02}.png" for number in range(60)]
+    captions(folder, "".join(json.dumps({"file": file, "caption": "x"}) + "\n" for file in files))
+    picture(folder / "val" / "unnamed.png")
+    source = open_source(SourceOptions(source=str(folder)))
+    sha256 = "d86632ee54a0fea2b391446eb3a48bf4a2e81fafc53bfd34af7151c6e8146b4a"
+    assert source_identity(source, source.units())[0]["sha256"] == sha256
+    assert [item.name for item in listed(folder).items if item.split == "unseen"] == ["train/11.png", "deep/val/42.png"]
+
+
+@pytest.mark.parametrize("stems", [("captions", "captions"), ("captions", "metadata"), ("metadata", "captions")])
+def test_tables_of_both_names_are_found_in_folders_of_splits(stems: tuple[str, str], tmp_path: Path) -> None:
+    for split, stem in zip(("train", "validation"), stems, strict=True):
+        picture(tmp_path / split / "a.png")
+        (tmp_path / split / f"{stem}.jsonl").write_text('{"file": "a.png", "caption": "x"}\n')
+    found = listed(tmp_path).items
+    assert [(item.name, item.split) for item in found] == [("train/a.png", "train"), ("validation/a.png", "unseen")]
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        ("", ("captions.csv", "captions.jsonl")),  # in the folder itself captions.* is taken before metadata.*
+        ("train", ("captions.csv", "captions.jsonl")),
+        ("train", ("captions.jsonl", "metadata.csv")),
+    ],
+)
+def test_several_tables_in_one_folder_are_one_line(where: str, names: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / where).mkdir(exist_ok=True)
+    for name in names:
+        (tmp_path / where / name).write_text("file,caption\n")
+    how = "keep one of them there" if where else "name one of them with --source"
+    with pytest.raises(DataError) as error:
+        listed(tmp_path)
+    assert str(error.value) == f"{tmp_path / where}: holds {', '.join(names)}; {how}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_pipeline.sources.items import source_identity
 from data_pipeline.sources.open import SourceOptions, open_source
 from sharpmoe.errors import DataError
 from tests.data_pipeline.sources.test_images import encoded
@@ -225,3 +226,32 @@ def test_what_macos_adds_is_no_sample(tmp_path: Path) -> None:
     found = listed(tmp_path)
     assert [item.captions for item in found.items] == [(("a", 1.0),)]
     assert [(entry.name, entry.beside) for entry in found.skipped] == [("a.tar/._*", True)]
+
+
+def splits(path: Path) -> set[tuple[str, str]]:
+    """Return the tar and the split of every sample."""
+    return {(item.image.file, item.split) for item in listed(path).items}
+
+
+def test_exactly_the_tars_of_a_held_out_folder_are_held_out(tmp_path: Path) -> None:
+    members = [(f"{number:02}.{kind}", b"x") for number in range(30) for kind in ("png", "txt")]
+    for folder in ("train", "deep/val"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        write(tmp_path / "set" / folder / "a.tar", *members)
+    source = open_source(SourceOptions(source=str(tmp_path / "set")))
+    before = source_identity(source, source.units())[0]
+    drawn = "407a803b1d7274c81c0e2e0cfccb7971b9a7695a2c363d54dd63d8e9128616a2"  # of the version before such folders
+    assert before["sha256"] == drawn
+    assert len(splits(tmp_path / "set")) == 4
+    (tmp_path / "set" / "val").mkdir()
+    write(tmp_path / "set" / "val" / "b.tar", *members)
+    assert splits(tmp_path / "set") == {
+        ("train/a.tar", "train"),
+        ("deep/val/a.tar", "train"),
+        ("val/b.tar", "unseen"),
+    }
+    source = open_source(SourceOptions(source=str(tmp_path / "set")))
+    digests = source_identity(source, source.units())[1]
+    (tmp_path / "set" / "val").rename(tmp_path / "set" / "other")
+    source = open_source(SourceOptions(source=str(tmp_path / "set")))
+    assert not set(digests) & set(source_identity(source, source.units())[1]), "another split is another listing"
