@@ -9,7 +9,7 @@ from sharpmoe.invocation import CommandSpellings
 
 # Name elsewhere (lower case, _ for -) -> our key, or a sentence that says what there is instead (it holds a space);
 # {prepare} is that command as the user calls it.
-_ELSEWHERE: dict[str, str] = {
+ELSEWHERE: dict[str, str] = {
     # how much, how long
     "learning_rate": "optim.lr",
     "base_lr": "optim.lr",
@@ -213,6 +213,26 @@ _ELSEWHERE: dict[str, str] = {
     "train_router_only": "train.trainable [saliency_router, gate, capacity_predictor]",
     "router_only": "train.trainable [saliency_router, gate, capacity_predictor]",
     "train_experts_only": "train.trainable [moe.experts]",
+    # what there is not
+    "tensor_parallel": "not offered: experts are spread over ranks (parallel.ep_size), the rest is ZeRO's",
+    "tensor_model_parallel_size": "not offered: experts are spread over ranks (parallel.ep_size), the rest is ZeRO's",
+    "pipeline_parallel": "not offered: experts are spread over ranks (parallel.ep_size), the rest is ZeRO's",
+    "pipeline_model_parallel_size": "not offered: experts are spread over ranks (parallel.ep_size), the rest is ZeRO's",
+    "sequence_parallel": "not offered: an image is whole on its rank",
+    "context_parallel_size": "not offered: an image is whole on its rank",
+    "fp8": "not offered: train.precision is fp32 or bf16",
+    "snr_gamma": "not offered: the loss weighs all times alike",
+    "min_snr_gamma": "not offered: the loss weighs all times alike",
+    "loss_weighting": "not offered: the loss weighs all times alike",
+    "weighting_scheme": "not offered: the loss weighs all times alike; train.times says how pretraining draws them",
+    "logit_mean": "not offered: logit-normal times have mean 0; rollout.shift moves them",
+    "logit_std": "not offered: logit-normal times have standard deviation 1",
+    "lr_num_cycles": "not offered: optim.schedule is constant or cosine",
+    "lr_power": "not offered: optim.schedule is constant or cosine",
+    "early_stopping": "not offered: log.validate_every measures, and the report names the best step",
+    "early_stopping_patience": "not offered: log.validate_every measures, and the report names the best step",
+    "save_best": "not offered: checkpoint.keep_every keeps steps to choose from, and the report names the best",
+    "save_top_k": "not offered: checkpoint.keep_every keeps steps to choose from, and the report names the best",
 }
 
 
@@ -233,14 +253,14 @@ def suggestion(dotted: str, known: Iterable[str]) -> str:
     longer = [key for name, key in beside.items() if {*word.split("_")} < {*name.split("_")}]
     if longer:
         return _did_you_mean([*longer, *same][:3])
-    if word in _ELSEWHERE:
+    if word in ELSEWHERE:
         return f"; here it is: {_here(word)}"
     found = _closest(dotted, same, 0.0) or [beside[name] for name in _closest(word, beside)]
     if found:
         return _did_you_mean(found)
     names = {_leaf(key): key for key in reversed(keys)}
-    for name in _closest(word, [*_ELSEWHERE, *names], _NEAR):
-        if name in _ELSEWHERE:
+    for name in _closest(word, [*ELSEWHERE, *names], _NEAR):
+        if name in ELSEWHERE:
             return f"{_did_you_mean([name])} here it is: {_here(name)}"
         return _did_you_mean([names[name]])
     return _did_you_mean(_closest(dotted, keys))
@@ -251,7 +271,7 @@ def _did_you_mean(names: Sequence[str]) -> str:
 
 
 def _here(name: str) -> str:
-    return _ELSEWHERE[name].format_map(CommandSpellings())
+    return ELSEWHERE[name].format_map(CommandSpellings())
 
 
 def _leaf(key: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import _dotted_keys, load_run_config
-from sharpmoe.config_names import _ELSEWHERE, suggestion
+from sharpmoe.config_names import ELSEWHERE, suggestion
 from sharpmoe.errors import ConfigError
 
 SECTIONS = "|".join(RunConfig.model_fields)
@@ -14,7 +14,7 @@ SECTIONS = "|".join(RunConfig.model_fields)
 
 def test_every_key_that_a_hint_names_exists() -> None:
     known = set(_dotted_keys(RunConfig))
-    for name, hint in _ELSEWHERE.items():
+    for name, hint in ELSEWHERE.items():
         named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?:\.[a-z_]+)*", hint)
         assert [key for key in named if key not in known and not key.endswith((".py", ".jsonl"))] == [], name
         assert name not in known, f"{name} is a key of ours"

@@ -11,7 +11,7 @@ import pytest
 from launcher.main import _LAUNCHERS
 from launcher.sample import main as sample
 from sharpmoe import invocation
-from sharpmoe.config_names import _ELSEWHERE, suggestion
+from sharpmoe.config_names import ELSEWHERE, suggestion
 from sharpmoe.invocation import spell_command, spell_ranks_command, spell_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +74,6 @@ def test_the_console_command_and_an_installed_package(argv: list[str], monkeypat
 
 
 def test_every_command_that_a_hint_names_exists() -> None:
-    named = {word for hint in _ELSEWHERE.values() for word in re.findall(r"{(\w+)}", hint)}
+    named = {word for hint in ELSEWHERE.values() for word in re.findall(r"{(\w+)}", hint)}
     assert {word.removesuffix("_script") for word in named} <= {*_LAUNCHERS}
     assert len(named) > 3

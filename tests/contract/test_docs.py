@@ -75,7 +75,7 @@ def test_no_text_names_a_page_that_does_not_exist():
     assert sorted(each for each in named if each[1] not in known) == []
 
 
-@pytest.mark.parametrize("name", ["map", "configuration"])
+@pytest.mark.parametrize("name", ["map", "configuration", "names"])
 def test_a_generated_page_is_that_of_the_code(name):
     spec = importlib.util.spec_from_file_location(f"make_{name}", DOCS / f"make_{name}.py")
     assert spec is not None

@@ -25,7 +25,7 @@ def test_the_options_default_to_the_recipe_s_defaults() -> None:
     [
         (("--codec", "pixel"), {"kind": "pixel"}),
         (("--codec", "autoencoder_kl", "--codec-name", "x"), {"kind": "autoencoder_kl", "name": "x"}),
-        (("--moments", "m", "--codec-name", "x"), {"kind": "cached_moments", "name": "x"}),
+        (("--source", "s", "--moments", "m", "--codec-name", "x"), {"kind": "cached_moments", "name": "x"}),
         (("--pca-channels", "8"), {"kind": "patch_pca", "patch": 4, "channels": 8, "whiten": 0.5}),
     ],
 )
@@ -80,9 +80,10 @@ def test_a_codec_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch) -> No
         create=lambda spec, images, device: Pixel(),
         restore=lambda spec, tensors, device: Pixel(),
         has_std=True,
+        options=("codec_name",),
     )
     monkeypatch.setitem(build.CODECS, "toy", kind)
-    recipe = recipe_of({**options("--posterior", "std", "--codec-name", "place"), "codec": "toy"})
+    recipe = recipe_of({**options("--posterior", "std"), "codec": "toy", "codec_name": "place"})
     check_recipe(recipe)
     assert recipe.codec == {"kind": "toy", "name": "place"}
     images = torch.zeros(1, 3, 4, 4)

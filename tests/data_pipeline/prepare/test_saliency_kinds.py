@@ -22,7 +22,7 @@ from sharpmoe.errors import DataError
 from sharpmoe.report.contact import sample_cards
 from sharpmoe.saliency import saliency_map
 
-SMALL = ("--size", "32", "--encoder", "hash", "--pca-channels", "8")
+SMALL = ("--size", "32", "--encoder", "hash")
 COUNT = 12
 
 
@@ -47,7 +47,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def prepare(folder: Path, out: Path, *words: str) -> int:
-    return main(["--source", str(folder), "--out", str(out), *SMALL, *words])
+    codec = () if "--codec-from" in words else ("--pca-channels", "8")
+    return main(["--source", str(folder), "--out", str(out), *SMALL, *codec, *words])
 
 
 def maps_of(out: Path) -> dict[str, np.ndarray]:
