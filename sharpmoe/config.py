@@ -381,6 +381,9 @@ class CheckpointConfig(Section):
     minutes: float = Field(0.0, ge=0)  # also save this long after the last save; 0: never
     keep: int = Field(2, ge=1)  # how many of the latest checkpoints are kept
     keep_every: int = Field(0, ge=0)  # checkpoints at multiples of so many steps are never deleted; 0: none
+    # Also keep the one with the lowest held-out flow loss (averaged weights), of those whose step was measured; file
+    # checkpoints/best names it.
+    keep_best: bool = False
     asynchronous: bool = True  # a thread writes while training goes on; costs a second copy of the state in host memory
     resume: str = "auto"  # auto | none | PATH of a checkpoint
     init: str | None = None  # weights file the model starts from (a converged base for stage: posttrain)
@@ -423,6 +426,12 @@ class RunConfig(Section):
             raise ValueError(
                 "rollout.pool: trajectory compares each token with an expert's cutoff, so that tokens of other ranks "
                 "do not compete, as parallel.pool_scope: world asks; set that to rank, or rollout.pool to step"
+            )
+        every, measured = self.checkpoint.every, self.log.validate_every
+        if self.checkpoint.keep_best and not (every and measured and (every % measured == 0 or measured % every == 0)):
+            raise ValueError(
+                f"checkpoint.keep_best needs checkpoints that are measured, and checkpoint.every is {every}, "
+                f"log.validate_every {measured}; make one a multiple of the other, and neither 0"
             )
         if self.train.compile and self.parallel.pool_scope == "world":
             raise ValueError(

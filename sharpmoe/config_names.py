@@ -128,6 +128,10 @@ ELSEWHERE: dict[str, str] = {
     "ckpt_every": "checkpoint.every",
     "checkpoints_total_limit": "checkpoint.keep",
     "save_total_limit": "checkpoint.keep",
+    "save_best": "checkpoint.keep_best",
+    "load_best_model_at_end": "checkpoint.keep_best",
+    "save_top_k": "checkpoint.keep_best (the best one, beside the latest)",
+    "metric_for_best_model": "checkpoint.keep_best (held-out flow loss)",
     "logging_steps": "log.every",
     "log_every_n_steps": "log.every",
     "validation_steps": "log.validate_every",
@@ -229,10 +233,8 @@ ELSEWHERE: dict[str, str] = {
     "logit_std": "not offered: logit-normal times have standard deviation 1",
     "lr_num_cycles": "not offered: optim.schedule is constant or cosine",
     "lr_power": "not offered: optim.schedule is constant or cosine",
-    "early_stopping": "not offered: log.validate_every measures, and the report names the best step",
-    "early_stopping_patience": "not offered: log.validate_every measures, and the report names the best step",
-    "save_best": "not offered: checkpoint.keep_every keeps steps to choose from, and the report names the best",
-    "save_top_k": "not offered: checkpoint.keep_every keeps steps to choose from, and the report names the best",
+    "early_stopping": "not offered: checkpoint.keep_best keeps the best weights of a run that was too long",
+    "early_stopping_patience": "not offered: checkpoint.keep_best keeps the best weights of a run that was too long",
 }
 
 

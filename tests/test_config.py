@@ -223,6 +223,19 @@ def test_rollout_fields_that_do_not_go_together(fields: dict[str, object], messa
         RolloutConfig(num_steps=10, **fields)
 
 
+@pytest.mark.parametrize(
+    ("every", "measured", "allowed"),
+    [(50, 100, True), (100, 50, True), (0, 50, False), (50, 0, False), (40, 50, False)],
+)
+def test_the_best_checkpoint_is_one_that_is_measured(every: int, measured: int, allowed: bool) -> None:
+    given = {"checkpoint": {"every": every, "keep_best": True}, "log": {"validate_every": measured}}
+    if allowed:
+        assert RunConfig.model_validate(given).checkpoint.keep_best
+    else:
+        with pytest.raises(ValueError, match=f"checkpoint.every is {every}, log.validate_every {measured}; make one a"):
+            RunConfig.model_validate(given)
+
+
 def test_a_loss_that_trains_saliency_routers_alone_needs_them(run_file):
     steered = "checkpoint: {init: base.safetensors}\nloss: {routing_gradient: saliency_routers}\n"
     assert load_run_config(run_file(steered)).loss.routing_gradient == "saliency_routers"

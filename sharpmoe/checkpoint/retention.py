@@ -10,8 +10,11 @@ from sharpmoe import durable
 from sharpmoe.checkpoint.manifest import MANIFEST
 from sharpmoe.config import CheckpointConfig
 from sharpmoe.errors import CheckpointError, first_line
+from sharpmoe.log_file import LOG_FILE, read_log
 
 LATEST = "latest"
+BEST = "best"  # names the checkpoint that `checkpoint.keep_best` keeps
+_MEASURED = "validation/flow"  # in the log: held-out flow loss of the averaged weights
 _SLACK = 1.02  # of the bytes of tensors: headers, manifests, blocks that are not full
 
 
@@ -32,8 +35,17 @@ def folder_name(step: int) -> str:
 
 def latest(root: Path) -> Path | None:
     """Return the checkpoint that `latest` names, whether it exists or not; None where the file names none."""
+    return _named(root, LATEST)
+
+
+def kept_best(root: Path) -> Path | None:
+    """Return the checkpoint that `best` names, whether it exists or not; None where the file names none."""
+    return _named(root, BEST)
+
+
+def _named(root: Path, pointer: str) -> Path | None:
     try:
-        name = (root / LATEST).read_text(encoding="utf-8").strip()
+        name = (root / pointer).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return root / name if _is_name(name) else None
@@ -55,19 +67,36 @@ def newest_first(root: Path) -> list[Path]:
 
 
 def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
-    """Remove all but the `keep` written last and those of every `keep_every` steps; also what interrupted saves left.
+    """Remove all but the `keep` written last, those of every `keep_every` steps and the best; also interrupted saves.
 
-    Folders without a manifest stay: a save did not write them.
+    The best is that of `keep_best`, which the file `best` names. Folders without a manifest stay: a save did not write
+    them.
     """
     ours = [path for path in newest_first(root) if (path / MANIFEST).is_file()]
-    last = [newest, *(path for path in ours if path != newest)][: config.keep]
+    kept = [newest, *(path for path in ours if path != newest)][: config.keep]
+    best = _best(root, ours) if config.keep_best else None
+    if best is not None:
+        kept.append(best)
+        durable.write_atomically(root / BEST, best.name)
     for path in ours:
         milestone = config.keep_every > 0 and _step_of(path) % config.keep_every == 0
-        if path not in last and not milestone:
+        if path not in kept and not milestone:
             durable.remove_folder(path)
     for path in root.glob(".step*"):
         durable.remove_folder(path)
     durable.remove_drafts(root)
+
+
+def _best(root: Path, folders: list[Path]) -> Path | None:
+    """Return the checkpoint after whose step the lowest held-out flow loss is logged, the first of equal ones.
+
+    None where no checkpoint was measured. The log is that of the run folder; of steps that were done twice it counts
+    what the run continued from.
+    """
+    log = root.parent / LOG_FILE
+    losses = read_log(log).get(_MEASURED, {}) if log.is_file() else {}
+    measured = [path for path in sorted(folders, key=_step_of) if _step_of(path) in losses]
+    return min(measured, key=lambda path: losses[_step_of(path)], default=None)
 
 
 def set_aside(folder: Path) -> Path:

@@ -53,4 +53,4 @@ def most_checkpoints(run: RunConfig, done: int) -> int:
     every, steps, config = run.checkpoint.every, run.train.steps, run.checkpoint
     saves = (steps - 1) // every - done // every + 1 if every else 1  # that at the end included
     milestones = steps // config.keep_every - done // config.keep_every if config.keep_every else 0
-    return min(saves, config.keep + milestones + 1)
+    return min(saves, config.keep + config.keep_best + milestones + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from sharpmoe.checkpoint.retention import kept_best
 from sharpmoe.config import RunConfig
 from sharpmoe.console import clock
 from sharpmoe.invocation import spell_command
@@ -19,6 +20,7 @@ _LABELS = 4  # classes that the command for samples draws, at most
 def closing_summary(run: RunConfig, folder: Path, checkpoint: Path, log: RunLog) -> str:
     """Return the lines after the last step; commands can be pasted."""
     rows = {"trained": _trained(log), "validation": _validation(log.validations), "weights": _weights(checkpoint)}
+    rows["best"] = _best(run, checkpoint)
     places = {"samples": folder / _SAMPLES, "allocation": folder / _ALLOCATION, "curves": folder / "tensorboard"}
     places["report"] = folder / "report.html"
     rows |= {name: str(place) for name, place in places.items() if place.exists()}
@@ -44,6 +46,12 @@ def _validation(losses: dict[int, float]) -> str:
 
 def _weights(checkpoint: Path) -> str:
     return f"{checkpoint / 'ema.safetensors'} (averaged), live.safetensors beside it"
+
+
+def _best(run: RunConfig, checkpoint: Path) -> str:
+    """Return the checkpoint that `checkpoint.keep_best` keeps, "" where it is the last."""
+    best = kept_best(checkpoint.parent) if run.checkpoint.keep_best else None
+    return "" if best in (None, checkpoint) else f"{best} had the lowest held-out flow loss of those that are kept"
 
 
 def _next_commands(run: RunConfig, folder: Path) -> list[str]:

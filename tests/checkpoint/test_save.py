@@ -20,7 +20,7 @@ from sharpmoe.checkpoint import manifest, retention, rng, save
 from sharpmoe.checkpoint.manifest import FileEntry, Manifest, Progress, RunIdentity
 from sharpmoe.config import CheckpointConfig, RunConfig
 from sharpmoe.errors import CheckpointError
-from sharpmoe.log_file import read_log, read_log_lines
+from sharpmoe.log_file import LogWriter, read_log, read_log_lines
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.train import loop
 from sharpmoe.train.setup import initial_model
@@ -171,6 +171,29 @@ def test_the_last_ones_and_the_milestones_stay(config: dict[str, int], kept: lis
         retention.drop_old(tmp_path, final, CheckpointConfig(**config))
     names = [retention.folder_name(step) for step in kept]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step00000000", *names]
+
+
+def test_the_best_stays_beside_them_and_is_named(tmp_path: Path) -> None:
+    root, losses = tmp_path / "checkpoints", {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.3, 5: 0.2, 6: 0.6}
+    root.mkdir()
+    for step, loss in losses.items():
+        if step != 5:  # measured and not saved
+            LogWriter(tmp_path, "a").figures(step, {"validation/flow": loss})
+            retention.drop_old(root, pretend(root, step), CheckpointConfig(keep=1, keep_best=True))
+    LogWriter(tmp_path, "a").figures(5, {"validation/flow": losses[5]})
+    assert sorted(os.listdir(root)) == ["best", "latest", "step00000002", "step00000006"]
+    assert (root / "best").read_text() == "step00000002"
+    LogWriter(tmp_path, "b").event(2, "start", {})  # a run that goes on from there, and is better
+    LogWriter(tmp_path, "b").figures(3, {"validation/flow": 0.1})
+    retention.drop_old(root, pretend(root, 3), CheckpointConfig(keep=1, keep_best=True))
+    assert (root / "best").read_text() == "step00000003"
+    assert sorted(os.listdir(root)) == ["best", "latest", "step00000003"]
+
+
+def test_nothing_measured_keeps_the_last_ones(tmp_path: Path) -> None:
+    for step in (1, 2):
+        retention.drop_old(tmp_path, pretend(tmp_path, step), CheckpointConfig(keep=1, keep_best=True))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step00000002"]
 
 
 def test_what_was_written_last_counts_not_the_highest_step(tmp_path: Path) -> None:

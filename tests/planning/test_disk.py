@@ -41,3 +41,4 @@ def test_how_many_checkpoints_are_there_together() -> None:
     assert most(every=10, keep=2, keep_every=50) == 5
     assert most(60, every=10, keep=2, keep_every=50) == 4
     assert most(95, every=10) == 1
+    assert most(every=10, keep=2, keep_best=1) == 4

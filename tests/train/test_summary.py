@@ -16,16 +16,19 @@ from launcher.main import _LAUNCHERS
 from sharpmoe.config import RunConfig
 from sharpmoe.config_io import load_run_config
 from sharpmoe.evaluation.validation import Validation
+from sharpmoe.log_file import read_log
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.model.weights import save_weights
+from sharpmoe.parallel.ranks import launch
+from sharpmoe.train import loop
 from sharpmoe.train.runlog import RunLog
 from sharpmoe.train.summary import _next_commands, _what_to_draw, closing_summary
-from tests.fixtures_data import SHAPES
+from tests.fixtures_data import SHAPES, make_shards
 from tests.model.nucleus_reference import reference
 from tests.report.run_folder import make_run_folder
 from tests.report.stored_run import write_run
 from tests.toys import toy_model
-from tests.train.setting import make_run
+from tests.train.setting import make_run, plan_for
 from tests.train.test_runlog import stats
 
 MEASURED = {"validate_every": 1}
@@ -57,6 +60,26 @@ def test_the_summary_names_figures_places_and_commands(tmp_path: Path) -> None:
     assert f"python launcher/evaluate.py 'assets/my base.safetensors' '{folder}'" in commands
     assert f"tensorboard --logdir '{folder}'" in commands
     assert set(re.findall(r"launcher/(\w+)\.py", text)) <= set(_LAUNCHERS)
+
+
+def test_the_best_checkpoint_of_a_run_is_kept_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(
+        make_shards(tmp_path / "shards"),
+        tmp_path / "runs",
+        train={"steps": 3},
+        optim={"lr": 0.3, "ema_decay": 0.0},  # so that it gets worse
+        checkpoint={"every": 1, "keep": 1, "keep_best": True},
+        log={"every": 1, "validate_every": 1},
+    )
+    world = launch.start()
+    folder = loop.train(plan_for(run, world), world).parent
+    losses = read_log(folder.parent / "log.jsonl")["validation/flow"]
+    saved = {step: losses[step] for step in (1, 2, 3)}
+    best = min(saved, key=lambda step: saved[step])
+    assert best < 3
+    assert sorted(path.name for path in folder.glob("step*")) == [f"step0000000{step}" for step in (best, 3)]
+    assert (folder / "best").read_text() == f"step0000000{best}"
+    assert f"  best       {folder}/step0000000{best} had the lowest held-out flow loss" in capsys.readouterr().out
 
 
 def test_outside_a_checkout_the_commands_are_those_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
