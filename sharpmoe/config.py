@@ -179,7 +179,8 @@ class RolloutConfig(Section):
 class LossConfig(Section):
     """Weights and scales of the losses."""
 
-    # The defaults are measured (docs/design/0004); the paper's values: configs/runs/posttrain-paper.yaml.
+    # Of the trajectory routing loss; not given, it is 0 where every token gets the same compute (by model.router). The
+    # defaults are measured (docs/design/0004); the paper's values: configs/runs/posttrain-paper.yaml.
     routing_weight: float = Field(0.01, ge=0)
     routing_warmup_steps: int = Field(0, ge=0)  # optimizer steps over which that weight rises linearly from 0
     routing_mass: Literal["scores", "counts"] = "counts"  # what A sums: the paper's scores, or straight-through counts
@@ -219,9 +220,9 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """Optimizer, schedule, clipping, EMA."""
 
-    # muon: matrices of attention, feed-forward networks and experts by Muon (arXiv 2502.16982), each expert by itself,
-    # with the learning rate and weight decay of AdamW, which updates everything else.
-    name: Literal["adamw", "muon", "sgd"] = "adamw"  # optimizer
+    # The optimizer. muon: matrices of attention, feed-forward networks and experts by Muon (arXiv 2502.16982), each
+    # expert by itself, with the learning rate and weight decay of AdamW, which updates everything else.
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     # Who implements adamw; auto compiles nothing. bitsandbytes keeps its two states in 8 bits each, in blocks of 256.
     impl: Literal["auto", "torch", "deepspeed", "apex", "bitsandbytes"] = "auto"
     lr: float = Field(1e-4, gt=0)  # learning rate after the warm-up
@@ -340,9 +341,11 @@ class LogConfig(Section):
     allocation_images: int = Field(128, ge=1)  # held-out images of the table
     report: bool = True  # write report.html and report.json after the last step (docs/report.md)
     # What measurements run: the whole model on every rank, or one block at a time, summed from the ranks' shards at
-    # every call; the same numbers. auto: blocks above 2^29 parameters.
+    # every call; the same numbers. auto: blocks above 2^29 parameters. With lora.rank the whole model, float32, into
+    # which adapters are merged: blocks is refused there.
     look_weights: Literal["auto", "whole", "blocks"] = "auto"
-    # Of the weights of measurements, in which they compute: bf16 takes half the memory. Rounding changes some choices
+    # Of the weights of measurements, in which they compute: bf16 takes half the memory (with lora.rank only after
+    # adapters are merged in float32, so that the peak stays). Rounding changes some choices
     # of experts, so figures of runs are compared in one precision.
     look_precision: Literal["fp32", "bf16"] = "fp32"
     # Peak TFLOP/s of a device in the precision of the run, for its utilisation; None: by its name (train/flops.py).
@@ -432,6 +435,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"checkpoint.keep_best needs checkpoints that are measured, and checkpoint.every is {every}, "
                 f"log.validate_every {measured}; make one a multiple of the other, and neither 0"
+            )
+        if self.log.look_weights == "blocks" and self.lora.rank:
+            raise ValueError(
+                f"log.look_weights is blocks, but lora.rank is {self.lora.rank}: adapters are merged into a whole "
+                "model, not into one block at a time; set log.look_weights to auto or whole"
             )
         if self.train.compile and self.parallel.pool_scope == "world":
             raise ValueError(

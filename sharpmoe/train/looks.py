@@ -24,9 +24,10 @@ _LARGE = 2**29  # parameters: 2 GiB in float32
 def looks_by_block(run: RunConfig, num_parameters: int) -> bool:
     """Whether the run's measurements make one block whole at a time.
 
-    Frozen parameters and adapters have no float32 shards of their own; a model that has any is made whole.
+    A model with adapters is made whole: they are merged into the weights that they are beside, which are frozen
+    (`RunConfig` refuses `blocks` there).
     """
-    if run.log.look_weights == "whole" or run.train.trainable or run.train.frozen or run.lora.rank:
+    if run.log.look_weights == "whole" or run.lora.rank:
         return False
     return run.log.look_weights == "blocks" or num_parameters > _LARGE
 
@@ -41,10 +42,10 @@ def fill_by_block(
 ) -> None:
     """Give a model on the meta device its weights: all but the blocks now, those of a block whenever it runs.
 
-    They are summed in float32 and then rounded to `dtype`. shards: this rank's float32 partitions; pieces: where the
-    model's parameters are in them, over all ranks each element once. Communicates: one sum per part now, and one per
-    block and call, so all ranks must call the model equally often; a rank that fails is met by the others before the
-    next block. Buffers stay on the meta device.
+    They are summed in float32 and then rounded to `dtype`. shards: this rank's flat partitions, float32 or, of what is
+    frozen, in the precision of the forward; pieces: where the model's parameters are in them, over all ranks each
+    element once. Communicates: one sum per part now, and one per block and call, so all ranks must call the model
+    equally often; a rank that fails is met by the others before the next block. Buffers stay on the meta device.
     """
     blocks = set(twin.blocks)
     for name, unit in twin.gathered_units():

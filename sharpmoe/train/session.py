@@ -161,7 +161,8 @@ def _by_block(session: Session, shards: Sequence[Tensor]) -> Backbone:
         twin = build_model(session.plan.run.model)
     model = session.objective.model
     twin.load_state_dict({name: x.detach().clone() for name, x in model.named_buffers()}, strict=False, assign=True)
-    fill_by_block(twin, shards, session.engine.state.pieces(model), session.world, look_dtype(session.plan.run))
+    parts, pieces = session.engine.with_frozen(model, shards)
+    fill_by_block(twin, parts, pieces, session.world, look_dtype(session.plan.run))
     twin.register_forward_pre_hook(partial(_stop_on_signal, session.world))
     return twin.eval()
 

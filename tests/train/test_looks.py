@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sharpmoe.config import RunConfig
@@ -21,6 +22,8 @@ from sharpmoe.train.session import ema_model, live_model
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
 from tests.train.setting import identical, make_run, plan_for, stirred_model
+
+PARTS = ("attn", "moe.experts", "x_embedder")  # of blocks and of the rest, of all ranks and of some
 
 
 def called(model: Backbone) -> list[Tensor]:
@@ -82,11 +85,19 @@ def failing(model: Backbone, world: World) -> str:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "ep_size"),
-    [(3, 2), pytest.param(2, 1, marks=pytest.mark.sweep), pytest.param(3, 1, marks=pytest.mark.sweep)],
+    ("stage", "ep_size", "frozen"),
+    [
+        (3, 2, ()),
+        (3, 2, PARTS),
+        (2, 2, PARTS),
+        pytest.param(2, 1, (), marks=pytest.mark.sweep),
+        pytest.param(3, 1, (), marks=pytest.mark.sweep),
+        pytest.param(2, 1, PARTS, marks=pytest.mark.sweep),
+        pytest.param(3, 1, PARTS, marks=pytest.mark.sweep),
+    ],
 )
-def test_a_model_by_block_is_the_whole_model(stage: int, ep_size: int, tmp_path: Path) -> None:
-    sections = {"parallel": {"ep_size": ep_size}, "train": {"precision": "bf16"}}
+def test_a_model_by_block_is_the_whole_model(stage: int, ep_size: int, frozen: tuple[str, ...], tmp_path: Path) -> None:
+    sections = {"parallel": {"ep_size": ep_size}, "train": {"precision": "bf16", "frozen": frozen}}
     run = make_run(make_shards(tmp_path / "shapes"), tmp_path / "run", **sections)
     for found in run_ranks(outcomes, 2, run, stage):
         for name in itertools.product(("bf16", "fp32"), ("ema", "live")):
@@ -100,9 +111,16 @@ def test_a_model_by_block_is_the_whole_model(stage: int, ep_size: int, tmp_path:
         assert found["untouched"]
 
 
-def test_large_models_are_measured_by_block_unless_a_part_is_frozen(tmp_path: Path) -> None:
+def test_large_models_are_measured_by_block_unless_they_have_adapters(tmp_path: Path) -> None:
     run = make_run(tmp_path, tmp_path)
     assert not looks_by_block(run, 2**29)
     assert looks_by_block(run, 2**29 + 1)
     frozen = run.model_copy(update={"train": run.train.model_copy(update={"frozen": ("attn",)})})
-    assert not looks_by_block(frozen, 2**40)
+    assert looks_by_block(frozen, 2**40)
+    adapted = run.model_copy(update={"lora": run.lora.model_copy(update={"rank": 4})})
+    assert not looks_by_block(adapted, 2**40)
+
+
+def test_adapters_by_block_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"look_weights is blocks, but lora.rank is 4.*set log.look_weights to"):
+        make_run(tmp_path, tmp_path, log={"look_weights": "blocks"}, lora={"rank": 4})

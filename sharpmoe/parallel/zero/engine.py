@@ -24,7 +24,7 @@ from sharpmoe.parallel.experts.pool import make_pool
 from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.parallel.zero.build import Values, materialise
 from sharpmoe.parallel.zero.optimizers import optimizer_factory, optimizer_groups, set_learning_rate
-from sharpmoe.parallel.zero.partitions import ShardedState
+from sharpmoe.parallel.zero.partitions import Piece, ShardedState
 from sharpmoe.parallel.zero.patches import (
     Admit,
     Update,
@@ -160,6 +160,15 @@ class Engine:
         if keep:
             state.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
         return state
+
+    def with_frozen(self, module: nn.Module, shards: Sequence[Tensor]) -> tuple[list[Tensor], list[Piece]]:
+        """Return `shards` (the masters or values like them), beside this rank's parts of what `module` does not train.
+
+        With them, where the elements of the parameters are; each is on one rank. No communication, and no copies.
+        """
+        parts, pieces = self.state.frozen(module, self._experts.edp_group)
+        moved = [piece._replace(part=piece.part + len(shards)) for piece in pieces]
+        return [*shards, *parts], [*self.state.pieces(module), *moved]
 
 
 def _whole_frozen(parameter: nn.Parameter) -> Tensor:

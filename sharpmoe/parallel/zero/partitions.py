@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sharpmoe.errors import CheckpointError
 from sharpmoe.parallel.zero import eight_bits
-from sharpmoe.parallel.zero.placement import local_experts
+from sharpmoe.parallel.zero.placement import is_expert, local_experts
 
 MASTER, EMA = "master", "ema"  # kinds of partitions, beside those that the optimizer names itself
 
@@ -97,6 +97,31 @@ class ShardedState:
             if found is not None and found.numel > 0:
                 pieces.append(found._replace(place=found.place + _first_element(name, parameter, module)))
         return pieces
+
+    def frozen(self, module: nn.Module, expert_group: Any) -> tuple[list[Tensor], list[Piece]]:
+        """Return this rank's parts of what `module` does not train, flat, and where they are. No communication.
+
+        They are those of the forward, in its dtype, and no copies. Over all ranks the pieces cover every element of
+        every frozen parameter once. expert_group: the ranks that have the same experts.
+        """
+        parts, pieces = list[Tensor](), list[Piece]()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                continue
+            part, place, numel = self._frozen_part(parameter, expert_group if is_expert(parameter) else None)
+            if numel > 0:
+                pieces.append(Piece(name, len(parts), 0, place + _first_element(name, parameter, module), numel))
+                parts.append(part)
+        return parts, pieces
+
+    def _frozen_part(self, parameter: Any, group: Any) -> tuple[Tensor, int, int]:
+        """Return this rank's part of a frozen parameter, its place in the parameter and its elements; 0: none."""
+        if self._stage == 3:  # cut into equal parts over its group, the last one padded
+            part = parameter.ds_tensor.detach().flatten()
+            place = dist.get_rank(parameter.ds_process_group) * part.numel()
+            return part, place, min(part.numel(), parameter.ds_numel - place)
+        part = parameter.detach().flatten()  # whole on every rank of its group: the first one's is taken
+        return part, 0, part.numel() if dist.get_rank(group) == 0 else 0
 
     @torch.no_grad()
     def restore(self, module: nn.Module, saved: SavedState) -> None:
