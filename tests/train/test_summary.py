@@ -72,7 +72,10 @@ def test_the_best_checkpoint_of_a_run_is_kept_and_told(tmp_path: Path, capsys: p
         log={"every": 1, "validate_every": 1},
     )
     world = launch.start()
-    folder = loop.train(plan_for(run, world), world).parent
+    try:
+        folder = loop.train(plan_for(run, world), world).parent
+    finally:
+        launch.stop()
     losses = read_log(folder.parent / "log.jsonl")["validation/flow"]
     saved = {step: losses[step] for step in (1, 2, 3)}
     best = min(saved, key=lambda step: saved[step])
