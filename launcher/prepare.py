@@ -42,6 +42,8 @@ def _shown(name: str) -> str:
 def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
     if arguments.like:
         yield Unread("with --like, which takes the text encoder from there", ("--join", "--max-length"))
+    elif len(arguments.encoder or ()) < 2:
+        yield Unread("with one text encoder", ("--join",))
     chosen_by, names = unread_codec_options(vars(arguments))
     yield Unread(f"with {chosen_by}, which says what the codec is", [f"--{name.replace('_', '-')}" for name in names])
     if arguments.source == "fluent":

@@ -78,7 +78,7 @@ class _Call:
             pool_per_image=given.pool_per_image,
             size=pixels,
             weak=weak,
-            fps=given.fps,
+            fps=given.fps or DrawOptions().fps,
         )
 
 
@@ -138,8 +138,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fps",
         type=POSITIVE_REAL,
-        default=DrawOptions().fps,
-        help="a model with frames: of the animations (default: 8)",
+        help=f"a model with frames: of the animations (default: {DrawOptions().fps:g})",
     )
     add("--steps", type=POSITIVE, help="sampling steps (default: sample.num_steps of the run)")
     add("--method", choices=("euler", "heun"), help="sampler (default: sample.method)")
@@ -191,7 +190,7 @@ def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
         yield Unread("without --prompts", ("--per-prompt",))
     if arguments.film or arguments.counterfactual:
         option = "--film" if arguments.film else "--counterfactual"
-        yield Unread(f"with {option}, which draws one picture of a few captions", ("--prompts", "--part", "--fps"))
+        yield Unread(f"with {option}, which draws one picture of a few captions", ("--prompts", "--part"))
 
 
 def _act(arguments: argparse.Namespace) -> None:
@@ -200,6 +199,8 @@ def _act(arguments: argparse.Namespace) -> None:
     model, header = load_model(saved.weights)
     if not arguments.npz and not arguments.prompts:
         _prompts(arguments, settings).check(model.config)  # before shards, which may be missing too
+    if arguments.fps and model.config.latent_frames == 1:
+        raise ConfigError("--fps is of animations, and the model draws still images; leave it out")
     shards = open_coders(saved, model, header, arguments.shards)
     model = placed(model, arguments)
     weak = _weak_model(arguments, header)

@@ -436,11 +436,6 @@ class RunConfig(Section):
                 f"checkpoint.keep_best needs checkpoints that are measured, and checkpoint.every is {every}, "
                 f"log.validate_every {measured}; make one a multiple of the other, and neither 0"
             )
-        if self.log.look_weights == "blocks" and self.lora.rank:
-            raise ValueError(
-                f"log.look_weights is blocks, but lora.rank is {self.lora.rank}: adapters are merged into a whole "
-                "model, not into one block at a time; set log.look_weights to auto or whole"
-            )
         if self.train.compile and self.parallel.pool_scope == "world":
             raise ValueError(
                 "train.compile is true and parallel.pool_scope world, which exchanges scores between ranks in the "

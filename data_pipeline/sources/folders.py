@@ -20,7 +20,6 @@ from data_pipeline.sources.items import (
     is_utf8,
     key_of,
     shown,
-    split_of_folder,
     survey_beside,
     unit_beside,
     units_of,
@@ -35,6 +34,7 @@ from data_pipeline.sources.walk import (
     is_saliency_map,
     other_image,
     saliency_map_of,
+    split_of_folder,
     text_lines,
     unused_maps,
     walk_folders,
@@ -86,7 +86,7 @@ class SidecarSource:
         The place of a map follows where there is one, and the split where it is not drawn.
         """
         others, unused = OtherFiles(f"only {_TAKEN}"), 0
-        apart = any(has_captioned_image(path) for path in held_out_folders(self._folder))
+        apart = [path.resolve() for path in held_out_folders(self._folder) if has_captioned_image(path)]
         for found in walk_folders(self._folder):
             if isinstance(found, Skipped):
                 beside.append(found)
@@ -94,10 +94,11 @@ class SidecarSource:
             folder, names = found
             files = dict.fromkeys(names, False)  # whether a caption file or a map has its image
             maps = {name for name in names if is_saliency_map(name) and captions.caption_file(name, files) is None}
+            split = split_of_folder(folder, apart)
             for name in names:
                 if is_image(name) and name not in maps:
                     record = self._record(folder / name, files)
-                    yield [*record, split_of_folder(record[0])] if apart else record
+                    yield [*record, split] if apart else record
             for name, used in files.items():
                 if not used and not is_image(name):
                     self._note(folder / name, beside, others)

@@ -164,15 +164,6 @@ def held_out(path: str) -> str:
     return "unseen" if hash_int(path) % _HELD_OUT == 0 else "train"
 
 
-def split_of_folder(path: str) -> str:
-    """Return the split of an image of a source with folders of held-out images: by the first folder of its path.
-
-    `path`: relative to the source. `unseen` below val/ and the like, in any case; `train` anywhere else.
-    """
-    top, below, _ = path.partition("/")
-    return SPLIT_FOLDERS.get(top.lower(), "train") if below else "train"
-
-
 def hash_int(text: str) -> int:
     """Return a 64-bit number from a text, the same on every machine; splits and orders are drawn from it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

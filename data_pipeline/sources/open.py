@@ -92,6 +92,8 @@ def _folder_with_table(options: SourceOptions, path: Path) -> ImageSource | None
                 path, [Table(tables[0])], whole_folder=True, maps=options.saliency_maps, files=options.files
             )
     found = [Table(table, split) for name, split in SPLIT_FOLDERS.items() for table in _table_of_split(path / name)]
+    if not any(table.split == "unseen" for table in found):  # captions.* of train/ alone do not say what is held out
+        found = [table for table in found if table.path.stem.lower() != "captions"]
     return (
         TableSource(path, found, whole_folder=True, maps=options.saliency_maps, files=options.files) if found else None
     )

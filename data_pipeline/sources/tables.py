@@ -17,7 +17,6 @@ from data_pipeline.sources.items import (
     identity_of,
     key_of,
     shown,
-    split_of_folder,
     survey_beside,
     unit_beside,
     units_of,
@@ -29,6 +28,7 @@ from data_pipeline.sources.walk import (
     is_image,
     is_saliency_map,
     saliency_map_of,
+    split_of_folder,
     unused_maps,
     walk_folders,
 )
@@ -126,12 +126,12 @@ class TableSource:
 
         The map is a file, or the bytes of one in the table.
         """
-        apart = self._holds_out()
+        apart = self._apart()
         for table in self._tables:
             within = table.path.parent.relative_to(self._folder)
             for row in self._rows(table):
                 file = self._file(table, row)
-                split = table.split or (self._split(file) if apart else "")
+                split = table.split or (split_of_folder(self._folder / file, apart) if apart else "")
                 extra = [table.path.relative_to(self._folder).as_posix(), row.size, split]
                 if self._maps and row.saliency != "":
                     found = row.saliency
@@ -139,26 +139,25 @@ class TableSource:
                 known = row.size >= 0 or split or len(extra) > 3
                 yield [row.number, file, row.captions, row.label, *(extra if known else ())]
 
-    def _holds_out(self) -> bool:
-        """Return whether a usable row of a table without split names an image below a folder of held-out images.
+    def _apart(self) -> list[Path]:
+        """Return the folders of held-out images, resolved, where a usable row of a table without split is below one.
 
         The tables are read for it where the source has such a folder, and else not.
         """
-        drawn = [table for table in self._tables if not table.split] if held_out_folders(self._folder) else []
-        return any(
-            not isinstance(row.captions, str) and self._split(self._file(table, row)) == "unseen"
+        apart = [path.resolve() for path in held_out_folders(self._folder)]
+        drawn = [table for table in self._tables if not table.split] if apart else []
+        named = any(
+            not isinstance(row.captions, str)
+            and split_of_folder(self._folder / self._file(table, row), apart) == "unseen"
             for table in drawn
             for row in self._rows(table)
         )
+        return apart if named else []
 
     def _file(self, table: Table, row: Row) -> str:
         """Return the file that a row names, relative to the source's folder where it is relative."""
         within = table.path.parent.relative_to(self._folder)
         return (within / row.file).as_posix() if within.parts else row.file
-
-    def _split(self, file: str) -> str:
-        """Return the split of a file by its top-level folder, however a row spells its path."""
-        return split_of_folder(os.path.relpath(self._folder / file, self._folder))
 
     def _rows(self, table: Table) -> Iterator[Row]:
         """Yield the rows of a table; of a damaged one among several those before the damage, and what is wrong."""

@@ -11,6 +11,7 @@ from data_pipeline.sources.files import LOCAL, Files, read_place
 from data_pipeline.sources.items import (
     IMAGE_SUFFIXES,
     OTHER_IMAGES,
+    SPLIT_FOLDERS,
     Captions,
     Item,
     Place,
@@ -20,7 +21,6 @@ from data_pipeline.sources.items import (
     held_out,
     identity_of,
     key_of,
-    split_of_folder,
     survey_beside,
     unit_beside,
 )
@@ -33,6 +33,12 @@ _MAPS = tuple(f"saliency{suffix}" for suffix in MAP_SUFFIXES)
 _SUFFIXES = frozenset({*_IMAGES, *_MAPS, *(suffix[1:] for suffix in OTHER_IMAGES), *_TEXTS, "json", "cls"})
 _CLASS_NAMES = "classnames.txt"  # beside the tars: the name of class 0, of class 1, ..., one a line
 _ENDS = 1 << 16  # bytes at both ends that distinguish a tar from another of the same name and size
+
+
+def _split_of(tar: str) -> str:
+    """Return the split of the images of a tar of a source with held-out tars, by the first folder of its path."""
+    top, below, _ = tar.partition("/")
+    return SPLIT_FOLDERS.get(top.lower(), "train") if below else "train"
 
 
 class TarSource:
@@ -54,13 +60,13 @@ class TarSource:
         """`tars`: files below `folder`; `left_out`: what else it holds and is not taken; `maps`: take saliency maps."""
         self._folder, self._tars, self._left_out, self._files, self._maps = folder, tars, left_out, files, maps
         self._names: list[str] | None = None
-        self._apart = any(split_of_folder(self._name(tar)) == "unseen" for tar in tars)
+        self._apart = any(_split_of(self._name(tar)) == "unseen" for tar in tars)
 
     def units(self) -> Iterator[Unit]:
         """Yield one unit per tar, with a digest of its name, size and the bytes at both ends."""
         for tar in self._tars:
             name = self._name(tar)
-            split = [split_of_folder(name)] if self._apart else []  # else drawn for every image
+            split = [_split_of(name)] if self._apart else []  # else drawn for every image
             yield Unit(hash_text(json.dumps([name, *self._fingerprint(tar), *split])), [name])
         yield from unit_beside(self._left_out)
 
@@ -128,7 +134,7 @@ class TarSource:
         marked = _map_in(sample) if self._maps else None
         return Item(
             key=key_of(path),
-            split=split_of_folder(tar) if self._apart else held_out(path),
+            split=_split_of(tar) if self._apart else held_out(path),
             captions=found,
             image=place,
             name=path,

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.sources.items import IMAGE_SUFFIXES, OTHER_IMAGES, SPLIT_FOLDERS, Skipped
@@ -52,6 +52,15 @@ def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]] | Skipped]:
 def held_out_folders(root: Path) -> list[Path]:
     """Return the folders in `root` itself that are named as a held-out split (items.SPLIT_FOLDERS), in any case."""
     return sorted(path for path in root.iterdir() if SPLIT_FOLDERS.get(path.name.lower()) == "unseen" and path.is_dir())
+
+
+def split_of_folder(path: Path, apart: Sequence[Path]) -> str:
+    """Return the split of an image of a source with folders of held-out images: `unseen` below one of them, or `train`.
+
+    `path`: of the image or of its folder; links are followed. `apart`: those folders, resolved.
+    """
+    real = path.resolve()
+    return "unseen" if any(real.is_relative_to(each) for each in apart) else "train"
 
 
 def file_size(path: Path) -> int | str:

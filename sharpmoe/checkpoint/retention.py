@@ -1,6 +1,7 @@
 """The folder of a run's checkpoints: names, the newest, which ones stay, room on the disk. No communication."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,9 +79,10 @@ def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
     if best is not None:
         kept.append(best)
         durable.write_atomically(root / BEST, best.name)
+    else:
+        (root / BEST).unlink(missing_ok=True)
     for path in ours:
-        milestone = config.keep_every > 0 and _step_of(path) % config.keep_every == 0
-        if path not in kept and not milestone:
+        if path not in kept and not is_milestone(path, config):
             durable.remove_folder(path)
     for path in root.glob(".step*"):
         durable.remove_folder(path)
@@ -90,13 +92,19 @@ def drop_old(root: Path, newest: Path, config: CheckpointConfig) -> None:
 def _best(root: Path, folders: list[Path]) -> Path | None:
     """Return the checkpoint after whose step the lowest held-out flow loss is logged, the first of equal ones.
 
-    None where no checkpoint was measured. The log is that of the run folder; of steps that were done twice it counts
-    what the run continued from.
+    Where none was measured, as after the log was lost, it is the best so far, if there is one. The log is that of the
+    run folder; of steps that were done twice it counts what the run continued from.
     """
-    log = root.parent / LOG_FILE
+    log, before = root.parent / LOG_FILE, kept_best(root)
     losses = read_log(log).get(_MEASURED, {}) if log.is_file() else {}
-    measured = [path for path in sorted(folders, key=_step_of) if _step_of(path) in losses]
-    return min(measured, key=lambda path: losses[_step_of(path)], default=None)
+    measured = [path for path in sorted(folders, key=_step_of) if math.isfinite(losses.get(_step_of(path), math.nan))]
+    known = before if before in folders else None
+    return min(measured, key=lambda path: losses[_step_of(path)], default=known)
+
+
+def is_milestone(folder: Path, config: CheckpointConfig) -> bool:
+    """Return whether `keep_every` keeps a checkpoint for good."""
+    return config.keep_every > 0 and _is_name(folder.name) and _step_of(folder) % config.keep_every == 0
 
 
 def set_aside(folder: Path) -> Path:
@@ -116,9 +124,9 @@ def check_room(root: Path, count: int, size: int) -> None:
     """
     free, need = free_bytes(root), int(size * _SLACK)
     if free is not None and free < count * need:
-        several = f" and {count} are still to come" if count > 1 else ""
+        several = f", and {count} are still to come" if count > 1 else ""
         raise CheckpointError(
-            f"{root}: a checkpoint takes {need / 1e9:.3g} GB{several}, {free / 1e9:.3g} GB are free; free space, lower "
+            f"{root}: a checkpoint takes {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free{several}; free space, lower "
             "checkpoint.keep, or change output"
         )
 

@@ -84,6 +84,8 @@ class Checkpoints:
     rehearse_resume = staticmethod(load.rehearse_resume)
     check_room = staticmethod(retention.check_room)
     free_bytes = staticmethod(retention.free_bytes)
+    is_milestone = staticmethod(retention.is_milestone)
+    kept_best = staticmethod(retention.kept_best)
 
     def __init__(
         self,
@@ -166,6 +168,16 @@ class Checkpoints:
         if outcome.error is not None:
             raise outcome.error
         return outcome.folder
+
+    def drop_old(self, newest: Path) -> None:
+        """Keep what is to be kept beside the newest checkpoint, which was measured after it was saved. Communicates.
+
+        Raises CheckpointError on every rank.
+        """
+        with self._peers.raise_on_all_ranks():
+            if self._peers.world.is_main:
+                with retention.disk_errors(self._root):
+                    retention.drop_old(self._root, newest, self._config)
 
     def _run(self, running: "Future[Outcome]", taken: _Snapshot, stalled: float) -> None:
         """Write a snapshot, in the thread of the save; the result, or any exception, goes to the Future `running`."""

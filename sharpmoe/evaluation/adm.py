@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,7 @@ from sharpmoe.model.backbone import Backbone, ClassCondition
 
 _FULL = 50_000  # images of FID-50K
 _BALANCED = "balanced: image i has class i mod "  # of a protocol, before the number of classes
+_PART = "part"  # of a protocol: which part of the batch the file holds; the other keys are those of the whole
 _WHOLE = sampling.ImagePart()
 
 
@@ -94,17 +95,17 @@ def draw_adm_batch(
     if batch.file.is_dir():
         raise ConfigError(f"{batch.file}: is a folder, expected a file; add a file name to --npz")
     drawing.parent.mkdir(parents=True, exist_ok=True)
+    digests = {"weights": weights_digest(model)} | ({} if weak is None else {"weak": weights_digest(weak)})
+    protocol = _protocol(config, sample, batch) | {f"{name}_sha256": digest for name, digest in digests.items()}
     with drawing.open("a+b") as file:
         _lock(file, batch.file)
-        begun = _images_begun(file, key, json.dumps(_draws_of(model, sample, batch, weak), sort_keys=True), batch)
+        begun = _images_begun(file, key, json.dumps(_draws_of(model, sample, batch, digests), sort_keys=True), batch)
         _draw_missing(file, _images(model, sample, decode, batch, begun, weak), batch, begun)
+        batch.file.with_suffix(".json").unlink(missing_ok=True)  # a protocol is never beside other images than its own
         _write_images(batch.file, _pixels_drawn(file, batch), len(batch.rows), batch.image_shape)
+        _write_protocol(batch.file, protocol | ({} if batch.part.of == 1 else {_PART: str(batch.part)}))
         for done in (drawing, key):
             done.unlink()
-    digests = {"weights_sha256": weights_digest(model)} | (
-        {} if weak is None else {"weak_sha256": weights_digest(weak)}
-    )
-    _write_protocol(batch.file, _protocol(config, sample, batch) | digests)
     return batch.file
 
 
@@ -126,11 +127,10 @@ def weights_digest(model: Backbone) -> str:
     return weights.hexdigest()
 
 
-def _draws_of(model: Backbone, sample: SampleConfig, batch: AdmBatch, weak: Backbone | None) -> dict[str, Any]:
+def _draws_of(model: Backbone, sample: SampleConfig, batch: AdmBatch, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return everything that decides the pixels of a batch, as JSON values."""
     return {
-        "weights": weights_digest(model),
-        **({} if weak is None else {"weak": weights_digest(weak)}),
+        **digests,
         "model": model.config.model_dump(mode="json"),
         "sample": sample.model_dump(mode="json"),
         "images": [batch.num_images, batch.image_size, batch.batch_size, *batch.part],
@@ -179,6 +179,8 @@ def join_adm_batch(model: ModelConfig, sample: SampleConfig, batch: AdmBatch, pa
     """
     files = [replace(batch, part=sampling.ImagePart(number, parts)) for number in range(1, parts + 1)]
     drawn = [_read_protocol(file) for file in files]
+    for protocol in drawn:
+        protocol.pop(_PART, None)
     expected = drawn[0] | _protocol(model, sample, batch)
     for file, protocol in zip(files, drawn, strict=True):
         _check_same(file, protocol, expected)
@@ -312,12 +314,18 @@ def _read_protocol(part: AdmBatch) -> dict[str, Any]:
 
 
 def classes_of_batch(path: Path) -> int | None:
-    """Return over how many classes a batch is spread, as the protocol beside it says; None without one."""
+    """Return over how many classes a batch is spread, as the protocol beside it says; None without one.
+
+    Raises ConfigError for a part of a batch, whose first image is not of class 0.
+    """
     try:
-        labels = str(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["labels"])
-        return int(labels.removeprefix(_BALANCED))
-    except (OSError, ValueError, KeyError, TypeError):
+        protocol = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        classes, part = int(str(protocol["labels"]).removeprefix(_BALANCED)), protocol.get(_PART)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if part is not None:
+        raise ConfigError(f"{path}: is part {part} of a batch; join its parts first (--join)")
+    return classes
 
 
 def _shift_text(model: ModelConfig, sample: SampleConfig) -> str:

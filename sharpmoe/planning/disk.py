@@ -24,12 +24,14 @@ class CheckpointSpace(NamedTuple):
         """Return the space of a run as planned."""
         parameters = planned_model(plan.run).parameters()
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        run, there = plan.run, len(plan.found.readable) + len(plan.found.damaged)
-        wanted = most_checkpoints(run, plan.start.step)
+        run, wanted = plan.run, most_checkpoints(plan.run, plan.start.step)
+        folders = [*(each.folder for each in plan.found.readable), *(folder for folder, _ in plan.found.damaged)]
+        stay = sum(Checkpoints.is_milestone(folder, run.checkpoint) for folder in folders)
+        passing = len(folders) - stay if run.checkpoint.resume == "auto" else 0  # they make room for new ones
         return cls(
             size=Checkpoints.size(run.model, optimizer_bytes(run), trained),
-            most=max(wanted, there),
-            more=0 if plan.is_finished else max(1, wanted - (there if run.checkpoint.resume == "auto" else 0)),
+            most=max(wanted + stay, len(folders)),
+            more=0 if plan.is_finished else max(1, wanted - passing),
             free=Checkpoints.free_bytes(plan.checkpoints),
         )
 
@@ -52,5 +54,6 @@ def most_checkpoints(run: RunConfig, done: int) -> int:
     """Return how many checkpoints are there together at the most: one more than are kept, while it is written."""
     every, steps, config = run.checkpoint.every, run.train.steps, run.checkpoint
     saves = (steps - 1) // every - done // every + 1 if every else 1  # that at the end included
+    saves = steps - done if config.minutes else saves  # by the clock: one a step at the most
     milestones = steps // config.keep_every - done // config.keep_every if config.keep_every else 0
     return min(saves, config.keep + config.keep_best + milestones + 1)

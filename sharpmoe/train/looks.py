@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpmoe.config import RunConfig
+from sharpmoe.errors import ConfigError
 from sharpmoe.model.backbone import Backbone
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks, sum_over_ranks
 from sharpmoe.parallel.zero.partitions import Piece
@@ -24,12 +25,22 @@ _LARGE = 2**29  # parameters: 2 GiB in float32
 def looks_by_block(run: RunConfig, num_parameters: int) -> bool:
     """Whether the run's measurements make one block whole at a time.
 
-    A model with adapters is made whole: they are merged into the weights that they are beside, which are frozen
-    (`RunConfig` refuses `blocks` there).
+    A model with adapters is made whole: they are merged into the weights that they are beside, which are frozen.
+    Raises ConfigError where it is to be made by block all the same (`check_looks`).
     """
+    check_looks(run)
     if run.log.look_weights == "whole" or run.lora.rank:
         return False
     return run.log.look_weights == "blocks" or num_parameters > _LARGE
+
+
+def check_looks(run: RunConfig) -> None:
+    """Raise ConfigError where log.look_weights asks for what adapters do not allow."""
+    if run.log.look_weights == "blocks" and run.lora.rank:
+        raise ConfigError(
+            f"log.look_weights is blocks, but lora.rank is {run.lora.rank}: adapters are merged into a whole "
+            "model, not into one block at a time; set log.look_weights to auto or whole"
+        )
 
 
 def look_dtype(run: RunConfig) -> torch.dtype:

@@ -199,6 +199,7 @@ def ensure_saved(session: Session, progress: Progress) -> Path:
     if outcome is not None and outcome.error is None and outcome.progress.step == progress.step:
         return outcome.folder
     if plan.saved is not None and plan.run.checkpoint.resume == "auto" and plan.start.step == progress.step:
+        session.checkpoints.drop_old(plan.saved.folder)
         return plan.saved.folder
     folder = session.checkpoints.save(progress)
     session.callbacks.on_save(TrainingSave(step=progress.step, checkpoint=folder))

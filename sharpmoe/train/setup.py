@@ -32,6 +32,7 @@ from sharpmoe.parallel.ranks.launch import World
 from sharpmoe.trackers.registry import check_trackers
 from sharpmoe.train.callbacks import check_callbacks
 from sharpmoe.train.labels import check_training_labels
+from sharpmoe.train.looks import check_looks
 from sharpmoe.train.monitor import measures
 from sharpmoe.train.rollout_schedules import check_schedule
 from sharpmoe.train.shapes import shape_mismatch, token_counts
@@ -61,7 +62,7 @@ class RunData(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A run, its data and where it starts; the same on every rank."""
+    """A run, its data and where it starts; the same on every rank but for the notes, which the main rank prints."""
 
     run: RunConfig
     ds_config: dict[str, Any]
@@ -122,6 +123,7 @@ def make_plan(
     if run.train.compile:
         check_compiler(world.device)
     batch = batch_arithmetic(run, world.size)
+    check_looks(run)
     data = _open_data(run)
     check_schedule(run, batch.micro_batch, token_counts(data.train.buckets))
     check_training_labels(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from sharpmoe.checkpoint.retention import kept_best
+from sharpmoe.checkpoint.save import Checkpoints
 from sharpmoe.config import RunConfig
 from sharpmoe.console import clock
 from sharpmoe.invocation import spell_command
@@ -50,7 +50,7 @@ def _weights(checkpoint: Path) -> str:
 
 def _best(run: RunConfig, checkpoint: Path) -> str:
     """Return the checkpoint that `checkpoint.keep_best` keeps, "" where it is the last."""
-    best = kept_best(checkpoint.parent) if run.checkpoint.keep_best else None
+    best = Checkpoints.kept_best(checkpoint.parent) if run.checkpoint.keep_best else None
     return "" if best in (None, checkpoint) else f"{best} had the lowest held-out flow loss of those that are kept"
 
 

@@ -1,5 +1,6 @@
 """Saving beside the training: what is written is the state at the time, and a save that fails costs nothing else."""
 
+import math
 import os
 import random
 import resource
@@ -126,7 +127,9 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(CheckpointError, match=r"a checkpoint takes 0.00102 GB, 1e-05 GB are free; free space, lower"):
         retention.check_room(tmp_path / "checkpoints", 1, 1_000_000)
-    with pytest.raises(CheckpointError, match=r"a checkpoint takes 9.18e-06 GB and 2 are still to come, 1e-05 GB are"):
+    with pytest.raises(
+        CheckpointError, match=r"a checkpoint takes 9.18e-06 GB, 1e-05 GB are free, and 2 are still to come; free"
+    ):
         retention.check_room(tmp_path / "checkpoints", 2, 9_000)
     retention.check_room(tmp_path / "checkpoints", 1, 9_000)
 
@@ -188,6 +191,20 @@ def test_the_best_stays_beside_them_and_is_named(tmp_path: Path) -> None:
     retention.drop_old(root, pretend(root, 3), CheckpointConfig(keep=1, keep_best=True))
     assert (root / "best").read_text() == "step00000003"
     assert sorted(os.listdir(root)) == ["best", "latest", "step00000003"]
+
+
+def test_the_best_survives_a_lost_log_and_is_no_checkpoint_without_a_number(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    for step, loss in ((1, 0.2), (2, math.nan), (3, 0.4)):
+        LogWriter(tmp_path, "a").figures(step, {"validation/flow": loss})
+        retention.drop_old(root, pretend(root, step), CheckpointConfig(keep=1, keep_best=True))
+    (tmp_path / "log.jsonl").unlink()
+    retention.drop_old(root, pretend(root, 4), CheckpointConfig(keep=1, keep_best=True))
+    assert sorted(os.listdir(root)) == ["best", "latest", "step00000001", "step00000004"]
+    assert retention.kept_best(root) == root / "step00000001"
+    retention.drop_old(root, pretend(root, 5), CheckpointConfig(keep=1))
+    assert sorted(os.listdir(root)) == ["latest", "step00000005"]
 
 
 def test_nothing_measured_keeps_the_last_ones(tmp_path: Path) -> None:

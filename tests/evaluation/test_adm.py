@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,18 @@ import torch
 
 from sharpmoe.config import SampleConfig
 from sharpmoe.errors import ConfigError
-from sharpmoe.evaluation.adm import AdmBatch, _balanced_labels, _figure_name, _to_bytes, _write_images, draw_adm_batch
+from sharpmoe.evaluation import adm
+from sharpmoe.evaluation.adm import (
+    AdmBatch,
+    _balanced_labels,
+    _figure_name,
+    _to_bytes,
+    _write_images,
+    classes_of_batch,
+    draw_adm_batch,
+    join_adm_batch,
+)
+from sharpmoe.sampling import ImagePart
 from tests.toys import toy_model
 
 
@@ -118,3 +130,34 @@ def test_two_processes_do_not_draw_the_same_file(tmp_path: Path) -> None:
         return latents[:, :3].clamp(-1, 1)
 
     assert draw_adm_batch(model, sample, second, batch) == batch.path
+
+
+def test_a_protocol_is_never_beside_other_images_than_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is killed after the images and before their protocol leaves none, and the next one draws nothing."""
+    model, sample = toy_model("ec", conditioning="class", num_classes=3), SampleConfig(num_steps=2)
+    batch = toy_batch(tmp_path / "a.npz", 4, 2)
+    draw_adm_batch(model, sample, decoded([]), batch)
+    other = sample.model_copy(update={"seed": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(adm, "_write_protocol", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            draw_adm_batch(model, other, decoded([]), batch)
+    assert not (tmp_path / "a.json").exists()
+    calls: list[int] = []
+    draw_adm_batch(model, other, decoded(calls), batch)
+    assert calls == []
+    assert json.loads((tmp_path / "a.json").read_text())["seed"] == 3
+
+
+def test_a_part_says_so_and_has_no_labels_of_a_batch(tmp_path: Path) -> None:
+    model, sample = toy_model("ec", conditioning="class", num_classes=3), SampleConfig(num_steps=2)
+    whole = toy_batch(tmp_path / "a.npz", 4, 2)
+    for number in (1, 2):
+        draw_adm_batch(model, sample, decoded([]), replace(whole, part=ImagePart(number, 2)))
+    part = tmp_path / "a.part2of2.npz"
+    assert json.loads(part.with_suffix(".json").read_text())["part"] == "2 of 2"
+    with pytest.raises(ConfigError, match=r"a\.part2of2\.npz: is part 2 of 2 of a batch; join its parts first"):
+        classes_of_batch(part)
+    join_adm_batch(model.config, sample, whole, 2)
+    assert "part" not in json.loads((tmp_path / "a.json").read_text())
+    assert classes_of_batch(tmp_path / "a.npz") == 3

@@ -185,6 +185,21 @@ def test_a_run_is_checked_before_it_is_submitted(
     assert "submitted job 7" in capsys.readouterr().out
 
 
+def test_a_job_without_torch_is_not_submitted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node may lack it; the jobs then run the Python that a setup names."""
+    script(tmp_path / "sbatch", "echo 7")
+    (tmp_path / "setup.sh").write_text("PYTHON=/images/python\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["--output", str(tmp_path / "runs"), "--name", "a", "--no-check"]
+    assert main(words) == 2
+    assert "which has no torch: name the Python of the jobs in a --setup FILE" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main([*words, "--setup", str(tmp_path / "setup.sh")]) == 0
+
+
 def test_a_refusal_of_slurm_names_the_batch_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

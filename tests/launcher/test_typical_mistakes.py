@@ -110,6 +110,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("sample @/toy --labels 1", "captions"),
     ("sample @/class.safetensors --shards @/shards --captions x", "give --labels, not captions"),
     ("sample @/class.safetensors --shards @/shards --labels 0 4", "label 4, the model has classes 0 to 3"),
+    (
+        "sample @/few.safetensors --shards @/shards --labels 0 --fps 4",
+        "--fps is of animations, and the model draws still",
+    ),
     ("evaluate @/few.safetensors --shards @/shards", "has label 3, model.num_classes is 3 (labels 0 to 2); name the"),
     ("evaluate @/toy @/few.safetensors --shards @/shards", "has label 3, model.num_classes is 3 (labels 0 to 2); na"),
     ("evaluate @/few.safetensors --shards @/shards --record-routing @/r.json", "has label 3, model.num_classes is 3"),

@@ -24,6 +24,7 @@ IGNORED: list[tuple[str, str]] = [
     ("sample runs/a --npz a.npz --out here --film", "--out, --film have no effect with --npz"),
     ("sample runs/a --npz a.npz --width 64", "--width has no effect with --npz, which draws the square of the model"),
     ("sample runs/a --npz a.npz --join 2 --part 1/2", "--part has no effect with --join"),
+    ("prepare --encoder hash --join features", "--join has no effect with one text encoder"),
     ("sample runs/a --captions cat --per-prompt 2", "--per-prompt has no effect without --prompts"),
     ("sample runs/a --film --part 1/2", "--part has no effect with --film, which draws one picture"),
     ("plan --replay r.json --world 4 --zero 2", "--world, --zero have no effect with --replay"),

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from sharpmoe.config import RunConfig
-from sharpmoe.errors import TrainingError
+from sharpmoe.errors import ConfigError, TrainingError
 from sharpmoe.model.backbone import Backbone, TextCondition
 from sharpmoe.parallel.ranks.launch import World, raise_on_all_ranks
 from sharpmoe.parallel.zero.ema import ShardEma
@@ -21,7 +20,7 @@ from sharpmoe.train.objective import Objective
 from sharpmoe.train.session import ema_model, live_model
 from tests.distributed import run_ranks
 from tests.fixtures_data import make_shards
-from tests.train.setting import identical, make_run, plan_for, stirred_model
+from tests.train.setting import ALONE, identical, make_run, plan_for, stirred_model
 
 PARTS = ("attn", "moe.experts", "x_embedder")  # of blocks and of the rest, of all ranks and of some
 
@@ -121,6 +120,9 @@ def test_large_models_are_measured_by_block_unless_they_have_adapters(tmp_path: 
     assert not looks_by_block(adapted, 2**40)
 
 
-def test_adapters_by_block_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=r"look_weights is blocks, but lora.rank is 4.*set log.look_weights to"):
-        make_run(tmp_path, tmp_path, log={"look_weights": "blocks"}, lora={"rank": 4})
+def test_adapters_by_block_are_refused_where_a_run_is_planned(tmp_path: Path) -> None:
+    """And not where a finished run's configuration is read, in which the key did nothing."""
+    shards = make_shards(tmp_path / "shards")
+    run = make_run(shards, tmp_path, log={"look_weights": "blocks"}, lora={"rank": 4})
+    with pytest.raises(ConfigError, match=r"look_weights is blocks, but lora.rank is 4.*set log.look_weights to"):
+        plan_for(run, ALONE)

@@ -8,6 +8,7 @@ from PIL import Image
 from data_pipeline.sources.images import UNREADABLE
 from data_pipeline.sources.items import Skipped, held_out, shown, source_identity
 from data_pipeline.sources.open import SourceOptions, open_source
+from data_pipeline.sources.walk import held_out_folders, split_of_folder
 from sharpmoe.errors import DataError
 from tests.fixtures_data import Listing, listing
 
@@ -318,3 +319,35 @@ def test_a_folder_without_held_out_folder_is_the_source_that_it_was(maps: bool, 
     assert str(source_identity(source, source.units())[0]["sha256"]).startswith(sha256)
     unseen = [file for file, split in splits(folder, maps).items() if split == "unseen"]
     assert unseen == ["deep/val/42.png", "train/11.png"]
+
+
+def test_folders_of_held_out_images_and_links_to_them(tmp_path: Path) -> None:
+    for name in ("Val", "train/val", "pool", "tests", "x"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    (tmp_path / "set" / "validation").symlink_to(tmp_path / "set" / "pool")
+    found = held_out_folders(tmp_path / "set")
+    assert [path.name for path in found] == ["Val", "validation"]
+    apart = [path.resolve() for path in found]
+    splits = {
+        "Val/a.png": "unseen",
+        "Val/deep/a.png": "unseen",
+        "x/../Val/a.png": "unseen",
+        "pool/a.png": "unseen",  # by its other name it is below validation/
+        "validation/a.png": "unseen",
+        "train/val/a.png": "train",
+        "tests/a.png": "train",
+        "../val/a.png": "train",
+        "a.png": "train",
+    }
+    assert {path: split_of_folder(tmp_path / "set" / path, apart) for path in splits} == splits
+
+
+def test_a_link_to_pictures_of_the_source_holds_them_out(tmp_path: Path) -> None:
+    for number in range(40):
+        caption(tmp_path / "set" / f"{number}.png")
+    for name in "ab":
+        caption(tmp_path / "set" / "pool" / f"{name}.png")
+    (tmp_path / "set" / "val").symlink_to(tmp_path / "set" / "pool")
+    found = splits(tmp_path / "set")
+    assert {file for file, split in found.items() if split == "unseen"} == {"pool/a.png", "pool/b.png"}
+    assert len(found) == 42

@@ -75,21 +75,3 @@ def test_items_survive_their_file(tmp_path: Path) -> None:
 
 def test_a_listing_of_an_older_version_is_read() -> None:
     assert from_json('["a","b",true]') == Skipped("a", "b", missing=True)
-
-
-@pytest.mark.parametrize(
-    ("path", "split"),
-    [
-        ("val/a.png", "unseen"),
-        ("Validation/deep/a.png", "unseen"),
-        ("valid/a.png", "unseen"),
-        ("test/a.png", "unseen"),
-        ("train/val/a.png", "train"),
-        ("other/a.png", "train"),
-        ("../val/a.png", "train"),
-        ("val", "train"),
-        ("a.png", "train"),
-    ],
-)
-def test_the_first_folder_of_a_path_names_its_split(path: str, split: str) -> None:
-    assert items.split_of_folder(path) == split

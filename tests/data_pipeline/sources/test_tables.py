@@ -429,3 +429,28 @@ def test_several_tables_in_one_folder_are_one_line(where: str, names: tuple[str,
     with pytest.raises(DataError) as error:
         listed(tmp_path)
     assert str(error.value) == f"{tmp_path / where}: holds {', '.join(names)}; {how}"
+
+
+def test_a_table_of_the_training_split_alone_is_no_table_of_splits(tmp_path: Path) -> None:
+    """Without a held-out one the pictures are read by their text files, as ever."""
+    for number in range(40):
+        path = tmp_path / "train" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+        path.with_suffix(".txt").write_text("a picture")
+    before = listing(open_source(SourceOptions(source=str(tmp_path)))).items
+    assert {item.split for item in before} == {"train", "unseen"}
+    (tmp_path / "train" / "captions.csv").write_text("file,caption\n0.png,another\n")
+    assert listing(open_source(SourceOptions(source=str(tmp_path)))).items == before
+
+
+def test_rows_that_are_absolute_are_held_out_through_a_link(tmp_path: Path) -> None:
+    for name in ("train/a.png", "val/b.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        (tmp_path / "set" / name).write_bytes(b"x")
+    rows = [f"{tmp_path}/set/{name},a picture" for name in ("train/a.png", "val/b.png")]
+    (tmp_path / "set" / "captions.csv").write_text("\n".join(["file,caption", *rows]) + "\n")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    for place in ("set", "link"):
+        found = listing(open_source(SourceOptions(source=str(tmp_path / place)))).items
+        assert [item.split for item in found] == ["train", "unseen"], place

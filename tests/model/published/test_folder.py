@@ -66,7 +66,8 @@ def test_what_a_folder_says_itself_is_no_option(
     words = [str(published), str(tmp_path / "ours.safetensors"), "--family", "nucleus", "--text-width", "8"]
     assert convert(words) == 2
     assert (
-        capsys.readouterr().err == "error: --text-width: a model of --family nucleus reads text already; leave it out\n"
+        capsys.readouterr().err
+        == "error: --text-width has no effect with --family nucleus, whose models read text already; leave it out\n"
     )
     assert not (tmp_path / "ours.safetensors").exists()
 
