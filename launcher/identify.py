@@ -44,8 +44,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _unread(arguments: argparse.Namespace) -> Iterator[Unread]:
     of_a_loss = ("--split", "--images", "--device")
     if is_published_folder(arguments.file):
-        yield Unread(f"for a folder whose config.json says what it is ({arguments.file})", ("--shards", *of_a_loss))
-        yield Unread(f"for a folder whose config.json says what it is ({arguments.file})", READING_OPTIONS)
+        why = f"for a folder whose config.json says what it is ({arguments.file})"
+        yield Unread(why, ("--shards", *of_a_loss, *READING_OPTIONS))
     elif arguments.shards is None:
         yield Unread("without --shards, on which the loss is measured", of_a_loss)
 

@@ -9,8 +9,6 @@ if not __package__:  # run as a script, which has this folder on its path
     import startup  # noqa: F401 - Ctrl-C or missing packages are one line
 
 import argparse
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from launcher.command import Command, Unread
 from sharpmoe import slurm
 from sharpmoe.config_io import DEFAULT_DS_CONFIG, DEFAULT_RUN_CONFIG
 from sharpmoe.console import print_note
-from sharpmoe.errors import ConfigError
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +67,7 @@ def _act(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(batch.text, end="")
         return
-    if arguments.setup is None and importlib.util.find_spec("torch") is None:
-        raise ConfigError(
-            f"the job would run {sys.executable}, which has no torch: name the Python of the jobs in a --setup FILE "
-            "(PYTHON=...), with --no-check where it is not on this node"
-        )
+    slurm.check_python(arguments.setup)
     if batch.check and not arguments.no_check:
         print_note("checking that the run will start, as `train --dry-run` does (--no-check submits without it) ...")
     said = "" if arguments.no_check else slurm.check_start(batch)

@@ -4,6 +4,7 @@ A template is a complete batch file: `#SBATCH --key=value` lines, then `NAME=val
 them. Making a batch file replaces lines of these two kinds and nothing else.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -96,6 +97,18 @@ def _check_command(job: SlurmJob, world: int) -> tuple[str, ...]:
     if job.setup is None:
         return (sys.executable, *words)
     return ("bash", "-c", 'PYTHON=$1; . "$2"; exec "$PYTHON" "${@:3}"', "check", sys.executable, str(job.setup), *words)
+
+
+def check_python(setup: Path | None) -> None:
+    """Raise ConfigError where a job would run this Python and it has no torch, as on a login node may be.
+
+    setup: shell lines that a job sources first, which may name another (`PYTHON=...`).
+    """
+    if setup is None and importlib.util.find_spec("torch") is None:
+        raise ConfigError(
+            f"the job would run {sys.executable}, which has no torch: name the Python of the jobs in a --setup FILE "
+            "(PYTHON=...), with --no-check where it is not on this node"
+        )
 
 
 def check_start(batch: BatchFile) -> str:

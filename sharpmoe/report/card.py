@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.read.shards import SplitPart
 from sharpmoe.config import ModelConfig, RunConfig
 from sharpmoe.evaluation.allocation import Allocation
 from sharpmoe.evaluation.allocation_table import allocation_table
@@ -192,7 +193,9 @@ def _protocol(run: RunConfig | None, folder: Path) -> dict[str, object]:
     ends = [f"{curve[step]:.4f} (step {step})" for step in dict.fromkeys((min(curve), max(curve)))] if curve else []
     sample, split = run.sample, run.data.validation_split
     return {
-        "held-out split": f"none: measured on {split}" if split.partition(":")[0] == run.data.train_split else split,
+        "held-out split": f"none: measured on {split}"
+        if SplitPart.read(split).split == run.data.train_split
+        else split,
         "held-out flow loss": " to ".join(ends),
         "images of the flow loss": f"up to {run.log.validation_images}" if curve else None,
         "allocation": f"up to {run.log.allocation_images} images, fixed noise" if run.log.allocation else None,
